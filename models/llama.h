@@ -1,0 +1,121 @@
+#pragma once
+
+#include "distributed/group.h"
+#include "models/config.h"
+#include "policy/attention.h"
+
+#include <ATen/ATen.h>
+
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace drrl {
+
+/// A trainable tensor of a model, or this rank's shard of it.
+///
+/// Names are Hugging Face's, with two exceptions: what is multiplied by the same input is stored stacked, as one matrix
+/// product wants it, and says so in its name (the way Phi-3 does):
+///   model.layers.N.self_attn.qkv_proj.{weight,bias}   rows [q_proj; k_proj; v_proj] of this rank's heads
+///   model.layers.N.mlp.gate_up_proj.{weight,bias}     rows [gate_proj; up_proj] of this rank's columns
+/// Loading and saving stack and split them; files only ever hold Hugging Face's own names.
+struct Parameter {
+  std::string name;
+  at::Tensor value;  ///< fp32 master copy, a leaf that requires grad; the local shard
+  bool decay;        ///< weight decay applies: matrices yes, norms and biases no
+  bool sharded;      ///< false: the same on every tensor-parallel rank, and so is its gradient
+};
+
+struct ModelOptions {
+  at::ScalarType dtype = at::kFloat;   ///< of activations and matrix products: kFloat, kBFloat16 (kDouble for tests: masters too)
+  at::Device device = at::kCPU;
+  bool activation_checkpoint = false;  ///< keep only each layer's input, recompute the rest in the backward pass
+  int64_t loss_chunk_rows = 512;       ///< tokens whose logits exist at the same time (loss_chunk_rows x vocabulary / tp values)
+};
+
+struct LossResult {
+  at::Tensor loss_sum;  ///< scalar, fp32, differentiable: sum over counted targets of -log p(target); the same on every TP rank
+  int64_t tokens;       ///< counted targets (label != kIgnoredLabel)
+};
+
+/// The label of a position that does not count.
+inline constexpr int64_t kIgnoredLabel = -100;
+
+/// A decoder-only transformer of the Llama family, computed as Hugging Face Transformers computes it, tensor-parallel over `tp`.
+///
+/// tokens [B, L] int64 -> embedding [B, L, hidden] -> layers of (RMSNorm, attention, RMSNorm, SwiGLU) -> RMSNorm -> head.
+/// Rank t of T owns whole KV groups with their query heads, MLP columns and vocabulary rows, each split by
+/// `partition()` (tensor_parallel.h): 3 groups on 2 ranks are 2 + 1.
+///
+/// Gradients: `backward()` on a loss adds to `value.grad()` of every parameter in place; an undefined gradient
+/// counts as zero. Do not update a parameter between a forward and its backward pass.
+///
+/// Every method is collective over `tp`: all its ranks call it with the same arguments.
+/// Errors: Error(kUsage) more TP ranks than KV groups, a sequence beyond max_position_embeddings, wrong shapes; Error(kData) a token or label
+/// outside the vocabulary; each names the values.
+class CausalLM {
+ public:
+  /// Allocates the local parameters, all zero; `load` or `initialize` gives them values.
+  CausalLM(const ModelConfig& config, const Group& tp, std::shared_ptr<AttentionController> attention,
+           const ModelOptions& options = {});
+
+  /// Reads the weights of a Hugging Face directory; each rank reads only its slices. Errors: Error(kModel) that names file and tensor.
+  void load(const std::filesystem::path& hf_dir);
+
+  /// Writes a Hugging Face directory that `AutoModelForCausalLM.from_pretrained` opens: config.json, model.safetensors in `dtype`
+  /// (kFloat or kBFloat16), and the tokenizer and generation files of the directory that was loaded. Gathered to TP rank 0, which
+  /// alone writes. Errors: Error(kStorage).
+  void save(const std::filesystem::path& hf_dir, at::ScalarType dtype = at::kFloat) const;
+
+  /// Random weights as Transformers draws them (normal with the config's initializer_range, norms 1, biases 0), from `seed` alone: the shards of
+  /// every TP layout are slices of the same model.
+  void initialize(uint64_t seed);
+
+  std::vector<Parameter>& parameters() noexcept { return parameters_; }
+  const std::vector<Parameter>& parameters() const noexcept { return parameters_; }
+  const ModelConfig& config() const noexcept { return config_; }
+  const ModelOptions& options() const noexcept { return options_; }
+  /// Parameters of the whole model, not only of this shard.
+  int64_t parameter_count() const noexcept;
+
+  /// tokens [B, L] -> [B, L, hidden] after the final norm.
+  at::Tensor hidden(const at::Tensor& tokens);
+
+  /// tokens, labels [B, L]; labels are already shifted (label t is the token t + 1), kIgnoredLabel does not count.
+  /// `loss_sum.backward()` yields the gradient of loss_scale * loss_sum: it is computed during the forward pass, chunk by
+  /// chunk, so that the logits never exist as a whole. Under NoGradGuard no gradient is computed.
+  LossResult loss(const at::Tensor& tokens, const at::Tensor& labels, double loss_scale = 1.0);
+
+  /// -log p of every label, [B, L] fp32, 0 where ignored. Builds no graph.
+  at::Tensor token_nll(const at::Tensor& tokens, const at::Tensor& labels);
+
+  /// [B, L, vocabulary] fp32 gathered over `tp`. Builds no graph. For tests and short inputs.
+  at::Tensor logits(const at::Tensor& tokens);
+
+ private:
+  /// Indices into parameters_; -1 where the model has no such parameter.
+  struct LayerParameters {
+    int64_t input_norm, qkv, qkv_bias, o, o_bias, post_norm, gate_up, gate_up_bias, down, down_bias;
+  };
+
+  int64_t add_parameter(const std::string& name, at::IntArrayRef shape, bool sharded);
+  const at::Tensor& value(int64_t index) const;
+  at::Tensor layer(int64_t index, const at::Tensor& h, const at::Tensor& cos, const at::Tensor& sin, std::shared_ptr<LayerPlan>& plan);
+  at::Tensor checkpointed_layer(int64_t index, const at::Tensor& h, const at::Tensor& cos, const at::Tensor& sin);
+  void check_tokens(const at::Tensor& tokens) const;
+  at::Tensor check_labels(const at::Tensor& tokens, const at::Tensor& labels) const;
+  void prepare_rotary(int64_t length);
+
+  ModelConfig config_;
+  Group tp_;
+  std::shared_ptr<AttentionController> attention_;
+  ModelOptions options_;
+  std::vector<Parameter> parameters_;
+  std::vector<LayerParameters> layers_;
+  int64_t embedding_ = -1, final_norm_ = -1, head_ = -1;
+  at::Tensor cos_, sin_;  // [longest L seen, d / 2] fp32
+  std::filesystem::path source_;
+};
+
+}  // namespace drrl
