@@ -1,0 +1,75 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+namespace drrl {
+
+/// Decoder architectures that share one computation: RMSNorm, RoPE, SwiGLU, grouped-query attention. They differ in biases and defaults.
+enum class Architecture { kLlama, kMistral, kQwen2 };
+
+/// "llama", "mistral", "qwen2": the `model_type` of Hugging Face Transformers.
+const char* name(Architecture architecture) noexcept;
+
+enum class RopeKind { kDefault, kLinear, kLlama3 };
+
+/// Rotary position encoding: `rope_theta` + `rope_scaling` of older files, or `rope_parameters` of Transformers 5.
+struct RopeConfig {
+  RopeKind kind = RopeKind::kDefault;
+  double theta = 10000.0;
+  double factor = 1.0;                            ///< linear and llama3: wavelengths are stretched by this
+  double low_freq_factor = 1.0;                   ///< llama3
+  double high_freq_factor = 4.0;                  ///< llama3
+  double original_max_position_embeddings = 0.0;  ///< llama3: positions before the stretching
+};
+
+/// What a Hugging Face `config.json` says about a Llama-family model. Every field that changes the result is honoured or
+/// refused by name; what cannot be judged is noted in `warnings`. Defaults of absent fields are those of Transformers.
+struct ModelConfig {
+  Architecture architecture = Architecture::kLlama;
+  int64_t vocab_size = 0;
+  int64_t hidden_size = 0;
+  int64_t intermediate_size = 0;
+  int64_t num_hidden_layers = 0;
+  int64_t num_attention_heads = 0;
+  int64_t num_key_value_heads = 0;
+  int64_t head_dim = 0;
+  int64_t max_position_embeddings = 0;
+  double rms_norm_eps = 1e-6;
+  double initializer_range = 0.02;
+  bool tie_word_embeddings = false;
+  bool qkv_bias = false;               ///< q_proj, k_proj and v_proj have a bias (attention_bias of Llama; always in Qwen2)
+  bool attention_output_bias = false;  ///< o_proj has a bias (attention_bias of Llama; never in Qwen2)
+  bool mlp_bias = false;               ///< gate_proj, up_proj and down_proj have a bias
+  RopeConfig rope;
+
+  std::string dtype;                  ///< "float32", "bfloat16", ... as the file states it; empty if it does not
+  std::string original_json;          ///< the text that was read; `export_json` starts from it
+  std::vector<std::string> warnings;  ///< one sentence each, for the start banner
+
+  /// Reads `config.json` of a model directory, or the file itself.
+  /// Errors: Error(kModel) that names the file, the field, its value and what is supported.
+  static ModelConfig load(const std::filesystem::path& directory_or_file);
+
+  /// Parses the text of a config.json. `origin` names it in messages.
+  static ModelConfig parse(const std::string& text, const std::string& origin);
+
+  /// The original JSON, field for field, with the weights' dtype set to `dtype`.
+  std::string export_json(at::ScalarType dtype) const;
+
+  /// Query heads that share one key/value head.
+  int64_t heads_per_group() const { return num_attention_heads / num_key_value_heads; }
+
+  /// Number of weights; tied embeddings are counted once.
+  int64_t parameter_count() const;
+
+  /// RoPE's inverse frequencies, fp32 [head_dim / 2] on the CPU, by the operations of Transformers' `modeling_rope_utils.py`, so that they
+  /// are the same bits. The angle of position p in pair i is p * inverse_frequencies[i]; no kind supported here scales cos and sin.
+  at::Tensor inverse_frequencies() const;
+};
+
+}  // namespace drrl

@@ -1,0 +1,87 @@
+#pragma once
+
+#include "core/error.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <string_view>
+
+struct XXH3_state_s;
+
+namespace drrl {
+
+/// Size and XXH3-64 checksum of what was written or read.
+struct FileDigest {
+  uint64_t bytes = 0;
+  uint64_t xxh3 = 0;
+};
+
+/// The checksum as it stands in manifests: 16 lower-case hexadecimal digits.
+std::string to_hex(uint64_t checksum);
+
+/// A file opened for reading at any offset. It reads with pread rather than through a mapping: a file that shrinks, or a disk or network
+/// file system that fails, is then an Error and not a SIGBUS, and pages are shared by the page cache either way.
+class FileReader {
+ public:
+  /// `kind` is the kind of every Error about this file.
+  FileReader(std::filesystem::path path, ErrorKind kind);
+  FileReader(FileReader&& other) noexcept;
+  FileReader(const FileReader&) = delete;
+  FileReader& operator=(const FileReader&) = delete;
+  FileReader& operator=(FileReader&&) = delete;
+  ~FileReader();
+
+  const std::filesystem::path& path() const noexcept { return path_; }
+  ErrorKind kind() const noexcept { return kind_; }
+  uint64_t size() const noexcept { return size_; }  ///< bytes, when it was opened
+
+  /// Exactly `bytes` bytes from `offset`, or an Error.
+  void read(uint64_t offset, void* destination, uint64_t bytes) const;
+
+  /// Size and checksum of the whole file.
+  FileDigest digest() const;
+
+ private:
+  std::filesystem::path path_;
+  ErrorKind kind_;
+  int descriptor_ = -1;
+  uint64_t size_ = 0;
+};
+
+/// The whole content of a file of at most `limit` bytes.
+std::string read_text(const std::filesystem::path& path, ErrorKind kind, uint64_t limit = uint64_t{64} << 20);
+
+/// Writes a file that is either complete or not there: into a hidden temporary in the same folder, which `commit` makes durable (fsync) and
+/// renames. Without `commit` the temporary is removed. Errors: Error(kStorage) with path, operation and the system's reason.
+class FileWriter {
+ public:
+  explicit FileWriter(std::filesystem::path path);
+  FileWriter(const FileWriter&) = delete;
+  FileWriter& operator=(const FileWriter&) = delete;
+  ~FileWriter();
+
+  void write(const void* data, uint64_t bytes);
+  void write(std::string_view text) { write(text.data(), text.size()); }
+  FileDigest commit();
+
+ private:
+  std::filesystem::path path_;
+  std::filesystem::path temporary_;
+  int descriptor_ = -1;
+  uint64_t bytes_ = 0;
+  std::unique_ptr<XXH3_state_s, void (*)(XXH3_state_s*)> checksum_;
+};
+
+/// Writes `text` atomically.
+FileDigest write_text(const std::filesystem::path& path, std::string_view text);
+
+/// Makes creations, renames and removals inside `directory` durable.
+void sync_directory(const std::filesystem::path& directory);
+
+/// `create_directories`, durable, as Error(kStorage).
+void make_directories(const std::filesystem::path& directory);
+
+}  // namespace drrl
