@@ -278,7 +278,9 @@ def check_model(directory):
     """Open the directory as a user would and check that it speaks English. Returns (perplexity, continuation)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     decoded = tokenizer.decode(tokenizer(ROUND_TRIP)["input_ids"])
