@@ -1,0 +1,310 @@
+#include "distributed/group.h"
+
+#include <ATen/core/grad_mode.h>
+
+#include <algorithm>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+
+#include "core/error.h"
+
+namespace drrl {
+namespace {
+
+using WorkPtr = c10::intrusive_ptr<c10d::Work>;
+
+c10d::ReduceOp to_c10d(ReduceOp op) {
+  switch (op) {
+    case ReduceOp::kSum: return c10d::ReduceOp::SUM;
+    case ReduceOp::kMax: return c10d::ReduceOp::MAX;
+    case ReduceOp::kMin: return c10d::ReduceOp::MIN;
+  }
+  TORCH_CHECK(false, "unknown ReduceOp ", static_cast<int>(op));
+}
+
+// Runs `action`; whatever it throws leaves as Error(kCommunication) that says who was doing what.
+template <typename Action>
+auto translated(const Group& group, const char* operation, const Action& action) {
+  try {
+    return action();
+  } catch (const Error&) {
+    throw;
+  } catch (const c10::Error& error) {
+    raise(ErrorKind::kCommunication, group.describe(), ": ", operation, " failed: ", error.what_without_backtrace());
+  } catch (const std::exception& error) {
+    raise(ErrorKind::kCommunication, group.describe(), ": ", operation, " failed: ", error.what());
+  }
+}
+
+void check_tensor(const at::Tensor& tensor, const char* operation) {
+  TORCH_CHECK(tensor.defined(), operation, ": an undefined tensor");
+  TORCH_CHECK(tensor.is_contiguous(), operation, ": expected a contiguous tensor, got sizes ", tensor.sizes(), " with strides ",
+              tensor.strides());
+}
+
+void check_member(int64_t rank, const Group& group, const char* operation) {
+  TORCH_CHECK(0 <= rank && rank < group.size(), operation, ": rank ", rank, " is not in group '", group.name(), "' of ",
+              group.size());
+}
+
+// `whole` holds size() parts, as output of a gather or input of a scatter.
+void check_parts(const at::Tensor& whole, const at::Tensor& part, const Group& group, const char* operation) {
+  check_tensor(whole, operation);
+  check_tensor(part, operation);
+  TORCH_CHECK(whole.scalar_type() == part.scalar_type() && whole.device() == part.device(), operation, ": ",
+              whole.scalar_type(), " on ", whole.device(), " does not go with ", part.scalar_type(), " on ", part.device());
+  TORCH_CHECK(whole.numel() == group.size() * part.numel(), operation, ": sizes ", whole.sizes(), " are not ", group.size(),
+              " times sizes ", part.sizes());
+}
+
+// Starts a collective through the dispatcher, out of autograd's sight, and returns the handle that completes it.
+template <typename Start>
+Pending start(const Group& group, const char* operation, const Start& launch) {
+  const at::NoGradGuard no_grad;
+  WorkPtr work = translated(group, operation, launch);
+  return Pending([group, operation, work = std::move(work)] { translated(group, operation, [&] { return work->wait(); }); });
+}
+
+}  // namespace
+
+Pending& Pending::operator=(Pending&& other) noexcept {
+  std::swap(wait_, other.wait_);
+  return *this;
+}
+
+Pending::~Pending() {
+  if (wait_) {
+    try {
+      wait();
+    } catch (const std::exception& error) {
+      TORCH_WARN("drrl: a collective that nobody waited for failed: ", error.what());
+    }
+  }
+}
+
+void Pending::wait() {
+  if (const auto wait = std::exchange(wait_, nullptr)) {
+    wait();
+  }
+}
+
+Group::Group() = default;
+Group::Group(const Group& other) = default;
+Group::Group(Group&& other) noexcept = default;
+Group& Group::operator=(const Group& other) = default;
+Group& Group::operator=(Group&& other) noexcept = default;
+Group::~Group() = default;
+
+Group::Group(std::string name, c10::intrusive_ptr<c10d::ProcessGroup> process_group, std::chrono::milliseconds timeout,
+             std::vector<int64_t> world_ranks)
+    : name_(std::move(name)),
+      process_group_(std::move(process_group)),
+      timeout_(timeout),
+      world_ranks_(std::move(world_ranks)) {
+  if (process_group_) {
+    rank_ = process_group_->getRank();
+    size_ = process_group_->getSize();
+  }
+  check(ErrorKind::kUsage, world_ranks_.empty() || static_cast<int64_t>(world_ranks_.size()) == size_, "group '", name_,
+        "' has ", size_, " members, but ", world_ranks_.size(), " world ranks were given");
+  check(ErrorKind::kUsage, size_ == 1 || timeout_.count() > 0, "group '", name_, "': the timeout of ", timeout_.count(),
+        " ms is not positive");
+}
+
+std::string Group::describe(int64_t rank) const {
+  const std::string place = c10::str("group '", name_, "' (rank ", rank, " of ", size_, ")");
+  return world_ranks_.empty() ? place : c10::str("world rank ", world_ranks_.at(static_cast<std::size_t>(rank)), ", ", place);
+}
+
+at::Device Group::message_device() const {
+  if (!process_group_) {
+    return at::kCPU;
+  }
+  const auto devices = process_group_->getDeviceTypes();
+  const bool has_cpu = std::any_of(devices.begin(), devices.end(), [](const at::Device& device) { return device.is_cpu(); });
+  if (has_cpu || devices.empty()) {
+    return at::kCPU;
+  }
+  return process_group_->getBoundDeviceId().value_or(devices.front());
+}
+
+Pending Group::all_reduce_async(at::Tensor& tensor, ReduceOp op) const {
+  check_tensor(tensor, "all_reduce");
+  if (size_ == 1 || tensor.numel() == 0) {
+    return {};
+  }
+  return start(*this, "all_reduce", [&] {
+    c10d::AllreduceOptions options;
+    options.reduceOp = to_c10d(op);
+    options.timeout = timeout_;
+    std::vector<at::Tensor> tensors = {tensor.detach()};
+    return process_group_->allreduce(tensors, options);
+  });
+}
+
+void Group::all_reduce(at::Tensor& tensor, ReduceOp op) const {
+  all_reduce_async(tensor, op).wait();
+}
+
+Pending Group::all_gather_async(at::Tensor& output, const at::Tensor& input) const {
+  check_parts(output, input, *this, "all_gather");
+  if (input.numel() == 0) {
+    return {};
+  }
+  if (size_ == 1) {
+    const at::NoGradGuard no_grad;
+    output.detach().view(input.sizes()).copy_(input);
+    return {};
+  }
+  return start(*this, "all_gather", [&] {
+    c10d::AllgatherOptions options;
+    options.timeout = timeout_;
+    at::Tensor to = output.detach();
+    at::Tensor from = input.detach();
+    return process_group_->_allgather_base(to, from, options);
+  });
+}
+
+void Group::all_gather(at::Tensor& output, const at::Tensor& input) const {
+  all_gather_async(output, input).wait();
+}
+
+at::Tensor Group::all_gather_uneven(const at::Tensor& input) const {
+  check_tensor(input, "all_gather_uneven");
+  TORCH_CHECK(input.dim() > 0, "all_gather_uneven: a tensor without dimensions has no rows");
+  const at::NoGradGuard no_grad;
+  if (size_ == 1) {
+    return input.detach().clone();
+  }
+  // Every member learns the rows of all, and that the rows are alike.
+  int64_t row_elements = 1;
+  for (int64_t i = 1; i < input.dim(); ++i) {
+    row_elements *= input.size(i);
+  }
+  const at::Tensor own = at::tensor({input.size(0), row_elements}, at::kLong).to(message_device());
+  at::Tensor all = at::empty({size_, 2}, own.options());
+  all_gather(all, own);
+  all = all.cpu();
+  int64_t most = 0;
+  for (int64_t member = 0; member < size_; ++member) {
+    const int64_t* entry = all.const_data_ptr<int64_t>() + 2 * member;
+    check(ErrorKind::kCommunication, entry[1] == row_elements, describe(), ": all_gather_uneven of rows of ", row_elements,
+          " elements, but rank ", member, " has rows of ", entry[1]);
+    most = std::max(most, entry[0]);
+  }
+  // Padded to equal sizes, since no c10d backend but ours gathers unequal ones.
+  std::vector<int64_t> sizes = input.sizes().vec();
+  sizes[0] = most;
+  at::Tensor padded = input.detach();
+  if (input.size(0) != most) {
+    padded = at::zeros(sizes, input.options());
+    padded.narrow(0, 0, input.size(0)).copy_(input);
+  }
+  sizes.insert(sizes.begin(), size_);
+  at::Tensor gathered = at::empty(sizes, input.options());
+  all_gather(gathered, padded);
+  std::vector<at::Tensor> parts;
+  for (int64_t member = 0; member < size_; ++member) {
+    parts.push_back(gathered[member].narrow(0, 0, all.const_data_ptr<int64_t>()[2 * member]));
+  }
+  return at::cat(parts);
+}
+
+void Group::reduce_scatter(at::Tensor& output, const at::Tensor& input) const {
+  check_parts(input, output, *this, "reduce_scatter");
+  if (output.numel() == 0) {
+    return;
+  }
+  if (size_ == 1) {
+    const at::NoGradGuard no_grad;
+    output.detach().copy_(input.view(output.sizes()));
+    return;
+  }
+  start(*this, "reduce_scatter", [&] {
+    c10d::ReduceScatterOptions options;
+    options.timeout = timeout_;
+    at::Tensor to = output.detach();
+    at::Tensor from = input.detach();
+    return process_group_->_reduce_scatter_base(to, from, options);
+  }).wait();
+}
+
+void Group::broadcast(at::Tensor& tensor, int64_t root) const {
+  check_tensor(tensor, "broadcast");
+  check_member(root, *this, "broadcast");
+  if (size_ == 1 || tensor.numel() == 0) {
+    return;
+  }
+  start(*this, "broadcast", [&] {
+    c10d::BroadcastOptions options;
+    options.rootRank = root;
+    options.timeout = timeout_;
+    std::vector<at::Tensor> tensors = {tensor.detach()};
+    return process_group_->broadcast(tensors, options);
+  }).wait();
+}
+
+std::vector<at::Tensor> Group::gather(const at::Tensor& tensor, int64_t root) const {
+  check_tensor(tensor, "gather");
+  check_member(root, *this, "gather");
+  const at::NoGradGuard no_grad;
+  if (size_ == 1) {
+    return {tensor.detach().clone()};
+  }
+  std::vector<std::vector<at::Tensor>> outputs;
+  if (rank_ == root) {
+    outputs.emplace_back();
+    for (int64_t member = 0; member < size_; ++member) {
+      outputs[0].push_back(at::empty_like(tensor.detach()));
+    }
+  }
+  if (tensor.numel() > 0) {
+    start(*this, "gather", [&] {
+      c10d::GatherOptions options;
+      options.rootRank = root;
+      options.timeout = timeout_;
+      std::vector<at::Tensor> inputs = {tensor.detach()};
+      return process_group_->gather(outputs, inputs, options);
+    }).wait();
+  }
+  return rank_ == root ? outputs[0] : std::vector<at::Tensor>();
+}
+
+void Group::send(const at::Tensor& tensor, int64_t destination, int tag) const {
+  check_tensor(tensor, "send");
+  check_member(destination, *this, "send");
+  TORCH_CHECK(destination != rank_, "send: rank ", rank_, " of group '", name_, "' sends to itself");
+  if (tensor.numel() == 0) {
+    return;
+  }
+  start(*this, "send", [&] {
+    std::vector<at::Tensor> tensors = {tensor.detach()};
+    return process_group_->send(tensors, static_cast<int>(destination), tag);
+  }).wait();
+}
+
+void Group::receive(at::Tensor& tensor, int64_t source, int tag) const {
+  check_tensor(tensor, "receive");
+  check_member(source, *this, "receive");
+  TORCH_CHECK(source != rank_, "receive: rank ", rank_, " of group '", name_, "' receives from itself");
+  if (tensor.numel() == 0) {
+    return;
+  }
+  start(*this, "receive", [&] {
+    std::vector<at::Tensor> tensors = {tensor.detach()};
+    return process_group_->recv(tensors, static_cast<int>(source), tag);
+  }).wait();
+}
+
+void Group::barrier() const {
+  if (size_ == 1) {
+    return;
+  }
+  start(*this, "barrier", [&] {
+    c10d::BarrierOptions options;
+    options.timeout = timeout_;
+    options.device = message_device();
+    return process_group_->barrier(options);
+  }).wait();
+}
+
+}  // namespace drrl

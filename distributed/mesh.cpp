@@ -1,0 +1,100 @@
+#include "distributed/mesh.h"
+
+#include <utility>
+#include <vector>
+
+#include "core/error.h"
+#include "distributed/agreement.h"
+#include "distributed/mpi_group.h"
+#include "distributed/nccl_group.h"
+#include "distributed/rendezvous.h"
+
+namespace drrl {
+namespace {
+
+struct Groups {
+  Group world;
+  Group tp;
+  Group dp;
+};
+
+Groups make_mpi_groups(const Environment& environment, MeshShape shape, std::chrono::milliseconds timeout) {
+  require_mpi();
+  int size = 0;
+  int rank = 0;
+  check_mpi(MPI_Comm_size(MPI_COMM_WORLD, &size), "MPI_Comm_size");
+  check_mpi(MPI_Comm_rank(MPI_COMM_WORLD, &rank), "MPI_Comm_rank");
+  check(ErrorKind::kUsage, size == environment.world_size && rank == environment.world_rank, "MPI says rank ", rank, " of ",
+        size, ", but ", name(environment.launcher), " says rank ", environment.world_rank, " of ", environment.world_size,
+        " (a program linked to another MPI than its launcher's, or srun without --mpi=pmix?)");
+  return {make_mpi_group("world", MPI_COMM_WORLD, timeout),
+          make_mpi_group("tp", MPI_COMM_WORLD, timeout, /*color=*/rank / shape.tp),
+          make_mpi_group("dp", MPI_COMM_WORLD, timeout, /*color=*/rank % shape.tp)};
+}
+
+// `count` world ranks from `first` on, `stride` apart.
+std::vector<int64_t> strided(int64_t first, int64_t count, int64_t stride) {
+  std::vector<int64_t> result;
+  for (int64_t i = 0; i < count; ++i) {
+    result.push_back(first + i * stride);
+  }
+  return result;
+}
+
+Groups make_nccl_groups(const Environment& environment, MeshShape shape, at::Device device, std::chrono::milliseconds timeout,
+                        const Groups& cpu) {
+  const int64_t rank = environment.world_rank;
+  const auto store = make_store(environment, cpu.world, timeout);
+  return {make_nccl_group("world", store, strided(0, environment.world_size, 1), rank, device, timeout, cpu.world),
+          make_nccl_group("tp", store, strided(rank - rank % shape.tp, shape.tp, 1), rank, device, timeout, cpu.tp),
+          make_nccl_group("dp", store, strided(rank % shape.tp, shape.dp, shape.tp), rank, device, timeout, cpu.dp)};
+}
+
+void check_place(const Group& group, const char* role, int64_t rank, int64_t size) {
+  check(ErrorKind::kUsage, group.rank() == rank && group.size() == size, "the ", role, " group '", group.name(),
+        "' has this process as rank ", group.rank(), " of ", group.size(), ", expected rank ", rank, " of ", size,
+        " (tp varies fastest)");
+}
+
+}  // namespace
+
+void check_shape(MeshShape shape, int64_t world_size) {
+  check(ErrorKind::kUsage, shape.tp >= 1 && shape.dp >= 1, "tp=", shape.tp, " and dp=", shape.dp, " must be at least 1");
+  // Divided, not multiplied: the product may overflow.
+  check(ErrorKind::kUsage, world_size % shape.tp == 0 && world_size / shape.tp == shape.dp, "tp=", shape.tp,
+        " times dp=", shape.dp, " is not the world size of ", world_size);
+}
+
+Mesh Mesh::create(const Environment& environment, MeshShape shape, at::Device device, std::chrono::milliseconds timeout) {
+  check_shape(shape, environment.world_size);
+  check(ErrorKind::kUsage, device.is_cpu() || device.is_cuda(), "device ", device, " is neither a CPU nor a CUDA device");
+  if (device.is_cuda()) {
+    require_nccl(device);
+  }
+  if (environment.world_size == 1) {
+    return {};
+  }
+  const bool has_mpi = environment.launcher != Launcher::kTorchrun;
+  check(ErrorKind::kUsage, has_mpi || device.is_cuda(),
+        "CPU tensors have no groups under torchrun (LibTorch's C++ headers come without Gloo): "
+        "start the program with mpirun, or hand in groups of your own");
+  Groups groups;
+  if (has_mpi) {
+    groups = make_mpi_groups(environment, shape, timeout);
+  }
+  if (device.is_cuda()) {
+    groups = make_nccl_groups(environment, shape, device, timeout, groups);
+  }
+  return Mesh(shape, std::move(groups.world), std::move(groups.tp), std::move(groups.dp));
+}
+
+Mesh::Mesh(MeshShape shape, Group world, Group tp, Group dp)
+    : shape_(shape), world_(std::move(world)), tp_(std::move(tp)), dp_(std::move(dp)) {
+  check_shape(shape, world_.size());
+  check_place(tp_, "tensor-parallel", world_.rank() % shape.tp, shape.tp);
+  check_place(dp_, "data-parallel", world_.rank() / shape.tp, shape.dp);
+  check_agreement(world_, hash_bytes(c10::str("tp=", shape.tp, " dp=", shape.dp)),
+                  c10::str("the mesh (tp=", shape.tp, ", dp=", shape.dp, " here)"));
+}
+
+}  // namespace drrl

@@ -1,0 +1,56 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <chrono>
+#include <cstdint>
+
+#include "distributed/environment.h"
+#include "distributed/group.h"
+
+namespace drrl {
+
+/// How the world is divided: tp processes share one copy of the model, dp copies train on different data.
+struct MeshShape {
+  int64_t tp = 1;
+  int64_t dp = 1;
+};
+
+/// The processes as a dp x tp grid: world rank = dp_rank * tp + tp_rank, so a tensor-parallel group sits on neighbouring ranks.
+///
+///   tp = 2, dp = 3:    tp groups {0 1} {2 3} {4 5},    dp groups {0 2 4} {1 3 5}
+///
+/// Mesh owns its groups, and must be gone before MPI_Finalize. Default-constructed: one process.
+class Mesh {
+ public:
+  Mesh() = default;
+
+  /// Makes the groups: over Open MPI for CPU tensors, over NCCL for tensors on a CUDA `device` (with Open MPI beside it for CPU
+  /// tensors, except under torchrun). Collective over the world. With MPI, the program has called
+  /// MPI_Init_thread(MPI_THREAD_MULTIPLE).
+  ///
+  /// Errors: Error(kUsage) when tp * dp is not the world size, when MPI is needed and not active, when MPI's world is not the
+  /// environment's, for CPU tensors under torchrun (hand in groups instead), or without a usable GPU; Error(kCommunication)
+  /// when the processes were given different shapes.
+  static Mesh create(const Environment& environment, MeshShape shape, at::Device device, std::chrono::milliseconds timeout);
+
+  /// Of groups that a host program made. Collective over `world`. Errors: Error(kUsage) unless their sizes and ranks are those
+  /// of the grid above; Error(kCommunication) when the processes were given different shapes.
+  Mesh(MeshShape shape, Group world, Group tp, Group dp);
+
+  const MeshShape& shape() const noexcept { return shape_; }
+  const Group& world() const noexcept { return world_; }
+  const Group& tp() const noexcept { return tp_; }
+  const Group& dp() const noexcept { return dp_; }
+
+ private:
+  MeshShape shape_;
+  Group world_;
+  Group tp_;
+  Group dp_;
+};
+
+/// Errors: Error(kUsage), naming the numbers, unless tp, dp >= 1 and tp * dp == world_size.
+void check_shape(MeshShape shape, int64_t world_size);
+
+}  // namespace drrl

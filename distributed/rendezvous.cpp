@@ -1,0 +1,74 @@
+#include "distributed/rendezvous.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <string>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
+
+#include "core/error.h"
+
+namespace drrl {
+namespace {
+
+std::string host_name() {
+  std::array<char, 256> text{};
+  check(ErrorKind::kCommunication, gethostname(text.data(), text.size() - 1) == 0, "gethostname failed");
+  return text.data();
+}
+
+c10::intrusive_ptr<c10d::TCPStore> open_store(const Environment& environment, const std::string& address, int64_t port,
+                                              bool server, std::chrono::milliseconds timeout) {
+  c10d::TCPStoreOptions options;
+  options.port = static_cast<std::uint16_t>(port);
+  options.isServer = server;
+  options.waitWorkers = false;
+  options.timeout = timeout;
+  try {
+    return c10::make_intrusive<c10d::TCPStore>(address, options);
+  } catch (const std::exception& error) {
+    raise(ErrorKind::kCommunication, "world rank ", environment.world_rank, " cannot ", server ? "serve" : "reach",
+          " the store at ", address, ":", port, ": ", error.what());
+  }
+}
+
+}  // namespace
+
+c10::intrusive_ptr<c10d::Store> make_store(const Environment& environment, const Group& bootstrap,
+                                           std::chrono::milliseconds timeout) {
+  if (environment.launcher == Launcher::kTorchrun) {
+    const bool server = !environment.agent_store && environment.world_rank == 0;
+    auto store = open_store(environment, *environment.master_address, *environment.master_port, server, timeout);
+    return c10::make_intrusive<c10d::PrefixStore>(c10::str("drrl/attempt_", environment.restart_count), std::move(store));
+  }
+
+  check(ErrorKind::kUsage, bootstrap.size() == environment.world_size, "the bootstrap group '", bootstrap.name(), "' has ",
+        bootstrap.size(), " members in a world of ", environment.world_size);
+  // "port address", zero-padded.
+  std::array<char, 512> endpoint{};
+  c10::intrusive_ptr<c10d::TCPStore> store;
+  if (environment.world_rank == 0) {
+    const std::string address =
+        environment.local_size == environment.world_size ? "127.0.0.1" : environment.master_address.value_or(host_name());
+    store = open_store(environment, address, /*port=*/0, /*server=*/true, timeout);
+    const std::string text = c10::str(store->getPort(), " ", address);
+    check(ErrorKind::kUsage, text.size() < endpoint.size(), "the master address '", address, "' is too long");
+    std::copy(text.begin(), text.end(), endpoint.begin());
+  }
+  at::Tensor message =
+      at::from_blob(endpoint.data(), {static_cast<int64_t>(endpoint.size())}, at::kByte).to(bootstrap.message_device());
+  bootstrap.broadcast(message);
+  if (!store) {
+    const at::Tensor received = message.cpu();
+    const std::string text(static_cast<const char*>(received.const_data_ptr()));
+    const std::size_t space = text.find(' ');
+    store = open_store(environment, text.substr(space + 1), std::stoll(text.substr(0, space)), /*server=*/false, timeout);
+  }
+  // Nobody leaves before all have connected: rank 0 may be about to fail and take the server with it.
+  bootstrap.barrier();
+  return c10::make_intrusive<c10d::PrefixStore>("drrl", std::move(store));
+}
+
+}  // namespace drrl
