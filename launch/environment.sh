@@ -77,14 +77,13 @@ drrl_python_environment() {
   flock "$lock"  # another process may be making it
   if [ ! -x "$DRRL_PYTHON" ]; then
     drrl_say "making a Python environment in $venv (several GB, a few minutes): $(grep -o '^[a-z].*' "$requirements" | tr '\n' ' ')"
-    # Complete under a temporary name first, so that what was interrupted is never taken for an environment; then its scripts get the
-    # final name in their first line.
+    # Complete under a temporary name first, so that what was interrupted is never taken for an environment; its scripts get the final name.
     rm -rf "$DRRL_CACHE"/.venv-new.*
     temporary=$(mktemp -d "$DRRL_CACHE/.venv-new.XXXXXX") &&
       "$base" -m venv "$temporary/venv" &&
       "$temporary/venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements" &&
       "$temporary/venv/bin/python" -c 'import torch, transformers, gguf' &&
-      { grep -lIZ "^#!$temporary/venv/bin/" "$temporary"/venv/bin/* | xargs -0 sed -i "1s|$temporary/venv/bin/|$venv/bin/|"; } &&
+      { grep -lIZF "$temporary/venv" "$temporary"/venv/bin/* | xargs -0 -r sed -i "s|$temporary/venv|$venv|g"; } &&
       mv "$temporary/venv" "$venv"
     local status=$?
     rm -rf "$temporary"

