@@ -7,8 +7,11 @@
 #include <ATen/ATen.h>
 
 #include <filesystem>
+#include <functional>
 #include <memory>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace drrl {
@@ -77,7 +80,7 @@ class CausalLM {
   const ModelConfig& config() const noexcept { return config_; }
   const ModelOptions& options() const noexcept { return options_; }
   /// Parameters of the whole model, not only of this shard.
-  int64_t parameter_count() const noexcept;
+  int64_t parameter_count() const { return config_.parameter_count(); }
 
   /// tokens [B, L] -> [B, L, hidden] after the final norm.
   at::Tensor hidden(const at::Tensor& tokens);
@@ -93,19 +96,28 @@ class CausalLM {
   /// [B, L, vocabulary] fp32 gathered over `tp`. Builds no graph. For tests and short inputs.
   at::Tensor logits(const at::Tensor& tokens);
 
+  /// Calls `callback(first)` during every backward pass, layer by layer from the last, as soon as the gradients of the parameters from index
+  /// `first` on are complete, so that their reduction over data-parallel ranks can overlap the rest. Never called for
+  /// the embedding (index 0), which is complete when the backward pass returns. Not collective. Empty: none.
+  void on_gradients_complete(std::function<void(int64_t first)> callback) { gradients_complete_ = std::move(callback); }
+
  private:
+  friend struct CheckpointedLayer;
+
   /// Indices into parameters_; -1 where the model has no such parameter.
   struct LayerParameters {
     int64_t input_norm, qkv, qkv_bias, o, o_bias, post_norm, gate_up, gate_up_bias, down, down_bias;
   };
 
-  int64_t add_parameter(const std::string& name, at::IntArrayRef shape, bool sharded);
-  const at::Tensor& value(int64_t index) const;
-  at::Tensor layer(int64_t index, const at::Tensor& h, const at::Tensor& cos, const at::Tensor& sin, std::shared_ptr<LayerPlan>& plan);
-  at::Tensor checkpointed_layer(int64_t index, const at::Tensor& h, const at::Tensor& cos, const at::Tensor& sin);
-  void check_tokens(const at::Tensor& tokens) const;
+  const at::Tensor& value(int64_t index) const { return parameters_[static_cast<size_t>(index)].value; }
+  std::optional<at::Tensor> optional_value(int64_t index) const;
+  /// h [B L, hidden] -> the same after layer `index`. `plan` as in AttentionController::attend.
+  at::Tensor layer(int64_t index, const at::Tensor& h, int64_t batch, std::shared_ptr<LayerPlan>& plan);
+  /// checked tokens [B, L] -> [B L, hidden] after the final norm
+  at::Tensor forward(const at::Tensor& tokens);
+  at::Tensor check_tokens(const at::Tensor& tokens) const;
   at::Tensor check_labels(const at::Tensor& tokens, const at::Tensor& labels) const;
-  void prepare_rotary(int64_t length);
+  void prepare_angles(int64_t length);
 
   ModelConfig config_;
   Group tp_;
@@ -114,8 +126,10 @@ class CausalLM {
   std::vector<Parameter> parameters_;
   std::vector<LayerParameters> layers_;
   int64_t embedding_ = -1, final_norm_ = -1, head_ = -1;
-  at::Tensor cos_, sin_;  // [longest L seen, d / 2] fp32
-  std::filesystem::path source_;
+  int64_t heads_ = 0, groups_ = 0, first_vocabulary_row_ = 0;  // of this rank
+  at::Tensor cos_, sin_;                                       // [longest L seen, d / 2] fp32
+  std::function<void(int64_t)> gradients_complete_;
+  std::filesystem::path source_;                               // the directory that was loaded
 };
 
 }  // namespace drrl

@@ -1,0 +1,315 @@
+#include "models/llama.h"
+
+#include "core/error.h"
+#include "models/cross_entropy.h"
+#include "models/fused_ops.h"
+#include "models/safetensors.h"
+#include "models/storage.h"
+#include "models/tensor_parallel.h"
+#include "models/weights.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/custom_class.h>
+
+#include <exception>
+#include <map>
+#include <set>
+#include <utility>
+
+namespace drrl {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// What a checkpointed layer needs to run once more.
+struct Replay : torch::CustomClassHolder {
+  Replay(CausalLM* of, int64_t at, int64_t rows) : model(of), index(at), batch(rows) {}
+  CausalLM* model;
+  int64_t index, batch;
+  std::shared_ptr<LayerPlan> plan;
+};
+
+// Runs `body` on every rank; if it throws on one, all of them throw, so that none is left waiting in the next collective.
+template <typename Body>
+void all_or_none(const Group& group, at::Device device, ErrorKind kind, const char* what, Body&& body) {
+  std::exception_ptr failure;
+  try {
+    body();
+  } catch (...) {
+    failure = std::current_exception();
+  }
+  at::Tensor failed = at::full({1}, failure ? group.rank() + 1 : 0, at::TensorOptions(device).dtype(at::kLong));
+  group.all_reduce(failed, ReduceOp::kMax);
+  if (failure) {
+    std::rethrow_exception(failure);
+  }
+  check(kind, failed.item<int64_t>() == 0, what, " failed on ", group.name(), " rank ", failed.item<int64_t>() - 1);
+}
+
+}  // namespace
+
+// Keeps a layer's input instead of its activations. The recomputation replays the attention plan of the forward pass, so that its
+// gradients are bit for bit those of the layer itself. The model must outlive the graph.
+struct CheckpointedLayer : torch::autograd::Function<CheckpointedLayer> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& h, CausalLM* model, int64_t index, int64_t batch) {
+    auto replay = c10::make_intrusive<Replay>(model, index, batch);
+    const at::Tensor out = model->layer(index, h, batch, replay->plan);
+    ctx->save_for_backward({h});
+    ctx->saved_data["replay"] = c10::IValue::make_capsule(replay);
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto replay = c10::static_intrusive_pointer_cast<Replay>(ctx->saved_data["replay"].toCapsule());
+    at::Tensor h = ctx->get_saved_variables()[0].detach().requires_grad_(true);
+    at::Tensor out;
+    {
+      at::AutoGradMode with_grad(true);
+      out = replay->model->layer(replay->index, h, replay->batch, replay->plan);
+    }
+    torch::autograd::backward({out}, {grads[0]});
+    return {h.grad(), {}, {}, {}};
+  }
+};
+
+CausalLM::CausalLM(const ModelConfig& config, const Group& tp, std::shared_ptr<AttentionController> attention,
+                   const ModelOptions& options)
+    : config_(config), tp_(tp), attention_(std::move(attention)), options_(options) {
+  check(ErrorKind::kUsage, attention_ != nullptr, "a model needs an attention controller");
+  check(ErrorKind::kUsage,
+        options_.dtype == at::kFloat || options_.dtype == at::kBFloat16 || options_.dtype == at::kDouble,
+        "models compute in float32, bfloat16 or float64, not in ", options_.dtype);
+  check(ErrorKind::kUsage, options_.loss_chunk_rows >= 1, "loss_chunk_rows must be at least 1, not ", options_.loss_chunk_rows);
+
+  const auto master = at::TensorOptions(options_.device).dtype(options_.dtype == at::kDouble ? at::kDouble : at::kFloat);
+  std::map<std::string, int64_t> index;
+  for (const ParameterLayout& layout : parameter_layouts(config_, tp_.size(), tp_.rank())) {
+    index[layout.name] = static_cast<int64_t>(parameters_.size());
+    at::Tensor tensor = at::zeros(layout.shape, master).requires_grad_(true);
+    parameters_.push_back({layout.name, std::move(tensor), layout.shape.size() > 1, layout.sharded});
+  }
+  const auto find = [&](const std::string& name) {
+    const auto found = index.find(name);
+    return found == index.end() ? -1 : found->second;
+  };
+  for (int64_t i = 0; i < config_.num_hidden_layers; ++i) {
+    const std::string layer = "model.layers." + std::to_string(i) + ".";
+    layers_.push_back({.input_norm = find(layer + "input_layernorm.weight"),
+                       .qkv = find(layer + "self_attn.qkv_proj.weight"),
+                       .qkv_bias = find(layer + "self_attn.qkv_proj.bias"),
+                       .o = find(layer + "self_attn.o_proj.weight"),
+                       .o_bias = find(layer + "self_attn.o_proj.bias"),
+                       .post_norm = find(layer + "post_attention_layernorm.weight"),
+                       .gate_up = find(layer + "mlp.gate_up_proj.weight"),
+                       .gate_up_bias = find(layer + "mlp.gate_up_proj.bias"),
+                       .down = find(layer + "mlp.down_proj.weight"),
+                       .down_bias = find(layer + "mlp.down_proj.bias")});
+  }
+  embedding_ = find("model.embed_tokens.weight");
+  final_norm_ = find("model.norm.weight");
+  head_ = config_.tie_word_embeddings ? embedding_ : find("lm_head.weight");
+  groups_ = partition(config_.num_key_value_heads, tp_.size(), tp_.rank()).count;
+  heads_ = groups_ * config_.heads_per_group();
+  first_vocabulary_row_ = partition(config_.vocab_size, tp_.size(), tp_.rank()).begin;
+}
+
+std::optional<at::Tensor> CausalLM::optional_value(int64_t index) const {
+  return index < 0 ? std::nullopt : std::optional<at::Tensor>(value(index));
+}
+
+void CausalLM::prepare_angles(int64_t length) {
+  if (cos_.defined() && cos_.size(0) >= length) {
+    return;
+  }
+  at::NoGradGuard no_grad;
+  // In fp32 on the CPU, as Transformers does: at position 8192 the rounding of the product is already 5e-4 of an angle.
+  const at::Tensor angles = at::outer(at::arange(length, at::kFloat), config_.inverse_frequencies());
+  cos_ = angles.cos().to(options_.device);
+  sin_ = angles.sin().to(options_.device);
+}
+
+at::Tensor CausalLM::layer(int64_t index, const at::Tensor& h, int64_t batch, std::shared_ptr<LayerPlan>& plan) {
+  const LayerParameters& p = layers_[static_cast<size_t>(index)];
+  const int64_t tokens = h.size(0);
+  const int64_t length = tokens / batch;
+  const double eps = config_.rms_norm_eps;
+
+  const auto [residual, x] = rms_norm(h, value(p.input_norm), eps);
+  const at::Tensor qkv = column_parallel_linear(x, value(p.qkv), optional_value(p.qkv_bias), tp_);
+  const auto [q, k, v] = rope_split(qkv, cos_.narrow(0, 0, length), sin_.narrow(0, 0, length), batch, heads_, groups_);
+  const at::Tensor attended = attention_->attend(index, q, k, v, value(p.o).detach(), plan);  // [B, H, L, d]
+  const at::Tensor flat = attended.transpose(1, 2).reshape({tokens, heads_ * config_.head_dim});
+  const at::Tensor middle = row_parallel_linear(flat, value(p.o), optional_value(p.o_bias), residual, tp_);
+
+  const auto [residual_mlp, y] = rms_norm(middle, value(p.post_norm), eps);
+  const at::Tensor gate_up = column_parallel_linear(y, value(p.gate_up), optional_value(p.gate_up_bias), tp_);
+  return row_parallel_linear(gate_up, value(p.down), optional_value(p.down_bias), residual_mlp, tp_, InputActivation::kSwiglu);
+}
+
+at::Tensor CausalLM::forward(const at::Tensor& tokens) {
+  const int64_t batch = tokens.size(0);
+  prepare_angles(tokens.size(1));
+  at::Tensor h = vocabulary_parallel_embedding(tokens.reshape({-1}), value(embedding_), first_vocabulary_row_, options_.dtype, tp_);
+  const bool checkpoint = options_.activation_checkpoint && at::GradMode::is_enabled();
+  for (int64_t i = 0; i < config_.num_hidden_layers; ++i) {
+    if (gradients_complete_ && h.requires_grad()) {
+      // The gradient of a layer's input arrives when all of the layer's weights have theirs.
+      h.register_hook([this, first = layers_[static_cast<size_t>(i)].input_norm](const at::Tensor&) { gradients_complete_(first); });
+    }
+    std::shared_ptr<LayerPlan> plan;
+    h = checkpoint ? CheckpointedLayer::apply(h, this, i, batch) : layer(i, h, batch, plan);
+  }
+  return rms_norm(h, value(final_norm_), config_.rms_norm_eps).second;
+}
+
+at::Tensor CausalLM::check_tokens(const at::Tensor& tokens) const {
+  check(ErrorKind::kUsage, tokens.dim() == 2 && tokens.scalar_type() == at::kLong && tokens.numel() > 0,
+        "tokens must be a non-empty [B, L] of int64, not ", tokens.sizes(), " of ", tokens.scalar_type());
+  check(ErrorKind::kUsage, tokens.size(1) <= config_.max_position_embeddings, "a sequence of ", tokens.size(1),
+        " tokens is longer than the model's max_position_embeddings, ", config_.max_position_embeddings);
+  const auto [low, high] = at::aminmax(tokens);
+  check(ErrorKind::kData, low.item<int64_t>() >= 0 && high.item<int64_t>() < config_.vocab_size, "token ids from ",
+        low.item<int64_t>(), " to ", high.item<int64_t>(), " do not fit a vocabulary of ", config_.vocab_size);
+  return tokens.to(options_.device);
+}
+
+at::Tensor CausalLM::check_labels(const at::Tensor& tokens, const at::Tensor& labels) const {
+  check(ErrorKind::kUsage, labels.sizes() == tokens.sizes() && labels.scalar_type() == at::kLong, "labels must be int64 of the tokens' shape ",
+        tokens.sizes(), ", not ", labels.sizes(), " of ", labels.scalar_type());
+  const auto [low, high] = at::aminmax(labels.masked_fill(labels == kIgnoredLabel, 0));
+  check(ErrorKind::kData, low.item<int64_t>() >= 0 && high.item<int64_t>() < config_.vocab_size, "labels from ", low.item<int64_t>(),
+        " to ", high.item<int64_t>(), " do not fit a vocabulary of ", config_.vocab_size, " (", kIgnoredLabel, " means: not counted)");
+  return labels.to(options_.device).reshape({-1});
+}
+
+at::Tensor CausalLM::hidden(const at::Tensor& tokens) {
+  return forward(check_tokens(tokens)).view({tokens.size(0), tokens.size(1), config_.hidden_size});
+}
+
+LossResult CausalLM::loss(const at::Tensor& tokens, const at::Tensor& labels, double loss_scale) {
+  const at::Tensor checked = check_tokens(tokens);
+  const at::Tensor flat = check_labels(tokens, labels);
+  const int64_t counted = flat.ne(kIgnoredLabel).sum().item<int64_t>();
+  const at::Tensor x = forward(checked);
+  return {fused_linear_cross_entropy(x, value(head_), flat, first_vocabulary_row_, loss_scale, options_.loss_chunk_rows, tp_), counted};
+}
+
+at::Tensor CausalLM::token_nll(const at::Tensor& tokens, const at::Tensor& labels) {
+  at::NoGradGuard no_grad;
+  const at::Tensor checked = check_tokens(tokens);
+  const at::Tensor flat = check_labels(tokens, labels);
+  const at::Tensor rows =
+      linear_cross_entropy_rows(forward(checked), value(head_), flat, first_vocabulary_row_, options_.loss_chunk_rows, tp_);
+  return rows.to(at::kFloat).view(tokens.sizes());
+}
+
+at::Tensor CausalLM::logits(const at::Tensor& tokens) {
+  at::NoGradGuard no_grad;
+  const at::Tensor x = forward(check_tokens(tokens));
+  const at::Tensor local = at::mm(x, value(head_).to(x.scalar_type()).t()).to(options_.dtype == at::kDouble ? at::kDouble : at::kFloat);
+  const at::Tensor all = tp_.size() == 1 ? local : tp_.all_gather_uneven(local.t().contiguous()).t().contiguous();
+  return all.view({tokens.size(0), tokens.size(1), config_.vocab_size});
+}
+
+void CausalLM::initialize(uint64_t seed) {
+  at::NoGradGuard no_grad;
+  uint64_t draw = 0;
+  const auto layouts = parameter_layouts(config_, tp_.size(), tp_.rank());
+  for (size_t i = 0; i < layouts.size(); ++i) {
+    for (const WeightPart& part : layouts[i].parts) {
+      at::Tensor to = region(parameters_[i].value, part);
+      ++draw;
+      if (part.name.ends_with(".bias")) {
+        to.zero_();
+      } else if (part.shape.size() == 1) {
+        to.fill_(1.0);
+      } else {
+        auto generator = at::make_generator<at::CPUGeneratorImpl>(seed * 0x9e3779b97f4a7c15ull + draw);
+        const at::Tensor whole = at::empty(part.shape, at::kFloat).normal_(0.0, config_.initializer_range, generator);
+        to.copy_(whole.narrow(part.dim, part.start, part.length));
+      }
+    }
+  }
+}
+
+void CausalLM::load(const std::filesystem::path& hf_dir) {
+  at::NoGradGuard no_grad;
+  const auto layouts = parameter_layouts(config_, tp_.size(), tp_.rank());
+  all_or_none(tp_, options_.device, ErrorKind::kModel, "loading the model", [&] {
+    const WeightStore store = WeightStore::open(hf_dir);
+    std::set<std::string> used;
+    for (size_t i = 0; i < layouts.size(); ++i) {
+      for (const WeightPart& part : layouts[i].parts) {
+        check(ErrorKind::kModel, store.contains(part.name), hf_dir.string(), ": no tensor ", part.name, ", which config.json calls for");
+        check(ErrorKind::kModel, store.shape(part.name) == part.shape, hf_dir.string(), ": tensor ", part.name, " has shape ",
+              store.shape(part.name), ", config.json says ", part.shape);
+        region(parameters_[i].value, part)
+            .copy_(store.slice(part.name, part.dim, part.start, part.length, parameters_[i].value.scalar_type()));
+        used.insert(part.name);
+      }
+    }
+    for (const std::string& name : store.names()) {
+      const bool known = used.contains(name) || name.ends_with(".rotary_emb.inv_freq") ||
+                         (name == "lm_head.weight" && config_.tie_word_embeddings);
+      check(ErrorKind::kModel, known, hf_dir.string(), ": tensor ", name, " has no place in the model that config.json describes");
+    }
+  });
+  source_ = hf_dir;
+}
+
+void CausalLM::save(const std::filesystem::path& hf_dir, at::ScalarType dtype) const {
+  check(ErrorKind::kUsage, dtype == at::kFloat || dtype == at::kBFloat16, "models are saved in float32 or bfloat16, not in ", dtype);
+  at::NoGradGuard no_grad;
+  std::vector<std::vector<ParameterLayout>> layouts;
+  for (int64_t rank = 0; rank < tp_.size(); ++rank) {
+    layouts.push_back(parameter_layouts(config_, tp_.size(), rank));
+  }
+  std::vector<NamedTensor> tensors;
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    const at::Tensor local = parameters_[i].value.detach();
+    const bool gathered = parameters_[i].sharded && tp_.size() > 1;
+    const at::Tensor flat = gathered ? tp_.all_gather_uneven(local.reshape({-1})) : local.reshape({-1});
+    if (tp_.rank() != 0) {
+      continue;
+    }
+    std::map<std::string, at::Tensor> whole;
+    int64_t offset = 0;
+    for (int64_t rank = 0; rank < (gathered ? tp_.size() : 1); ++rank) {
+      const ParameterLayout& layout = layouts[static_cast<size_t>(rank)][i];
+      const int64_t count = c10::multiply_integers(layout.shape);
+      const at::Tensor shard = flat.narrow(0, offset, count).view(layout.shape);
+      offset += count;
+      for (const WeightPart& part : layout.parts) {
+        auto [found, is_new] = whole.try_emplace(part.name);
+        if (is_new) {
+          found->second = at::empty(part.shape, at::TensorOptions().dtype(dtype));
+        }
+        found->second.narrow(part.dim, part.start, part.length).copy_(region(shard, part));
+      }
+    }
+    for (auto& [name, tensor] : whole) {
+      tensors.push_back({name, std::move(tensor)});
+    }
+  }
+  all_or_none(tp_, options_.device, ErrorKind::kStorage, "saving the model", [&] {
+    if (tp_.rank() != 0) {
+      return;
+    }
+    make_directories(hf_dir);
+    for (const char* name : {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                             "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"}) {
+      if (!source_.empty() && std::filesystem::exists(source_ / name) && !std::filesystem::exists(hf_dir / name)) {
+        write_text(hf_dir / name, read_text(source_ / name, ErrorKind::kModel));
+      }
+    }
+    write_text(hf_dir / "config.json", config_.export_json(dtype));
+    write_safetensors(hf_dir / "model.safetensors", tensors);
+    sync_directory(hf_dir);
+  });
+}
+
+}  // namespace drrl

@@ -1,0 +1,38 @@
+#pragma once
+
+#include "models/config.h"
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace drrl {
+
+/// Where a tensor-parallel rank's parameter lies in a Hugging Face file: rows [row, row + ...) of the parameter are the indices
+/// [start, start + length) of dimension `dim` of the tensor `name` of shape `shape`.
+struct WeightPart {
+  std::string name;
+  std::vector<int64_t> shape;
+  int64_t dim, start, length;
+  int64_t row;
+};
+
+/// One parameter of the model as rank `tp_rank` of `tp_size` holds it: its name (llama.h), its local shape, and its parts in the file, more than one
+/// where matrices are stacked.
+struct ParameterLayout {
+  std::string name;
+  std::vector<int64_t> shape;
+  bool sharded;
+  std::vector<WeightPart> parts;
+};
+
+/// All parameters of the model, in the order of its layers.
+/// Errors: Error(kUsage) when there are more ranks than KV groups, MLP columns or vocabulary rows; it names both numbers.
+std::vector<ParameterLayout> parameter_layouts(const ModelConfig& config, int64_t tp_size, int64_t tp_rank);
+
+/// The region of a parameter's local tensor that a part fills: [length or all, ...], a view.
+at::Tensor region(const at::Tensor& parameter, const WeightPart& part);
+
+}  // namespace drrl
