@@ -9,7 +9,8 @@
 
 namespace drrl {
 
-/// Decoder architectures that share one computation: RMSNorm, RoPE, SwiGLU, grouped-query attention. They differ in biases and defaults.
+/// Decoder architectures that share one computation: RMSNorm, RoPE, SwiGLU, grouped-query attention. They differ in biases and
+/// defaults.
 enum class Architecture { kLlama, kMistral, kQwen2 };
 
 /// "llama", "mistral", "qwen2": the `model_type` of Hugging Face Transformers.
@@ -67,8 +68,9 @@ struct ModelConfig {
   /// Number of weights; tied embeddings are counted once.
   int64_t parameter_count() const;
 
-  /// RoPE's inverse frequencies, fp32 [head_dim / 2] on the CPU, by the operations of Transformers' `modeling_rope_utils.py`, so that they
-  /// are the same bits. The angle of position p in pair i is p * inverse_frequencies[i]; no kind supported here scales cos and sin.
+  /// RoPE's inverse frequencies, fp32 [head_dim / 2] on the CPU, by the operations of Transformers' `modeling_rope_utils.py`,
+  /// so that they are the same bits. The angle of position p in pair i is p * inverse_frequencies[i]; no kind supported here
+  /// scales cos and sin.
   at::Tensor inverse_frequencies() const;
 };
 

@@ -14,10 +14,11 @@
 
 namespace drrl {
 
-/// One file in the safetensors format: u64 header length, JSON header {name: {dtype, shape, data_offsets}}, data. Opening checks the
-/// header completely, so that whatever it contains, every later read lies inside the file: lengths, duplicate names, dtypes, shape x dtype = bytes (without
-/// overflow), offsets inside the data, no overlaps, no holes. Offsets need not be aligned. Source: github.com/huggingface/safetensors.
-/// Errors: Error(kind) that names the file, the tensor, the value and what was expected.
+/// One file in the safetensors format: u64 header length, JSON header {name: {dtype, shape, data_offsets}}, data. Opening
+/// checks the header completely, so that whatever it contains, every later read lies inside the file: lengths, duplicate names,
+/// dtypes, shape x dtype = bytes (without overflow), offsets inside the data, no overlaps, no holes. Offsets need not be
+/// aligned. Source: github.com/huggingface/safetensors. Errors: Error(kind) that names the file, the tensor, the value and what
+/// was expected.
 class SafetensorsFile {
  public:
   struct Entry {
@@ -60,7 +61,8 @@ class WeightStore {
 
   /// Owned, contiguous CPU tensors converted to `dtype`.
   at::Tensor tensor(const std::string& name, at::ScalarType dtype = at::kFloat) const;
-  at::Tensor slice(const std::string& name, int64_t dim, int64_t start, int64_t length, at::ScalarType dtype = at::kFloat) const;
+  at::Tensor slice(const std::string& name, int64_t dim, int64_t start, int64_t length,
+                   at::ScalarType dtype = at::kFloat) const;
 
  private:
   explicit WeightStore(std::filesystem::path directory) : directory_(std::move(directory)) {}

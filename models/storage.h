@@ -9,8 +9,6 @@
 #include <string>
 #include <string_view>
 
-struct XXH3_state_s;
-
 namespace drrl {
 
 /// Size and XXH3-64 checksum of what was written or read.
@@ -22,8 +20,8 @@ struct FileDigest {
 /// The checksum as it stands in manifests: 16 lower-case hexadecimal digits.
 std::string to_hex(uint64_t checksum);
 
-/// A file opened for reading at any offset. It reads with pread rather than through a mapping: a file that shrinks, or a disk or network
-/// file system that fails, is then an Error and not a SIGBUS, and pages are shared by the page cache either way.
+/// A file opened for reading at any offset. It reads with pread rather than through a mapping: a file that shrinks, or a disk
+/// or network file system that fails, is then an Error and not a SIGBUS, and pages are shared by the page cache either way.
 class FileReader {
  public:
   /// `kind` is the kind of every Error about this file.
@@ -54,8 +52,9 @@ class FileReader {
 /// The whole content of a file of at most `limit` bytes.
 std::string read_text(const std::filesystem::path& path, ErrorKind kind, uint64_t limit = uint64_t{64} << 20);
 
-/// Writes a file that is either complete or not there: into a hidden temporary in the same folder, which `commit` makes durable (fsync) and
-/// renames. Without `commit` the temporary is removed. Errors: Error(kStorage) with path, operation and the system's reason.
+/// Writes a file that is either complete or not there: into a hidden temporary in the same folder, which `commit` makes durable
+/// (fsync) and renames. Without `commit` the temporary is removed. Errors: Error(kStorage) with path, operation and the
+/// system's reason.
 class FileWriter {
  public:
   explicit FileWriter(std::filesystem::path path);
@@ -68,11 +67,13 @@ class FileWriter {
   FileDigest commit();
 
  private:
+  struct Checksum;
+
   std::filesystem::path path_;
   std::filesystem::path temporary_;
   int descriptor_ = -1;
   uint64_t bytes_ = 0;
-  std::unique_ptr<XXH3_state_s, void (*)(XXH3_state_s*)> checksum_;
+  std::unique_ptr<Checksum> checksum_;
 };
 
 /// Writes `text` atomically.

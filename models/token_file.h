@@ -11,9 +11,10 @@
 
 namespace drrl {
 
-/// Megatron-LM's indexed token data set: PREFIX.bin holds the tokens of all sequences one after the other, PREFIX.idx says where each sequence and
-/// document starts. Little endian:
-///   "MMIDIDX\0\0", u64 version 1, u8 dtype code, u64 sequences S, u64 D, i32 sizes[S] (tokens), i64 pointers[S] (bytes), i64 documents[D]
+/// Megatron-LM's indexed token data set: PREFIX.bin holds the tokens of all sequences one after the other, PREFIX.idx says
+/// where each sequence and document starts. Little endian:
+///   "MMIDIDX\0\0", u64 version 1, u8 dtype code, u64 sequences S, u64 D, i32 sizes[S] (tokens), i64 pointers[S] (bytes), i64
+///   documents[D]
 /// where documents[] are sequence indices from 0 to S and D is one more than the number of documents.
 /// Source: megatron/core/datasets/indexed_dataset.py. Opening checks every field of the .idx against the .bin.
 /// Errors: Error(kData) that names the file, the value and what was expected.
@@ -23,10 +24,10 @@ class TokenFile {
   static TokenFile open(const std::filesystem::path& prefix);
 
   const std::filesystem::path& bin_path() const noexcept { return bin_.path(); }
-  int64_t tokens() const noexcept { return tokens_; }        ///< length of the concatenated stream
+  int64_t tokens() const noexcept { return tokens_; }  ///< length of the concatenated stream
   int64_t sequences() const noexcept { return sequences_; }
   int64_t documents() const noexcept { return documents_; }
-  at::ScalarType dtype() const noexcept { return dtype_; }   ///< as stored
+  at::ScalarType dtype() const noexcept { return dtype_; }  ///< as stored
 
   /// Tokens [start, start + length) of the concatenated stream, int64 [length] on the CPU. Thread safe.
   at::Tensor read(int64_t start, int64_t length) const;
@@ -53,7 +54,8 @@ class TokenFile {
   int64_t documents_ = 0;
 };
 
-/// Writes PREFIX.bin and PREFIX.idx, one sequence per document. `dtype`: kByte, kChar, kShort, kUInt16, kInt or kLong; Error(kData) if a token does not fit.
+/// Writes PREFIX.bin and PREFIX.idx, one sequence per document. `dtype`: kByte, kChar, kShort, kUInt16, kInt or kLong;
+/// Error(kData) if a token does not fit.
 void write_token_file(const std::filesystem::path& prefix, const std::vector<std::vector<int64_t>>& documents,
                       at::ScalarType dtype = at::kUInt16);
 

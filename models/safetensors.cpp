@@ -1,0 +1,366 @@
+#include "models/safetensors.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <numeric>
+#include <optional>
+#include <set>
+#include <string_view>
+
+namespace drrl {
+namespace {
+
+using Json = nlohmann::json;
+
+static_assert(std::endian::native == std::endian::little, "the safetensors format is little endian");
+
+constexpr uint64_t kLengthBytes = 8;
+constexpr uint64_t kLargestHeader = 100'000'000;  // as in the reference implementation
+constexpr size_t kMostDimensions = 16;
+
+struct DtypeName {
+  std::string_view text;
+  at::ScalarType dtype;
+};
+
+constexpr std::array kDtypes = {
+    DtypeName{"F32", at::kFloat}, DtypeName{"BF16", at::kBFloat16}, DtypeName{"F16", at::kHalf},  DtypeName{"F64", at::kDouble},
+    DtypeName{"I64", at::kLong},  DtypeName{"I32", at::kInt},       DtypeName{"I16", at::kShort}, DtypeName{"I8", at::kChar},
+    DtypeName{"U8", at::kByte},   DtypeName{"BOOL", at::kBool},
+};
+
+std::optional<at::ScalarType> dtype_of(std::string_view text) {
+  const auto* found = std::find_if(kDtypes.begin(), kDtypes.end(), [&](const DtypeName& entry) { return entry.text == text; });
+  return found == kDtypes.end() ? std::nullopt : std::optional(found->dtype);
+}
+
+// Text from a hostile file goes into messages, quoted and short.
+std::string shown(const std::string& text) {
+  constexpr size_t kLongest = 120;
+  const std::string cut = text.size() <= kLongest ? text : text.substr(0, kLongest) + "...";
+  return Json(cut).dump(-1, ' ', true, Json::error_handler_t::replace);
+}
+
+std::string shown(const Json& value) {
+  const std::string text = value.dump(-1, ' ', true, Json::error_handler_t::replace);
+  return text.size() <= 120 ? text : text.substr(0, 120) + "...";
+}
+
+// Parses the header. The tree is small by construction: the callback stops at depth 3 (name -> field -> list), at lists longer
+// than any shape, and at a key that occurs twice in one object, which a JSON library would otherwise silently resolve.
+Json parse_header(const std::string& text, const std::filesystem::path& path, ErrorKind kind) {
+  constexpr int kDeepest = 3;
+  std::array<std::set<std::string>, kDeepest + 1> keys;
+  size_t list_length = 0;
+  const Json::parser_callback_t inspect = [&](int depth, Json::parse_event_t event, Json& value) {
+    switch (event) {
+      case Json::parse_event_t::object_start:
+      case Json::parse_event_t::array_start:
+        check(kind, depth < kDeepest, path, ": the header nests deeper than name -> field -> list");
+        keys[static_cast<size_t>(depth) + 1].clear();
+        list_length = 0;
+        break;
+      case Json::parse_event_t::key: {
+        const bool fresh = keys[static_cast<size_t>(depth)].insert(value.get<std::string>()).second;
+        check(kind, fresh, path, ": ", shown(value), " occurs twice in the header");
+        break;
+      }
+      case Json::parse_event_t::value:
+        check(kind, depth < kDeepest || ++list_length <= kMostDimensions, path, ": a list in the header is longer than ",
+              kMostDimensions, " entries");
+        break;
+      case Json::parse_event_t::object_end:
+      case Json::parse_event_t::array_end: break;
+    }
+    return true;
+  };
+  try {
+    return Json::parse(text, inspect);
+  } catch (const Json::exception& error) {
+    raise(kind, path, ": the header is not valid JSON: ", error.what());
+  }
+}
+
+// a list of non-negative integers that fit int64
+std::vector<int64_t> integers(const Json& value, const std::string& what, ErrorKind kind) {
+  check(kind, value.is_array(), what, " is ", shown(value), ", not a list of integers");
+  std::vector<int64_t> result;
+  for (const Json& item : value) {
+    check(kind, item.is_number_unsigned() && item.get<uint64_t>() <= static_cast<uint64_t>(INT64_MAX), what, " is ",
+          shown(value), "; every entry must be an integer from 0 to 2^63 - 1");
+    result.push_back(item.get<int64_t>());
+  }
+  return result;
+}
+
+SafetensorsFile::Entry parse_entry(const std::string& name, const Json& value, const std::filesystem::path& path,
+                                   ErrorKind kind, uint64_t data_bytes) {
+  const std::string where = c10::str(path, ": tensor ", shown(name));
+  check(kind, value.is_object(), where, " is described by ", shown(value), ", not by an object");
+  for (const char* field : {"dtype", "shape", "data_offsets"}) {
+    check(kind, value.contains(field), where, " has no \"", field, "\"");
+  }
+  const Json& dtype_text = value["dtype"];
+  const auto dtype = dtype_text.is_string() ? dtype_of(dtype_text.get<std::string>()) : std::nullopt;
+  check(kind, dtype.has_value(), where, " has dtype ", shown(dtype_text),
+        "; supported are F32, BF16, F16, F64, I64, I32, I16, I8, U8, BOOL");
+
+  SafetensorsFile::Entry entry{*dtype, integers(value["shape"], where + ": shape", kind), 0, 0};
+  // Zero extents are left out of the overflow check: strides are products of the other extents even when there are no elements.
+  auto expected = static_cast<int64_t>(c10::elementSize(*dtype));
+  bool empty = false;
+  for (const int64_t extent : entry.shape) {
+    const bool overflow = __builtin_mul_overflow(expected, std::max<int64_t>(extent, 1), &expected);
+    check(kind, !overflow, where, ": the size of shape ", shown(value["shape"]), " in bytes overflows 63 bits");
+    empty = empty || extent == 0;
+  }
+  const uint64_t bytes = empty ? 0 : static_cast<uint64_t>(expected);
+
+  const std::vector<int64_t> offsets = integers(value["data_offsets"], where + ": data_offsets", kind);
+  check(kind, offsets.size() == 2 && offsets[0] <= offsets[1], where, ": data_offsets are ", shown(value["data_offsets"]),
+        "; expected [begin, end] with begin <= end");
+  const auto begin = static_cast<uint64_t>(offsets[0]);
+  const auto end = static_cast<uint64_t>(offsets[1]);
+  check(kind, end <= data_bytes, where, ": data_offsets are ", shown(value["data_offsets"]), ", but the file has only ",
+        data_bytes, " bytes of data (truncated?)");
+  check(kind, end - begin == bytes, where, ": data_offsets ", shown(value["data_offsets"]), " span ", end - begin,
+        " bytes, but ", shown(dtype_text), " of shape ", shown(value["shape"]), " takes ", bytes);
+  entry.offset = begin;
+  entry.bytes = bytes;
+  return entry;
+}
+
+// Every byte of the data belongs to exactly one tensor: hidden bytes and shared bytes are signs of a damaged or crafted file.
+void check_layout(const std::map<std::string, SafetensorsFile::Entry>& entries, const std::filesystem::path& path,
+                  ErrorKind kind, uint64_t data_bytes) {
+  using Item = std::pair<const std::string, SafetensorsFile::Entry>;
+  std::vector<const Item*> order;
+  for (const Item& item : entries) {
+    order.push_back(&item);
+  }
+  std::sort(order.begin(), order.end(), [](const Item* a, const Item* b) {
+    return std::pair(a->second.offset, a->second.bytes) < std::pair(b->second.offset, b->second.bytes);
+  });
+  uint64_t end = 0;
+  const Item* previous = nullptr;
+  for (const Item* item : order) {
+    check(kind, item->second.offset >= end, path, ": tensor ", shown(item->first), " begins at byte ", item->second.offset,
+          " of the data, inside tensor ", previous == nullptr ? "" : shown(previous->first), ", which ends at ", end);
+    check(kind, item->second.offset == end, path, ": bytes ", end, " to ", item->second.offset, " of the data, before tensor ",
+          shown(item->first), ", belong to no tensor");
+    end = item->second.offset + item->second.bytes;
+    previous = item;
+  }
+  check(kind, end == data_bytes, path, ": the tensors end at byte ", end, " of the data, but the file has ", data_bytes);
+}
+
+bool is_plain_file_name(const std::string& name) {
+  return !name.empty() && name != "." && name != ".." && name.find('/') == std::string::npos &&
+         name.find('\0') == std::string::npos;
+}
+
+}  // namespace
+
+SafetensorsFile::SafetensorsFile(const std::filesystem::path& path, ErrorKind kind) : file_(path, kind) {
+  check(kind, file_.size() >= kLengthBytes, path, " has ", file_.size(), " bytes; a safetensors file has at least ",
+        kLengthBytes);
+  uint64_t header_bytes = 0;
+  file_.read(0, &header_bytes, kLengthBytes);
+  check(kind, header_bytes <= kLargestHeader, path, ": the header claims ", header_bytes, " bytes; at most ", kLargestHeader,
+        " are allowed (is this a safetensors file?)");
+  check(kind, header_bytes <= file_.size() - kLengthBytes, path, ": the header claims ", header_bytes,
+        " bytes, but the file has ", file_.size(), " (truncated?)");
+  std::string text(header_bytes, '\0');
+  file_.read(kLengthBytes, text.data(), header_bytes);
+  check(kind, !text.empty() && text.front() == '{', path, ": the header does not begin with '{' (is this a safetensors file?)");
+
+  const uint64_t data_begin = kLengthBytes + header_bytes;
+  const uint64_t data_bytes = file_.size() - data_begin;
+  const Json header = parse_header(text, path, kind);
+  for (const auto& [name, value] : header.items()) {
+    if (name == "__metadata__") {
+      check(kind, value.is_object(), path, ": __metadata__ is ", shown(value), ", not an object");
+      for (const auto& [key, entry] : value.items()) {
+        check(kind, entry.is_string(), path, ": __metadata__ ", shown(key), " is ", shown(entry), ", not a string");
+        metadata_[key] = entry.get<std::string>();
+      }
+      continue;
+    }
+    entries_.emplace(name, parse_entry(name, value, path, kind, data_bytes));
+  }
+  check_layout(entries_, path, kind, data_bytes);
+  for (auto& [name, entry] : entries_) {
+    entry.offset += data_begin;
+  }
+}
+
+const SafetensorsFile::Entry& SafetensorsFile::entry(const std::string& name) const {
+  const auto found = entries_.find(name);
+  check(file_.kind(), found != entries_.end(), file_.path(), " has no tensor ", shown(name), " (it has ", entries_.size(),
+        " others)");
+  return found->second;
+}
+
+at::Tensor SafetensorsFile::tensor(const std::string& name) const {
+  const Entry& info = entry(name);
+  at::Tensor result = at::empty(info.shape, at::TensorOptions(info.dtype));
+  file_.read(info.offset, result.data_ptr(), info.bytes);
+  return result;
+}
+
+at::Tensor SafetensorsFile::slice(const std::string& name, int64_t dim, int64_t start, int64_t length) const {
+  const Entry& info = entry(name);
+  const auto dims = static_cast<int64_t>(info.shape.size());
+  check(file_.kind(), dim >= 0 && dim < dims, file_.path(), ": tensor ", shown(name), " has ", dims,
+        " dimensions; a slice of dimension ", dim, " was asked for");
+  const int64_t extent = info.shape[static_cast<size_t>(dim)];
+  check(file_.kind(), start >= 0 && length >= 0 && start <= extent && length <= extent - start, file_.path(), ": tensor ",
+        shown(name), " has extent ", extent, " in dimension ", dim, "; ", length, " indices from ", start, " were asked for");
+
+  std::vector<int64_t> shape = info.shape;
+  shape[static_cast<size_t>(dim)] = length;
+  at::Tensor result = at::empty(shape, at::TensorOptions(info.dtype));
+  if (result.numel() == 0) {
+    return result;
+  }
+  // shape [outer, extent, inner]: `outer` runs of length * inner elements
+  const auto element = static_cast<uint64_t>(result.element_size());
+  const auto position = info.shape.begin() + dim;
+  const auto outer = std::accumulate(info.shape.begin(), position, uint64_t{1}, std::multiplies<>());
+  const auto inner = std::accumulate(position + 1, info.shape.end(), element, std::multiplies<>());
+  const uint64_t run = static_cast<uint64_t>(length) * inner;
+  auto* destination = static_cast<char*>(result.data_ptr());
+  for (uint64_t i = 0; i < outer; ++i) {
+    const uint64_t offset = (i * static_cast<uint64_t>(extent) + static_cast<uint64_t>(start)) * inner;
+    file_.read(info.offset + offset, destination + i * run, run);
+  }
+  return result;
+}
+
+WeightStore WeightStore::open(const std::filesystem::path& directory) {
+  constexpr ErrorKind kind = ErrorKind::kModel;
+  check(kind, std::filesystem::is_directory(directory), directory, " is not a folder; expected a Hugging Face model directory");
+  WeightStore store(directory);
+  const auto adopt = [&](const std::filesystem::path& path) -> SafetensorsFile& {
+    return store.files_.emplace_back(path, kind);
+  };
+
+  const std::filesystem::path single = directory / "model.safetensors";
+  const std::filesystem::path index = directory / "model.safetensors.index.json";
+  if (std::filesystem::exists(single)) {
+    for (const auto& [name, entry] : adopt(single).entries()) {
+      store.owner_.emplace(name, 0);
+    }
+    return store;
+  }
+  if (!std::filesystem::exists(index)) {
+    const bool pickled = std::filesystem::exists(directory / "pytorch_model.bin") ||
+                         std::filesystem::exists(directory / "pytorch_model.bin.index.json");
+    raise(
+        kind, directory, " has neither model.safetensors nor model.safetensors.index.json",
+        pickled
+            ? "; its pytorch_model.bin is a pickle, which is not read: convert it with save_pretrained(safe_serialization=True)"
+            : "");
+  }
+
+  Json listing;
+  try {
+    listing = Json::parse(read_text(index, kind));
+  } catch (const Json::exception& error) {
+    raise(kind, index, " is not valid JSON: ", error.what());
+  }
+  const bool has_map = listing.is_object() && listing.contains("weight_map") && listing["weight_map"].is_object();
+  check(kind, has_map && !listing["weight_map"].empty(), index, " has no \"weight_map\" object that lists tensors and files");
+  std::map<std::string, size_t> numbers;
+  for (const auto& [name, value] : listing["weight_map"].items()) {
+    check(kind, value.is_string() && is_plain_file_name(value.get<std::string>()), index, ": tensor ", shown(name), " is in ",
+          shown(value), ", which is not the name of a file in the same folder");
+    const auto file = value.get<std::string>();
+    const auto [position, fresh] = numbers.emplace(file, store.files_.size());
+    if (fresh) {
+      adopt(directory / file);
+    }
+    check(kind, store.files_[position->second].contains(name), index, " says that tensor ", shown(name), " is in ", shown(file),
+          ", but it is not there");
+    store.owner_.emplace(name, position->second);
+  }
+  return store;
+}
+
+std::vector<std::string> WeightStore::names() const {
+  std::vector<std::string> result;
+  for (const auto& [name, file] : owner_) {
+    result.push_back(name);
+  }
+  return result;
+}
+
+const SafetensorsFile& WeightStore::file_of(const std::string& name) const {
+  const auto found = owner_.find(name);
+  check(ErrorKind::kModel, found != owner_.end(), directory_, " has no tensor ", shown(name), " (it has ", owner_.size(),
+        " others)");
+  return files_[found->second];
+}
+
+const std::vector<int64_t>& WeightStore::shape(const std::string& name) const {
+  return file_of(name).entry(name).shape;
+}
+
+at::ScalarType WeightStore::dtype(const std::string& name) const {
+  return file_of(name).entry(name).dtype;
+}
+
+at::Tensor WeightStore::tensor(const std::string& name, at::ScalarType dtype) const {
+  return file_of(name).tensor(name).to(dtype);
+}
+
+at::Tensor WeightStore::slice(const std::string& name, int64_t dim, int64_t start, int64_t length, at::ScalarType dtype) const {
+  return file_of(name).slice(name, dim, start, length).to(dtype);
+}
+
+FileDigest write_safetensors(const std::filesystem::path& path, const std::vector<NamedTensor>& tensors,
+                             const std::map<std::string, std::string>& metadata) {
+  // Wide elements first, then by name, as the reference implementation orders them: every tensor is then aligned to its
+  // element.
+  std::vector<const NamedTensor*> order;
+  for (const NamedTensor& tensor : tensors) {
+    order.push_back(&tensor);
+  }
+  std::sort(order.begin(), order.end(), [](const NamedTensor* a, const NamedTensor* b) {
+    return std::pair(-static_cast<int64_t>(a->value.element_size()), std::string_view(a->name)) <
+           std::pair(-static_cast<int64_t>(b->value.element_size()), std::string_view(b->name));
+  });
+
+  nlohmann::ordered_json header = nlohmann::ordered_json::object();
+  if (!metadata.empty()) {
+    header["__metadata__"] = metadata;
+  }
+  uint64_t end = 0;
+  for (const NamedTensor* tensor : order) {
+    const at::Tensor& value = tensor->value;
+    const auto* dtype =
+        std::find_if(kDtypes.begin(), kDtypes.end(), [&](const auto& entry) { return entry.dtype == value.scalar_type(); });
+    check(ErrorKind::kInternal, dtype != kDtypes.end(), path, ": tensor ", shown(tensor->name), " has dtype ",
+          c10::toString(value.scalar_type()), ", which safetensors files cannot hold");
+    check(ErrorKind::kInternal, !header.contains(tensor->name), path, ": two tensors are named ", shown(tensor->name));
+    const uint64_t begin = end;
+    end += static_cast<uint64_t>(value.numel()) * static_cast<uint64_t>(value.element_size());
+    header[tensor->name] = {{"dtype", dtype->text}, {"shape", value.sizes().vec()}, {"data_offsets", {begin, end}}};
+  }
+  std::string text = header.dump();
+  text.append((kLengthBytes - text.size() % kLengthBytes) % kLengthBytes, ' ');
+
+  FileWriter writer(path);
+  const uint64_t header_bytes = text.size();
+  writer.write(&header_bytes, kLengthBytes);
+  writer.write(text);
+  for (const NamedTensor* tensor : order) {
+    const at::Tensor value = tensor->value.detach().to(at::kCPU).contiguous();
+    writer.write(value.data_ptr(), static_cast<uint64_t>(value.nbytes()));
+  }
+  return writer.commit();
+}
+
+}  // namespace drrl

@@ -1,0 +1,208 @@
+#include "models/storage.h"
+
+#define XXH_INLINE_ALL
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+namespace drrl {
+namespace {
+
+constexpr uint64_t kChunk = uint64_t{8} << 20;
+
+// Linux moves at most 2 GiB - 4 KiB in one call.
+constexpr uint64_t kLargestTransfer = uint64_t{1} << 30;
+
+std::string reason(int error_number) {
+  return std::string(std::strerror(error_number));
+}
+
+struct OpenDirectory {
+  explicit OpenDirectory(const std::filesystem::path& path)
+      : descriptor(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {}
+  OpenDirectory(const OpenDirectory&) = delete;
+  OpenDirectory& operator=(const OpenDirectory&) = delete;
+  ~OpenDirectory() {
+    if (descriptor >= 0) {
+      ::close(descriptor);
+    }
+  }
+  int descriptor;
+};
+
+// XXH3-64 over a stream of pieces.
+class StreamingChecksum {
+ public:
+  StreamingChecksum() : state_(XXH3_createState()) {
+    check(ErrorKind::kInternal, state_ != nullptr && XXH3_64bits_reset(state_) == XXH_OK, "no memory for a checksum");
+  }
+  StreamingChecksum(const StreamingChecksum&) = delete;
+  StreamingChecksum& operator=(const StreamingChecksum&) = delete;
+  ~StreamingChecksum() { XXH3_freeState(state_); }
+
+  void update(const void* data, uint64_t bytes) { XXH3_64bits_update(state_, data, bytes); }
+  uint64_t value() const { return XXH3_64bits_digest(state_); }
+
+ private:
+  XXH3_state_t* state_;
+};
+
+}  // namespace
+
+std::string to_hex(uint64_t checksum) {
+  constexpr char kDigits[] = "0123456789abcdef";
+  std::string text(16, '0');
+  for (int i = 15; i >= 0; --i, checksum >>= 4) {
+    text[static_cast<size_t>(i)] = kDigits[checksum & 15];
+  }
+  return text;
+}
+
+FileReader::FileReader(std::filesystem::path path, ErrorKind kind) : path_(std::move(path)), kind_(kind) {
+  // O_NONBLOCK: a named pipe must be refused below, not waited for.
+  descriptor_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  check(kind_, descriptor_ >= 0, "cannot open ", path_, ": ", reason(errno));
+  struct stat status {};
+  if (::fstat(descriptor_, &status) != 0 || !S_ISREG(status.st_mode)) {
+    ::close(descriptor_);
+    raise(kind_, "cannot read ", path_, ": it is not a regular file");
+  }
+  size_ = static_cast<uint64_t>(status.st_size);
+}
+
+FileReader::FileReader(FileReader&& other) noexcept
+    : path_(std::move(other.path_)),
+      kind_(other.kind_),
+      descriptor_(std::exchange(other.descriptor_, -1)),
+      size_(other.size_) {}
+
+FileReader::~FileReader() {
+  if (descriptor_ >= 0) {
+    ::close(descriptor_);
+  }
+}
+
+void FileReader::read(uint64_t offset, void* destination, uint64_t bytes) const {
+  check(kind_, offset <= size_ && bytes <= size_ - offset, path_, ": bytes ", offset, " to ", offset, " + ", bytes,
+        " were asked for, but the file has ", size_, " bytes");
+  char* target = static_cast<char*>(destination);
+  while (bytes > 0) {
+    const ssize_t got = ::pread(descriptor_, target, std::min(bytes, kLargestTransfer), static_cast<off_t>(offset));
+    if (got < 0 && errno == EINTR) {
+      continue;
+    }
+    check(kind_, got >= 0, "cannot read ", bytes, " bytes at offset ", offset, " of ", path_, ": ", reason(errno));
+    check(kind_, got > 0, path_, " ends at byte ", offset, ": it had ", size_, " bytes when it was opened and was cut since");
+    target += got;
+    offset += static_cast<uint64_t>(got);
+    bytes -= static_cast<uint64_t>(got);
+  }
+}
+
+FileDigest FileReader::digest() const {
+  StreamingChecksum checksum;
+  std::vector<char> buffer(std::min(kChunk, size_));
+  for (uint64_t offset = 0; offset < size_; offset += buffer.size()) {
+    const uint64_t bytes = std::min<uint64_t>(buffer.size(), size_ - offset);
+    read(offset, buffer.data(), bytes);
+    checksum.update(buffer.data(), bytes);
+  }
+  return {size_, checksum.value()};
+}
+
+std::string read_text(const std::filesystem::path& path, ErrorKind kind, uint64_t limit) {
+  const FileReader file(path, kind);
+  check(kind, file.size() <= limit, path, " has ", file.size(), " bytes; at most ", limit, " are expected of such a file");
+  std::string text(file.size(), '\0');
+  file.read(0, text.data(), text.size());
+  return text;
+}
+
+struct FileWriter::Checksum : StreamingChecksum {};
+
+FileWriter::FileWriter(std::filesystem::path path)
+    : path_(std::move(path)),
+      temporary_(path_.parent_path() / c10::str(".", path_.filename().string(), ".tmp-", ::getpid())),
+      checksum_(std::make_unique<Checksum>()) {
+  ::unlink(temporary_.c_str());  // of an earlier process with this number
+  descriptor_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  check(ErrorKind::kStorage, descriptor_ >= 0, "cannot create ", temporary_, ": ", reason(errno));
+}
+
+FileWriter::~FileWriter() {
+  if (descriptor_ >= 0) {
+    ::close(descriptor_);
+  }
+  if (!temporary_.empty()) {
+    ::unlink(temporary_.c_str());
+  }
+}
+
+void FileWriter::write(const void* data, uint64_t bytes) {
+  const char* source = static_cast<const char*>(data);
+  checksum_->update(source, bytes);
+  while (bytes > 0) {
+    const ssize_t put = ::write(descriptor_, source, std::min(bytes, kLargestTransfer));
+    if (put < 0 && errno == EINTR) {
+      continue;
+    }
+    check(ErrorKind::kStorage, put > 0, "cannot write ", path_, " after ", bytes_,
+          " bytes: ", reason(put < 0 ? errno : ENOSPC));
+    source += put;
+    bytes_ += static_cast<uint64_t>(put);
+    bytes -= static_cast<uint64_t>(put);
+  }
+}
+
+FileDigest FileWriter::commit() {
+  // Delayed allocation and network file systems report a full disk only here, or at close.
+  check(ErrorKind::kStorage, ::fsync(descriptor_) == 0, "cannot write ", path_, " (fsync of ", bytes_,
+        " bytes): ", reason(errno));
+  const int closed = ::close(std::exchange(descriptor_, -1));
+  check(ErrorKind::kStorage, closed == 0, "cannot write ", path_, " (close): ", reason(errno));
+  check(ErrorKind::kStorage, ::rename(temporary_.c_str(), path_.c_str()) == 0, "cannot rename ", temporary_, " to ", path_,
+        ": ", reason(errno));
+  temporary_.clear();
+  sync_directory(path_.parent_path());
+  return {bytes_, checksum_->value()};
+}
+
+FileDigest write_text(const std::filesystem::path& path, std::string_view text) {
+  FileWriter writer(path);
+  writer.write(text);
+  return writer.commit();
+}
+
+void sync_directory(const std::filesystem::path& directory) {
+  const OpenDirectory handle(directory.empty() ? std::filesystem::path(".") : directory);
+  check(ErrorKind::kStorage, handle.descriptor >= 0, "cannot open folder ", directory, ": ", reason(errno));
+  // Some network file systems refuse fsync on folders (EINVAL); their renames are synchronous.
+  check(ErrorKind::kStorage, ::fsync(handle.descriptor) == 0 || errno == EINVAL, "cannot write folder ", directory,
+        " (fsync): ", reason(errno));
+}
+
+void make_directories(const std::filesystem::path& directory) {
+  const std::filesystem::path full = std::filesystem::absolute(directory).lexically_normal();
+  std::error_code error;
+  if (std::filesystem::is_directory(full, error)) {
+    return;
+  }
+  const std::filesystem::path parent = full.has_filename() ? full.parent_path() : full.parent_path().parent_path();
+  if (parent != full) {
+    make_directories(parent);
+  }
+  std::filesystem::create_directory(full, error);
+  check(ErrorKind::kStorage, !error && std::filesystem::is_directory(full, error), "cannot create folder ", full, ": ",
+        error.message());
+  sync_directory(parent);
+}
+
+}  // namespace drrl
