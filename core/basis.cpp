@@ -1,0 +1,101 @@
+#include "core/basis.h"
+
+#include <ATen/Parallel.h>
+
+#include "core/error.h"
+#include "core/solver.h"
+
+namespace drrl {
+namespace {
+
+constexpr double kNegligible = 1e-7;      // relative singular value below which a direction is noise of the float32 Grams
+constexpr double kFirstJitter = 1e-12;    // relative to the mean diagonal
+constexpr double kLargestJitter = 1e-2;
+
+// Lower Cholesky factors of G + jitter I, for each matrix with the smallest jitter that works (a Gram of fewer rows than columns, or
+// one rounded in float32, is only semidefinite). Matrix by matrix: what one pair needs must not touch another's basis.
+at::Tensor shifted_cholesky(const at::Tensor& gram) {
+  const auto mean_diagonal = gram.diagonal(0, 1, 2).mean(-1, /*keepdim=*/true).clamp_min(1e-300);
+  const auto shifted = [&](const at::Tensor& which, double jitter) {
+    auto result = gram.index_select(0, which);
+    result.diagonal(0, 1, 2).add_(mean_diagonal.index_select(0, which) * jitter);
+    return result;
+  };
+  auto pending = at::arange(gram.size(0), gram.options().dtype(at::kLong));
+  auto factors = at::empty_like(gram);
+  for (double jitter = kFirstJitter; jitter <= kLargestJitter; jitter *= 100) {
+    auto [factor, info] = at::linalg_cholesky_ex(shifted(pending, jitter));
+    factors.index_copy_(0, pending, factor);
+    pending = pending.index_select(0, info.nonzero().flatten());
+    if (pending.numel() == 0) {
+      return factors;
+    }
+  }
+  raise(ErrorKind::kNumerics, "solve_basis: Cholesky factorization of a Gram matrix failed for every jitter up to ", kLargestJitter,
+        " of its mean diagonal; the matrix is not positive semidefinite");
+}
+
+Basis solve_batch(const at::Tensor& gram_x, const at::Tensor& gram_y) {
+  const auto c = shifted_cholesky(gram_y);
+  const auto gram_x_c = at::matmul(gram_x, c);
+  auto product = at::matmul(c.transpose(1, 2), gram_x_c);
+  product = (product + product.transpose(1, 2)) * 0.5;
+  auto [squared, vectors] = batched_eigh(product);
+  squared = squared.flip(1).clamp_min(0);
+  vectors = vectors.flip(2);
+  const auto sigma = squared.sqrt();
+  const auto keep = sigma > sigma.narrow(1, 0, 1) * kNegligible;
+  const auto root = at::where(keep, sigma.rsqrt(), at::zeros({}, sigma.options())).unsqueeze(1);  // Sigma^-1/2, [N, 1, d]
+  const auto left = at::matmul(c, vectors) * root;
+  const auto right = at::matmul(gram_x_c, vectors) * root.pow(3);
+  return {left.to(at::kFloat), right.to(at::kFloat), sigma};
+}
+
+}  // namespace
+
+Basis solve_basis(const at::Tensor& gram_x, const at::Tensor& gram_y) {
+  TORCH_CHECK(gram_x.dim() == 3 && gram_x.size(1) == gram_x.size(2) && gram_x.sizes() == gram_y.sizes(), "solve_basis: Grams ",
+              gram_x.sizes(), " and ", gram_y.sizes(), ", expected twice [N, d, d]");
+  TORCH_CHECK(gram_x.scalar_type() == at::kDouble && gram_y.scalar_type() == at::kDouble, "solve_basis: Grams of ",
+              gram_x.scalar_type(), " and ", gram_y.scalar_type(), ", expected Double");
+  at::NoGradGuard no_grad;
+  const int64_t n = gram_x.size(0);
+  const int64_t d = gram_x.size(1);
+  if (!at::isfinite(gram_x).all().item<bool>() || !at::isfinite(gram_y).all().item<bool>()) {
+    const auto bad = at::logical_not(at::isfinite(gram_x + gram_y).flatten(1).all(1)).nonzero();
+    raise(ErrorKind::kNumerics, "solve_basis: Gram matrix ", bad[0].item<int64_t>(), " of ", n, " is not finite");
+  }
+  if (gram_x.is_cuda()) {
+    return solve_batch(gram_x, gram_y);
+  }
+  // All of a small problem on one thread: a batch dealt out over threads beats threads inside one factorization by far.
+  Basis result{at::empty({n, d, d}, at::kFloat), at::empty({n, d, d}, at::kFloat), at::empty({n, d}, at::kDouble)};
+  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    at::NoGradGuard no_grad_in_thread;
+    const Basis part = solve_batch(gram_x.slice(0, begin, end), gram_y.slice(0, begin, end));
+    result.left.slice(0, begin, end).copy_(part.left);
+    result.right.slice(0, begin, end).copy_(part.right);
+    result.singular_values.slice(0, begin, end).copy_(part.singular_values);
+  });
+  return result;
+}
+
+at::Tensor tail_loss(const Basis& basis, const at::Tensor& gram_x, const at::Tensor& gram_y) {
+  TORCH_CHECK(basis.left.sizes() == gram_x.sizes() && gram_x.sizes() == gram_y.sizes(), "tail_loss: bases ", basis.left.sizes(),
+              ", Grams ", gram_x.sizes(), " and ", gram_y.sizes(), ", expected equal shapes [N, d, d]");
+  at::NoGradGuard no_grad;
+  const auto x = gram_x.to(at::kDouble);
+  const auto y = gram_y.to(at::kDouble);
+  const auto left = basis.left.to(at::kDouble);
+  const auto right = basis.right.to(at::kDouble);
+  // tail(r) = tr(G_x G_y) - 2 sum_{i<r} (R^T G_y G_x L)_ii + sum_{i,j<r} (L^T G_x L)_ij (R^T G_y R)_ij
+  const auto x_left = at::matmul(x, left);
+  const auto y_right = at::matmul(y, right);
+  const auto total = (x * y).sum({1, 2}).unsqueeze(1);
+  const auto cross = (y_right * x_left).sum(1).cumsum(1);
+  const auto both = at::matmul(left.transpose(1, 2), x_left) * at::matmul(right.transpose(1, 2), y_right);
+  const auto square = both.cumsum(1).cumsum(2).diagonal(0, 1, 2);
+  return at::cat({total, total - 2 * cross + square}, 1).clamp_min(0);
+}
+
+}  // namespace drrl

@@ -1,0 +1,38 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+namespace drrl {
+
+/// Bases of the best low-rank approximations of products X Y^T, known only through their Grams.
+///
+/// X Y^T is approximated by (X left[:, :r]) (Y right[:, :r])^T for any r: the columns are nested, so changing the rank is slicing.
+struct Basis {
+  at::Tensor left;     ///< [N, d, d] float32; P_q for scores, P_v for values
+  at::Tensor right;    ///< [N, d, d] float32; P_k for scores, P_o for values
+  at::Tensor singular_values;  ///< [N, d] float64, descending: those of X Y^T
+
+  bool defined() const { return left.defined(); }
+};
+
+/// Solves for the best bases in Frobenius norm, in closed form (KQ-SVD, arXiv 2512.05916; Eckart-Young on X Y^T).
+///
+/// With G_y = C C^T (Cholesky) the matrix C^T G_x C = V Sigma^2 V^T holds the squared singular values of X Y^T, and
+///   left = C V Sigma^-1/2,   right = G_x C V Sigma^-3/2.
+/// One Cholesky factorization and one symmetric eigenproblem a matrix, in float64; no Gram is inverted. Directions with
+/// sigma_i < 1e-7 sigma_0 are beyond the accuracy of the Grams: their columns are zero, never amplified.
+///
+/// gram_x, gram_y [N, d, d] symmetric positive semidefinite, float64. Large batches are dealt out over the CPU's threads with one
+/// thread a matrix; on CUDA cuSOLVER's batched solver is used (core/cuda).
+/// Errors: Error(kNumerics) naming the matrix if a Gram is not finite or a factorization does not converge.
+Basis solve_basis(const at::Tensor& gram_x, const at::Tensor& gram_y);
+
+/// The exact loss of a basis on *any* data with the given Grams, without decomposition and for every rank at once:
+///   tail(r) = || X Y^T - X P_x P_y^T Y^T ||_F^2 = tr(G_x M_r G_y M_r^T),  M_r = I - left[:, :r] right[:, :r]^T.
+/// Also the loss of a stale basis on tokens that came after it (the perturbation of the paper's section on online updates,
+/// arXiv 2512.15973, measured instead of bounded).
+///
+/// returns [N, d + 1] float64; column r is the loss at rank r, column 0 is `total` = tr(G_x G_y) = ||X Y^T||_F^2.
+at::Tensor tail_loss(const Basis& basis, const at::Tensor& gram_x, const at::Tensor& gram_y);
+
+}  // namespace drrl

@@ -1,0 +1,365 @@
+#include "core/lowrank_attention.h"
+
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <cmath>
+#include <map>
+
+#include "core/exact_part.h"
+#include "core/rows.h"
+
+namespace drrl {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+struct Shape {
+  int64_t batch, heads, groups, length, d;
+  double scale;
+
+  Shape(const at::Tensor& q, const at::Tensor& k)
+      : batch(q.size(0)), heads(q.size(1)), groups(k.size(1)), length(q.size(2)), d(q.size(3)),
+        scale(1.0 / std::sqrt(static_cast<double>(q.size(3)))) {}
+  int64_t heads_per_group() const { return heads / groups; }
+};
+
+// The items (batch, group, pair) of one run that share their ranks: one batched flash call.
+struct Bucket {
+  Ranks ranks;
+  std::vector<int64_t> within_run;   // index into the run's [B G count] batch
+  std::vector<int64_t> within_plan;  // index into the plan's [B G pairs] bases
+};
+
+std::vector<Bucket> buckets_of(const PairRun& run, const LowRankPlan& plan) {
+  const int64_t pairs = plan.tree.num_pairs();
+  const int64_t sequences = static_cast<int64_t>(plan.ranks.size()) / pairs;
+  std::map<Ranks, Bucket> buckets;
+  for (int64_t s = 0; s < sequences; ++s) {
+    for (int64_t i = 0; i < run.count; ++i) {
+      const int64_t item = s * pairs + run.first_pair + i;
+      Bucket& bucket = buckets.try_emplace(plan.ranks[item], Bucket{plan.ranks[item], {}, {}}).first->second;
+      bucket.within_run.push_back(s * run.count + i);
+      bucket.within_plan.push_back(item);
+    }
+  }
+  std::vector<Bucket> result;
+  for (auto& [ranks, bucket] : buckets) {
+    result.push_back(std::move(bucket));
+  }
+  return result;
+}
+
+// The projections of one bucket, padded with zero columns to one width, because flash kernels want equal head dims.
+struct Projections {
+  bool scores = false;  // false: rank d, no projection
+  bool values = false;
+  int64_t width = 0;
+  at::Tensor p_q, p_k, p_v, p_o;  // [n, d, width]
+
+  Projections(const Bucket& bucket, const LowRankPlan& plan, const Shape& shape, const at::TensorOptions& options)
+      : scores(bucket.ranks.qk < shape.d), values(bucket.ranks.v < shape.d), width(std::max(bucket.ranks.qk, bucket.ranks.v)) {
+    const auto index = at::tensor(bucket.within_plan, at::kLong).to(options.device());
+    const auto columns = [&](const at::Tensor& basis, int64_t rank) {
+      const auto cut = basis.narrow(2, 0, rank).index_select(0, index);
+      return (rank == width ? cut : at::constant_pad_nd(cut, {0, width - rank})).to(options.dtype());
+    };
+    if (scores) {
+      p_q = columns(plan.scores.left, bucket.ranks.qk);
+      p_k = columns(plan.scores.right, bucket.ranks.qk);
+    }
+    if (values) {
+      p_v = columns(plan.values.left, bucket.ranks.v);
+      p_o = columns(plan.values.right, bucket.ranks.v);
+    }
+  }
+
+  static at::Tensor down(const at::Tensor& x, const at::Tensor& p) { return p.defined() ? at::bmm(x, p) : x; }
+  static at::Tensor up(const at::Tensor& x, const at::Tensor& p) { return p.defined() ? at::bmm(x, p.transpose(1, 2)) : x; }
+};
+
+// Rows of one bucket out of a run's rows, and back. A bucket that is the whole run costs nothing.
+at::Tensor take(const at::Tensor& run_rows, const Bucket& bucket) {
+  if (static_cast<int64_t>(bucket.within_run.size()) == run_rows.size(0)) {
+    return run_rows;
+  }
+  return run_rows.index_select(0, at::tensor(bucket.within_run, at::kLong).to(run_rows.device()));
+}
+
+void put(at::Tensor& run_rows, const Bucket& bucket, const at::Tensor& rows) {
+  if (static_cast<int64_t>(bucket.within_run.size()) == run_rows.size(0)) {
+    run_rows = rows;
+  } else {
+    run_rows.index_copy_(0, at::tensor(bucket.within_run, at::kLong).to(run_rows.device()), rows);
+  }
+}
+
+// [B, H, L, e] -> [B G, g, L, e], and keys without a copy for each of the group's heads.
+at::Tensor by_group(const at::Tensor& x, const Shape& s) {
+  return x.view({s.batch * s.groups, x.size(1) / s.groups, x.size(2), x.size(3)});
+}
+at::Tensor for_all_heads(const at::Tensor& x, const Shape& s) {
+  return by_group(x, s).expand({-1, s.heads_per_group(), -1, -1});
+}
+
+// The exact causal parts: the sinks among themselves, then the complete blocks, then the short last block. Each is `count` runs of
+// `rows` tokens that attend within themselves.
+struct CausalRun {
+  int64_t begin, count, rows;
+};
+std::vector<CausalRun> causal_runs(const BlockTree& tree) {
+  std::vector<CausalRun> runs;
+  const int64_t block = tree.geometry().near_block;
+  if (tree.sinks() > 0) {
+    runs.push_back({0, 1, tree.sinks()});
+  }
+  const int64_t complete = tree.last_block_rows() == block ? tree.num_blocks() : tree.num_blocks() - 1;
+  if (complete > 0) {
+    runs.push_back({tree.sinks(), complete, block});
+  }
+  if (complete < tree.num_blocks()) {
+    runs.push_back({tree.sinks() + complete * block, 1, tree.last_block_rows()});
+  }
+  return runs;
+}
+
+// Head `head` of every group, cut into the run's blocks: x [B, H or G, L, e] -> [B G, count, rows, e], no copy.
+at::Tensor blocks_of_head(const at::Tensor& x, const CausalRun& run, int64_t head, const Shape& s) {
+  return by_group(x, s).select(1, head).narrow(1, run.begin, run.count * run.rows).unflatten(1, {run.count, run.rows});
+}
+
+at::Tensor rows_after_sinks(const at::Tensor& x, const BlockTree& tree, const Shape& s) {
+  return by_group(x, s).narrow(2, tree.sinks(), s.length - tree.sinks());
+}
+
+bool has_sink_part(const BlockTree& tree, const Shape& s) { return tree.sinks() > 0 && tree.sinks() < s.length; }
+
+// One far bucket's forward, kept until the merged log-sum-exp is known.
+struct FarPart {
+  Projections projections;
+  at::Tensor out;        // [n, g rows, width], in the value basis
+  at::Tensor logsumexp;  // [n, g rows]
+};
+
+std::pair<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const LowRankPlan& plan) {
+  const Shape s(q, k);
+  const BlockTree& tree = plan.tree;
+  auto out = at::empty(q.sizes(), q.options());
+  auto logsumexp = at::empty({s.batch, s.heads, s.length}, q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+  const auto logsumexp4 = logsumexp.unsqueeze(3);
+
+  for (const CausalRun& run : causal_runs(tree)) {
+    const auto keys = blocks_of_head(k, run, 0, s);
+    const auto values = blocks_of_head(v, run, 0, s);
+    for (int64_t head = 0; head < s.heads_per_group(); ++head) {
+      const PartOutput part = attention_part(blocks_of_head(q, run, head, s), keys, values, /*causal=*/true, s.scale);
+      blocks_of_head(out, run, head, s).copy_(part.out);
+      blocks_of_head(logsumexp4, run, head, s).copy_(part.logsumexp.unsqueeze(3));
+    }
+  }
+
+  PartOutput sink;
+  if (has_sink_part(tree, s)) {
+    sink = attention_part(rows_after_sinks(q, tree, s), for_all_heads(k.narrow(2, 0, tree.sinks()).contiguous(), s),
+                          for_all_heads(v.narrow(2, 0, tree.sinks()).contiguous(), s), /*causal=*/false, s.scale);
+  }
+
+  std::vector<std::vector<Bucket>> buckets;
+  std::vector<std::vector<FarPart>> far;
+  std::vector<at::Tensor> far_logsumexp;  // per run, [B G count, g rows]
+  for (const PairRun& run : tree.runs()) {
+    buckets.push_back(buckets_of(run, plan));
+    far.emplace_back();
+    const auto rows_q = query_rows(q, s.groups, run);
+    const auto rows_k = key_rows(k, run);
+    const auto rows_v = key_rows(v, run);
+    far_logsumexp.push_back(at::empty({rows_q.size(0), rows_q.size(1)}, logsumexp.options()));
+    for (const Bucket& bucket : buckets.back()) {
+      Projections p(bucket, plan, s, q.options());
+      const auto part = attention_part(Projections::down(take(rows_q, bucket), p.p_q).unsqueeze(1),
+                                       Projections::down(take(rows_k, bucket), p.p_k).unsqueeze(1),
+                                       Projections::down(take(rows_v, bucket), p.p_v).unsqueeze(1), /*causal=*/false, s.scale);
+      far.back().push_back({std::move(p), part.out.squeeze(1), part.logsumexp.squeeze(1).contiguous()});
+      put(far_logsumexp.back(), bucket, far.back().back().logsumexp);
+    }
+  }
+
+  // The merged log-sum-exp of every row, then each part weighted by its share exp(lse_part - lse).
+  const auto near_logsumexp = logsumexp.clone();
+  if (sink.out.defined()) {
+    auto rows = rows_after_sinks(logsumexp4, tree, s).squeeze(3);
+    rows.copy_(at::logaddexp(rows, sink.logsumexp));
+  }
+  const auto run_view = [&](const at::Tensor& x4, const PairRun& run) {  // [B, G, count, g, rows, e]
+    return token_runs(x4, s.groups, run.query_begin, run.count, run.query_rows, run.stride);
+  };
+  const auto& runs = tree.runs();
+  for (size_t i = 0; i < runs.size(); ++i) {
+    auto rows = run_view(logsumexp4, runs[i]);
+    rows.copy_(at::logaddexp(rows, far_logsumexp[i].view(rows.sizes())));
+  }
+  out.mul_((near_logsumexp - logsumexp).exp_().unsqueeze(3).to(out.scalar_type()));
+  if (sink.out.defined()) {
+    const auto share = (sink.logsumexp - rows_after_sinks(logsumexp4, tree, s).squeeze(3)).exp_().unsqueeze(3).to(out.scalar_type());
+    rows_after_sinks(out, tree, s).addcmul_(sink.out, share);
+  }
+  for (size_t i = 0; i < runs.size(); ++i) {
+    const auto merged = run_view(logsumexp4, runs[i]).reshape(far_logsumexp[i].sizes());
+    at::Tensor expanded;
+    if (buckets[i].size() > 1) {
+      expanded = at::empty({merged.size(0), merged.size(1), s.d}, out.options());
+    } else {
+      expanded = merged.unsqueeze(2);  // replaced as a whole by put()
+    }
+    for (size_t b = 0; b < buckets[i].size(); ++b) {
+      FarPart& part = far[i][b];
+      const auto share = (part.logsumexp - take(merged, buckets[i][b])).exp_().unsqueeze(2).to(out.scalar_type());
+      put(expanded, buckets[i][b], Projections::up(part.out.mul_(share), part.projections.p_o));
+      part.out.reset();
+    }
+    auto rows = run_view(out, runs[i]);
+    rows.add_(expanded.view(rows.sizes()));
+  }
+  return {out, logsumexp};
+}
+
+// An `out` for a flash backward at the value basis' width whose rowsum(grad * out) is `delta`, the merged correction: flash kernels
+// take no delta of their own. Any vector with that product serves; this is the shortest one.
+at::Tensor carrier_of_delta(const at::Tensor& grad, const at::Tensor& delta) {
+  const auto norm = at::linalg_vector_norm(grad, 2, {-1}, /*keepdim=*/true, delta.scalar_type());
+  const auto inverse = at::where(norm > 0, norm.reciprocal(), at::zeros({}, norm.options()));
+  return (grad * inverse).mul_(delta.unsqueeze(-1) * inverse).to(grad.scalar_type());
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,
+                                                        const at::Tensor& v, const at::Tensor& out, const at::Tensor& logsumexp,
+                                                        const LowRankPlan& plan) {
+  const Shape s(q, k);
+  const BlockTree& tree = plan.tree;
+  auto grad_q = at::empty(q.sizes(), q.options());
+  auto grad_k = at::zeros(k.sizes(), k.options());
+  auto grad_v = at::zeros(v.sizes(), v.options());
+  const auto logsumexp4 = logsumexp.unsqueeze(3);
+
+  for (const CausalRun& run : causal_runs(tree)) {
+    const auto keys = blocks_of_head(k, run, 0, s);
+    const auto values = blocks_of_head(v, run, 0, s);
+    for (int64_t head = 0; head < s.heads_per_group(); ++head) {
+      const auto [dq, dk, dv] = attention_part_backward(
+          blocks_of_head(grad_out, run, head, s), blocks_of_head(q, run, head, s), keys, values, blocks_of_head(out, run, head, s),
+          blocks_of_head(logsumexp4, run, head, s).squeeze(3), /*causal=*/true, s.scale);
+      blocks_of_head(grad_q, run, head, s).copy_(dq);
+      blocks_of_head(grad_k, run, 0, s).add_(dk);
+      blocks_of_head(grad_v, run, 0, s).add_(dv);
+    }
+  }
+
+  if (has_sink_part(tree, s)) {
+    const auto [dq, dk, dv] = attention_part_backward(
+        rows_after_sinks(grad_out, tree, s), rows_after_sinks(q, tree, s),
+        for_all_heads(k.narrow(2, 0, tree.sinks()).contiguous(), s), for_all_heads(v.narrow(2, 0, tree.sinks()).contiguous(), s),
+        rows_after_sinks(out, tree, s), rows_after_sinks(logsumexp4, tree, s).squeeze(3), /*causal=*/false, s.scale);
+    rows_after_sinks(grad_q, tree, s).add_(dq);
+    by_group(grad_k, s).narrow(2, 0, tree.sinks()).add_(dk.sum(1, /*keepdim=*/true));
+    by_group(grad_v, s).narrow(2, 0, tree.sinks()).add_(dv.sum(1, /*keepdim=*/true));
+  }
+
+  if (tree.runs().empty()) {
+    return {grad_q, grad_k, grad_v};
+  }
+  const auto delta4 = (grad_out * out).sum(3, /*keepdim=*/true, logsumexp.scalar_type());
+  for (const PairRun& run : tree.runs()) {
+    const auto rows_q = query_rows(q, s.groups, run);
+    const auto rows_k = key_rows(k, run);
+    const auto rows_v = key_rows(v, run);
+    const auto rows_grad = query_rows(grad_out, s.groups, run);
+    const auto rows_delta = query_rows(delta4, s.groups, run).squeeze(2);
+    const auto rows_logsumexp = query_rows(logsumexp4, s.groups, run).squeeze(2);
+    auto run_grad_q = at::empty_like(rows_q);
+    auto run_grad_k = at::empty_like(rows_k);
+    auto run_grad_v = at::empty_like(rows_v);
+    for (const Bucket& bucket : buckets_of(run, plan)) {
+      const Projections p(bucket, plan, s, q.options());
+      const auto part_grad = Projections::down(take(rows_grad, bucket), p.p_o);
+      const auto [dq, dk, dv] = attention_part_backward(
+          part_grad.unsqueeze(1), Projections::down(take(rows_q, bucket), p.p_q).unsqueeze(1),
+          Projections::down(take(rows_k, bucket), p.p_k).unsqueeze(1), Projections::down(take(rows_v, bucket), p.p_v).unsqueeze(1),
+          carrier_of_delta(part_grad, take(rows_delta, bucket)).unsqueeze(1), take(rows_logsumexp, bucket).unsqueeze(1),
+          /*causal=*/false, s.scale);
+      put(run_grad_q, bucket, Projections::up(dq.squeeze(1), p.p_q));
+      put(run_grad_k, bucket, Projections::up(dk.squeeze(1), p.p_k));
+      put(run_grad_v, bucket, Projections::up(dv.squeeze(1), p.p_v));
+    }
+    const auto add = [&](const at::Tensor& grad, const at::Tensor& rows, int64_t begin, int64_t count_rows) {
+      auto view = token_runs(grad, s.groups, begin, run.count, count_rows, run.stride);
+      view.add_(rows.view(view.sizes()));
+    };
+    add(grad_q, run_grad_q, run.query_begin, run.query_rows);
+    add(grad_k, run_grad_k, run.key_begin, run.key_rows);
+    add(grad_v, run_grad_v, run.key_begin, run.key_rows);
+  }
+  return {grad_q, grad_k, grad_v};
+}
+
+class LowRankAttention : public torch::autograd::Function<LowRankAttention> {
+ public:
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                            const c10::intrusive_ptr<LowRankPlan>& plan) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [out, logsumexp] = drrl::forward(q, k, v, *plan);
+    context->save_for_backward({q, k, v, out, logsumexp});
+    context->saved_data["plan"] = c10::IValue::make_capsule(plan);
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    const auto plan = c10::static_intrusive_pointer_cast<LowRankPlan>(context->saved_data["plan"].toCapsule());
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [dq, dk, dv] = drrl::backward(grads[0].contiguous(), saved[0], saved[1], saved[2], saved[3], saved[4], *plan);
+    return {dq, dk, dv, at::Tensor()};
+  }
+};
+
+}  // namespace
+
+at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const c10::intrusive_ptr<LowRankPlan>& plan) {
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes() && q.size(0) == k.size(0) && q.size(2) == k.size(2) &&
+                  q.size(3) == k.size(3) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
+              "lowrank_attention: q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(),
+              ", expected q [B, H, L, d], k and v [B, G, L, d] with H a multiple of G");
+  TORCH_CHECK(plan != nullptr, "lowrank_attention: no plan");
+  const BlockTree& tree = plan->tree;
+  const int64_t d = q.size(3);
+  TORCH_CHECK(q.size(2) == tree.sequence_length(), "lowrank_attention: q ", q.sizes(), " for a plan of ", tree.sequence_length(),
+              " tokens");
+  const int64_t items = k.size(0) * k.size(1) * tree.num_pairs();
+  TORCH_CHECK(static_cast<int64_t>(plan->ranks.size()) == items, "lowrank_attention: the plan has ", plan->ranks.size(),
+              " ranks, expected B G pairs = ", k.size(0), " x ", k.size(1), " x ", tree.num_pairs());
+  bool low_scores = false;
+  bool low_values = false;
+  for (const Ranks& ranks : plan->ranks) {
+    TORCH_CHECK(ranks.qk >= 1 && ranks.qk <= d && ranks.v >= 1 && ranks.v <= d, "lowrank_attention: ranks (", ranks.qk, ", ", ranks.v,
+                "), expected 1..", d);
+    low_scores = low_scores || ranks.qk < d;
+    low_values = low_values || ranks.v < d;
+  }
+  const auto check_basis = [&](const Basis& basis, const char* which) {
+    TORCH_CHECK(basis.defined() && basis.left.sizes() == at::IntArrayRef({items, d, d}) && basis.right.sizes() == basis.left.sizes(),
+                "lowrank_attention: the plan's ", which, " bases are ", basis.defined() ? c10::str(basis.left.sizes()) : "missing",
+                ", expected [", items, ", ", d, ", ", d, "]");
+  };
+  if (low_scores) {
+    check_basis(plan->scores, "score");
+  }
+  if (low_values) {
+    check_basis(plan->values, "value");
+  }
+  if (items == 0 || (!low_scores && !low_values)) {
+    return exact_attention(q, k, v);
+  }
+  return LowRankAttention::apply(q.contiguous(), k.contiguous(), v.contiguous(), plan);
+}
+
+}  // namespace drrl

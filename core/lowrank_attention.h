@@ -1,0 +1,49 @@
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/custom_class.h>
+
+#include <vector>
+
+#include "core/basis.h"
+#include "core/block_tree.h"
+
+namespace drrl {
+
+/// The widths at which a far pair is attended: `qk` columns for scores, `v` for values; each in 1..d, d meaning exact.
+struct Ranks {
+  int64_t qk;
+  int64_t v;
+
+  bool operator==(const Ranks&) const = default;
+  auto operator<=>(const Ranks&) const = default;
+};
+
+/// All that one layer's low-rank attention needs besides q, k and v. Constant for autograd.
+struct LowRankPlan : torch::CustomClassHolder {
+  LowRankPlan(BlockTree tree_in, std::vector<Ranks> ranks_in, Basis scores_in, Basis values_in)
+      : tree(std::move(tree_in)), ranks(std::move(ranks_in)), scores(std::move(scores_in)), values(std::move(values_in)) {}
+
+  BlockTree tree;
+  /// One entry per (batch, KV group, pair), in that order, pair innermost: B G pairs entries.
+  std::vector<Ranks> ranks;
+  /// Bases in the same order, [B G pairs, d, d]. `scores` may be undefined if every rank qk is d, `values` if every rank v is d.
+  Basis scores;
+  Basis values;
+};
+
+/// Near + sinks + far attention of one layer, one softmax over all three.
+///
+///   near   softmax-terms of q k^T / sqrt(d) over each token's own block (causal) and the sinks, exact
+///   far    scores (q P_q)(k P_k)^T / sqrt(d) at rank r, values v P_v at rank r_v, expanded once per row by P_o^T
+///
+/// The parts are merged by their log-sum-exp. Forward and backward run on PyTorch's flash kernels at width max(r, r_v): the
+/// backward hands the merged output and log-sum-exp to each part. Bases and ranks are constants: no gradient flows into them.
+///
+/// q [B, H, L, d], k and v [B, G, L, d], L = plan.tree.sequence_length(); float32, float64 (CPU), bfloat16.
+/// returns [B, H, L, d] of q's dtype, differentiable in q, k, v. With all ranks d it is exact_attention, at its cost.
+/// Errors: c10::Error on shapes that disagree with each other or with the plan, and on ranks outside 1..d.
+at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const c10::intrusive_ptr<LowRankPlan>& plan);
+
+}  // namespace drrl

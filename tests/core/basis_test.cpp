@@ -1,0 +1,144 @@
+#include "core/basis.h"
+
+#include <gtest/gtest.h>
+
+#include "core/error.h"
+#include "core/gram.h"
+#include "core/solver.h"
+
+namespace drrl {
+namespace {
+
+// Rows with a decaying spectrum, as real queries and keys have.
+at::Tensor rows(int64_t n, int64_t m, int64_t d) {
+  const auto decay = at::logspace(0, -2, d, 10.0, at::kDouble);
+  return at::matmul(at::randn({n, m, d}, at::kDouble) * decay, at::randn({d, d}, at::kDouble));
+}
+
+at::Tensor gram(const at::Tensor& x) { return at::matmul(x.transpose(1, 2), x); }
+
+TEST(Basis, IsTheBestApproximationAtEveryRank) {
+  at::manual_seed(1);
+  const int64_t n = 3, d = 16;
+  const auto x = rows(n, 40, d), y = rows(n, 50, d);
+  const Basis basis = solve_basis(gram(x), gram(y));
+  const auto product = at::matmul(x, y.transpose(1, 2));
+  const auto best = at::linalg_svdvals(product).narrow(1, 0, d);
+  EXPECT_TRUE(at::allclose(basis.singular_values, best, 1e-6, 1e-6 * best.max().item<double>()));
+  for (int64_t r = 1; r <= d; ++r) {
+    const auto p_x = basis.left.narrow(2, 0, r).to(at::kDouble), p_y = basis.right.narrow(2, 0, r).to(at::kDouble);
+    const auto low = at::matmul(at::matmul(x, p_x), at::matmul(y, p_y).transpose(1, 2));
+    const auto loss = (product - low).pow(2).sum({1, 2});
+    const auto optimum = best.pow(2).slice(1, r).sum(1);
+    const auto total = best.pow(2).sum(1);
+    EXPECT_TRUE(((loss - optimum).abs() <= 1e-4 * optimum + 1e-9 * total).all().item<bool>()) << "rank " << r << ": " << loss << optimum;
+  }
+}
+
+TEST(Basis, TailLossIsTheTrueLossOfAnyBasisOnAnyData) {
+  at::manual_seed(2);
+  const int64_t n = 2, d = 16;
+  const Basis stale = solve_basis(gram(rows(n, 40, d)), gram(rows(n, 40, d)));
+  const auto x = rows(n, 33, d), y = rows(n, 20, d);  // data that the basis has not seen
+  const auto tail = tail_loss(stale, gram(x), gram(y));
+  ASSERT_EQ(tail.sizes(), at::IntArrayRef({n, d + 1}));
+  const auto product = at::matmul(x, y.transpose(1, 2));
+  const auto total = product.pow(2).sum({1, 2});
+  EXPECT_TRUE(at::allclose(tail.select(1, 0), total, 1e-10));
+  for (int64_t r = 1; r <= d; ++r) {
+    const auto low = at::matmul(at::matmul(x, stale.left.narrow(2, 0, r).to(at::kDouble)),
+                                at::matmul(y, stale.right.narrow(2, 0, r).to(at::kDouble)).transpose(1, 2));
+    const auto loss = (product - low).pow(2).sum({1, 2});
+    EXPECT_TRUE(((tail.select(1, r) - loss).abs() <= 1e-10 * total).all().item<bool>()) << "rank " << r;
+  }
+}
+
+TEST(Basis, AFreshBasisLosesExactlyTheTailOfItsSpectrum) {  // the paper's Eq. 8 on one spectrum
+  at::manual_seed(3);
+  const auto g_x = gram(rows(4, 64, 32)), g_y = gram(rows(4, 64, 32));
+  const Basis basis = solve_basis(g_x, g_y);
+  const auto tail = tail_loss(basis, g_x, g_y);
+  const auto squares = basis.singular_values.pow(2);
+  const auto total = squares.sum(1, true);
+  const auto expected = total - at::cat({at::zeros({4, 1}, at::kDouble), squares.cumsum(1)}, 1);
+  EXPECT_LT(((tail - expected).abs() / total).max().item<double>(), 1e-8);
+}
+
+TEST(Basis, SurvivesRankDeficientGrams) {
+  at::manual_seed(4);
+  const auto x = rows(2, 5, 16), y = rows(2, 7, 16);  // fewer rows than columns
+  const Basis basis = solve_basis(gram(x), gram(y));
+  EXPECT_TRUE(at::isfinite(basis.left).all().item<bool>() && at::isfinite(basis.right).all().item<bool>());
+  const auto tail = tail_loss(basis, gram(x), gram(y));
+  EXPECT_LT((tail.select(1, 5) / tail.select(1, 0)).max().item<double>(), 1e-8);  // rank 5 is all there is
+  const Basis zero = solve_basis(at::zeros({1, 8, 8}, at::kDouble), at::zeros({1, 8, 8}, at::kDouble));
+  EXPECT_EQ(zero.left.abs().max().item<float>(), 0.0f);
+}
+
+TEST(Basis, OneMatrixDoesNotDependOnItsNeighboursInTheBatch) {
+  at::manual_seed(5);
+  auto g_x = gram(rows(4, 64, 16)), g_y = gram(rows(4, 64, 16));
+  const Basis before = solve_basis(g_x, g_y);
+  g_x[3] = gram(rows(1, 2, 16))[0];  // a semidefinite neighbour that needs jitter
+  g_y[3] = gram(rows(1, 2, 16))[0];
+  const Basis after = solve_basis(g_x, g_y);
+  EXPECT_TRUE(at::equal(before.left.narrow(0, 0, 3), after.left.narrow(0, 0, 3)));
+  EXPECT_TRUE(at::equal(before.right.narrow(0, 0, 3), after.right.narrow(0, 0, 3)));
+}
+
+TEST(Basis, RefusesWhatIsNotFinite) {
+  auto g = at::eye(8, at::kDouble).repeat({3, 1, 1});
+  g[1][2][2] = std::numeric_limits<double>::quiet_NaN();
+  try {
+    solve_basis(g, at::eye(8, at::kDouble).repeat({3, 1, 1}));
+    FAIL() << "no error";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.kind(), ErrorKind::kNumerics);
+    EXPECT_NE(std::string(error.what()).find("matrix 1 of 3"), std::string::npos) << error.what();
+  }
+}
+
+TEST(Solver, EigenpairsReproduceTheMatrices) {
+  at::manual_seed(6);
+  const auto a = gram(rows(7, 30, 24));
+  const auto [values, vectors] = batched_eigh(a);
+  const auto rebuilt = at::matmul(vectors * values.unsqueeze(1), vectors.transpose(1, 2));
+  EXPECT_LT(((rebuilt - a).norm() / a.norm()).item<double>(), 1e-12);
+  EXPECT_LT((at::matmul(vectors.transpose(1, 2), vectors) - at::eye(24, at::kDouble)).abs().max().item<double>(), 1e-12);
+}
+
+TEST(PairGrams, AreThoseOfTheLeftNodesOnly) {
+  at::manual_seed(7);
+  const int64_t batch = 2, heads = 6, groups = 3, length = 75, d = 8;
+  const auto q = at::randn({batch, heads, length, d}), k = at::randn({batch, groups, length, d}), v = at::randn({batch, groups, length, d});
+  const BlockTree tree(length, {8, 3});
+  const PairGrams grams = pair_grams(q, k, v, tree);
+  ASSERT_EQ(grams.keys.sizes(), at::IntArrayRef({batch, groups, tree.num_pairs(), d, d}));
+  for (const PairRun& run : tree.runs()) {
+    for (int64_t i = 0; i < run.count; ++i) {
+      for (int64_t b = 0; b < batch; ++b) {
+        for (int64_t g = 0; g < groups; ++g) {
+          const auto cut = [&](const at::Tensor& x) { return x.narrow(0, run.key_begin + i * run.stride, run.key_rows).to(at::kDouble); };
+          const auto close = [](const at::Tensor& got, const at::Tensor& x) {
+            return at::allclose(got, at::matmul(x.t(), x), 1e-5, 1e-4);
+          };
+          const int64_t p = run.first_pair + i;
+          EXPECT_TRUE(close(grams.keys[b][g][p], cut(k[b][g])));
+          EXPECT_TRUE(close(grams.values[b][g][p], cut(v[b][g])));
+          EXPECT_TRUE(close(grams.queries[b][g][p], at::cat({cut(q[b][2 * g]), cut(q[b][2 * g + 1])})));
+        }
+      }
+    }
+  }
+}
+
+TEST(OutputGram, SumsOverTheHeadsOfAGroup) {
+  at::manual_seed(8);
+  const auto w_o = at::randn({10, 4 * 3}, at::kDouble);
+  const auto g = output_gram(w_o, 2, 3);
+  const auto head = [&](int64_t h) { return w_o.narrow(1, 3 * h, 3); };
+  EXPECT_TRUE(at::allclose(g[1], at::matmul(head(2).t(), head(2)) + at::matmul(head(3).t(), head(3)), 1e-5, 1e-5));
+}
+
+}  // namespace
+}  // namespace drrl
