@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+"""drrl's executables against Transformers, on small random models and (RealModelTest) on SmolLM2: logits, perplexity, training steps on
+several layouts, and the way back from an exported folder. Environment: DRRL_BIN (folder of the executables), DRRL_MODEL, DRRL_DATA."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+import numpy
+import torch
+
+from reference import load_model
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1] / "launch"))
+import prepare  # noqa: E402
+
+BIN = Path(os.environ["DRRL_BIN"])
+CACHE = Path(os.environ.get("DRRL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "drrl")
+REAL_MODEL = Path(os.environ.get("DRRL_MODEL") or CACHE / "models/SmolLM2-135M-Instruct")
+REAL_DATA = Path(os.environ.get("DRRL_DATA") or CACHE / "data")
+MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none"] + (["--allow-run-as-root"] if os.geteuid() == 0 else [])
+VOCABULARY = 257
+LOGITS_TOLERANCE = 1e-4
+PERPLEXITY_TOLERANCE = 1e-4
+STEP_TOLERANCE = 1e-3    # against Transformers, relative loss at every step
+LAYOUT_TOLERANCE = 1e-4  # of drrl's layouts among each other
+
+
+def run(command, ranks=1):
+    """Standard output of a program; with its whole output in the exception if it fails."""
+    launcher = [*MPIRUN, "-np", str(ranks)] if ranks > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1" if ranks > 1 else "2", "OMPI_MCA_btl_vader_single_copy_mechanism": "none"}
+    done = subprocess.run([*launcher, *map(str, command)], capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL,
+                          timeout=280)
+    if done.returncode:
+        raise AssertionError(f"exit {done.returncode}: {' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def script(name, *arguments):
+    return run([sys.executable, HERE / name, *arguments])
+
+
+def small_model(folder, kind="llama", **changes):
+    """A random model with three KV groups, large enough in its weights that a wrong detail shows."""
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    config_class, model_class = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM),
+                                 "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[kind]
+    settings = dict(vocab_size=VOCABULARY, hidden_size=96, intermediate_size=200, num_hidden_layers=3, num_attention_heads=6,
+                    num_key_value_heads=3, max_position_embeddings=512, rms_norm_eps=1e-5, initializer_range=0.08,
+                    bos_token_id=0, eos_token_id=0, tie_word_embeddings=True,
+                    rope_parameters={"rope_type": "default", "rope_theta": 20000.0})
+    if kind == "mistral":
+        settings["sliding_window"] = None
+    torch.manual_seed(1)
+    model = model_class(config_class(**{**settings, **changes}))
+    for name, parameter in model.named_parameters():  # biases and norms must matter as well
+        if parameter.ndim == 1:
+            with torch.no_grad():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def small_data(prefix, tokens=4000):
+    rng = numpy.random.default_rng(3)
+    steps = rng.choice([1, 2, 3, 5], size=tokens, p=[0.6, 0.2, 0.15, 0.05])  # learnable: mostly the next id
+    prepare.write_token_file(prefix, [numpy.cumsum(steps) % VOCABULARY], "uint16", {})
+    return prefix
+
+
+class SmallModelTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.data = small_data(self.folder / "data")
+
+    def assert_same_logits(self, model, length=100):
+        from safetensors.torch import load_file
+
+        out = self.folder / "logits.safetensors"
+        run([BIN / "dump_logits", model, self.data, length, out])
+        ours = load_file(out)
+        with torch.no_grad():
+            theirs = load_model(model).eval()(ours["tokens"]).logits
+        torch.testing.assert_close(ours["logits"], theirs, rtol=0, atol=LOGITS_TOLERANCE)
+
+    def test_logits_of_each_kind_of_model(self):
+        llama3 = {"rope_type": "llama3", "rope_theta": 20000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                  "original_max_position_embeddings": 64}
+        for number, (kind, changes) in enumerate([
+                ("llama", {}), ("llama", {"tie_word_embeddings": False}), ("llama", {"attention_bias": True, "mlp_bias": True}),
+                ("llama", {"head_dim": 32}), ("llama", {"rope_parameters": llama3}),
+                ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+                ("mistral", {}), ("qwen2", {})]):
+            with self.subTest(kind=kind, **changes):
+                self.assert_same_logits(small_model(self.folder / f"model{number}", kind, **changes))
+
+    def test_perplexity(self):
+        model = small_model(self.folder / "model")
+        script("hf_perplexity.py", "--model", model, "--data", self.data, "--seq_len", 200, "--json", self.folder / "hf.json")
+        expected = json.loads((self.folder / "hf.json").read_text())
+        for tp in (1, 2, 3):
+            with self.subTest(tp=tp):
+                run([BIN / "drrl-eval", "--model", model, "--data", self.data, "--seq_len=200", f"--tp={tp}", "--attention=full",
+                     "--json", self.folder / "drrl.json"], ranks=tp)
+                ours = json.loads((self.folder / "drrl.json").read_text())
+                self.assertEqual(ours["tokens"], expected["tokens"])
+                self.assertLess(abs(ours["perplexity"] / expected["perplexity"] - 1), PERPLEXITY_TOLERANCE)
+
+    def train(self, model, out, ranks, *flags):
+        run([BIN / "drrl-train", "--model", model, "--data", self.data, "--output", out, *self.SETTINGS, *flags], ranks=ranks)
+        return [json.loads(line)["loss"] for line in (out / "metrics/metrics.jsonl").read_text().splitlines()]
+
+    SETTINGS = ["--seq_len=200", "--global_batch=2", "--micro_batch=1", "--steps=10", "--lr=3e-3", "--min_lr=3e-4", "--warmup_tokens=800",
+                "--weight_decay=0.1", "--clip=1.0", "--seed=5", "--attention=full"]
+
+    def test_ten_steps_on_several_layouts(self):
+        model = small_model(self.folder / "model")
+        same = [f for f in self.SETTINGS if f.split("=")[0] not in ("--micro_batch", "--attention")]
+        script("hf_train_steps.py", "--model", model, "--data", self.data, *same, "--json", self.folder / "hf.jsonl")
+        expected = [json.loads(line)["loss"] for line in (self.folder / "hf.jsonl").read_text().splitlines()]
+        self.assertLess(expected[-1], 0.8 * expected[0])  # there was something to learn
+        losses = {}
+        for name, ranks, flags in [("one", 1, ["--tp=1"]), ("tp2", 2, ["--tp=2"]), ("tp3", 3, ["--tp=3"]), ("dp2", 2, ["--tp=1"]),
+                                   ("tp2dp2", 4, ["--tp=2"]), ("checkpointed", 1, ["--activation_checkpoint=true"])]:
+            with self.subTest(layout=name):
+                losses[name] = self.train(model, self.folder / name, ranks, *flags)
+                numpy.testing.assert_allclose(losses[name], expected, rtol=STEP_TOLERANCE)
+                numpy.testing.assert_allclose(losses[name], losses["one"], rtol=LAYOUT_TOLERANCE)
+        for name in ("one", "tp2"):
+            with self.subTest(exported=name):
+                self.assert_same_logits(self.folder / name / "model")
+
+
+class RealModelTest(unittest.TestCase):
+    def test_perplexity_at_2048(self):
+        with tempfile.TemporaryDirectory() as folder:
+            common = ["--model", REAL_MODEL, "--data", REAL_DATA / "jargon", "--seq_len=2048", "--max_tokens=4096"]
+            script("hf_perplexity.py", *common, "--json", Path(folder) / "hf.json")
+            run([BIN / "drrl-eval", *common, "--attention=full", "--json", Path(folder) / "drrl.json"])
+            theirs, ours = (json.loads((Path(folder) / name).read_text()) for name in ("hf.json", "drrl.json"))
+            self.assertEqual(ours["tokens"], theirs["tokens"])
+            self.assertLess(abs(ours["perplexity"] / theirs["perplexity"] - 1), PERPLEXITY_TOLERANCE, (ours, theirs))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["RealModelTest"] and not REAL_MODEL.exists():
+        print(f"{REAL_MODEL} is not there: tests/run.sh prepares it")
+        sys.exit(77)
+    unittest.main(verbosity=2)
