@@ -1,0 +1,61 @@
+#include "launch/flags.h"
+
+#include "core/error.h"
+#include "distributed/environment.h"
+#include "distributed/mesh.h"
+
+#include <gflags/gflags.h>
+
+DEFINE_string(model, "", "Hugging Face model directory (config.json, *.safetensors)");
+DEFINE_string(data, "", "token file, without .bin or .idx (Megatron's format; launch/prepare.py text writes it)");
+DEFINE_int64(seq_len, 2048, "length of a sequence, at most the model's max_position_embeddings [tokens]");
+DEFINE_int64(tp, 1, "tensor-parallel processes: each holds a part of every layer [processes]");
+DEFINE_int64(dp, 0, "data-parallel processes; 0: all that --tp leaves [processes]");
+DEFINE_string(device, "cpu", "cpu or cuda");
+DEFINE_string(dtype, "fp32", "precision of activations and matrix products: fp32 or bf16; weights and moments are always fp32");
+DEFINE_uint64(seed, 1, "of data order and random decisions");
+DEFINE_int64(threads, 0, "CPU threads of each process; 0: the node's cores shared out to its processes [threads]");
+DEFINE_int64(timeout_s, 600, "longest that a collective may take before the job is ended [s]");
+DEFINE_string(json, "", "file for the results, as JSON");
+
+DEFINE_string(attention, "full", "full: exact; lowrank: exact near and sink tokens, low-rank factors for far ones");
+DEFINE_string(rank_policy, "fixed", "who chooses the ranks of --attention=lowrank: full, fixed, energy or dp");
+DEFINE_int64(rank, 32, "rank of scores and values of far tokens under --rank_policy=fixed");
+DEFINE_double(rank_budget, 0.585, "mean (score rank + value rank) / (2 head_dim) under --rank_policy=dp [of full rank]");
+DEFINE_double(energy, 0.99, "share of the spectrum's energy to keep under --rank_policy=energy");
+DEFINE_string(policy, "", "calibration file for --rank_policy=dp; drrl-policy calibrate writes it");
+DEFINE_int64(near_block, 256, "block of tokens that attend to each other exactly [tokens]");
+DEFINE_int64(sink_tokens, 4, "first tokens of a sequence, attended to exactly by all [tokens]");
+
+namespace drrl {
+
+at::Device device_flag(const Environment& environment) {
+  if (FLAGS_device == "cpu") {
+    return at::kCPU;
+  }
+  check(ErrorKind::kUsage, FLAGS_device == "cuda", "--device must be cpu or cuda, got '", FLAGS_device, "'");
+  check(ErrorKind::kUsage, at::hasCUDA() && at::getNumGPUs() > 0,
+        "--device=cuda, but this process sees no usable GPU");
+  return at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(environment.local_rank % static_cast<int64_t>(at::getNumGPUs())));
+}
+
+at::ScalarType dtype_flag(const char* flag, const std::string& value) {
+  check(ErrorKind::kUsage, value == "fp32" || value == "bf16", "--", flag, " must be fp32 or bf16, got '", value, "'");
+  return value == "fp32" ? at::kFloat : at::kBFloat16;
+}
+
+MeshShape mesh_flags(const Environment& environment) {
+  check(ErrorKind::kUsage, FLAGS_tp >= 1, "--tp must be at least 1, got ", FLAGS_tp);
+  check(ErrorKind::kUsage, FLAGS_dp >= 0, "--dp must not be negative, got ", FLAGS_dp);
+  check(ErrorKind::kUsage, FLAGS_dp > 0 || environment.world_size % FLAGS_tp == 0, environment.world_size,
+        " processes cannot be divided by --tp=", FLAGS_tp);
+  MeshShape shape{FLAGS_tp, FLAGS_dp > 0 ? FLAGS_dp : environment.world_size / FLAGS_tp};
+  check_shape(shape, environment.world_size);
+  return shape;
+}
+
+void require(const char* flag, const std::string& value) {
+  check(ErrorKind::kUsage, !value.empty(), "--", flag, " is required");
+}
+
+}  // namespace drrl

@@ -1,0 +1,46 @@
+#pragma once
+
+#include <gflags/gflags_declare.h>
+
+#include <ATen/ATen.h>
+
+// The options that several programs share. launch/flags.cpp says what they mean.
+DECLARE_string(model);
+DECLARE_string(data);
+DECLARE_int64(seq_len);
+DECLARE_int64(tp);
+DECLARE_int64(dp);
+DECLARE_string(device);
+DECLARE_string(dtype);
+DECLARE_uint64(seed);
+DECLARE_int64(threads);
+DECLARE_int64(timeout_s);
+DECLARE_string(json);
+
+DECLARE_string(attention);
+DECLARE_string(rank_policy);
+DECLARE_int64(rank);
+DECLARE_double(rank_budget);
+DECLARE_double(energy);
+DECLARE_string(policy);
+DECLARE_int64(near_block);
+DECLARE_int64(sink_tokens);
+
+namespace drrl {
+
+struct Environment;
+
+/// --device: "cpu", or "cuda" as the GPU of this process's local rank. Errors: Error(kUsage).
+at::Device device_flag(const Environment& environment);
+
+/// "fp32" or "bf16". Errors: Error(kUsage) naming `flag`.
+at::ScalarType dtype_flag(const char* flag, const std::string& value);
+
+/// --tp and --dp against the size of the world; --dp=0 means whatever --tp leaves. Errors: Error(kUsage).
+struct MeshShape;
+MeshShape mesh_flags(const Environment& environment);
+
+/// Errors: Error(kUsage) naming the flag when `value` is empty.
+void require(const char* flag, const std::string& value);
+
+}  // namespace drrl

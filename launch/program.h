@@ -1,0 +1,31 @@
+#pragma once
+
+#include "distributed/environment.h"
+#include "launch/exit_codes.h"
+
+#include <functional>
+#include <string>
+
+namespace drrl {
+
+/// The frame of every drrl program: allocator settings, command line, threads, MPI (when mpirun or srun started several processes), glog, signals,
+/// and the translation of exceptions into exit codes. `body` returns the code of a run that came to its own end, the same on all ranks.
+///
+/// An exception on any rank ends the whole job with that rank's code (MPI_Abort): nobody is left waiting in a
+/// collective. All ranks report a failure that all of them see, but rank 0 does so at once and ends the job; the others wait
+/// a moment first, and so speak only of what rank 0 does not know.
+int run_program(int argc, char** argv, const std::string& summary, const std::function<ExitCode(const Environment&)>& body);
+
+/// "drrl 0.1.0, LibTorch 2.11.0, Open MPI v4.1.4".
+std::string version_line();
+
+/// Runs `work` and, when it throws, ends the job from inside the handler: what was constructed before `guarded` is not destroyed, so no
+/// group or pending collective waits for ranks that will not come. Programs put everything after the creation of groups in here.
+void guarded(const Environment& environment, const std::function<void()>& work);
+
+/// Whether SIGTERM, SIGINT or SIGUSR1 has asked this process to stop. The third such signal kills.
+/// mpirun forwards SIGUSR1, and SIGTERM too but kills the processes one second later unless told to wait
+/// (--mca odls_base_sigkill_timeout 60).
+bool stop_requested() noexcept;
+
+}  // namespace drrl
