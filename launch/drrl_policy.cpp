@@ -1,0 +1,144 @@
+// drrl-policy calibrate: measures on real text how much each layer suffers at each rank, for --rank_policy=dp. Options: drrl-policy --help.
+
+#include "core/error.h"
+#include "distributed/mesh.h"
+#include "launch/console.h"
+#include "launch/flags.h"
+#include "launch/policy_flags.h"
+#include "launch/program.h"
+#include "models/config.h"
+#include "models/data.h"
+#include "models/llama.h"
+#include "models/token_file.h"
+#include "policy/calibration.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <gflags/gflags.h>
+
+#include <cstdio>
+#include <cstring>
+#include <iostream>
+
+DEFINE_int64(calibration_tokens, 8192, "text to calibrate on, from evenly spread sequences of --data, rounded up to whole ones [tokens]");
+
+namespace drrl {
+namespace {
+
+/// Labels drawn from the model's own next-token distribution: with them a gradient is a Fisher score vector.
+at::Tensor sampled_labels(CausalLM& model, const at::Tensor& tokens) {
+  at::NoGradGuard no_grad;
+  const at::Tensor logits = model.logits(tokens);  // [1, L, vocabulary]
+  std::vector<at::Tensor> drawn;
+  for (const at::Tensor& rows : logits.squeeze(0).split(256)) {
+    drawn.push_back(at::multinomial(at::softmax(rows, 1), 1).squeeze(1));
+  }
+  return at::cat(drawn).unsqueeze(0).to(at::kCPU);
+}
+
+ExitCode calibrate(const Environment& environment) {
+  require("model", FLAGS_model);
+  require("data", FLAGS_data);
+  require("policy", FLAGS_policy);
+  check(ErrorKind::kUsage, FLAGS_calibration_tokens >= 1, "--calibration_tokens must be at least 1, got ", FLAGS_calibration_tokens);
+  const MeshShape shape = mesh_flags(environment);
+  const at::Device device = device_flag(environment);
+  const ModelConfig config = ModelConfig::load(FLAGS_model);
+  const Geometry geometry = geometry_flags();
+  check(ErrorKind::kUsage, FLAGS_seq_len > geometry.near_block + geometry.sink_tokens && FLAGS_seq_len <= config.max_position_embeddings,
+        "--seq_len=", FLAGS_seq_len, " must be more than --near_block + --sink_tokens = ", geometry.near_block + geometry.sink_tokens,
+        " and at most ", config.max_position_embeddings, ", the positions of ", FLAGS_model);
+  const auto file = std::make_shared<const TokenFile>(TokenFile::open(FLAGS_data));
+  const SequenceDataset data(file, 0, file->tokens(), FLAGS_seq_len, FLAGS_seed);
+  const int64_t windows = std::min(data.windows(), (FLAGS_calibration_tokens + FLAGS_seq_len - 1) / FLAGS_seq_len);
+
+  const Mesh mesh = Mesh::create(environment, shape, device, std::chrono::seconds(FLAGS_timeout_s));
+  guarded(environment, [&] {
+    const bool leader = environment.world_rank == 0;
+    std::vector<int64_t> ranks = rank_buckets(device, config.head_dim);
+    ranks.pop_back();  // exact does no damage
+    check(ErrorKind::kUsage, !ranks.empty(), "a head_dim of ", config.head_dim, " has no smaller ranks to calibrate");
+    const auto controller = std::make_shared<CalibrationController>(config.num_hidden_layers, geometry, ranks);
+    CausalLM model(config, mesh.tp(), controller, {.dtype = dtype_flag("dtype", FLAGS_dtype), .device = device, .activation_checkpoint = false});
+    model.load(FLAGS_model);
+    for (Parameter& parameter : model.parameters()) {  // only activations' gradients are wanted; the embedding starts the graph
+      parameter.value.requires_grad_(&parameter == &model.parameters().front());
+    }
+    if (leader) {
+      print_banner(std::cout, "drrl-policy calibrate",
+                   {{"model", FLAGS_model}, {"data", c10::str(FLAGS_data, ": ", windows, " sequences of ", FLAGS_seq_len)},
+                    {"ranks", c10::str(c10::IntArrayRef(ranks))}, {"versions", version_line()}});
+    }
+    // All ranks of a tensor-parallel group must draw the same labels.
+    at::Generator generator = at::detail::getDefaultCPUGenerator();
+    generator.set_current_seed(FLAGS_seed * 1000003 + static_cast<uint64_t>(mesh.dp().rank()));
+    double tokens = 0;
+    for (int64_t i = mesh.dp().rank(); i < windows; i += mesh.dp().size()) {
+      const Batch batch = data.ordered(i * data.windows() / windows, 1);
+      const at::Tensor labels = sampled_labels(model, batch.tokens);
+      model.loss(batch.tokens, labels).loss_sum.backward();
+      model.parameters().front().value.mutable_grad().reset();
+      tokens += static_cast<double>(FLAGS_seq_len);
+      if (leader) {
+        std::cout << "sequence " << i + 1 << " of " << windows << std::endl;
+      }
+    }
+    at::Tensor damage = controller->damage().clone();
+    auto counted = at::tensor({tokens}, at::kDouble);
+    mesh.world().all_reduce(damage);
+    mesh.dp().all_reduce(counted);
+    damage.div_(counted);
+
+    if (leader) {
+      Calibration result;
+      result.head_dim = config.head_dim;
+      result.geometry = geometry;
+      result.seq_len = FLAGS_seq_len;
+      result.tokens = counted[0].item<int64_t>();
+      result.model = FLAGS_model;
+      result.data = FLAGS_data;
+      result.ranks = ranks;
+      for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
+        for (int64_t kind = 0; kind < 2; ++kind) {
+          const at::Tensor row = damage[layer][kind].contiguous();
+          (kind == 0 ? result.score_damage : result.value_damage)
+              .emplace_back(row.const_data_ptr<double>(), row.const_data_ptr<double>() + row.numel());
+        }
+      }
+      result.save(FLAGS_policy);
+      std::cout << "layer";
+      for (const char* kind : {"scores", "values"}) {
+        for (const int64_t rank : ranks) {
+          std::printf("%*s%lld", 7, kind, static_cast<long long>(rank));
+        }
+      }
+      std::printf("   (KL in 1e-3 nats per token)\n");
+      for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
+        std::printf("%5lld", static_cast<long long>(layer));
+        for (const auto* table : {&result.score_damage, &result.value_damage}) {
+          for (const double value : (*table)[static_cast<size_t>(layer)]) {
+            std::printf("%9.4f", 1e3 * value);
+          }
+        }
+        std::printf("\n");
+      }
+      std::cout << "wrote " << FLAGS_policy << std::endl;
+    }
+    mesh.world().barrier();
+  });
+  return ExitCode::kSuccess;
+}
+
+}  // namespace
+}  // namespace drrl
+
+int main(int argc, char** argv) {
+  const bool known = argc > 1 && (std::strcmp(argv[1], "calibrate") == 0 || argv[1][0] == '-');
+  if (!known) {
+    std::fprintf(stderr, "usage: drrl-policy calibrate --model DIR --data PREFIX --policy FILE [options] (--help lists them)\n");
+    return static_cast<int>(drrl::ExitCode::kUsage);
+  }
+  const int skipped = argv[1][0] == '-' ? 0 : 1;
+  argv[skipped] = argv[0];
+  return drrl::run_program(argc - skipped, argv + skipped, "drrl-policy calibrate: measures how much each layer suffers at each rank.",
+                           &drrl::calibrate);
+}
