@@ -58,7 +58,7 @@ def drrl_run(options, seq_len, work):
     out = Path(tempfile.mkdtemp(dir=work))
     command = [Path(options.build) / "bin/drrl-train", "--model", options.model, "--data", options.data, "--output", out,
                "--seq_len", seq_len, "--steps", options.steps, "--lr", options.lr, "--min_lr=0", "--warmup_tokens=0",
-               "--attention=full", f"--dtype={options.dtype}", "--global_batch=1", "--micro_batch=1", "--seed=0",
+               "--attention=full", "--valid_fraction=0", f"--dtype={options.dtype}", "--global_batch=1", "--micro_batch=1", "--seed=0",
                f"--activation_checkpoint={'true' if options.activation_checkpoint else 'false'}", *options.drrl_flag]
     memory = measure([str(c) for c in command], options.threads)
     lines = read_lines(out / "metrics/metrics.jsonl")

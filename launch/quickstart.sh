@@ -30,7 +30,7 @@ lowrank=(--attention=lowrank --rank_policy=dp --policy "$out/ranks.json")
 rm -rf "$out"
 mkdir -p "$out"
 
-# train NAME FLAG...: fine-tunes into $out/NAME; the model ends up in $out/NAME/model
+# train NAME FLAG...: fine-tunes into $out/NAME; the model ends up in $out/NAME/hf
 train() {
   local name=$1
   shift
@@ -55,9 +55,9 @@ train full --attention=full
 stage "fine-tuning, low rank"
 train lowrank "${lowrank[@]}"
 stage "held-out perplexity after training, low rank"
-evaluate after-lowrank "$out/lowrank/model" "${lowrank[@]}" --compare_full
+evaluate after-lowrank "$out/lowrank/hf" "${lowrank[@]}" --compare_full
 stage "held-out perplexity after training, full rank"
-evaluate after-full "$out/full/model" --attention=full
+evaluate after-full "$out/full/hf" --attention=full
 
 stage "result"
 "$DRRL_PYTHON" launch/quickstart_table.py "$out"

@@ -37,7 +37,7 @@ def main():
     print()
     print(f"low rank against full rank: perplexity {100 * (low / full - 1):+.2f} %, attention FLOPs {100 * (after['attention_flops_fraction'] - 1):+.1f} %, "
           f"attention time {100 * (exact_ms['lowrank'] / exact_ms['full'] - 1):+.1f} %")
-    print(f"fine-tuned models: {out}/full/model, {out}/lowrank/model (Hugging Face directories); curves: tensorboard --logdir {out}")
+    print(f"fine-tuned models: {out}/full/hf, {out}/lowrank/hf (Hugging Face directories); curves for TensorBoard: {out}/*/metrics")
     for problem in problems:
         print(f"quickstart: error: {problem}", file=sys.stderr)
     return 1 if problems else 0
