@@ -479,7 +479,7 @@ int64_t ModelConfig::parameter_count() const {
 
 at::Tensor ModelConfig::inverse_frequencies() const {
   const at::Tensor exponents = at::arange(0, head_dim, 2, at::kLong).to(at::kFloat) / at::Scalar(head_dim);
-  at::Tensor frequencies = 1.0 / at::pow(at::Scalar(rope.theta), exponents);
+  at::Tensor frequencies = at::pow(at::Scalar(rope.theta), exponents).reciprocal();
   switch (rope.kind) {
     case RopeKind::kDefault: return frequencies;
     case RopeKind::kLinear: return frequencies.div_(rope.factor);
@@ -488,9 +488,11 @@ at::Tensor ModelConfig::inverse_frequencies() const {
   const double positions = rope.original_max_position_embeddings;
   const double longest = positions / rope.low_freq_factor;
   const double shortest = positions / rope.high_freq_factor;
-  const at::Tensor wavelengths = 2 * std::numbers::pi / frequencies;
+  // Python's number / tensor is tensor.reciprocal() * number, which rounds unlike a division.
+  const at::Tensor wavelengths = frequencies.reciprocal() * (2 * std::numbers::pi);
   const at::Tensor scaled = at::where(wavelengths > longest, frequencies / rope.factor, frequencies);
-  const at::Tensor smooth = (positions / wavelengths - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor);
+  const at::Tensor smooth =
+      (wavelengths.reciprocal() * positions - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor);
   const at::Tensor blended = (1.0 - smooth) * scaled / rope.factor + smooth * scaled;
   const at::Tensor medium = at::logical_and(wavelengths >= shortest, wavelengths <= longest);
   return at::where(medium, blended, scaled);

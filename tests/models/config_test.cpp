@@ -1,0 +1,218 @@
+#include "models/config.h"
+
+#include <nlohmann/json.hpp>
+
+#include "io_support.h"
+#include "models/safetensors.h"
+
+namespace drrl {
+namespace {
+
+using nlohmann::json;
+using test::expect_error;
+using test::TemporaryDirectory;
+
+json small_llama() {
+  return {{"architectures", {"LlamaForCausalLM"}},
+          {"model_type", "llama"},
+          {"vocab_size", 100},
+          {"hidden_size", 48},
+          {"intermediate_size", 96},
+          {"num_hidden_layers", 2},
+          {"num_attention_heads", 6},
+          {"num_key_value_heads", 3},
+          {"max_position_embeddings", 512},
+          {"rms_norm_eps", 1e-5},
+          {"rope_theta", 10000.0},
+          {"hidden_act", "silu"},
+          {"tie_word_embeddings", true},
+          {"torch_dtype", "bfloat16"}};
+}
+
+ModelConfig parse(const json& value) {
+  return ModelConfig::parse(value.dump(), "test/config.json");
+}
+
+json with(const char* field, const json& value, json base = small_llama()) {
+  base[field] = value;
+  return base;
+}
+
+TEST(ModelConfig, ReadsAndDerives) {
+  const ModelConfig config = parse(small_llama());
+  EXPECT_EQ(config.architecture, Architecture::kLlama);
+  EXPECT_EQ(config.head_dim, 8);
+  EXPECT_EQ(config.heads_per_group(), 2);
+  EXPECT_EQ(config.max_position_embeddings, 512);
+  EXPECT_DOUBLE_EQ(config.rms_norm_eps, 1e-5);
+  EXPECT_TRUE(config.tie_word_embeddings);
+  EXPECT_FALSE(config.qkv_bias || config.attention_output_bias || config.mlp_bias);
+  EXPECT_EQ(config.dtype, "bfloat16");
+  EXPECT_TRUE(config.warnings.empty()) << config.warnings.front();
+  EXPECT_EQ(parse(with("head_dim", 16)).head_dim, 16);
+  EXPECT_EQ(parse(with("head_dim", nullptr)).head_dim, 8);
+  EXPECT_EQ(parse(with("num_key_value_heads", nullptr)).num_key_value_heads, 6);
+  EXPECT_EQ(parse(with("hidden_act", "swish")).hidden_size, 48);
+}
+
+TEST(ModelConfig, ReadsTheFileOrItsDirectory) {
+  const TemporaryDirectory folder;
+  test::write_bytes(folder / "config.json", small_llama().dump());
+  EXPECT_EQ(ModelConfig::load(folder.path()).vocab_size, 100);
+  EXPECT_EQ(ModelConfig::load(folder / "config.json").vocab_size, 100);
+  expect_error(ErrorKind::kModel, {"nowhere", "No such file"}, [&] { ModelConfig::load(folder / "nowhere"); });
+}
+
+TEST(ModelConfig, RefusesByName) {
+  struct Case {
+    json config;
+    std::vector<std::string> fragments;
+  };
+  const json mistral = [] {
+    json value = small_llama();
+    value["model_type"] = "mistral";
+    value["architectures"] = {"MistralForCausalLM"};
+    return value;
+  }();
+  const json qwen2 = [] {
+    json value = small_llama();
+    value["model_type"] = "qwen2";
+    value["architectures"] = {"Qwen2ForCausalLM"};
+    return value;
+  }();
+  const auto without = [](const char* field) {
+    json value = small_llama();
+    value.erase(field);
+    return value;
+  };
+  const std::vector<Case> cases = {
+      {json::array(), {"not a JSON object"}},
+      {without("model_type"), {"no field \"model_type\"", "llama"}},
+      {with("model_type", "gemma"), {"model_type is \"gemma\"", "supported are llama"}},
+      {with("model_type", 3), {"model_type is 3", "string"}},
+      {with("architectures", {"LlamaForSequenceClassification"}),
+       {"architectures", "LlamaForSequenceClassification", "LlamaForCausalLM"}},
+      {with("architectures", {"MistralForCausalLM"}), {"architectures", "LlamaForCausalLM"}},
+      {without("vocab_size"), {"no field \"vocab_size\""}},
+      {without("hidden_size"), {"\"hidden_size\""}},
+      {without("intermediate_size"), {"\"intermediate_size\""}},
+      {without("num_hidden_layers"), {"\"num_hidden_layers\""}},
+      {without("num_attention_heads"), {"\"num_attention_heads\""}},
+      {with("vocab_size", "100"), {"vocab_size is \"100\"", "integer"}},
+      {with("vocab_size", 100.5), {"vocab_size is 100.5"}},
+      {with("vocab_size", -1), {"vocab_size is -1"}},
+      {with("hidden_size", 0), {"hidden_size is 0"}},
+      {with("hidden_size", 18446744073709551615U), {"hidden_size is 18446744073709551615"}},
+      {with("hidden_size", 49), {"hidden_size is 49", "num_attention_heads, 6"}},
+      {with("head_dim", 7), {"head_dim is 7", "even"}},
+      {with("num_key_value_heads", 4), {"num_key_value_heads is 4", "6 query heads"}},
+      {with("num_key_value_heads", 0), {"num_key_value_heads is 0"}},
+      {with("rms_norm_eps", 0), {"rms_norm_eps is 0"}},
+      {with("rms_norm_eps", "1e-5"), {"rms_norm_eps is \"1e-5\""}},
+      {with("hidden_act", "gelu"), {"hidden_act is \"gelu\"", "silu"}},
+      {with("attention_dropout", 0.1), {"attention_dropout is 0.1", "dropout"}},
+      {with("tie_word_embeddings", 1), {"tie_word_embeddings is 1", "true or false"}},
+      {with("quantization_config", {{"quant_method", "gptq"}}), {"quantization_config", "gptq", "quantized"}},
+      {with("auto_map", {{"AutoModel", "x.Y"}}), {"auto_map", "own code"}},
+      {with("partial_rotary_factor", 0.5), {"partial_rotary_factor is 0.5", "only 1"}},
+      {with("rope_theta", 0), {"rope_theta is 0"}},
+      {with("rope_scaling", 3), {"rope_scaling is 3", "object"}},
+      {with("rope_scaling", {{"type", "dynamic"}, {"factor", 2.0}}), {"rope_scaling: type is \"dynamic\"", "llama3"}},
+      {with("rope_scaling", {{"rope_type", "yarn"}, {"factor", 2.0}}), {"rope_type is \"yarn\""}},
+      {with("rope_scaling", {{"type", "longrope"}}), {"longrope"}},
+      {with("rope_scaling", {{"type", "linear"}}), {"rope_scaling", "\"factor\""}},
+      {with("rope_scaling", {{"type", "linear"}, {"factor", 0}}), {"factor is 0"}},
+      {with("rope_scaling", {{"rope_type", "llama3"}, {"factor", 8}, {"low_freq_factor", 4}, {"high_freq_factor", 4}}),
+       {"high_freq_factor is 4", "more than low_freq_factor"}},
+      {with("rope_scaling", {{"rope_type", "llama3"}, {"factor", 8}, {"low_freq_factor", 1}}), {"\"high_freq_factor\""}},
+      {with("rope_parameters", {{"rope_type", "proportional"}}), {"rope_parameters: rope_type is \"proportional\""}},
+      {with("rope_parameters", {{"rope_type", "default"}, {"partial_rotary_factor", 0.25}}), {"partial_rotary_factor is 0.25"}},
+      {with("sliding_window", 256, mistral), {"sliding_window is 256", "256 of 512"}},
+      {with("max_position_embeddings", 8192, mistral), {"sliding_window is absent", "4096 of 8192"}},
+      {with("attention_bias", true, mistral), {"attention_bias is true", "mistral models never"}},
+      {with("attention_bias", false, qwen2), {"attention_bias is false", "qwen2 models always"}},
+      {with("mlp_bias", true, qwen2), {"mlp_bias is true"}},
+      {with("use_sliding_window", true, with("sliding_window", 128, qwen2)), {"sliding_window is 128"}},
+      {with("layer_types", {"full_attention", "sliding_attention"}, qwen2), {"layer_types", "full_attention"}},
+  };
+  for (const Case& item : cases) {
+    SCOPED_TRACE(item.config.dump());
+    std::vector<std::string> fragments = item.fragments;
+    fragments.push_back("test/config.json");
+    expect_error(ErrorKind::kModel, fragments, [&] { parse(item.config); });
+  }
+  expect_error(ErrorKind::kModel, {"test/config.json", "not valid JSON"},
+               [] { ModelConfig::parse("{\"a\":", "test/config.json"); });
+}
+
+TEST(ModelConfig, NotesWhatItCannotJudge) {
+  const ModelConfig config =
+      parse(with("new_norm_trick", 3, with("bos_token_id", 1, with("unused_flag", false, with("pretraining_tp", 2)))));
+  ASSERT_EQ(config.warnings.size(), 2U);
+  EXPECT_NE(config.warnings[0].find("pretraining_tp"), std::string::npos);
+  EXPECT_NE(config.warnings[1].find("new_norm_trick = 3"), std::string::npos);
+  const ModelConfig twice = parse(with("rope_parameters", {{"rope_type", "default"}, {"rope_theta", 5e5}, {"mystery", 1}}));
+  EXPECT_DOUBLE_EQ(twice.rope.theta, 5e5);
+  ASSERT_EQ(twice.warnings.size(), 2U);
+  EXPECT_NE(twice.warnings[0].find("rope_theta is given twice"), std::string::npos);
+  EXPECT_NE(twice.warnings[1].find("mystery"), std::string::npos);
+}
+
+TEST(ModelConfig, ExportKeepsEveryFieldButTheDtype) {
+  const json original = with("new_norm_trick", 3);
+  const ModelConfig config = parse(original);
+  EXPECT_EQ(json::parse(config.export_json(at::kFloat)), with("torch_dtype", "float32", original));
+  EXPECT_EQ(json::parse(parse(with("dtype", "float16")).export_json(at::kBFloat16)),
+            with("dtype", "bfloat16", with("torch_dtype", "bfloat16")));
+  const json stated = json::parse(parse([] {
+                                    json value = small_llama();
+                                    value.erase("torch_dtype");
+                                    return value;
+                                  }())
+                                      .export_json(at::kHalf));
+  EXPECT_EQ(stated.at("torch_dtype"), "float16");
+  // The order of the fields is kept too.
+  const std::string text = ModelConfig::parse(R"({"vocab_size":9,"model_type":"llama","hidden_size":4,"intermediate_size":4,)"
+                                              R"("num_hidden_layers":1,"num_attention_heads":1,"a":1})",
+                                              "x")
+                               .export_json(at::kFloat);
+  EXPECT_LT(text.find("vocab_size"), text.find("model_type"));
+  EXPECT_LT(text.find("num_attention_heads"), text.find("\"a\""));
+}
+
+// Transformers itself reads the same files and says what it made of them: sizes, biases, number of weights, and RoPE's
+// frequencies bit for bit.
+TEST(ModelConfig, AgreesWithTransformers) {
+  if (std::string(DRRL_PYTHON).empty()) {
+    GTEST_SKIP() << "no Python with Transformers";
+  }
+  const TemporaryDirectory folder;
+  test::run_oracle("configs '" + folder.path().string() + "'");
+  const auto cases = test::listing(folder.path());
+  EXPECT_GE(cases.size(), 12U);
+  for (const std::string& item : cases) {
+    SCOPED_TRACE(item);
+    const ModelConfig config = ModelConfig::load(folder / item);
+    const json truth = json::parse(test::read_bytes(folder / item / "truth.json"));
+    EXPECT_EQ(config.vocab_size, truth.at("vocab_size"));
+    EXPECT_EQ(config.hidden_size, truth.at("hidden_size"));
+    EXPECT_EQ(config.num_key_value_heads, truth.at("num_key_value_heads"));
+    EXPECT_EQ(config.head_dim, truth.at("head_dim"));
+    EXPECT_EQ(config.max_position_embeddings, truth.at("max_position_embeddings"));
+    EXPECT_EQ(config.rms_norm_eps, truth.at("rms_norm_eps"));
+    EXPECT_EQ(config.initializer_range, truth.at("initializer_range"));
+    EXPECT_EQ(config.tie_word_embeddings, truth.at("tie_word_embeddings"));
+    EXPECT_EQ(config.rope.theta, truth.at("rope_theta"));
+    EXPECT_EQ(config.qkv_bias, truth.at("qkv_bias"));
+    EXPECT_EQ(config.attention_output_bias, truth.at("attention_output_bias"));
+    EXPECT_EQ(config.mlp_bias, truth.at("mlp_bias"));
+    EXPECT_EQ(config.parameter_count(), truth.at("parameters"));
+    const at::Tensor expected = SafetensorsFile(folder / item / "rope.safetensors").tensor("inv_freq");
+    const at::Tensor actual = config.inverse_frequencies();
+    EXPECT_TRUE(at::equal(actual, expected))
+        << "largest relative difference " << ((actual - expected) / expected).abs().max().item<double>();
+  }
+}
+
+}  // namespace
+}  // namespace drrl
