@@ -258,7 +258,7 @@ void CheckpointWriter::prune(int64_t keep_last) const {
 
 std::optional<fs::path> CheckpointReader::latest(const fs::path& root) {
   const fs::path pointer = root / kLatest;
-  if (!fs::exists(pointer)) {
+  if (!path_exists(pointer, kKind)) {
     return std::nullopt;
   }
   std::string text = read_text(pointer, kKind, 4096);
@@ -272,10 +272,10 @@ std::optional<fs::path> CheckpointReader::latest(const fs::path& root) {
 }
 
 CheckpointReader CheckpointReader::open(const fs::path& path, const Options& options) {
-  check(kKind, fs::is_directory(path), path, " is not a folder; expected a checkpoint, or a folder of checkpoints");
+  check(kKind, is_folder(path, kKind), path, " is not a folder; expected a checkpoint, or a folder of checkpoints");
   const std::string own_name = fs::absolute(path).lexically_normal().filename().string();
   check(kKind, !own_name.starts_with(kTemporaryPrefix), path, " is an unfinished checkpoint");
-  const bool is_checkpoint = fs::exists(path / kManifest) || step_of(own_name).has_value();
+  const bool is_checkpoint = path_exists(path / kManifest, kKind) || step_of(own_name).has_value();
   if (is_checkpoint) {
     return open_directory(path, options.verify_all);
   }
@@ -311,8 +311,8 @@ CheckpointReader CheckpointReader::open(const fs::path& path, const Options& opt
 CheckpointReader CheckpointReader::open_directory(const fs::path& directory, bool verify_all) {
   CheckpointReader reader(directory);
   const fs::path path = directory / kManifest;
-  check(kKind, fs::is_directory(directory), directory, " does not exist");
-  check(kKind, fs::exists(path), directory, " has no ", kManifest, ": it is not a complete checkpoint");
+  check(kKind, is_folder(directory, kKind), directory, " does not exist");
+  check(kKind, path_exists(path, kKind), directory, " has no ", kManifest, ": it is not a complete checkpoint");
   Json manifest;
   try {
     manifest = Json::parse(read_text(path, kKind));
@@ -341,7 +341,7 @@ CheckpointReader CheckpointReader::open_directory(const fs::path& directory, boo
 
   for (const auto& [file, digest] : reader.files_) {
     const fs::path item = directory / file;
-    check(kKind, fs::exists(item), item, " is missing; ", kManifest, " lists it with ", digest.bytes, " bytes");
+    check(kKind, path_exists(item, kKind), item, " is missing; ", kManifest, " lists it with ", digest.bytes, " bytes");
     const FileReader opened(item, kKind);
     check(kKind, opened.size() == digest.bytes, item, " has ", opened.size(), " bytes; ", kManifest, " says ", digest.bytes);
     if (verify_all) {

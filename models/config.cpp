@@ -370,7 +370,7 @@ const char* name(Architecture architecture) noexcept {
 }
 
 ModelConfig ModelConfig::load(const std::filesystem::path& directory_or_file) {
-  const bool is_directory = std::filesystem::is_directory(directory_or_file);
+  const bool is_directory = is_folder(directory_or_file, kKind);
   const std::filesystem::path path = is_directory ? directory_or_file / "config.json" : directory_or_file;
   return parse(read_text(path, kKind), path.string());
 }

@@ -241,7 +241,7 @@ at::Tensor SafetensorsFile::slice(const std::string& name, int64_t dim, int64_t 
 
 WeightStore WeightStore::open(const std::filesystem::path& directory) {
   constexpr ErrorKind kind = ErrorKind::kModel;
-  check(kind, std::filesystem::is_directory(directory), directory, " is not a folder; expected a Hugging Face model directory");
+  check(kind, is_folder(directory, kind), directory, " is not a folder; expected a Hugging Face model directory");
   WeightStore store(directory);
   const auto adopt = [&](const std::filesystem::path& path) -> SafetensorsFile& {
     return store.files_.emplace_back(path, kind);
@@ -249,15 +249,15 @@ WeightStore WeightStore::open(const std::filesystem::path& directory) {
 
   const std::filesystem::path single = directory / "model.safetensors";
   const std::filesystem::path index = directory / "model.safetensors.index.json";
-  if (std::filesystem::exists(single)) {
+  if (path_exists(single, kind)) {
     for (const auto& [name, entry] : adopt(single).entries()) {
       store.owner_.emplace(name, 0);
     }
     return store;
   }
-  if (!std::filesystem::exists(index)) {
-    const bool pickled = std::filesystem::exists(directory / "pytorch_model.bin") ||
-                         std::filesystem::exists(directory / "pytorch_model.bin.index.json");
+  if (!path_exists(index, kind)) {
+    const bool pickled =
+        path_exists(directory / "pytorch_model.bin", kind) || path_exists(directory / "pytorch_model.bin.index.json", kind);
     raise(
         kind, directory, " has neither model.safetensors nor model.safetensors.index.json",
         pickled

@@ -118,6 +118,18 @@ FileDigest FileReader::digest() const {
   return {size_, checksum.value()};
 }
 
+bool path_exists(const std::filesystem::path& path, ErrorKind kind) {
+  std::error_code error;
+  const auto status = std::filesystem::status(path, error);
+  check(kind, std::filesystem::status_known(status), "cannot look at ", path, ": ", error.message());
+  return std::filesystem::exists(status);
+}
+
+bool is_folder(const std::filesystem::path& path, ErrorKind kind) {
+  std::error_code error;
+  return path_exists(path, kind) && std::filesystem::is_directory(path, error);
+}
+
 std::string read_text(const std::filesystem::path& path, ErrorKind kind, uint64_t limit) {
   const FileReader file(path, kind);
   check(kind, file.size() <= limit, path, " has ", file.size(), " bytes; at most ", limit, " are expected of such a file");

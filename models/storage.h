@@ -49,6 +49,11 @@ class FileReader {
   uint64_t size_ = 0;
 };
 
+/// Whether something is there, and whether it is a folder (links followed). Error(kind) when the system cannot tell:
+/// permissions, loops of links, names that are too long.
+bool path_exists(const std::filesystem::path& path, ErrorKind kind);
+bool is_folder(const std::filesystem::path& path, ErrorKind kind);
+
 /// The whole content of a file of at most `limit` bytes.
 std::string read_text(const std::filesystem::path& path, ErrorKind kind, uint64_t limit = uint64_t{64} << 20);
 

@@ -1,5 +1,7 @@
 #include "models/checkpoint.h"
 
+#include <sched.h>
+#include <sys/mount.h>
 #include <sys/wait.h>
 
 #include <barrier>
@@ -155,6 +157,31 @@ TEST(Checkpoint, FullDiskAtTheManifestStopsAll) {
   ASSERT_EQ(failures.size(), 2U);
   EXPECT_NE(failures.at(1).find("manifest.json"), std::string::npos) << failures.at(1);
   EXPECT_EQ(listing(folder.path()), (std::vector<std::string>{"latest", "step-00000001"}));
+}
+
+// A file system of 256 KiB that only this test's thread sees. Needs root; the tests above reach the same code without.
+TEST(Checkpoint, FileSystemThatIsReallyFull) {
+  const TemporaryDirectory folder;
+  bool mounted = false;
+  std::thread([&] {
+    mounted = unshare(CLONE_NEWNS) == 0 && mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) == 0 &&
+              mount("tmpfs", folder.path().c_str(), "tmpfs", 0, "size=256k") == 0;
+    if (!mounted) {
+      return;
+    }
+    save(folder.path(), 1);
+    expect_error(ErrorKind::kStorage, {"step-00000002", "rank 0", "big", "No space left on device"}, [&] {
+      CheckpointWriter writer(folder.path(), 2);
+      writer.write_tensors("big", {{"v", at::zeros({100'000})}});
+      writer.commit();
+    });
+    EXPECT_EQ(listing(folder.path()), (std::vector<std::string>{"latest", "step-00000001"}));
+    EXPECT_EQ(CheckpointReader::open(folder.path()).step(), 1);
+    EXPECT_EQ(save(folder.path(), 3).filename(), "step-00000003") << "the room is free again";
+  }).join();
+  if (!mounted) {
+    GTEST_SKIP() << "this user cannot mount a file system";
+  }
 }
 
 TEST(Checkpoint, RootThatCannotBeMadeStopsAll) {
@@ -339,6 +366,13 @@ TEST(Checkpoint, DamageIsFoundAndNamed) {
     EXPECT_NE(said[1].find("step-00000001"), std::string::npos) << said[1];
     EXPECT_NE(said[1].find("instead"), std::string::npos) << said[1];
   }
+}
+
+TEST(Checkpoint, PathsThatCannotBeLookedAt) {
+  const std::string path(5000, 'x');
+  expect_error(ErrorKind::kCheckpoint, {"cannot look at", "too long"}, [&] { CheckpointReader::open(path); });
+  expect_error(ErrorKind::kCheckpoint, {"cannot look at", "too long"}, [&] { CheckpointReader::latest(path); });
+  expect_error(ErrorKind::kStorage, {"cannot begin checkpoint", "too long"}, [&] { CheckpointWriter(path, 1); });
 }
 
 TEST(Checkpoint, RenamedFolderIsFound) {

@@ -60,6 +60,7 @@ TEST(ModelConfig, ReadsTheFileOrItsDirectory) {
   test::write_bytes(folder / "config.json", small_llama().dump());
   EXPECT_EQ(ModelConfig::load(folder.path()).vocab_size, 100);
   EXPECT_EQ(ModelConfig::load(folder / "config.json").vocab_size, 100);
+  expect_error(ErrorKind::kModel, {"cannot look at", "too long"}, [&] { ModelConfig::load(folder / std::string(5000, 'x')); });
   expect_error(ErrorKind::kModel, {"nowhere", "No such file"}, [&] { ModelConfig::load(folder / "nowhere"); });
 }
 

@@ -319,6 +319,9 @@ TEST(WeightStore, BadDirectoriesAreRefusedByName) {
   const TemporaryDirectory folder;
   const auto open = [&] { WeightStore::open(folder.path()); };
   expect_error(ErrorKind::kModel, {"nothing", "not a folder"}, [&] { WeightStore::open(folder / "nothing"); });
+  expect_error(ErrorKind::kModel, {"cannot look at", "too long"}, [&] { WeightStore::open(folder / std::string(5000, 'x')); });
+  std::filesystem::create_symlink("loop", folder / "loop");
+  expect_error(ErrorKind::kModel, {"cannot look at", "loop"}, [&] { WeightStore::open(folder / "loop"); });
   expect_error(ErrorKind::kModel, {folder.path().string(), "neither model.safetensors nor"}, open);
   write_bytes(folder / "pytorch_model.bin", "x");
   expect_error(ErrorKind::kModel, {"pytorch_model.bin", "safe_serialization"}, open);
