@@ -41,6 +41,20 @@ void check_tensor(const at::Tensor& tensor, const char* operation) {
               tensor.strides());
 }
 
+void check_reducible(const at::Tensor& tensor, const char* operation) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+    case at::kDouble:
+    case at::kBFloat16:
+    case at::kInt:
+    case at::kLong:
+    case at::kByte: return;
+    default:
+      TORCH_CHECK(false, operation, ": ", tensor.scalar_type(),
+                  " is not reduced (float32, float64, bfloat16, int32, int64, uint8 are)");
+  }
+}
+
 void check_member(int64_t rank, const Group& group, const char* operation) {
   TORCH_CHECK(0 <= rank && rank < group.size(), operation, ": rank ", rank, " is not in group '", group.name(), "' of ",
               group.size());
@@ -129,6 +143,7 @@ at::Device Group::message_device() const {
 
 Pending Group::all_reduce_async(at::Tensor& tensor, ReduceOp op) const {
   check_tensor(tensor, "all_reduce");
+  check_reducible(tensor, "all_reduce");
   if (size_ == 1 || tensor.numel() == 0) {
     return {};
   }
@@ -211,6 +226,7 @@ at::Tensor Group::all_gather_uneven(const at::Tensor& input) const {
 
 void Group::reduce_scatter(at::Tensor& output, const at::Tensor& input) const {
   check_parts(input, output, *this, "reduce_scatter");
+  check_reducible(input, "reduce_scatter");
   if (output.numel() == 0) {
     return;
   }

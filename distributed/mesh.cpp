@@ -18,7 +18,13 @@ struct Groups {
   Group dp;
 };
 
-Groups make_mpi_groups(const Environment& environment, MeshShape shape, std::chrono::milliseconds timeout) {
+// Before anything that depends on it: ranks that were given different shapes would wait for each other in different groups.
+void check_same_shape(const Group& world, MeshShape shape) {
+  check_agreement(world, hash_bytes(c10::str("tp=", shape.tp, " dp=", shape.dp)),
+                  c10::str("the mesh (tp=", shape.tp, ", dp=", shape.dp, " here)"));
+}
+
+Group make_mpi_world(const Environment& environment, std::chrono::milliseconds timeout) {
   require_mpi();
   int size = 0;
   int rank = 0;
@@ -27,9 +33,7 @@ Groups make_mpi_groups(const Environment& environment, MeshShape shape, std::chr
   check(ErrorKind::kUsage, size == environment.world_size && rank == environment.world_rank, "MPI says rank ", rank, " of ",
         size, ", but ", name(environment.launcher), " says rank ", environment.world_rank, " of ", environment.world_size,
         " (a program linked to another MPI than its launcher's, or srun without --mpi=pmix?)");
-  return {make_mpi_group("world", MPI_COMM_WORLD, timeout),
-          make_mpi_group("tp", MPI_COMM_WORLD, timeout, /*color=*/rank / shape.tp),
-          make_mpi_group("dp", MPI_COMM_WORLD, timeout, /*color=*/rank % shape.tp)};
+  return make_mpi_group("world", MPI_COMM_WORLD, timeout);
 }
 
 // `count` world ranks from `first` on, `stride` apart.
@@ -66,21 +70,28 @@ void check_shape(MeshShape shape, int64_t world_size) {
 }
 
 Mesh Mesh::create(const Environment& environment, MeshShape shape, at::Device device, std::chrono::milliseconds timeout) {
-  check_shape(shape, environment.world_size);
   check(ErrorKind::kUsage, device.is_cpu() || device.is_cuda(), "device ", device, " is neither a CPU nor a CUDA device");
   if (device.is_cuda()) {
     require_nccl(device);
   }
   if (environment.world_size == 1) {
+    check_shape(shape, 1);
     return {};
   }
   const bool has_mpi = environment.launcher != Launcher::kTorchrun;
   check(ErrorKind::kUsage, has_mpi || device.is_cuda(),
-        "CPU tensors have no groups under torchrun (LibTorch's C++ headers come without Gloo): "
-        "start the program with mpirun, or hand in groups of your own");
+        "CPU tensors have no groups under torchrun (LibTorch's C++ headers come without Gloo): start the program with mpirun, "
+        "or hand in groups of your own");
   Groups groups;
   if (has_mpi) {
-    groups = make_mpi_groups(environment, shape, timeout);
+    groups.world = make_mpi_world(environment, timeout);
+    check_same_shape(groups.world, shape);
+    check_shape(shape, environment.world_size);
+    const int64_t rank = environment.world_rank;
+    groups.tp = make_mpi_group("tp", MPI_COMM_WORLD, timeout, /*color=*/rank / shape.tp);
+    groups.dp = make_mpi_group("dp", MPI_COMM_WORLD, timeout, /*color=*/rank % shape.tp);
+  } else {
+    check_shape(shape, environment.world_size);
   }
   if (device.is_cuda()) {
     groups = make_nccl_groups(environment, shape, device, timeout, groups);
@@ -90,11 +101,10 @@ Mesh Mesh::create(const Environment& environment, MeshShape shape, at::Device de
 
 Mesh::Mesh(MeshShape shape, Group world, Group tp, Group dp)
     : shape_(shape), world_(std::move(world)), tp_(std::move(tp)), dp_(std::move(dp)) {
+  check_same_shape(world_, shape);
   check_shape(shape, world_.size());
   check_place(tp_, "tensor-parallel", world_.rank() % shape.tp, shape.tp);
   check_place(dp_, "data-parallel", world_.rank() / shape.tp, shape.dp);
-  check_agreement(world_, hash_bytes(c10::str("tp=", shape.tp, " dp=", shape.dp)),
-                  c10::str("the mesh (tp=", shape.tp, ", dp=", shape.dp, " here)"));
 }
 
 }  // namespace drrl

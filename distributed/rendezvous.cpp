@@ -28,9 +28,9 @@ c10::intrusive_ptr<c10d::TCPStore> open_store(const Environment& environment, co
   options.timeout = timeout;
   try {
     return c10::make_intrusive<c10d::TCPStore>(address, options);
-  } catch (const std::exception& error) {
+  } catch (const c10::Error& error) {
     raise(ErrorKind::kCommunication, "world rank ", environment.world_rank, " cannot ", server ? "serve" : "reach",
-          " the store at ", address, ":", port, ": ", error.what());
+          " the store at ", address, ":", port, ": ", error.what_without_backtrace());
   }
 }
 

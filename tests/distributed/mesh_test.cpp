@@ -1,0 +1,171 @@
+#include "distributed/mesh.h"
+
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <torch/csrc/distributed/c10d/Store.hpp>
+
+#include "distributed/mpi_group.h"
+#include "distributed/rendezvous.h"
+#include "tests/distributed/mpi_test.h"
+
+namespace drrl {
+namespace {
+
+using std::chrono::milliseconds;
+using testing::AllOf;
+using testing::HasSubstr;
+
+constexpr milliseconds kTimeout(20000);
+
+class MeshTest : public MpiTest {
+ protected:
+  std::vector<MeshShape> shapes() const {
+    std::vector<MeshShape> result;
+    for (int64_t tp = 1; tp <= size_; ++tp) {
+      if (size_ % tp == 0) {
+        result.push_back({tp, size_ / tp});
+      }
+    }
+    return result;
+  }
+};
+
+int64_t sum_over(const Group& group, int64_t value) {
+  at::Tensor x = at::full({1}, value, at::kLong);
+  group.all_reduce(x);
+  return x.item<int64_t>();
+}
+
+TEST_F(MeshTest, TheEnvironmentIsMpis) {
+  const Environment environment = Environment::detect();
+  EXPECT_EQ(environment.launcher, Launcher::kMpirun);
+  EXPECT_EQ(environment.world_rank, rank_);
+  EXPECT_EQ(environment.world_size, size_);
+  EXPECT_EQ(environment.local_size, size_);
+}
+
+TEST_F(MeshTest, TensorParallelRanksAreNeighbours) {
+  for (const MeshShape shape : shapes()) {
+    const Mesh mesh = Mesh::create(Environment::detect(), shape, at::kCPU, kTimeout);
+    EXPECT_EQ(mesh.world().size(), size_);
+    EXPECT_EQ(mesh.world().rank(), rank_);
+    EXPECT_EQ(mesh.tp().size(), shape.tp);
+    EXPECT_EQ(mesh.tp().rank(), rank_ % shape.tp);
+    EXPECT_EQ(mesh.dp().size(), shape.dp);
+    EXPECT_EQ(mesh.dp().rank(), rank_ / shape.tp);
+    int64_t tp_sum = 0;
+    for (int64_t i = 0; i < shape.tp; ++i) {
+      tp_sum += rank_ - rank_ % shape.tp + i;
+    }
+    int64_t dp_sum = 0;
+    for (int64_t i = 0; i < shape.dp; ++i) {
+      dp_sum += rank_ % shape.tp + i * shape.tp;
+    }
+    EXPECT_EQ(sum_over(mesh.tp(), rank_), tp_sum) << "tp=" << shape.tp << " dp=" << shape.dp;
+    EXPECT_EQ(sum_over(mesh.dp(), rank_), dp_sum) << "tp=" << shape.tp << " dp=" << shape.dp;
+    EXPECT_EQ(sum_over(mesh.world(), rank_), size_ * (size_ - 1) / 2);
+    EXPECT_THAT(mesh.dp().describe(), HasSubstr(size_ > 1 ? c10::str("world rank ", rank_, ", ") : "rank 0 of 1"));
+  }
+}
+
+TEST_F(MeshTest, TakesGroupsOfAHostProgram) {
+  for (const MeshShape shape : shapes()) {
+    const Group world = make_mpi_group("host_world", MPI_COMM_WORLD, kTimeout);
+    const Group tp = make_mpi_group("host_tp", MPI_COMM_WORLD, kTimeout, rank_ / shape.tp);
+    const Group dp = make_mpi_group("host_dp", MPI_COMM_WORLD, kTimeout, rank_ % shape.tp);
+    const Mesh mesh(shape, world, tp, dp);
+    EXPECT_EQ(mesh.tp().name(), "host_tp");
+    EXPECT_EQ(mesh.shape().dp, shape.dp);
+    if (shape.tp != shape.dp) {
+      EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { Mesh(shape, world, dp, tp); }), HasSubstr("tensor-parallel"));
+    }
+  }
+}
+
+TEST_F(MeshTest, RefusesAShapeThatIsNotTheWorld) {
+  EXPECT_THAT(error_of(ErrorKind::kUsage,
+                       [&] {
+                         Mesh::create(Environment::detect(), {size_ + 1, 1}, at::kCPU, kTimeout);
+                       }),
+              HasSubstr(c10::str("tp=", size_ + 1, " times dp=1 is not the world size of ", size_)));
+}
+
+TEST_F(MeshTest, NoticesThatRanksWereGivenDifferentShapes) {
+  if (size_ == 1) {
+    return;
+  }
+  const MeshShape shape = rank_ == size_ - 1 ? MeshShape{size_, 1} : MeshShape{1, size_};
+  EXPECT_THAT(error_of(ErrorKind::kCommunication, [&] { Mesh::create(Environment::detect(), shape, at::kCPU, kTimeout); }),
+              AllOf(HasSubstr("do not agree on the mesh"), HasSubstr(c10::str("world rank ", size_ - 1))));
+}
+
+TEST_F(MeshTest, NoticesAnEnvironmentThatIsNotMpis) {
+  Environment environment = Environment::detect();
+  environment.world_size += 1;
+  EXPECT_THAT(error_of(ErrorKind::kUsage,
+                       [&] {
+                         Mesh::create(environment, {size_ + 1, 1}, at::kCPU, kTimeout);
+                       }),
+              AllOf(HasSubstr("MPI says"), HasSubstr("mpirun says")));
+}
+
+// Every rank leaves a value and reads everybody's.
+void check_store(c10d::Store& store, int rank, int size, const std::string& prefix) {
+  store.set(c10::str(prefix, rank), c10::str("value ", rank));
+  for (int other = 0; other < size; ++other) {
+    EXPECT_EQ(store.get_to_str(c10::str(prefix, other)), c10::str("value ", other));
+  }
+}
+
+TEST_F(MeshTest, MakesAStoreOverMpi) {
+  const Group world = make_mpi_group("world", MPI_COMM_WORLD, kTimeout);
+  const auto store = make_store(Environment::detect(), world, kTimeout);
+  check_store(*store, rank_, size_, "a");
+  world.barrier();  // rank 0 serves it
+}
+
+TEST_F(MeshTest, JoinsTheStoreOfTorchrun) {
+  const Group world = make_mpi_group("world", MPI_COMM_WORLD, kTimeout);
+  at::Tensor port = at::zeros({1}, at::kLong);
+  if (rank_ == 0) {
+    const int listener = socket(AF_INET, SOCK_STREAM, 0);
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    socklen_t length = sizeof(address);
+    ASSERT_EQ(bind(listener, reinterpret_cast<sockaddr*>(&address), length), 0);
+    ASSERT_EQ(getsockname(listener, reinterpret_cast<sockaddr*>(&address), &length), 0);
+    port.fill_(static_cast<int64_t>(ntohs(address.sin_port)));
+    close(listener);
+  }
+  world.broadcast(port);
+  Environment environment = Environment::detect();
+  environment.launcher = Launcher::kTorchrun;
+  environment.master_address = "127.0.0.1";
+  environment.master_port = port.item<int64_t>();
+
+  // Without an agent's store, rank 0 serves; then that one plays the agent, of whom all are clients.
+  const auto store = make_store(environment, {}, kTimeout);
+  check_store(*store, rank_, size_, "b");
+  environment.agent_store = true;
+  environment.restart_count = 1;
+  const auto restarted = make_store(environment, {}, kTimeout);
+  EXPECT_FALSE(restarted->check({"b0"})) << "the key of an earlier attempt is seen";
+  world.barrier();
+  check_store(*restarted, rank_, size_, "b");
+  world.barrier();
+}
+
+TEST_F(MeshTest, SaysWhichStoreItCannotReach) {
+  Environment environment = Environment::detect();
+  environment.launcher = Launcher::kTorchrun;
+  environment.master_address = "127.0.0.1";
+  environment.master_port = 1;  // nobody listens there
+  environment.agent_store = true;
+  EXPECT_THAT(error_of(ErrorKind::kCommunication, [&] { make_store(environment, {}, milliseconds(300)); }),
+              AllOf(HasSubstr("127.0.0.1:1"), HasSubstr(c10::str("world rank ", rank_))));
+}
+
+}  // namespace
+}  // namespace drrl
