@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -70,6 +71,16 @@ constexpr std::chrono::milliseconds kGrace{700};
   std::exit(static_cast<int>(ExitCode::kUsage));
 }
 
+/// gflags prints 0.1 as 0.10000000000000001; this is the shortest text that means the same number.
+std::string shortest(const std::string& type, const std::string& text) {
+  if (type != "double") {
+    return text;
+  }
+  char buffer[40];
+  const auto end = std::to_chars(buffer, buffer + sizeof(buffer), std::strtod(text.c_str(), nullptr)).ptr;
+  return {buffer, end};
+}
+
 bool wants_help(int argc, char** argv) {
   return std::any_of(argv + 1, argv + argc, [](const char* argument) {
     return std::strcmp(argument, "--help") == 0 || std::strcmp(argument, "-help") == 0 || std::strcmp(argument, "-h") == 0;
@@ -86,7 +97,8 @@ std::vector<Option> options() {
     if (flag.filename.find("launch/") == std::string::npos) {
       continue;
     }
-    Option option{flag.name, flag.type, flag.default_value, flag.current_value, "", flag.description, flag.is_default};
+    Option option{flag.name, flag.type, shortest(flag.type, flag.default_value), shortest(flag.type, flag.current_value), "", flag.description,
+                  flag.is_default};
     const size_t bracket = option.meaning.rfind(" [");
     if (bracket != std::string::npos && option.meaning.back() == ']') {
       option.unit = option.meaning.substr(bracket + 2, option.meaning.size() - bracket - 3);

@@ -1,0 +1,421 @@
+// Whole training runs of a tiny random Llama, on 1 to 4 ranks.
+#include "distributed/mesh.h"
+#include "models/data.h"
+#include "models/gradient_reducer.h"
+#include "models/llama.h"
+#include "models/safetensors.h"
+#include "models/trainer.h"
+#include "policy/attention.h"
+#include "tests/models/io_support.h"
+
+#include <ATen/Parallel.h>
+#include <mpi.h>
+#include <nlohmann/json.hpp>
+
+#include <cmath>
+
+namespace drrl {
+namespace {
+
+constexpr int64_t kSeqLen = 24;
+constexpr int64_t kVocabulary = 61;
+
+ModelConfig tiny_config() {
+  return ModelConfig::parse(R"({
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 61, "hidden_size": 48, "intermediate_size": 56,
+    "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "tie_word_embeddings": true, "hidden_act": "silu", "initializer_range": 0.05})",
+                            "tiny");
+}
+
+/// Ranks x ranks of this test's world, or one process for each rank by itself.
+Mesh make_mesh(int64_t tp, int64_t dp) {
+  return tp * dp == 1 ? Mesh() : Mesh::create(Environment::detect(), {tp, dp}, at::kCPU, std::chrono::seconds(60));
+}
+
+class Training : public testing::Test {
+ protected:
+  void SetUp() override {
+    MPI_Comm_rank(MPI_COMM_WORLD, &rank_);
+    MPI_Comm_size(MPI_COMM_WORLD, &size_);
+    const char* expected = std::getenv("DRRL_TEST_RANKS");
+    ASSERT_NE(expected, nullptr) << "DRRL_TEST_RANKS is not set: run through ctest";
+    ASSERT_EQ(std::to_string(size_), expected);
+    at::set_num_threads(1);
+    // One folder for the world: rank 0 makes it.
+    char path[64] = "/tmp/drrl-train-XXXXXX";
+    if (rank_ == 0) {
+      ASSERT_NE(mkdtemp(path), nullptr);
+    }
+    MPI_Bcast(path, sizeof(path), MPI_CHAR, 0, MPI_COMM_WORLD);
+    folder_ = path;
+    if (rank_ == 0) {
+      std::vector<std::vector<int64_t>> documents(1);
+      for (int64_t i = 0; i < 3000; ++i) {
+        documents[0].push_back((i % 3 == 0 ? 2 * i : i) % 13);  // predictable, and few of the words
+      }
+      write_token_file(folder_ / "text", documents);
+    }
+    MPI_Barrier(MPI_COMM_WORLD);
+    const auto file = std::make_shared<const TokenFile>(TokenFile::open(folder_ / "text"));
+    train_ = std::make_shared<SequenceDataset>(file, 0, 2600, kSeqLen, 11);
+    valid_ = std::make_shared<SequenceDataset>(file, 2600, 3000, kSeqLen, 11);
+  }
+
+  void TearDown() override {
+    MPI_Barrier(MPI_COMM_WORLD);
+    if (rank_ == 0) {
+      std::error_code ignored;
+      std::filesystem::remove_all(folder_, ignored);
+    }
+  }
+
+  TrainerOptions options(int64_t steps = 10) const {
+    TrainerOptions o;
+    o.micro_batch = 2;
+    o.global_batch = 8;
+    o.steps = steps;
+    o.clip = 0.5;
+    o.schedule = {.lr = 1e-2, .min_lr = 1e-3, .warmup_tokens = 2 * 8 * kSeqLen, .total_tokens = 10 * 8 * kSeqLen};
+    o.fingerprint = {{"lr", "1e-2"}};
+    return o;
+  }
+
+  struct Outcome {
+    TrainResult result;
+    std::vector<double> losses, norms;
+    std::unique_ptr<CausalLM> model;
+  };
+
+  Outcome train(const Mesh& mesh, const TrainerOptions& o, TrainerCallbacks callbacks = {}, const ModelOptions& model_options = {},
+                std::shared_ptr<const SequenceDataset> validation = nullptr) {
+    Outcome outcome;
+    outcome.model = std::make_unique<CausalLM>(tiny_config(), mesh.tp(), make_full_attention(), model_options);
+    outcome.model->initialize(5);
+    callbacks.on_step = [&](const StepReport& report) {
+      outcome.losses.push_back(report.loss);
+      outcome.norms.push_back(report.grad_norm);
+    };
+    Trainer trainer(o, *outcome.model, mesh, train_, std::move(validation), {}, callbacks);
+    outcome.result = trainer.run();
+    return outcome;
+  }
+
+  /// The whole model's weights by Hugging Face name, on every rank.
+  std::map<std::string, at::Tensor> weights(const Outcome& outcome, const Mesh& mesh, const std::string& name) const {
+    const auto folder = folder_ / (mesh.shape().tp * mesh.shape().dp == 1 ? name + std::to_string(rank_) : name);
+    if (mesh.dp().rank() == 0) {
+      outcome.model->save(folder);
+    }
+    MPI_Barrier(MPI_COMM_WORLD);
+    const SafetensorsFile file(folder / "model.safetensors");
+    std::map<std::string, at::Tensor> tensors;
+    for (const auto& [tensor, entry] : file.entries()) {
+      tensors[tensor] = file.tensor(tensor);
+    }
+    return tensors;
+  }
+
+  /// `mesh`'s run must give the single process's losses, norms and weights.
+  void expect_equal_runs(const Mesh& mesh, const TrainerOptions& o, double tolerance) {
+    const Outcome alone = train(Mesh(), o);
+    const Outcome together = train(mesh, o);
+    if (rank_ == 0) {
+      ASSERT_EQ(together.losses.size(), static_cast<size_t>(o.steps));
+      for (size_t i = 0; i < together.losses.size(); ++i) {
+        EXPECT_NEAR(together.losses[i], alone.losses[i], tolerance * alone.losses[i]) << "step " << i + 1;
+        EXPECT_NEAR(together.norms[i], alone.norms[i], 10 * tolerance * alone.norms[i]) << "step " << i + 1;
+      }
+    }
+    EXPECT_NEAR(together.result.last_loss, alone.result.last_loss, tolerance * alone.result.last_loss) << "the same on every rank";
+    const auto expected = weights(alone, Mesh(), "alone");
+    const auto got = weights(together, mesh, "together");
+    ASSERT_EQ(got.size(), expected.size());
+    for (const auto& [name, tensor] : expected) {
+      EXPECT_TRUE(at::allclose(got.at(name), tensor, 1e-3, 2e-4)) << name << ": " << (got.at(name) - tensor).abs().max().item<float>();
+    }
+  }
+
+  int rank_ = 0, size_ = 1;
+  std::filesystem::path folder_;
+  std::shared_ptr<const SequenceDataset> train_, valid_;
+};
+
+std::vector<nlohmann::json> logged(const std::filesystem::path& output) {
+  std::vector<nlohmann::json> rows;
+  std::ifstream file(output / "metrics" / "metrics.jsonl");
+  for (std::string line; std::getline(file, line);) {
+    rows.push_back(nlohmann::json::parse(line));
+  }
+  return rows;
+}
+
+bool bit_equal(const CausalLM& a, const CausalLM& b) {
+  for (size_t i = 0; i < a.parameters().size(); ++i) {
+    if (!at::equal(a.parameters()[i].value, b.parameters()[i].value)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+TEST_F(Training, TenStepsLearn) {
+  const Mesh mesh = make_mesh(1, size_);
+  TrainerOptions o = options();
+  const Outcome outcome = train(mesh, o, {}, {}, valid_);
+  EXPECT_LT(outcome.result.last_loss, outcome.result.first_loss - 0.3);
+  EXPECT_LT(outcome.result.valid_loss_after, outcome.result.valid_loss_before - 0.2);
+  EXPECT_NEAR(outcome.result.valid_loss_before, std::log(static_cast<double>(kVocabulary)), 0.2);
+  EXPECT_EQ(outcome.result.tokens, 10 * 8 * kSeqLen);
+}
+
+TEST_F(Training, DataParallelEqualsOneProcess) {
+  expect_equal_runs(make_mesh(1, size_), options(), 1e-5);  // on 3 ranks the shares are 3, 3 and 2 sequences
+}
+
+TEST_F(Training, UnevenSharesOfASmallBatch) {
+  TrainerOptions o = options(4);
+  o.micro_batch = 1;
+  o.global_batch = size_ + 1;  // the first rank has two microbatches, the others one
+  expect_equal_runs(make_mesh(1, size_), o, 1e-5);
+}
+
+TEST_F(Training, TensorParallelEqualsOneProcess) {
+  if (size_ > 3) {
+    return;  // three KV groups
+  }
+  expect_equal_runs(make_mesh(size_, 1), options(), 1e-5);
+}
+
+TEST_F(Training, TensorTimesDataParallelEqualsOneProcess) {
+  if (size_ != 4) {
+    return;
+  }
+  expect_equal_runs(make_mesh(2, 2), options(), 1e-5);
+}
+
+TEST_F(Training, AccumulationEqualsABiggerMicrobatch) {
+  const Mesh mesh = make_mesh(1, size_);
+  TrainerOptions small = options();
+  small.micro_batch = 1;
+  TrainerOptions big = options();
+  big.micro_batch = 8;
+  const Outcome a = train(mesh, small);
+  const Outcome b = train(mesh, big);
+  for (size_t i = 0; i < a.losses.size(); ++i) {
+    EXPECT_NEAR(a.losses[i], b.losses[i], 1e-5 * b.losses[i]);
+  }
+  EXPECT_NEAR(a.result.last_loss, b.result.last_loss, 1e-5 * b.result.last_loss);
+}
+
+TEST_F(Training, ActivationCheckpointsChangeNoBit) {
+  const Mesh mesh = make_mesh(1, size_);
+  const Outcome plain = train(mesh, options(3));
+  const Outcome recomputed = train(mesh, options(3), {}, {.activation_checkpoint = true});
+  EXPECT_TRUE(bit_equal(*plain.model, *recomputed.model));
+}
+
+TEST_F(Training, BucketsAreSentDuringTheBackwardPass) {
+  if (size_ == 1) {
+    return;
+  }
+  const Mesh mesh = make_mesh(1, size_);
+  CausalLM model(tiny_config(), mesh.tp(), make_full_attention());
+  model.initialize(5);
+  GradientReducer reducer(model.parameters(), mesh.dp(), 8 << 10);
+  EXPECT_GT(reducer.bucket_count(), 3);
+  reducer.begin();
+  std::vector<int64_t> sent;
+  model.on_gradients_complete([&](int64_t first) {
+    reducer.complete_from(first);
+    sent.push_back(reducer.sent());
+  });
+  const Batch batch = train_->samples(rank_, 1);
+  model.loss(batch.tokens, batch.labels).loss_sum.backward();
+  ASSERT_EQ(sent.size(), 2U) << "once a layer";
+  EXPECT_GT(sent[0], 0);
+  EXPECT_GT(sent[1], sent[0]);
+  EXPECT_LT(sent[1], reducer.bucket_count()) << "the embedding is not complete yet";
+  EXPECT_TRUE(reducer.finish());
+
+  // The same sum without buckets.
+  CausalLM plain(tiny_config(), Group(), make_full_attention());
+  plain.initialize(5);
+  const Batch all = train_->samples(0, size_);
+  plain.loss(all.tokens, all.labels).loss_sum.backward();
+  for (size_t i = 0; i < plain.parameters().size(); ++i) {
+    EXPECT_TRUE(at::allclose(model.parameters()[i].value.grad(), plain.parameters()[i].value.grad(), 1e-4, 1e-4))
+        << plain.parameters()[i].name;
+  }
+}
+
+TEST_F(Training, AResumedRunIsBitForBitTheUninterruptedOne) {
+  const int64_t tp = size_ == 4 || size_ == 2 ? 2 : 1;
+  const Mesh mesh = make_mesh(tp, size_ / tp);
+  TrainerOptions whole = options();
+  whole.output = folder_ / "whole";
+  const Outcome uninterrupted = train(mesh, whole);
+
+  TrainerOptions parts = options();
+  parts.output = folder_ / "parts";
+  parts.save_every = 3;
+  parts.resume = true;
+  // Stopped by a signal during step 5 on the last rank only: every rank saves after it.
+  int64_t steps = 0;
+  TrainerCallbacks callbacks;
+  callbacks.stop_requested = [&] { return ++steps == 5 && rank_ == size_ - 1; };
+  const Outcome first = train(mesh, parts, callbacks);
+  EXPECT_TRUE(first.result.interrupted);
+  EXPECT_EQ(first.result.steps, 5);
+  EXPECT_EQ(first.result.checkpoint.filename(), "step-00000005");
+
+  const Outcome second = train(mesh, parts);
+  EXPECT_FALSE(second.result.interrupted);
+  EXPECT_EQ(second.result.steps, 10);
+  EXPECT_EQ(second.result.steps_this_run, 5);
+  EXPECT_TRUE(bit_equal(*uninterrupted.model, *second.model));
+  if (rank_ == 0) {
+    const auto expected = logged(whole.output);
+    const auto got = logged(parts.output);
+    ASSERT_EQ(got.size(), expected.size());
+    for (size_t i = 0; i < got.size(); ++i) {
+      for (const char* key : {"step", "loss", "grad_norm", "lr", "tokens"}) {
+        EXPECT_EQ(got[i][key], expected[i][key]) << "row " << i << " " << key;
+      }
+    }
+  }
+
+  // Nothing is left to do.
+  const Outcome third = train(mesh, parts);
+  EXPECT_EQ(third.result.steps_this_run, 0);
+  EXPECT_TRUE(bit_equal(*second.model, *third.model));
+}
+
+TEST_F(Training, ACheckpointOfAnotherRunIsRefused) {
+  const Mesh mesh = make_mesh(1, size_);
+  TrainerOptions o = options(2);
+  o.output = folder_ / "run";
+  train(mesh, o);
+  test::expect_error(ErrorKind::kUsage, {"already holds checkpoints"}, [&] { train(mesh, o); });
+  o.resume = true;
+  o.fingerprint = {{"lr", "2e-2"}};
+  test::expect_error(ErrorKind::kCheckpoint, {"lr: 1e-2 -> 2e-2"}, [&] { train(mesh, o); });
+  o.resume_override = true;
+  o.steps = 3;
+  EXPECT_EQ(train(mesh, o).result.steps_this_run, 1);
+}
+
+TEST_F(Training, ADamagedCheckpointFallsBackToTheOneBefore) {
+  const Mesh mesh = make_mesh(1, size_);
+  TrainerOptions o = options(4);
+  o.output = folder_ / "run";
+  o.save_every = 2;
+  train(mesh, o);
+  if (rank_ == 0) {
+    const auto shard = o.output / "checkpoints" / "step-00000004" / "shard-tp0.safetensors";
+    std::string bytes = test::read_bytes(shard);
+    bytes[bytes.size() / 2] = static_cast<char>(bytes[bytes.size() / 2] ^ 1);
+    test::write_bytes(shard, bytes);
+  }
+  MPI_Barrier(MPI_COMM_WORLD);
+  o.resume = true;
+  std::string warning;
+  TrainerCallbacks callbacks;
+  callbacks.on_warning = [&](const std::string& text) { warning += text; };
+  EXPECT_EQ(train(mesh, o, callbacks).result.steps_this_run, 2);
+  if (rank_ == 0) {
+    EXPECT_NE(warning.find("shard-tp0.safetensors"), std::string::npos) << warning;
+  }
+}
+
+TEST_F(Training, ResumesOnAnotherNumberOfDataParallelRanks) {
+  if (size_ != 2) {
+    return;
+  }
+  TrainerOptions o = options();
+  const Outcome uninterrupted = train(Mesh(), o);
+  o.output = folder_ / "run";
+  TrainerOptions part = o;
+  int64_t steps = 0;
+  TrainerCallbacks callbacks;
+  callbacks.stop_requested = [&] { return ++steps == 4; };
+  const Mesh both = make_mesh(1, 2);
+  train(both, part, callbacks);
+  part.resume = true;
+  if (rank_ == 0) {
+    const Outcome rest = train(Mesh(), part);
+    EXPECT_EQ(rest.result.steps_this_run, 6);
+    EXPECT_NEAR(rest.result.last_loss, uninterrupted.result.last_loss, 1e-5 * uninterrupted.result.last_loss);
+  }
+  MPI_Barrier(MPI_COMM_WORLD);
+  const Mesh split = make_mesh(2, 1);
+  test::expect_error(ErrorKind::kCheckpoint, {"tensor_parallel = 1", "with 2"}, [&] { train(split, part); });
+}
+
+TEST_F(Training, ANanOnOneRankStopsAllBeforeTheUpdate) {
+  for (const bool tensor_parallel : {false, true}) {
+    if (tensor_parallel && size_ > 3) {
+      continue;
+    }
+    const Mesh mesh = tensor_parallel ? make_mesh(size_, 1) : make_mesh(1, size_);
+    CausalLM model(tiny_config(), mesh.tp(), make_full_attention());
+    model.initialize(5);
+    int64_t done = 0;
+    std::vector<at::Tensor> before;
+    TrainerCallbacks callbacks;
+    callbacks.stop_requested = [] { return false; };
+    // After the first step, the last rank's copy of a weight breaks.
+    callbacks.on_microbatch = [&](int64_t step, int64_t microbatch, int64_t) {
+      if (step == 2 && microbatch == 1 && rank_ == size_ - 1) {
+        const at::NoGradGuard no_grad;
+        model.parameters()[3].value.view({-1})[0].fill_(std::nan(""));
+      }
+      if (step == 2 && microbatch == 1) {
+        for (const Parameter& p : model.parameters()) {
+          before.push_back(p.value.detach().clone());
+        }
+      }
+      done = step;
+    };
+    TrainerOptions o = options();
+    o.micro_batch = 1;
+    o.global_batch = 2 * mesh.dp().size();
+    Trainer trainer(o, model, mesh, train_, nullptr, {}, callbacks);
+    const std::string who = tensor_parallel ? "world rank" : c10::str("world rank ", size_ - 1);
+    test::expect_error(ErrorKind::kNumerics, {"step 2", who, "before the update"}, [&] { trainer.run(); });
+    EXPECT_EQ(done, 2);
+    ASSERT_FALSE(before.empty());
+    for (size_t i = 0; i < before.size(); ++i) {
+      EXPECT_TRUE(at::equal(before[i].nan_to_num(), model.parameters()[i].value.detach().nan_to_num())) << "weights were updated";
+    }
+  }
+}
+
+TEST_F(Training, AFullDiskStopsEveryRankAndKeepsTheOldCheckpoint) {
+  const Mesh mesh = make_mesh(1, size_);
+  TrainerOptions o = options(2);
+  o.output = folder_ / "run";
+  train(mesh, o);
+  o.steps = 3;
+  o.resume = true;
+  {
+    const test::FileSizeLimit limit(rank_ == 0 ? 4096 : RLIM_INFINITY);
+    test::expect_error(ErrorKind::kStorage, {"shard-tp0.safetensors"}, [&] { train(mesh, o); });
+  }
+  if (rank_ == 0) {
+    EXPECT_EQ(test::read_bytes(o.output / "checkpoints" / "latest"), "step-00000002\n");
+  }
+}
+
+TEST_F(Training, RefusesContradictions) {
+  TrainerOptions o = options();
+  o.global_batch = size_ - 1;
+  const Mesh mesh = make_mesh(1, size_);
+  test::expect_error(ErrorKind::kUsage, {"global_batch"}, [&] { train(mesh, o); });
+  o = options();
+  o.micro_batch = 0;
+  test::expect_error(ErrorKind::kUsage, {"micro_batch", "0"}, [&] { train(mesh, o); });
+}
+
+}  // namespace
+}  // namespace drrl
