@@ -11,12 +11,22 @@
 namespace drrl::loops {
 namespace {
 
-inline float load(float x) { return x; }
-inline double load(double x) { return x; }
-inline float load(Bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+inline float load(float x) {
+  return x;
+}
+inline double load(double x) {
+  return x;
+}
+inline float load(Bf16 x) {
+  return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
 
-inline void store(float& to, float x) { to = x; }
-inline void store(double& to, double x) { to = x; }
+inline void store(float& to, float x) {
+  to = x;
+}
+inline void store(double& to, double x) {
+  to = x;
+}
 inline void store(Bf16& to, float x) {  // round to nearest, ties to even
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -42,7 +52,9 @@ inline float exponential(float x) {
   const float e = p * (r * r) + r + 1.0f;
   return e * std::bit_cast<float>((exponent + 127) << 23);
 }
-inline double exponential(double x) { return std::exp(x); }
+inline double exponential(double x) {
+  return std::exp(x);
+}
 
 }  // namespace
 
@@ -102,8 +114,8 @@ void rms_norm_backward(const T* dy, const T* dh, const T* x, const Acc<T>* weigh
 }
 
 template <typename T>
-void rope_split_forward(const T* qkv, const float* cos, const float* sin, Heads<T> q, Heads<T> k, Heads<T> v, int64_t length, int64_t d,
-                        int64_t begin, int64_t end) {
+void rope_split_forward(const T* qkv, const float* cos, const float* sin, Heads<T> q, Heads<T> k, Heads<T> v, int64_t length,
+                        int64_t d, int64_t begin, int64_t end) {
   const int64_t half = d / 2;
   const int64_t width = (q.heads + k.heads + v.heads) * d;
   for (int64_t token = begin; token < end; ++token) {
@@ -223,8 +235,8 @@ void scale_row(T* row, int64_t n, Acc<T> factor) {
 }
 
 template <typename T>
-void scatter_add(const T* x, const int64_t* ids, int64_t tokens, Acc<T>* table, int64_t first, int64_t rows, int64_t n, int64_t begin,
-                 int64_t end) {
+void scatter_add(const T* x, const int64_t* ids, int64_t tokens, Acc<T>* table, int64_t first, int64_t rows, int64_t n,
+                 int64_t begin, int64_t end) {
   for (int64_t token = 0; token < tokens; ++token) {
     const int64_t id = ids[token] - first;
     if (id < 0 || id >= rows) {
@@ -239,17 +251,18 @@ void scatter_add(const T* x, const int64_t* ids, int64_t tokens, Acc<T>* table, 
   }
 }
 
-#define DRRL_INSTANTIATE_LOOPS(T)                                                                                                   \
-  template void rms_norm_forward<T>(const T*, const Acc<T>*, T*, Acc<T>*, int64_t, int64_t, double);                                \
-  template void rms_norm_backward<T>(const T*, const T*, const T*, const Acc<T>*, const Acc<T>*, T*, Acc<T>*, int64_t, int64_t);    \
-  template void rope_split_forward<T>(const T*, const float*, const float*, Heads<T>, Heads<T>, Heads<T>, int64_t, int64_t, int64_t, \
-                                      int64_t);                                                                                     \
-  template void rope_split_backward<T>(T*, const float*, const float*, Heads<const T>, Heads<const T>, Heads<const T>, int64_t,     \
-                                       int64_t, int64_t, int64_t);                                                                  \
-  template void swiglu_forward<T>(const T*, T*, int64_t, int64_t);                                                                  \
-  template void swiglu_backward<T>(const T*, const T*, T*, T*, int64_t, int64_t);                                                   \
-  template void exp_row<T>(T*, int64_t, Acc<T>*, Acc<T>*);                                                                          \
-  template void scale_row<T>(T*, int64_t, Acc<T>);                                                                                  \
+#define DRRL_INSTANTIATE_LOOPS(T)                                                                                           \
+  template void rms_norm_forward<T>(const T*, const Acc<T>*, T*, Acc<T>*, int64_t, int64_t, double);                        \
+  template void rms_norm_backward<T>(const T*, const T*, const T*, const Acc<T>*, const Acc<T>*, T*, Acc<T>*, int64_t,      \
+                                     int64_t);                                                                              \
+  template void rope_split_forward<T>(const T*, const float*, const float*, Heads<T>, Heads<T>, Heads<T>, int64_t, int64_t, \
+                                      int64_t, int64_t);                                                                    \
+  template void rope_split_backward<T>(T*, const float*, const float*, Heads<const T>, Heads<const T>, Heads<const T>,      \
+                                       int64_t, int64_t, int64_t, int64_t);                                                 \
+  template void swiglu_forward<T>(const T*, T*, int64_t, int64_t);                                                          \
+  template void swiglu_backward<T>(const T*, const T*, T*, T*, int64_t, int64_t);                                           \
+  template void exp_row<T>(T*, int64_t, Acc<T>*, Acc<T>*);                                                                  \
+  template void scale_row<T>(T*, int64_t, Acc<T>);                                                                          \
   template void scatter_add<T>(const T*, const int64_t*, int64_t, Acc<T>*, int64_t, int64_t, int64_t, int64_t, int64_t)
 
 DRRL_INSTANTIATE_LOOPS(float);

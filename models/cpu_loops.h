@@ -42,11 +42,11 @@ struct Heads {
   int64_t heads, batch, head, token;
 };
 
-/// Tokens [begin, end) of batch x length: rows of qkv [tokens, (q.heads + k.heads + v.heads) d] are dealt out; q and k are rotated by
-/// the angle table cos, sin [length, d / 2] in pairs (i, i + d / 2).
+/// Tokens [begin, end) of batch x length: rows of qkv [tokens, (q.heads + k.heads + v.heads) d] are dealt out; q and k are
+/// rotated by the angle table cos, sin [length, d / 2] in pairs (i, i + d / 2).
 template <typename T>
-void rope_split_forward(const T* qkv, const float* cos, const float* sin, Heads<T> q, Heads<T> k, Heads<T> v, int64_t length, int64_t d,
-                        int64_t begin, int64_t end);
+void rope_split_forward(const T* qkv, const float* cos, const float* sin, Heads<T> q, Heads<T> k, Heads<T> v, int64_t length,
+                        int64_t d, int64_t begin, int64_t end);
 
 /// The adjoint: rotate back, gather into d_qkv.
 template <typename T>
@@ -68,9 +68,10 @@ void exp_row(T* row, int64_t n, Acc<T>* max, Acc<T>* sum);
 template <typename T>
 void scale_row(T* row, int64_t n, Acc<T> factor);
 
-/// table[ids[t] - first, c] += x[t, c] for columns [begin, end) of n, for every token whose row is one of the `rows` in the table.
+/// table[ids[t] - first, c] += x[t, c] for columns [begin, end) of n, for every token whose row is one of the `rows` in the
+/// table.
 template <typename T>
-void scatter_add(const T* x, const int64_t* ids, int64_t tokens, Acc<T>* table, int64_t first, int64_t rows, int64_t n, int64_t begin,
-                 int64_t end);
+void scatter_add(const T* x, const int64_t* ids, int64_t tokens, Acc<T>* table, int64_t first, int64_t rows, int64_t n,
+                 int64_t begin, int64_t end);
 
 }  // namespace drrl::loops

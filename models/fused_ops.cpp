@@ -28,17 +28,23 @@ void dispatch(at::ScalarType dtype, Body&& body) {
   }
 }
 
-at::ScalarType accumulate_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+at::ScalarType accumulate_dtype(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 // Rows per task so that a task is worth starting: about 16 k elements.
-int64_t grain(int64_t row_elements) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, row_elements)); }
+int64_t grain(int64_t row_elements) {
+  return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, row_elements));
+}
 
 template <typename T>
 loops::Heads<T> heads_of(const at::Tensor& x) {
   return {data<std::remove_const_t<T>>(x), x.size(1), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-at::Tensor unit_inner_stride(const at::Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous(); }
+at::Tensor unit_inner_stride(const at::Tensor& x) {
+  return x.stride(3) == 1 ? x : x.contiguous();
+}
 
 at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
   const int64_t half = x.size(-1) / 2;
@@ -71,8 +77,8 @@ NormResult rms_norm_forward(const at::Tensor& x, const at::Tensor& weight, doubl
     using T = decltype(element);
     using A = loops::Acc<T>;
     at::parallel_for(0, rows, grain(n), [&](int64_t begin, int64_t end) {
-      loops::rms_norm_forward<T>(data<T>(x) + begin * n, data<A>(weight), data<T>(result.y) + begin * n, data<A>(result.rstd) + begin,
-                                 end - begin, n, eps);
+      loops::rms_norm_forward<T>(data<T>(x) + begin * n, data<A>(weight), data<T>(result.y) + begin * n,
+                                 data<A>(result.rstd) + begin, end - begin, n, eps);
     });
   });
   return result;
@@ -106,17 +112,18 @@ NormGradients rms_norm_backward(const at::Tensor& dy, const at::Tensor& dh, cons
     at::parallel_for(0, stripes, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i * stripe;
-        loops::rms_norm_backward<T>(data<T>(dy) + first * n, dh.defined() ? data<T>(dh) + first * n : nullptr, data<T>(x) + first * n,
-                                    data<A>(weight), data<A>(rstd) + first, data<T>(dx) + first * n, data<A>(partial) + i * n,
-                                    std::min(stripe, rows - first), n);
+        loops::rms_norm_backward<T>(data<T>(dy) + first * n, dh.defined() ? data<T>(dh) + first * n : nullptr,
+                                    data<T>(x) + first * n, data<A>(weight), data<A>(rstd) + first, data<T>(dx) + first * n,
+                                    data<A>(partial) + i * n, std::min(stripe, rows - first), n);
       }
     });
   });
   return {dx, partial.sum(0)};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_split_forward(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin,
-                                                                  int64_t batch, int64_t heads, int64_t groups, Implementation how) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_split_forward(const at::Tensor& qkv, const at::Tensor& cos,
+                                                                  const at::Tensor& sin, int64_t batch, int64_t heads,
+                                                                  int64_t groups, Implementation how) {
   const int64_t length = qkv.size(0) / batch;
   const int64_t d = qkv.size(1) / (heads + 2 * groups);
   if (how == Implementation::kComposed) {
@@ -130,8 +137,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_split_forward(const at::Tens
   dispatch(qkv.scalar_type(), [&](auto element) {
     using T = decltype(element);
     at::parallel_for(0, batch * length, grain(qkv.size(1)), [&](int64_t begin, int64_t end) {
-      loops::rope_split_forward<T>(data<T>(qkv), data<float>(cos), data<float>(sin), heads_of<T>(q), heads_of<T>(k), heads_of<T>(v),
-                                   length, d, begin, end);
+      loops::rope_split_forward<T>(data<T>(qkv), data<float>(cos), data<float>(sin), heads_of<T>(q), heads_of<T>(k),
+                                   heads_of<T>(v), length, d, begin, end);
     });
   });
   return {q, k, v};
@@ -154,8 +161,8 @@ at::Tensor rope_split_backward(const at::Tensor& dq, const at::Tensor& dk, const
   dispatch(dq.scalar_type(), [&](auto element) {
     using T = decltype(element);
     at::parallel_for(0, batch * length, grain(width), [&](int64_t begin, int64_t end) {
-      loops::rope_split_backward<T>(data<T>(d_qkv), data<float>(cos), data<float>(sin), heads_of<const T>(q), heads_of<const T>(k),
-                                    heads_of<const T>(v), length, d, begin, end);
+      loops::rope_split_backward<T>(data<T>(d_qkv), data<float>(cos), data<float>(sin), heads_of<const T>(q),
+                                    heads_of<const T>(k), heads_of<const T>(v), length, d, begin, end);
     });
   });
   return d_qkv;
@@ -193,8 +200,8 @@ SwigluGradients swiglu_backward(const at::Tensor& gate_up, const at::Tensor& dy,
   dispatch(gate_up.scalar_type(), [&](auto element) {
     using T = decltype(element);
     at::parallel_for(0, rows, grain(2 * n), [&](int64_t begin, int64_t end) {
-      loops::swiglu_backward<T>(data<T>(gate_up) + begin * 2 * n, data<T>(dy) + begin * n, data<T>(result.gate_up) + begin * 2 * n,
-                                data<T>(result.y) + begin * n, end - begin, n);
+      loops::swiglu_backward<T>(data<T>(gate_up) + begin * 2 * n, data<T>(dy) + begin * n,
+                                data<T>(result.gate_up) + begin * 2 * n, data<T>(result.y) + begin * n, end - begin, n);
     });
   });
   return result;
@@ -218,7 +225,7 @@ std::pair<at::Tensor, at::Tensor> exp_rows_(at::Tensor& logits, Implementation h
     using A = loops::Acc<T>;
     at::parallel_for(0, rows, grain(n), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        loops::exp_row<T>(data<T>(logits) + row * n, n, data<A>(max) + row, data<A>(sum) + row);
+        loops::exp_row<T>(data<T>(logits) + row * logits.stride(0), n, data<A>(max) + row, data<A>(sum) + row);
       }
     });
   });
@@ -236,7 +243,7 @@ void scale_rows_(at::Tensor& logits, const at::Tensor& factor, Implementation ho
     using A = loops::Acc<T>;
     at::parallel_for(0, logits.size(0), grain(n), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        loops::scale_row<T>(data<T>(logits) + row * n, n, data<A>(factor)[row]);
+        loops::scale_row<T>(data<T>(logits) + row * logits.stride(0), n, data<A>(factor)[row]);
       }
     });
   });
@@ -292,8 +299,8 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
 };
 
 struct RopeSplit : torch::autograd::Function<RopeSplit> {
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin, int64_t batch,
-                               int64_t heads, int64_t groups) {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin,
+                               int64_t batch, int64_t heads, int64_t groups) {
     auto [q, k, v] = raw::rope_split_forward(qkv, cos, sin, batch, heads, groups, implementation_for(qkv));
     ctx->save_for_backward({cos, sin});
     return {q, k, v};
@@ -315,15 +322,18 @@ struct RopeSplit : torch::autograd::Function<RopeSplit> {
 std::pair<at::Tensor, at::Tensor> rms_norm(const at::Tensor& h, const at::Tensor& weight, double eps) {
   TORCH_CHECK(h.dim() == 2 && h.is_contiguous(), "rms_norm: h must be a contiguous [N, n], not ", h.sizes());
   TORCH_CHECK(weight.dim() == 1 && weight.size(0) == h.size(1) && weight.scalar_type() == accumulate_dtype(h.scalar_type()),
-              "rms_norm: weight must be [", h.size(1), "] in fp32 (fp64 with fp64), not ", weight.sizes(), " in ", weight.scalar_type());
+              "rms_norm: weight must be [", h.size(1), "] in fp32 (fp64 with fp64), not ", weight.sizes(), " in ",
+              weight.scalar_type());
   const auto out = RmsNorm::apply(h, weight, eps);
   return {out[0], out[1]};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_split(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin,
                                                           int64_t batch, int64_t heads, int64_t groups) {
-  TORCH_CHECK(qkv.dim() == 2 && qkv.is_contiguous() && qkv.size(0) % batch == 0 && qkv.size(1) % (2 * (heads + 2 * groups)) == 0,
-              "rope_split: qkv must be a contiguous [", batch, " L, (", heads, " + 2 * ", groups, ") d] with even d, not ", qkv.sizes());
+  TORCH_CHECK(
+      qkv.dim() == 2 && qkv.is_contiguous() && qkv.size(0) % batch == 0 && qkv.size(1) % (2 * (heads + 2 * groups)) == 0,
+      "rope_split: qkv must be a contiguous [", batch, " L, (", heads, " + 2 * ", groups, ") d] with even d, not ",
+      qkv.sizes());
   const std::vector<int64_t> table = {qkv.size(0) / batch, qkv.size(1) / (heads + 2 * groups) / 2};
   TORCH_CHECK(cos.sizes().equals(table) && sin.sizes().equals(table) && cos.is_contiguous() && sin.is_contiguous() &&
                   cos.scalar_type() == at::kFloat && sin.scalar_type() == at::kFloat,

@@ -17,13 +17,14 @@ Implementation implementation_for(const at::Tensor& x);
 
 /// RMSNorm in front of a branch of a residual network.
 ///   h [N, n] -> (h, h (mean(h^2) + eps)^-1/2 weight)
-/// h is passed through, so that the backward pass adds the gradient of the residual path while it writes the gradient of the norm.
-/// weight [n], fp32 (double with double), a leaf; its gradient is added in place (gradients.h).
+/// h is passed through, so that the backward pass adds the gradient of the residual path while it writes the gradient of the
+/// norm. weight [n], fp32 (double with double), a leaf; its gradient is added in place (gradients.h).
 std::pair<at::Tensor, at::Tensor> rms_norm(const at::Tensor& h, const at::Tensor& weight, double eps);
 
 /// Queries, keys and values out of one product, rotated by their positions, contiguous as attention wants them.
 ///   qkv [B L, (H + 2 G) d], rows [q heads | k heads | v heads]; cos, sin [L, d / 2] fp32
-///   -> q [B, H, L, d], k [B, G, L, d] rotated: (a, b) -> (a cos - b sin, b cos + a sin) for pairs (i, i + d / 2); v [B, G, L, d]
+///   -> q [B, H, L, d], k [B, G, L, d] rotated: (a, b) -> (a cos - b sin, b cos + a sin) for pairs (i, i + d / 2); v [B, G, L,
+///   d]
 std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_split(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin,
                                                           int64_t batch, int64_t heads, int64_t groups);
 
@@ -42,8 +43,9 @@ struct NormGradients {
 NormGradients rms_norm_backward(const at::Tensor& dy, const at::Tensor& dh, const at::Tensor& x, const at::Tensor& weight,
                                 const at::Tensor& rstd, Implementation how);
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_split_forward(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin,
-                                                                  int64_t batch, int64_t heads, int64_t groups, Implementation how);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_split_forward(const at::Tensor& qkv, const at::Tensor& cos,
+                                                                  const at::Tensor& sin, int64_t batch, int64_t heads,
+                                                                  int64_t groups, Implementation how);
 at::Tensor rope_split_backward(const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv, const at::Tensor& cos,
                                const at::Tensor& sin, Implementation how);
 
@@ -56,7 +58,8 @@ struct SwigluGradients {
 };
 SwigluGradients swiglu_backward(const at::Tensor& gate_up, const at::Tensor& dy, Implementation how);
 
-/// logits [N, V] <- exp(logits - max of the row) in place; returns the maxima and the sums [N] of the exponentials.
+/// logits [N, V] (rows may be padded) <- exp(logits - max of the row) in place; returns the maxima and the sums [N] of the
+/// exponentials.
 std::pair<at::Tensor, at::Tensor> exp_rows_(at::Tensor& logits, Implementation how);
 
 /// logits [N, V] <- logits * factor [N] in place.

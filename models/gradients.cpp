@@ -6,7 +6,8 @@ namespace drrl {
 namespace {
 
 bool wants_gradient(const at::Tensor& parameter) {
-  check(ErrorKind::kInternal, parameter.is_leaf(), "the weight of a drrl operator, of shape ", parameter.sizes(), ", is not a leaf");
+  check(ErrorKind::kInternal, parameter.is_leaf(), "the weight of a drrl operator, of shape ", parameter.sizes(),
+        ", is not a leaf");
   return parameter.requires_grad();
 }
 

@@ -5,8 +5,8 @@
 namespace drrl {
 
 /// How drrl's autograd functions hand over the gradients of parameters: added to `parameter.grad()` in place, instead of being
-/// returned to the engine. A weight's gradient is one matrix product with beta = 1, so accumulating over micro-batches and over tied uses costs no
-/// extra pass over memory and no extra buffer. The price: hooks on parameters do not see these gradients.
+/// returned to the engine. A weight's gradient is one matrix product with beta = 1, so accumulating over micro-batches and over
+/// tied uses costs no extra pass over memory and no extra buffer. The price: hooks on parameters do not see these gradients.
 ///
 /// A parameter is a leaf; one that does not require grad is left alone. An undefined gradient counts as zero.
 

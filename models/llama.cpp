@@ -52,8 +52,8 @@ void all_or_none(const Group& group, at::Device device, ErrorKind kind, const ch
 
 }  // namespace
 
-// Keeps a layer's input instead of its activations. The recomputation replays the attention plan of the forward pass, so that its
-// gradients are bit for bit those of the layer itself. The model must outlive the graph.
+// Keeps a layer's input instead of its activations. The recomputation replays the attention plan of the forward pass, so that
+// its gradients are bit for bit those of the layer itself. The model must outlive the graph.
 struct CheckpointedLayer : torch::autograd::Function<CheckpointedLayer> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& h, CausalLM* model, int64_t index, int64_t batch) {
     auto replay = c10::make_intrusive<Replay>(model, index, batch);
@@ -80,8 +80,7 @@ CausalLM::CausalLM(const ModelConfig& config, const Group& tp, std::shared_ptr<A
                    const ModelOptions& options)
     : config_(config), tp_(tp), attention_(std::move(attention)), options_(options) {
   check(ErrorKind::kUsage, attention_ != nullptr, "a model needs an attention controller");
-  check(ErrorKind::kUsage,
-        options_.dtype == at::kFloat || options_.dtype == at::kBFloat16 || options_.dtype == at::kDouble,
+  check(ErrorKind::kUsage, options_.dtype == at::kFloat || options_.dtype == at::kBFloat16 || options_.dtype == at::kDouble,
         "models compute in float32, bfloat16 or float64, not in ", options_.dtype);
   check(ErrorKind::kUsage, options_.loss_chunk_rows >= 1, "loss_chunk_rows must be at least 1, not ", options_.loss_chunk_rows);
 
@@ -153,12 +152,14 @@ at::Tensor CausalLM::layer(int64_t index, const at::Tensor& h, int64_t batch, st
 at::Tensor CausalLM::forward(const at::Tensor& tokens) {
   const int64_t batch = tokens.size(0);
   prepare_angles(tokens.size(1));
-  at::Tensor h = vocabulary_parallel_embedding(tokens.reshape({-1}), value(embedding_), first_vocabulary_row_, options_.dtype, tp_);
+  at::Tensor h =
+      vocabulary_parallel_embedding(tokens.reshape({-1}), value(embedding_), first_vocabulary_row_, options_.dtype, tp_);
   const bool checkpoint = options_.activation_checkpoint && at::GradMode::is_enabled();
   for (int64_t i = 0; i < config_.num_hidden_layers; ++i) {
     if (gradients_complete_ && h.requires_grad()) {
       // The gradient of a layer's input arrives when all of the layer's weights have theirs.
-      h.register_hook([this, first = layers_[static_cast<size_t>(i)].input_norm](const at::Tensor&) { gradients_complete_(first); });
+      h.register_hook(
+          [this, first = layers_[static_cast<size_t>(i)].input_norm](const at::Tensor&) { gradients_complete_(first); });
     }
     std::shared_ptr<LayerPlan> plan;
     h = checkpoint ? CheckpointedLayer::apply(h, this, i, batch) : layer(i, h, batch, plan);
@@ -178,11 +179,12 @@ at::Tensor CausalLM::check_tokens(const at::Tensor& tokens) const {
 }
 
 at::Tensor CausalLM::check_labels(const at::Tensor& tokens, const at::Tensor& labels) const {
-  check(ErrorKind::kUsage, labels.sizes() == tokens.sizes() && labels.scalar_type() == at::kLong, "labels must be int64 of the tokens' shape ",
-        tokens.sizes(), ", not ", labels.sizes(), " of ", labels.scalar_type());
+  check(ErrorKind::kUsage, labels.sizes() == tokens.sizes() && labels.scalar_type() == at::kLong,
+        "labels must be int64 of the tokens' shape ", tokens.sizes(), ", not ", labels.sizes(), " of ", labels.scalar_type());
   const auto [low, high] = at::aminmax(labels.masked_fill(labels == kIgnoredLabel, 0));
-  check(ErrorKind::kData, low.item<int64_t>() >= 0 && high.item<int64_t>() < config_.vocab_size, "labels from ", low.item<int64_t>(),
-        " to ", high.item<int64_t>(), " do not fit a vocabulary of ", config_.vocab_size, " (", kIgnoredLabel, " means: not counted)");
+  check(ErrorKind::kData, low.item<int64_t>() >= 0 && high.item<int64_t>() < config_.vocab_size, "labels from ",
+        low.item<int64_t>(), " to ", high.item<int64_t>(), " do not fit a vocabulary of ", config_.vocab_size, " (",
+        kIgnoredLabel, " means: not counted)");
   return labels.to(options_.device).reshape({-1});
 }
 
@@ -195,7 +197,8 @@ LossResult CausalLM::loss(const at::Tensor& tokens, const at::Tensor& labels, do
   const at::Tensor flat = check_labels(tokens, labels);
   const int64_t counted = flat.ne(kIgnoredLabel).sum().item<int64_t>();
   const at::Tensor x = forward(checked);
-  return {fused_linear_cross_entropy(x, value(head_), flat, first_vocabulary_row_, loss_scale, options_.loss_chunk_rows, tp_), counted};
+  return {fused_linear_cross_entropy(x, value(head_), flat, first_vocabulary_row_, loss_scale, options_.loss_chunk_rows, tp_),
+          counted};
 }
 
 at::Tensor CausalLM::token_nll(const at::Tensor& tokens, const at::Tensor& labels) {
@@ -210,7 +213,8 @@ at::Tensor CausalLM::token_nll(const at::Tensor& tokens, const at::Tensor& label
 at::Tensor CausalLM::logits(const at::Tensor& tokens) {
   at::NoGradGuard no_grad;
   const at::Tensor x = forward(check_tokens(tokens));
-  const at::Tensor local = at::mm(x, value(head_).to(x.scalar_type()).t()).to(options_.dtype == at::kDouble ? at::kDouble : at::kFloat);
+  const at::Tensor local =
+      at::mm(x, value(head_).to(x.scalar_type()).t()).to(options_.dtype == at::kDouble ? at::kDouble : at::kFloat);
   const at::Tensor all = tp_.size() == 1 ? local : tp_.all_gather_uneven(local.t().contiguous()).t().contiguous();
   return all.view({tokens.size(0), tokens.size(1), config_.vocab_size});
 }
@@ -244,9 +248,10 @@ void CausalLM::load(const std::filesystem::path& hf_dir) {
     std::set<std::string> used;
     for (size_t i = 0; i < layouts.size(); ++i) {
       for (const WeightPart& part : layouts[i].parts) {
-        check(ErrorKind::kModel, store.contains(part.name), hf_dir.string(), ": no tensor ", part.name, ", which config.json calls for");
+        check(ErrorKind::kModel, store.contains(part.name), hf_dir.string(), ": no tensor ", part.name,
+              ", which config.json calls for");
         check(ErrorKind::kModel, store.shape(part.name) == part.shape, hf_dir.string(), ": tensor ", part.name, " has shape ",
-              store.shape(part.name), ", config.json says ", part.shape);
+              at::IntArrayRef(store.shape(part.name)), ", config.json says ", at::IntArrayRef(part.shape));
         region(parameters_[i].value, part)
             .copy_(store.slice(part.name, part.dim, part.start, part.length, parameters_[i].value.scalar_type()));
         used.insert(part.name);
@@ -255,14 +260,16 @@ void CausalLM::load(const std::filesystem::path& hf_dir) {
     for (const std::string& name : store.names()) {
       const bool known = used.contains(name) || name.ends_with(".rotary_emb.inv_freq") ||
                          (name == "lm_head.weight" && config_.tie_word_embeddings);
-      check(ErrorKind::kModel, known, hf_dir.string(), ": tensor ", name, " has no place in the model that config.json describes");
+      check(ErrorKind::kModel, known, hf_dir.string(), ": tensor ", name,
+            " has no place in the model that config.json describes");
     }
   });
   source_ = hf_dir;
 }
 
 void CausalLM::save(const std::filesystem::path& hf_dir, at::ScalarType dtype) const {
-  check(ErrorKind::kUsage, dtype == at::kFloat || dtype == at::kBFloat16, "models are saved in float32 or bfloat16, not in ", dtype);
+  check(ErrorKind::kUsage, dtype == at::kFloat || dtype == at::kBFloat16, "models are saved in float32 or bfloat16, not in ",
+        dtype);
   at::NoGradGuard no_grad;
   std::vector<std::vector<ParameterLayout>> layouts;
   for (int64_t rank = 0; rank < tp_.size(); ++rank) {
@@ -300,8 +307,9 @@ void CausalLM::save(const std::filesystem::path& hf_dir, at::ScalarType dtype) c
       return;
     }
     make_directories(hf_dir);
-    for (const char* name : {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                             "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"}) {
+    for (const char* name :
+         {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+          "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"}) {
       if (!source_.empty() && std::filesystem::exists(source_ / name) && !std::filesystem::exists(hf_dir / name)) {
         write_text(hf_dir / name, read_text(source_ / name, ErrorKind::kModel));
       }

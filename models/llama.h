@@ -31,10 +31,10 @@ struct Parameter {
 };
 
 struct ModelOptions {
-  at::ScalarType dtype = at::kFloat;   ///< of activations and matrix products: kFloat, kBFloat16 (kDouble for tests: masters too)
+  at::ScalarType dtype = at::kFloat;   ///< of activations and products: kFloat, kBFloat16 (kDouble in tests: masters too)
   at::Device device = at::kCPU;
   bool activation_checkpoint = false;  ///< keep only each layer's input, recompute the rest in the backward pass
-  int64_t loss_chunk_rows = 512;       ///< tokens whose logits exist at the same time (loss_chunk_rows x vocabulary / tp values)
+  int64_t loss_chunk_rows = 512;  ///< tokens whose logits exist at the same time (loss_chunk_rows x vocabulary / tp values)
 };
 
 struct LossResult {
@@ -45,7 +45,8 @@ struct LossResult {
 /// The label of a position that does not count.
 inline constexpr int64_t kIgnoredLabel = -100;
 
-/// A decoder-only transformer of the Llama family, computed as Hugging Face Transformers computes it, tensor-parallel over `tp`.
+/// A decoder-only transformer of the Llama family, computed as Hugging Face Transformers computes it, tensor-parallel over
+/// `tp`.
 ///
 /// tokens [B, L] int64 -> embedding [B, L, hidden] -> layers of (RMSNorm, attention, RMSNorm, SwiGLU) -> RMSNorm -> head.
 /// Rank t of T owns whole KV groups with their query heads, MLP columns and vocabulary rows, each split by
@@ -55,24 +56,25 @@ inline constexpr int64_t kIgnoredLabel = -100;
 /// counts as zero. Do not update a parameter between a forward and its backward pass.
 ///
 /// Every method is collective over `tp`: all its ranks call it with the same arguments.
-/// Errors: Error(kUsage) more TP ranks than KV groups, a sequence beyond max_position_embeddings, wrong shapes; Error(kData) a token or label
-/// outside the vocabulary; each names the values.
+/// Errors: Error(kUsage) more TP ranks than KV groups, a sequence beyond max_position_embeddings, wrong shapes; Error(kData) a
+/// token or label outside the vocabulary; each names the values.
 class CausalLM {
  public:
   /// Allocates the local parameters, all zero; `load` or `initialize` gives them values.
   CausalLM(const ModelConfig& config, const Group& tp, std::shared_ptr<AttentionController> attention,
            const ModelOptions& options = {});
 
-  /// Reads the weights of a Hugging Face directory; each rank reads only its slices. Errors: Error(kModel) that names file and tensor.
+  /// Reads the weights of a Hugging Face directory; each rank reads only its slices. Errors: Error(kModel) that names file and
+  /// tensor.
   void load(const std::filesystem::path& hf_dir);
 
-  /// Writes a Hugging Face directory that `AutoModelForCausalLM.from_pretrained` opens: config.json, model.safetensors in `dtype`
-  /// (kFloat or kBFloat16), and the tokenizer and generation files of the directory that was loaded. Gathered to TP rank 0, which
-  /// alone writes. Errors: Error(kStorage).
+  /// Writes a Hugging Face directory that `AutoModelForCausalLM.from_pretrained` opens: config.json, model.safetensors in
+  /// `dtype` (kFloat or kBFloat16), and the tokenizer and generation files of the directory that was loaded. Gathered to TP
+  /// rank 0, which alone writes. Errors: Error(kStorage).
   void save(const std::filesystem::path& hf_dir, at::ScalarType dtype = at::kFloat) const;
 
-  /// Random weights as Transformers draws them (normal with the config's initializer_range, norms 1, biases 0), from `seed` alone: the shards of
-  /// every TP layout are slices of the same model.
+  /// Random weights as Transformers draws them (normal with the config's initializer_range, norms 1, biases 0), from `seed`
+  /// alone: the shards of every TP layout are slices of the same model.
   void initialize(uint64_t seed);
 
   std::vector<Parameter>& parameters() noexcept { return parameters_; }
@@ -96,9 +98,9 @@ class CausalLM {
   /// [B, L, vocabulary] fp32 gathered over `tp`. Builds no graph. For tests and short inputs.
   at::Tensor logits(const at::Tensor& tokens);
 
-  /// Calls `callback(first)` during every backward pass, layer by layer from the last, as soon as the gradients of the parameters from index
-  /// `first` on are complete, so that their reduction over data-parallel ranks can overlap the rest. Never called for
-  /// the embedding (index 0), which is complete when the backward pass returns. Not collective. Empty: none.
+  /// Calls `callback(first)` during every backward pass, layer by layer from the last, as soon as the gradients of the
+  /// parameters from index `first` on are complete, so that their reduction over data-parallel ranks can overlap the rest.
+  /// Never called for the embedding (index 0), which is complete when the backward pass returns. Not collective. Empty: none.
   void on_gradients_complete(std::function<void(int64_t first)> callback) { gradients_complete_ = std::move(callback); }
 
  private:
@@ -129,7 +131,7 @@ class CausalLM {
   int64_t heads_ = 0, groups_ = 0, first_vocabulary_row_ = 0;  // of this rank
   at::Tensor cos_, sin_;                                       // [longest L seen, d / 2] fp32
   std::function<void(int64_t)> gradients_complete_;
-  std::filesystem::path source_;                               // the directory that was loaded
+  std::filesystem::path source_;  // the directory that was loaded
 };
 
 }  // namespace drrl

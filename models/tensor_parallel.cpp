@@ -31,8 +31,8 @@ Group kept(AutogradContext* ctx) {
 }
 
 struct ColumnParallel : torch::autograd::Function<ColumnParallel> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                            const Group& tp) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias, const Group& tp) {
     const at::Tensor cast = weight.to(x.scalar_type());
     ctx->save_for_backward({x, cast, weight, bias.value_or(at::Tensor())});
     keep(ctx, tp);
@@ -56,8 +56,8 @@ struct ColumnParallel : torch::autograd::Function<ColumnParallel> {
 };
 
 struct RowParallel : torch::autograd::Function<RowParallel> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                            const at::Tensor& residual, const Group& tp, bool swiglu) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias, const at::Tensor& residual, const Group& tp, bool swiglu) {
     const at::Tensor cast = weight.to(x.scalar_type());
     ctx->save_for_backward({x, cast, weight, bias.value_or(at::Tensor())});
     ctx->saved_data["swiglu"] = swiglu;
@@ -119,15 +119,17 @@ struct Embedding : torch::autograd::Function<Embedding> {
 }  // namespace
 
 Share partition(int64_t n, int64_t parts, int64_t index) {
-  check(ErrorKind::kInternal, n >= 0 && parts >= 1 && index >= 0 && index < parts, "partition(", n, ", ", parts, ", ", index, ")");
+  check(ErrorKind::kInternal, n >= 0 && parts >= 1 && index >= 0 && index < parts, "partition(", n, ", ", parts, ", ", index,
+        ")");
   const int64_t each = n / parts;
   const int64_t more = n % parts;
   return {index * each + std::min(index, more), each + (index < more ? 1 : 0)};
 }
 
-at::Tensor column_parallel_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const Group& tp) {
-  TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), "column_parallel_linear: x ", x.sizes(), " and weight ",
-              weight.sizes(), " must be [N, in] and [out, in]");
+at::Tensor column_parallel_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                                  const Group& tp) {
+  TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), "column_parallel_linear: x ", x.sizes(),
+              " and weight ", weight.sizes(), " must be [N, in] and [out, in]");
   return ColumnParallel::apply(x, weight, bias, tp);
 }
 
@@ -142,10 +144,10 @@ at::Tensor row_parallel_linear(const at::Tensor& x, const at::Tensor& weight, co
   return RowParallel::apply(x, weight, bias, residual, tp, swiglu);
 }
 
-at::Tensor vocabulary_parallel_embedding(const at::Tensor& tokens, const at::Tensor& weight, int64_t first_row, at::ScalarType dtype,
-                                         const Group& tp) {
-  TORCH_CHECK(tokens.dim() == 1 && tokens.scalar_type() == at::kLong, "embedding: tokens must be [N] int64, not ", tokens.sizes(), " ",
-              tokens.scalar_type());
+at::Tensor vocabulary_parallel_embedding(const at::Tensor& tokens, const at::Tensor& weight, int64_t first_row,
+                                         at::ScalarType dtype, const Group& tp) {
+  TORCH_CHECK(tokens.dim() == 1 && tokens.scalar_type() == at::kLong, "embedding: tokens must be [N] int64, not ",
+              tokens.sizes(), " ", tokens.scalar_type());
   return Embedding::apply(weight, tokens, first_row, dtype, tp);
 }
 

@@ -16,11 +16,13 @@ struct Share {
 Share partition(int64_t n, int64_t parts, int64_t index);
 
 /// Megatron's pair of linear layers (arXiv 1909.08053): one all-reduce each, in the forward of the row-parallel one and in the
-/// backward of the column-parallel one. x and the results are [N, features] in the dtype of the activations; weights and biases are this rank's
-/// fp32 (fp64 with fp64) shards, leaves, cast to the dtype of x for the product; their gradients are added in place (gradients.h).
+/// backward of the column-parallel one. x and the results are [N, features] in the dtype of the activations; weights and biases
+/// are this rank's fp32 (fp64 with fp64) shards, leaves, cast to the dtype of x for the product; their gradients are added in
+/// place (gradients.h).
 ///
 /// Columns: x (the same on all ranks) [N, in], weight [out_local, in], bias [out_local] -> x weight^T + bias [N, out_local].
-at::Tensor column_parallel_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const Group& tp);
+at::Tensor column_parallel_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                                  const Group& tp);
 
 /// What a row-parallel layer does with its input first.
 enum class InputActivation {
@@ -28,14 +30,16 @@ enum class InputActivation {
   kSwiglu,  ///< x is [gate | up]; its product is recomputed in the backward pass instead of being kept
 };
 
-/// Rows: x [N, in_local] (kSwiglu: [N, 2 in_local]), weight [out, in_local], bias [out] and residual [N, out] (the same on all ranks and added once)
+/// Rows: x [N, in_local] (kSwiglu: [N, 2 in_local]), weight [out, in_local], bias [out] and residual [N, out] (the same on all
+/// ranks and added once)
 /// -> residual + sum over ranks of activation(x) weight^T + bias [N, out], the same on all ranks.
 at::Tensor row_parallel_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                               const at::Tensor& residual, const Group& tp, InputActivation activation = InputActivation::kNone);
+                               const at::Tensor& residual, const Group& tp,
+                               InputActivation activation = InputActivation::kNone);
 
-/// tokens [N] int64 (checked by the caller) -> rows of the table in `dtype`, [N, hidden], the same on all ranks. weight [rows_local, hidden] holds
-/// the vocabulary rows from `first_row` on.
-at::Tensor vocabulary_parallel_embedding(const at::Tensor& tokens, const at::Tensor& weight, int64_t first_row, at::ScalarType dtype,
-                                         const Group& tp);
+/// tokens [N] int64 (checked by the caller) -> rows of the table in `dtype`, [N, hidden], the same on all ranks. weight
+/// [rows_local, hidden] holds the vocabulary rows from `first_row` on.
+at::Tensor vocabulary_parallel_embedding(const at::Tensor& tokens, const at::Tensor& weight, int64_t first_row,
+                                         at::ScalarType dtype, const Group& tp);
 
 }  // namespace drrl

@@ -36,10 +36,8 @@ class Layouts {
 
   void columns(const std::string& name, int64_t out, int64_t units, int64_t unit) {
     const Share share = partition(units, size_, rank_);
-    layouts.push_back({name,
-                       {out, share.count * unit},
-                       true,
-                       {{name, {out, units * unit}, 1, share.begin * unit, share.count * unit, 0}}});
+    layouts.push_back(
+        {name, {out, share.count * unit}, true, {{name, {out, units * unit}, 1, share.begin * unit, share.count * unit, 0}}});
   }
 
   std::vector<ParameterLayout> layouts;
@@ -51,10 +49,10 @@ class Layouts {
 }  // namespace
 
 std::vector<ParameterLayout> parameter_layouts(const ModelConfig& config, int64_t tp_size, int64_t tp_rank) {
-  check(ErrorKind::kUsage, tp_size <= config.num_key_value_heads, "tensor-parallel size ", tp_size, " is greater than the model's ",
-        config.num_key_value_heads, " KV heads: a rank holds whole KV groups");
-  check(ErrorKind::kUsage, tp_size <= config.intermediate_size && tp_size <= config.vocab_size, "tensor-parallel size ", tp_size,
-        " is greater than intermediate_size ", config.intermediate_size, " or vocab_size ", config.vocab_size);
+  check(ErrorKind::kUsage, tp_size <= config.num_key_value_heads, "tensor-parallel size ", tp_size,
+        " is greater than the model's ", config.num_key_value_heads, " KV heads: a rank holds whole KV groups");
+  check(ErrorKind::kUsage, tp_size <= config.intermediate_size && tp_size <= config.vocab_size, "tensor-parallel size ",
+        tp_size, " is greater than intermediate_size ", config.intermediate_size, " or vocab_size ", config.vocab_size);
   const int64_t hidden = config.hidden_size;
   const int64_t groups = config.num_key_value_heads;
   const int64_t d = config.head_dim;

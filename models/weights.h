@@ -19,8 +19,8 @@ struct WeightPart {
   int64_t row;
 };
 
-/// One parameter of the model as rank `tp_rank` of `tp_size` holds it: its name (llama.h), its local shape, and its parts in the file, more than one
-/// where matrices are stacked.
+/// One parameter of the model as rank `tp_rank` of `tp_size` holds it: its name (llama.h), its local shape, and its parts in
+/// the file, more than one where matrices are stacked.
 struct ParameterLayout {
   std::string name;
   std::vector<int64_t> shape;

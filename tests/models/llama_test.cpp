@@ -1,0 +1,382 @@
+// CausalLM on one process against the plain reference: logits, loss, every gradient; checkpointing, precision, export, bad
+// input.
+#include "models/llama.h"
+#include "core/error.h"
+#include "models/safetensors.h"
+#include "models/tensor_parallel.h"
+#include "tests/models/io_support.h"
+#include "tests/models/reference_llama.h"
+
+#include <gtest/gtest.h>
+
+namespace drrl::test {
+namespace {
+
+struct Variant {
+  const char* name;
+  std::function<void(ModelConfig&)> change;
+};
+
+const Variant kVariants[] = {
+    {"tied", [](ModelConfig&) {}},
+    {"untied", [](ModelConfig& c) { c.tie_word_embeddings = false; }},
+    {"qwen2_bias", [](ModelConfig& c) { c.qkv_bias = true; }},
+    {"all_biases", [](ModelConfig& c) { c.qkv_bias = c.attention_output_bias = c.mlp_bias = true; }},
+    {"one_group", [](ModelConfig& c) { c.num_key_value_heads = 1; }},
+    {"no_sharing", [](ModelConfig& c) { c.num_key_value_heads = c.num_attention_heads; }},
+    {"wide_heads", [](ModelConfig& c) { c.head_dim = 32; }},
+    {"llama3_rope",
+     [](ModelConfig& c) {
+       c.rope.kind = RopeKind::kLlama3;
+       c.rope.factor = 4.0;
+       c.rope.original_max_position_embeddings = 16;
+     }},
+};
+
+class Llama : public testing::TestWithParam<Variant> {};
+
+TEST_P(Llama, EqualsTheReferenceInDouble) {
+  ModelConfig config = small_config();
+  GetParam().change(config);
+  const Weights weights = random_weights(config, 1);
+  const Text text = random_text(config, 2, 19);
+  const at::Tensor expected = reference_logits(config, weights, text.tokens);
+  const at::Tensor expected_nll = reference_nll(expected, text.labels);
+  expected_nll.sum().backward();
+
+  CausalLM model(config, Group(), make_full_attention(), {.dtype = at::kDouble, .loss_chunk_rows = 7});
+  set_weights(model, weights, Group());
+  EXPECT_LE(relative_error(model.logits(text.tokens), expected), 1e-10);
+  EXPECT_LE(relative_error(model.token_nll(text.tokens, text.labels), expected_nll), 1e-6);  // handed out in fp32
+  const LossResult result = model.loss(text.tokens, text.labels, 0.25);
+  EXPECT_EQ(result.tokens, text.labels.ne(kIgnoredLabel).sum().item<int64_t>());
+  EXPECT_LE(relative_error(result.loss_sum, expected_nll.sum()), 1e-12);
+  result.loss_sum.backward();
+  expect_gradients(model, weights, Group(), 0.25, 1e-9);
+}
+
+TEST_P(Llama, EqualsTheReferenceInSinglePrecision) {
+  ModelConfig config = small_config();
+  GetParam().change(config);
+  const Weights weights = random_weights(config, 1);
+  const Text text = random_text(config, 2, 19);
+  const at::Tensor expected = reference_logits(config, weights, text.tokens);
+  reference_nll(expected, text.labels).sum().backward();
+
+  CausalLM model(config, Group(), make_full_attention(), {.loss_chunk_rows = 16});
+  set_weights(model, weights, Group());
+  EXPECT_LE((model.logits(text.tokens) - expected.detach()).abs().max().item<double>(), 2e-5);
+  model.loss(text.tokens, text.labels).loss_sum.backward();
+  expect_gradients(model, weights, Group(), 1.0, 1e-5);
+}
+
+INSTANTIATE_TEST_SUITE_P(Variants, Llama, testing::ValuesIn(kVariants), [](const auto& test) { return test.param.name; });
+
+std::vector<at::Tensor> gradients_of(const ModelConfig& config, const Weights& weights, const Text& text,
+                                     const ModelOptions& options) {
+  CausalLM model(config, Group(), make_full_attention(), options);
+  set_weights(model, weights, Group());
+  for (int micro_batch = 0; micro_batch < 2; ++micro_batch) {
+    model.loss(text.tokens, text.labels).loss_sum.backward();
+  }
+  std::vector<at::Tensor> gradients;
+  for (const Parameter& parameter : model.parameters()) {
+    gradients.push_back(parameter.value.grad());
+  }
+  return gradients;
+}
+
+TEST(LlamaTest, CheckpointingChangesNoBit) {
+  ModelConfig config = small_config();
+  config.qkv_bias = config.mlp_bias = true;
+  const Weights weights = random_weights(config, 1);
+  const Text text = random_text(config, 2, 33);
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    const auto kept = gradients_of(config, weights, text, {.dtype = dtype});
+    const auto recomputed = gradients_of(config, weights, text, {.dtype = dtype, .activation_checkpoint = true});
+    for (size_t i = 0; i < kept.size(); ++i) {
+      EXPECT_TRUE(kept[i].equal(recomputed[i])) << i << " in " << dtype;
+    }
+  }
+}
+
+// A controller that makes a plan on the first call of a layer and must be given it back on the recomputation.
+struct PlanCounter : AttentionController {
+  at::Tensor attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
+                    std::shared_ptr<LayerPlan>& plan) override {
+    EXPECT_EQ(w_o.sizes(), (std::vector<int64_t>{40, q.size(1) * q.size(3)}));
+    EXPECT_TRUE(q.is_contiguous() && k.is_contiguous() && v.is_contiguous());
+    if (plan) {
+      EXPECT_EQ(plan.get(), plans.at(layer).get());
+      ++replayed;
+    } else {
+      plan = plans[layer] = std::shared_ptr<LayerPlan>(reinterpret_cast<LayerPlan*>(&storage[layer]), [](LayerPlan*) {});
+      ++decided;
+    }
+    return full->attend(layer, q, k, v, w_o, plan);
+  }
+  std::shared_ptr<AttentionController> full = make_full_attention();
+  std::map<int64_t, std::shared_ptr<LayerPlan>> plans;
+  std::map<int64_t, char> storage;
+  int decided = 0, replayed = 0;
+};
+
+TEST(LlamaTest, RecomputationReplaysThePlanOfEachLayer) {
+  const ModelConfig config = small_config();
+  auto controller = std::make_shared<PlanCounter>();
+  CausalLM model(config, Group(), controller, {.activation_checkpoint = true});
+  model.initialize(3);
+  const Text text = random_text(config, 1, 12);
+  model.loss(text.tokens, text.labels).loss_sum.backward();
+  EXPECT_EQ(controller->decided, 2);
+  EXPECT_EQ(controller->replayed, 2);
+}
+
+TEST(LlamaTest, Bfloat16IsCloseAndKeepsFp32Masters) {
+  const ModelConfig config = small_config();
+  const Weights weights = random_weights(config, 1);
+  const Text text = random_text(config, 2, 40);
+  CausalLM exact(config, Group(), make_full_attention());
+  CausalLM rounded(config, Group(), make_full_attention(), {.dtype = at::kBFloat16});
+  set_weights(exact, weights, Group());
+  set_weights(rounded, weights, Group());
+  const LossResult a = exact.loss(text.tokens, text.labels);
+  const LossResult b = rounded.loss(text.tokens, text.labels);
+  EXPECT_EQ(b.loss_sum.scalar_type(), at::kFloat);
+  EXPECT_LE(relative_error(b.loss_sum, a.loss_sum), 5e-3);
+  EXPECT_NE(a.loss_sum.item<float>(), b.loss_sum.item<float>());  // it did compute in lower precision
+  EXPECT_EQ(rounded.hidden(text.tokens).scalar_type(), at::kBFloat16);
+  a.loss_sum.backward();
+  b.loss_sum.backward();
+  for (size_t i = 0; i < exact.parameters().size(); ++i) {
+    const at::Tensor& value = rounded.parameters()[i].value;
+    EXPECT_EQ(value.scalar_type(), at::kFloat);
+    EXPECT_EQ(value.grad().scalar_type(), at::kFloat);
+    EXPECT_LE(relative_error(value.grad(), exact.parameters()[i].value.grad()), 4e-2) << exact.parameters()[i].name;
+  }
+}
+
+TEST(LlamaTest, GradientsAccumulateInPlace) {
+  ModelConfig config = small_config();
+  config.qkv_bias = true;
+  const Weights weights = random_weights(config, 1);
+  const Text text = random_text(config, 1, 17);
+  CausalLM model(config, Group(), make_full_attention());
+  set_weights(model, weights, Group());
+  model.loss(text.tokens, text.labels).loss_sum.backward();
+  std::vector<at::Tensor> once, storage;
+  for (const Parameter& parameter : model.parameters()) {
+    once.push_back(parameter.value.grad().clone());
+    storage.push_back(parameter.value.grad());
+  }
+  model.loss(text.tokens, text.labels).loss_sum.backward();
+  for (size_t i = 0; i < once.size(); ++i) {
+    EXPECT_TRUE(model.parameters()[i].value.grad().is_same(storage[i])) << model.parameters()[i].name;
+    EXPECT_LE(relative_error(storage[i], 2.0 * once[i]), 1e-6) << model.parameters()[i].name;
+  }
+}
+
+TEST(LlamaTest, TellsWhichGradientsAreComplete) {
+  const ModelConfig config = small_config();
+  for (const bool checkpoint : {false, true}) {
+    CausalLM model(config, Group(), make_full_attention(), {.activation_checkpoint = checkpoint});
+    model.initialize(3);
+    const Text text = random_text(config, 1, 12);
+    model.loss(text.tokens, text.labels).loss_sum.backward();
+    std::vector<at::Tensor> expected;
+    for (const Parameter& parameter : model.parameters()) {
+      expected.push_back(parameter.value.grad().clone());
+      parameter.value.mutable_grad().reset();
+    }
+    std::vector<int64_t> calls;
+    model.on_gradients_complete([&](int64_t first) {
+      calls.push_back(first);
+      for (size_t i = static_cast<size_t>(first); i < expected.size(); ++i) {
+        const at::Tensor& grad = model.parameters()[i].value.grad();
+        EXPECT_TRUE(grad.defined() && grad.equal(expected[i])) << model.parameters()[i].name << " at " << first;
+      }
+    });
+    model.loss(text.tokens, text.labels).loss_sum.backward();
+    ASSERT_EQ(calls.size(), 2u);
+    EXPECT_EQ(model.parameters()[static_cast<size_t>(calls[0])].name, "model.layers.1.input_layernorm.weight");
+    EXPECT_EQ(model.parameters()[static_cast<size_t>(calls[1])].name, "model.layers.0.input_layernorm.weight");
+  }
+}
+
+TEST(LlamaTest, TheFutureChangesNothingBeforeIt) {
+  const ModelConfig config = small_config();
+  CausalLM model(config, Group(), make_full_attention());
+  set_weights(model, random_weights(config, 1), Group());
+  const Text text = random_text(config, 1, 40);
+  at::Tensor changed = text.tokens.clone();
+  changed.slice(1, 23) = (changed.slice(1, 23) + 7).remainder(config.vocab_size);
+  const at::Tensor before = model.logits(text.tokens);
+  const at::Tensor after = model.logits(changed);
+  EXPECT_TRUE(before.slice(1, 0, 23).equal(after.slice(1, 0, 23)));
+  EXPECT_FALSE(before.slice(1, 23).equal(after.slice(1, 23)));
+}
+
+TEST(LlamaTest, EvaluationBuildsNoGraph) {
+  const ModelConfig config = small_config();
+  CausalLM model(config, Group(), make_full_attention(), {.activation_checkpoint = true});
+  model.initialize(3);
+  const Text text = random_text(config, 1, 12);
+  EXPECT_FALSE(model.token_nll(text.tokens, text.labels).requires_grad());
+  EXPECT_FALSE(model.logits(text.tokens).requires_grad());
+  at::NoGradGuard no_grad;
+  EXPECT_FALSE(model.loss(text.tokens, text.labels).loss_sum.requires_grad());
+  for (const Parameter& parameter : model.parameters()) {
+    EXPECT_FALSE(parameter.value.grad().defined()) << parameter.name;
+  }
+}
+
+TEST(LlamaTest, ParametersSayWhatTheyAre) {
+  ModelConfig config = small_config();
+  config.qkv_bias = true;
+  const CausalLM model(config, Group(), make_full_attention());
+  int64_t total = 0;
+  for (const Parameter& parameter : model.parameters()) {
+    total += parameter.value.numel();
+    EXPECT_EQ(parameter.decay, parameter.name.ends_with("_proj.weight") || parameter.name.ends_with("tokens.weight"))
+        << parameter.name;
+    EXPECT_EQ(parameter.sharded, !parameter.name.ends_with("norm.weight")) << parameter.name;
+    EXPECT_TRUE(parameter.value.is_leaf() && parameter.value.requires_grad()) << parameter.name;
+  }
+  EXPECT_EQ(total, config.parameter_count());
+  EXPECT_EQ(total, model.parameter_count());
+}
+
+TEST(LlamaTest, InitializationDependsOnTheSeedAlone) {
+  const ModelConfig config = small_config();
+  CausalLM a(config, Group(), make_full_attention());
+  CausalLM b(config, Group(), make_full_attention());
+  a.initialize(7);
+  b.initialize(7);
+  EXPECT_TRUE(a.parameters()[0].value.equal(b.parameters()[0].value));
+  EXPECT_NEAR(a.parameters()[0].value.std().item<double>(), config.initializer_range, 0.1 * config.initializer_range);
+  b.initialize(8);
+  EXPECT_FALSE(a.parameters()[0].value.equal(b.parameters()[0].value));
+  EXPECT_FALSE(a.parameters()[2].value.slice(0, 0, 37).equal(a.parameters()[2].value.slice(0, 37, 74)));
+}
+
+ModelConfig written_config(const ModelConfig& config) {
+  return ModelConfig::parse(
+      c10::str(
+          R"({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "torch_dtype": "float32")",
+          R"(, "vocab_size": )", config.vocab_size, R"(, "hidden_size": )", config.hidden_size, R"(, "intermediate_size": )",
+          config.intermediate_size, R"(, "num_hidden_layers": )", config.num_hidden_layers, R"(, "num_attention_heads": )",
+          config.num_attention_heads, R"(, "num_key_value_heads": )", config.num_key_value_heads, R"(, "head_dim": )",
+          config.head_dim, R"(, "max_position_embeddings": )", config.max_position_embeddings,
+          R"(, "rms_norm_eps": 1e-5, "rope_theta": 1000.0, "tie_word_embeddings": )",
+          config.tie_word_embeddings ? "true" : "false", R"(, "attention_bias": true, "mlp_bias": true})"),
+      "test");
+}
+
+TEST(LlamaTest, ExportsAndReloads) {
+  for (const bool tied : {true, false}) {
+    ModelConfig config = small_config();
+    config.tie_word_embeddings = tied;
+    config = written_config(config);
+    ASSERT_TRUE(config.qkv_bias && config.attention_output_bias && config.mlp_bias);
+    const Text text = random_text(config, 1, 20);
+    CausalLM model(config, Group(), make_full_attention());
+    set_weights(model, random_weights(config, 1), Group());
+    const at::Tensor logits = model.logits(text.tokens);
+
+    const TemporaryDirectory folder;
+    model.save(folder / "fp32");
+    CausalLM again(ModelConfig::load(folder / "fp32"), Group(), make_full_attention());
+    again.load(folder / "fp32");
+    EXPECT_TRUE(again.logits(text.tokens).equal(logits));
+    EXPECT_EQ(SafetensorsFile(folder / "fp32/model.safetensors").contains("lm_head.weight"), !tied);
+    EXPECT_TRUE(SafetensorsFile(folder / "fp32/model.safetensors").contains("model.layers.1.self_attn.k_proj.bias"));
+
+    write_bytes(folder / "fp32/tokenizer.json", "{}");
+    write_bytes(folder / "fp32/generation_config.json", "{\"eos_token_id\": 2}");
+    again.load(folder / "fp32");
+    again.save(folder / "bf16", at::kBFloat16);
+    EXPECT_EQ(read_bytes(folder / "bf16/generation_config.json"), "{\"eos_token_id\": 2}");
+    EXPECT_EQ(listing(folder / "bf16"),
+              (std::vector<std::string>{"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}));
+    const SafetensorsFile file(folder / "bf16/model.safetensors");
+    for (const auto& [name, entry] : file.entries()) {
+      EXPECT_EQ(entry.dtype, at::kBFloat16) << name;
+    }
+    CausalLM rounded(ModelConfig::load(folder / "bf16"), Group(), make_full_attention());
+    rounded.load(folder / "bf16");
+    EXPECT_LE(relative_error(rounded.logits(text.tokens), logits), 3e-2);
+    EXPECT_TRUE(rounded.parameters()[2].value.equal(model.parameters()[2].value.to(at::kBFloat16).to(at::kFloat)));
+  }
+}
+
+TEST(LlamaTest, RefusesWeightsThatAreNotTheModels) {
+  const ModelConfig config = written_config(small_config());
+  CausalLM model(config, Group(), make_full_attention());
+  model.initialize(1);
+  const TemporaryDirectory folder;
+  model.save(folder / "model");
+  const SafetensorsFile file(folder / "model/model.safetensors");
+  const auto rewrite = [&](const std::function<void(std::map<std::string, at::Tensor>&)>& change) {
+    std::map<std::string, at::Tensor> tensors;
+    for (const auto& [name, entry] : file.entries()) {
+      tensors[name] = file.tensor(name);
+    }
+    change(tensors);
+    std::vector<NamedTensor> list;
+    for (const auto& [name, tensor] : tensors) {
+      list.push_back({name, tensor});
+    }
+    write_safetensors(folder / "model/model.safetensors", list);
+  };
+  rewrite([](auto& tensors) { tensors.erase("model.layers.1.mlp.up_proj.weight"); });
+  expect_error(ErrorKind::kModel, {"model.layers.1.mlp.up_proj.weight"}, [&] { model.load(folder / "model"); });
+  rewrite([](auto& tensors) { tensors["model.layers.0.self_attn.q_norm.weight"] = at::ones({16}); });
+  expect_error(ErrorKind::kModel, {"model.layers.0.self_attn.q_norm.weight"}, [&] { model.load(folder / "model"); });
+  rewrite([](auto& tensors) { tensors["model.norm.weight"] = at::ones({41}); });
+  expect_error(ErrorKind::kModel, {"model.norm.weight", "[41]", "[40]"}, [&] { model.load(folder / "model"); });
+  rewrite([](auto& tensors) {
+    tensors["lm_head.weight"] = at::ones({53, 40});
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = at::ones({8});
+  });
+  model.load(folder / "model");  // a tied head and the tables of old exports are harmless
+}
+
+TEST(LlamaTest, RefusesBadInputWithTheValues) {
+  const ModelConfig config = small_config();
+  CausalLM model(config, Group(), make_full_attention());
+  model.initialize(1);
+  const at::Tensor tokens = at::zeros({1, 65}, at::kLong);
+  expect_error(ErrorKind::kUsage, {"65", "64"}, [&] { model.hidden(tokens); });
+  const at::Tensor good = tokens.slice(1, 0, 8).contiguous();
+  expect_error(ErrorKind::kUsage, {"[8]"}, [&] { model.hidden(good[0]); });
+  expect_error(ErrorKind::kUsage, {"Int"}, [&] { model.hidden(good.to(at::kInt)); });
+  expect_error(ErrorKind::kUsage, {"[0, 8]"}, [&] { model.hidden(good.slice(0, 0, 0)); });
+  expect_error(ErrorKind::kUsage, {"[1, 7]", "[1, 8]"}, [&] { model.loss(good, good.slice(1, 1)); });
+  expect_error(ErrorKind::kData, {"53"}, [&] { model.hidden(good + 53); });
+  expect_error(ErrorKind::kData, {"-1"}, [&] { model.hidden(good - 1); });
+  expect_error(ErrorKind::kData, {"54", "53"}, [&] { model.loss(good, good + 54); });
+  expect_error(ErrorKind::kData, {"-99", "53"}, [&] { model.token_nll(good, good - 99); });
+  expect_error(ErrorKind::kUsage, {"Half"}, [&] { CausalLM(config, Group(), make_full_attention(), {.dtype = at::kHalf}); });
+  expect_error(ErrorKind::kUsage, {"4", "3 KV heads"}, [&] { parameter_layouts(config, 4, 0); });
+  expect_error(ErrorKind::kStorage, {"/dev/null"}, [&] { model.save("/dev/null/model"); });
+}
+
+TEST(LlamaTest, SharesAreEvenAndComplete) {
+  for (int64_t n : {0, 1, 3, 9, 53}) {
+    for (int64_t parts : {1, 2, 3, 4}) {
+      int64_t next = 0;
+      for (int64_t i = 0; i < parts; ++i) {
+        const Share share = partition(n, parts, i);
+        EXPECT_EQ(share.begin, next);
+        EXPECT_GE(share.count, n / parts);
+        EXPECT_LE(share.count, n / parts + 1);
+        next += share.count;
+      }
+      EXPECT_EQ(next, n);
+    }
+  }
+  EXPECT_EQ(partition(3, 2, 0).count, 2);  // 3 groups on 2 ranks = 2 + 1
+}
+
+}  // namespace
+}  // namespace drrl::test

@@ -1,0 +1,144 @@
+// The model on 2, 3 and 4 tensor-parallel ranks, with uneven shares of everything, against the plain reference on the whole.
+#include "models/tensor_parallel.h"
+#include "core/error.h"
+#include "distributed/mpi_group.h"
+#include "models/llama.h"
+#include "tests/distributed/mpi_test.h"
+#include "tests/models/io_support.h"
+#include "tests/models/reference_llama.h"
+
+namespace drrl::test {
+namespace {
+
+class TensorParallel : public MpiTest {
+ protected:
+  void SetUp() override {
+    MpiTest::SetUp();
+    tp_ = make_mpi_group("tp", MPI_COMM_WORLD, std::chrono::seconds(30));
+    ASSERT_EQ(tp_.size(), size_);
+  }
+
+  // 3 groups on 2 ranks are 2 + 1, on 3 ranks 1 each; 4 ranks get 5 groups, 2 + 1 + 1 + 1.
+  ModelConfig config() const {
+    ModelConfig config = size_ < 4 ? small_config(6, 3) : small_config(10, 5);
+    config.qkv_bias = config.attention_output_bias = config.mlp_bias = true;
+    return config;
+  }
+
+  // A folder that all ranks know; rank 0 made it and removes it.
+  std::filesystem::path shared_folder() {
+    std::array<char, 256> path{};
+    if (rank_ == 0) {
+      folder_ = std::make_unique<TemporaryDirectory>();
+      std::snprintf(path.data(), path.size(), "%s", folder_->path().c_str());
+    }
+    MPI_Bcast(path.data(), static_cast<int>(path.size()), MPI_CHAR, 0, MPI_COMM_WORLD);
+    return path.data();
+  }
+
+  void TearDown() override { MPI_Barrier(MPI_COMM_WORLD); }
+
+  Group tp_;
+  std::unique_ptr<TemporaryDirectory> folder_;
+};
+
+TEST_F(TensorParallel, LossAndEveryGradientEqualTheReference) {
+  for (const bool tied : {true, false}) {
+    for (const bool checkpoint : {false, true}) {
+      ModelConfig whole = config();
+      whole.tie_word_embeddings = tied;
+      const Weights weights = random_weights(whole, 1);
+      const Text text = random_text(whole, 2, 19);
+      const at::Tensor expected = reference_logits(whole, weights, text.tokens);
+      const at::Tensor nll = reference_nll(expected, text.labels);
+      nll.sum().backward();
+
+      for (const at::ScalarType dtype : {at::kDouble, at::kFloat}) {
+        const double close = dtype == at::kDouble ? 1e-9 : 1e-5;
+        CausalLM model(whole, tp_, make_full_attention(),
+                       {.dtype = dtype, .activation_checkpoint = checkpoint, .loss_chunk_rows = 7});
+        set_weights(model, weights, tp_);
+        EXPECT_LE(relative_error(model.logits(text.tokens), expected), close);
+        EXPECT_LE(relative_error(model.token_nll(text.tokens, text.labels), nll), 1e-5);
+        const LossResult result = model.loss(text.tokens, text.labels, 0.5);
+        EXPECT_LE(relative_error(result.loss_sum, nll.sum()), close);
+        result.loss_sum.backward();
+        expect_gradients(model, weights, tp_, 0.5, close);
+      }
+    }
+  }
+}
+
+TEST_F(TensorParallel, ReplicatedParametersHaveTheSameGradientBitForBit) {
+  CausalLM model(config(), tp_, make_full_attention());
+  model.initialize(4);
+  const Text text = random_text(config(), 2, 19);
+  model.loss(text.tokens, text.labels).loss_sum.backward();
+  int64_t replicated = 0;
+  for (const Parameter& parameter : model.parameters()) {
+    if (!parameter.sharded) {
+      ++replicated;
+      at::Tensor first = parameter.value.grad().clone();
+      tp_.broadcast(first);
+      EXPECT_TRUE(first.equal(parameter.value.grad())) << parameter.name;
+    }
+  }
+  EXPECT_EQ(replicated, 2 * 4 + 1);  // two norms, o_proj.bias and down_proj.bias a layer; the final norm
+}
+
+TEST_F(TensorParallel, Bfloat16IsCloseToOneProcess) {
+  CausalLM one(config(), Group(), make_full_attention(), {.dtype = at::kBFloat16});
+  CausalLM many(config(), tp_, make_full_attention(), {.dtype = at::kBFloat16});
+  const Weights weights = random_weights(config(), 1);
+  set_weights(one, weights, Group());
+  set_weights(many, weights, tp_);
+  const Text text = random_text(config(), 2, 19);
+  EXPECT_LE(relative_error(many.loss(text.tokens, text.labels).loss_sum, one.loss(text.tokens, text.labels).loss_sum), 1e-2);
+}
+
+TEST_F(TensorParallel, InitializesShardsOfOneModel) {
+  CausalLM one(config(), Group(), make_full_attention());
+  CausalLM many(config(), tp_, make_full_attention());
+  one.initialize(9);
+  many.initialize(9);
+  const Text text = random_text(config(), 1, 19);
+  EXPECT_LE(relative_error(many.logits(text.tokens), one.logits(text.tokens)), 1e-5);
+}
+
+TEST_F(TensorParallel, SavesOneModelAndLoadsItsShards) {
+  const ModelConfig parsed = ModelConfig::parse(
+      c10::str(
+          R"({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "vocab_size": 53, "hidden_size": 40,
+               "intermediate_size": 37, "num_hidden_layers": 2, "head_dim": 16, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+               "rope_theta": 1000.0, "attention_bias": true, "mlp_bias": true, "tie_word_embeddings": false, "num_attention_heads": )",
+          size_ < 4 ? 6 : 10, R"(, "num_key_value_heads": )", size_ < 4 ? 3 : 5, "}"),
+      "test");
+  const Weights weights = random_weights(parsed, 1);
+  const std::filesystem::path folder = shared_folder();
+  CausalLM saved(parsed, tp_, make_full_attention());
+  set_weights(saved, weights, tp_);
+  saved.save(folder / "model");
+  const Text text = random_text(parsed, 1, 19);
+
+  CausalLM one(parsed, Group(), make_full_attention());
+  one.load(folder / "model");
+  EXPECT_LE(relative_error(one.logits(text.tokens), reference_logits(parsed, weights, text.tokens)), 1e-5);
+  CausalLM many(parsed, tp_, make_full_attention());
+  many.load(folder / "model");
+  for (size_t i = 0; i < many.parameters().size(); ++i) {
+    EXPECT_TRUE(many.parameters()[i].value.equal(saved.parameters()[i].value)) << many.parameters()[i].name;
+  }
+}
+
+TEST_F(TensorParallel, OneRankThatCannotSaveStopsAll) {
+  CausalLM model(config(), tp_, make_full_attention());
+  expect_error(ErrorKind::kStorage, {}, [&] { model.save("/dev/null/model"); });
+}
+
+TEST_F(TensorParallel, RefusesMoreRanksThanGroups) {
+  ModelConfig few = small_config(6, 1);
+  expect_error(ErrorKind::kUsage, {"1 KV heads", std::to_string(size_)}, [&] { CausalLM(few, tp_, make_full_attention()); });
+}
+
+}  // namespace
+}  // namespace drrl::test
