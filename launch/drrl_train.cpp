@@ -19,8 +19,6 @@
 #include <gflags/gflags.h>
 #include <nlohmann/json.hpp>
 
-#include <unistd.h>
-
 #include <cmath>
 #include <iostream>
 #include <set>
@@ -253,7 +251,7 @@ ExitCode train(const Environment& environment) {
     if (leader) {
       print_start(environment, shape, config, *model, attention.controller->describe(), data, options);
     }
-    TrainConsole console(std::cout, leader && isatty(STDOUT_FILENO) != 0, options.steps);
+    TrainConsole console(std::cout, leader && stdout_is_terminal(environment), options.steps);
     TrainerCallbacks callbacks;
     callbacks.on_step = [&](const StepReport& report) { console.step(report); };
     callbacks.on_microbatch = [&](int64_t step, int64_t done, int64_t total) { console.microbatch(step, done, total); };

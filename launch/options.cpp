@@ -6,16 +6,14 @@
 
 #include <gflags/gflags.h>
 
-#include <sys/mman.h>
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <charconv>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <thread>
 
 // Exported by gflags, but in none of its headers: what it calls after it has reported a bad command line.
 namespace google {
@@ -25,51 +23,32 @@ extern void (*gflags_exitfunc)(int);  // NOLINT(readability-redundant-declaratio
 namespace drrl {
 namespace {
 
-/// Holds back what is written to stderr while it lives, where another process of the job will write the same. gflags prints its complaints
-/// and exits in one go, so this stands around the parser.
-class HeldStderr {
+/// While it lives, stderr goes nowhere: gflags prints its complaints and exits in one go, and one process of a node is enough to be heard.
+class SilentStderr {
  public:
-  explicit HeldStderr(bool hold) {
-    if (hold) {
-      memory_ = memfd_create("drrl-stderr", 0);
-      terminal_ = dup(STDERR_FILENO);
-      dup2(memory_, STDERR_FILENO);
+  explicit SilentStderr(bool silent) {
+    if (silent) {
+      saved_ = dup(STDERR_FILENO);
+      const int nowhere = open("/dev/null", O_WRONLY);
+      dup2(nowhere, STDERR_FILENO);
+      close(nowhere);
     }
   }
-
-  /// Puts stderr back and writes what was held.
-  void release() {
-    if (memory_ < 0) {
-      return;
+  SilentStderr(const SilentStderr&) = delete;
+  SilentStderr& operator=(const SilentStderr&) = delete;
+  ~SilentStderr() {
+    if (saved_ >= 0) {
+      std::fflush(stderr);
+      dup2(saved_, STDERR_FILENO);
+      close(saved_);
     }
-    std::fflush(stderr);
-    dup2(terminal_, STDERR_FILENO);
-    char buffer[4096];
-    lseek(memory_, 0, SEEK_SET);
-    for (ssize_t n = 0; (n = read(memory_, buffer, sizeof(buffer))) > 0;) {
-      std::fwrite(buffer, 1, static_cast<size_t>(n), stderr);
-    }
-    close(memory_);
-    close(terminal_);
-    memory_ = -1;
   }
 
  private:
-  int memory_ = -1, terminal_ = -1;
+  int saved_ = -1;
 };
 
-HeldStderr* held_stderr = nullptr;  // what exit_with_usage releases; gflags hands its exit function no context
-
-/// Rank 0 has usually said the same and ended the job before the others wake up.
-constexpr std::chrono::milliseconds kGrace{700};
-
-[[noreturn]] void exit_with_usage(int /*gflags_code*/) {
-  if (held_stderr != nullptr) {
-    std::this_thread::sleep_for(kGrace);
-    held_stderr->release();
-  }
-  std::exit(static_cast<int>(ExitCode::kUsage));
-}
+[[noreturn]] void exit_with_usage(int /*gflags_code*/) { std::exit(static_cast<int>(ExitCode::kUsage)); }
 
 /// gflags prints 0.1 as 0.10000000000000001; this is the shortest text that means the same number.
 std::string shortest(const std::string& type, const std::string& text) {
@@ -119,15 +98,14 @@ std::string options_table() {
 }
 
 void parse_options(int argc, char** argv, const std::string& summary) {
-  const bool quiet = Environment::detect().world_rank != 0;
+  const Environment environment = Environment::detect();
   if (wants_help(argc, argv)) {
-    if (!quiet) {
+    if (environment.world_rank == 0) {
       std::fputs((summary + "\n\n" + options_table()).c_str(), stdout);
     }
     std::exit(static_cast<int>(ExitCode::kSuccess));
   }
-  HeldStderr held(quiet);
-  held_stderr = quiet ? &held : nullptr;
+  const SilentStderr silent(environment.local_rank != 0);
   google::gflags_exitfunc = &exit_with_usage;
   google::SetUsageMessage(summary);
   google::ParseCommandLineFlags(&argc, &argv, /*remove_flags=*/true);
@@ -135,8 +113,6 @@ void parse_options(int argc, char** argv, const std::string& summary) {
     std::fprintf(stderr, "ERROR: unexpected argument '%s': options are written --name=value\n", argv[1]);
     exit_with_usage(0);
   }
-  held.release();
-  held_stderr = nullptr;
 }
 
 }  // namespace drrl

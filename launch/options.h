@@ -19,8 +19,8 @@ std::vector<Option> options();
 std::string options_table();
 
 /// Parses the command line (gflags: --name=value, --name value, --flagfile=FILE). Unknown flags, bad values and stray arguments end the program
-/// with ExitCode::kUsage; --help prints `summary` and the table and ends it with success. In a job of several processes, one of
-/// them speaks for all that say the same.
+/// with ExitCode::kUsage; --help prints `summary` and the table and ends it with success. In a job of several processes, one a node
+/// speaks.
 void parse_options(int argc, char** argv, const std::string& summary);
 
 }  // namespace drrl

@@ -11,12 +11,14 @@
 #include <malloc.h>
 #include <mpi.h>
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <csignal>
 #include <cstdlib>
+#include <filesystem>
 #include <iostream>
 #include <thread>
 
@@ -100,6 +102,18 @@ std::string version_line() {
   MPI_Get_library_version(library, &length);
   const std::string mpi(library, static_cast<size_t>(length));
   return std::string("drrl ") + DRRL_VERSION + ", LibTorch " + TORCH_VERSION + ", " + mpi.substr(0, mpi.find(','));
+}
+
+bool stdout_is_terminal(const Environment& environment) {
+  if (isatty(STDOUT_FILENO) == 0) {
+    return false;
+  }
+  if (environment.launcher != Launcher::kMpirun) {
+    return true;
+  }
+  std::error_code unreadable;
+  const auto target = std::filesystem::read_symlink("/proc/" + std::to_string(getppid()) + "/fd/1", unreadable).string();
+  return target.starts_with("/dev/pts/") || target.starts_with("/dev/tty");
 }
 
 bool stop_requested() noexcept { return stop_signals.load() > 0; }

@@ -23,6 +23,9 @@ std::string version_line();
 /// group or pending collective waits for ranks that will not come. Programs put everything after the creation of groups in here.
 void guarded(const Environment& environment, const std::function<void()>& work);
 
+/// Whether stdout ends on a terminal. mpirun gives its processes a terminal of its own, so there its own stdout is what counts.
+bool stdout_is_terminal(const Environment& environment);
+
 /// Whether SIGTERM, SIGINT or SIGUSR1 has asked this process to stop. The third such signal kills.
 /// mpirun forwards SIGUSR1, and SIGTERM too but kills the processes one second later unless told to wait
 /// (--mca odls_base_sigkill_timeout 60).

@@ -1,0 +1,272 @@
+// drrl-train as a user meets it: what it prints, writes and exits with.
+#include "core/error.h"
+#include "launch/exit_codes.h"
+#include "models/llama.h"
+#include "models/token_file.h"
+#include "policy/attention.h"
+#include "tests/models/io_support.h"
+
+#include <nlohmann/json.hpp>
+
+#include <sys/wait.h>
+
+#include <cctype>
+#include <chrono>
+#include <regex>
+#include <set>
+#include <sstream>
+#include <thread>
+
+namespace drrl {
+namespace {
+
+using test::read_bytes;
+using test::TemporaryDirectory;
+using test::write_bytes;
+
+struct Ended {
+  int code;
+  std::string output;  // stdout and stderr
+};
+
+/// Runs a shell command line.
+Ended shell(const std::string& command) {
+  FILE* pipe = popen((command + " 2>&1").c_str(), "r");
+  std::string output;
+  char buffer[4096];
+  while (const size_t n = fread(buffer, 1, sizeof(buffer), pipe)) {
+    output.append(buffer, n);
+  }
+  const int status = pclose(pipe);
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), output};
+}
+
+const std::string kTrain = std::string(DRRL_BINARY_DIR) + "/bin/drrl-train";
+
+std::string mpirun(int ranks) { return std::string(DRRL_MPI_LINE) + " -np " + std::to_string(ranks) + " "; }
+
+constexpr const char* kConfig = R"({
+  "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 61, "hidden_size": 48, "intermediate_size": 56,
+  "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+  "rope_theta": 10000.0, "tie_word_embeddings": true, "hidden_act": "silu", "initializer_range": 0.05})";
+
+class TrainProgram : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    shared_ = new TemporaryDirectory;
+    CausalLM model(ModelConfig::parse(kConfig, "tiny"), Group(), make_full_attention());
+    model.initialize(5);
+    model.save(*shared_ / "model");
+    std::vector<std::vector<int64_t>> documents(1);
+    for (int64_t i = 0; i < 3000; ++i) {
+      documents[0].push_back((i % 3 == 0 ? 2 * i : i) % 13);
+    }
+    write_token_file(*shared_ / "text", documents);
+    documents[0][2000] = 61;
+    write_token_file(*shared_ / "foreign", documents);
+    documents[0].resize(20);
+    write_token_file(*shared_ / "short", documents);
+  }
+  static void TearDownTestSuite() { delete shared_; }
+
+  static std::string command(const std::string& more = "") {
+    return kTrain + " --model=" + (*shared_ / "model").string() + " --data=" + (*shared_ / "text").string() +
+           " --seq_len=24 --micro_batch=2 --global_batch=4 --steps=6 --lr=1e-2 --min_lr=1e-3 --threads=1 " + more;
+  }
+  std::string output() const { return "--output=" + (own_ / "out").string() + " "; }
+
+  static void expect_failure(const std::string& line, ExitCode code, const std::vector<std::string>& fragments) {
+    const Ended run = shell(line);
+    EXPECT_EQ(run.code, static_cast<int>(code)) << line << "\n" << run.output;
+    for (const std::string& fragment : fragments) {
+      EXPECT_NE(run.output.find(fragment), std::string::npos) << "lacks: " << fragment << "\n" << run.output;
+    }
+  }
+
+  static TemporaryDirectory* shared_;
+  TemporaryDirectory own_;
+};
+
+TemporaryDirectory* TrainProgram::shared_ = nullptr;
+
+size_t count(const std::string& text, const std::string& what) {
+  size_t n = 0;
+  for (size_t at = text.find(what); at != std::string::npos; at = text.find(what, at + 1)) {
+    ++n;
+  }
+  return n;
+}
+
+TEST_F(TrainProgram, TrainsExportsAndReports) {
+  const Ended run = shell(command(output() + "--valid_fraction=0.1 --json=" + (own_ / "result.json").string()));
+  ASSERT_EQ(run.code, 0) << run.output;
+  for (const char* text : {"parameters", "6 steps", "* --lr=0.01", "  --beta2=0.95", "step 1/6", "step 6/6", "validation perplexity", "exported",
+                           "LibTorch", "eta 00:00:00"}) {
+    EXPECT_NE(run.output.find(text), std::string::npos) << "lacks: " << text << "\n" << run.output;
+  }
+  EXPECT_EQ(run.output.find('\r'), std::string::npos) << "a progress bar belongs on a terminal only";
+  EXPECT_EQ(count(run.output, "\nstep "), 6U);
+
+  const auto json = nlohmann::json::parse(read_bytes(own_ / "result.json"));
+  EXPECT_EQ(json["steps"], 6);
+  EXPECT_LT(json["last_loss"], json["first_loss"]);
+  EXPECT_LT(json["valid_ppl_after"], json["valid_ppl_before"]);
+  EXPECT_EQ(json["options"]["global_batch"], "4");
+
+  // What was exported can be trained on.
+  CausalLM reloaded(ModelConfig::load(own_ / "out/hf"), Group(), make_full_attention());
+  EXPECT_NO_THROW(reloaded.load(own_ / "out/hf"));
+  const auto names = test::listing(own_ / "out/metrics");
+  ASSERT_EQ(names.size(), 3U);
+  EXPECT_TRUE(names[0].starts_with("events.out.tfevents."));
+  EXPECT_EQ(names[1], "metrics.csv");
+  EXPECT_EQ(test::listing(own_ / "out/checkpoints"), (std::vector<std::string>{"latest", "step-00000006"}));
+}
+
+TEST_F(TrainProgram, TwoProcessesPrintOnce) {
+  const Ended run = shell(mpirun(2) + command(output()));
+  ASSERT_EQ(run.code, 0) << run.output;
+  EXPECT_NE(run.output.find("tensor 1 x data 2 = 2 processes (mpirun)"), std::string::npos) << run.output;
+  EXPECT_EQ(count(run.output, "step 3/6"), 1U) << run.output;
+}
+
+TEST_F(TrainProgram, ReadsAFlagFile) {
+  write_bytes(own_ / "run.flags", "# a comment\n--steps=2\n");
+  const Ended run = shell(command("--flagfile=" + (own_ / "run.flags").string()));
+  EXPECT_EQ(run.code, 0) << run.output;
+  EXPECT_NE(run.output.find("step 2/2"), std::string::npos) << run.output;
+}
+
+TEST_F(TrainProgram, BadUsage) {
+  expect_failure(command("--bogus=1"), ExitCode::kUsage, {"bogus"});
+  expect_failure(command("--lr=fast"), ExitCode::kUsage, {"lr", "fast"});
+  expect_failure(command("stray"), ExitCode::kUsage, {"stray"});
+  expect_failure(command("--flagfile=/nowhere.flags"), ExitCode::kUsage, {"/nowhere.flags"});
+  expect_failure(kTrain, ExitCode::kUsage, {"--model is required"});
+  expect_failure(command("--seq_len=65"), ExitCode::kUsage, {"65", "64", "positions"});
+  expect_failure(command("--tp=2"), ExitCode::kUsage, {"1 processes", "--tp=2"});
+  expect_failure(command("--global_batch=0"), ExitCode::kUsage, {"global_batch", "0"});
+  expect_failure(command("--min_lr=1"), ExitCode::kUsage, {"min_lr", "0.01"});
+  expect_failure(command("--train_tokens=100"), ExitCode::kUsage, {"--steps=6", "--train_tokens=100"});
+  expect_failure(command("--attention=linear"), ExitCode::kUsage, {"linear"});
+  expect_failure(command("--dtype=fp8"), ExitCode::kUsage, {"fp8"});
+}
+
+TEST_F(TrainProgram, BadUsageUnderMpirunIsSaidOnceAndHangsNobody) {
+  const Ended run = shell(mpirun(3) + command("--bogus=1"));
+  EXPECT_EQ(run.code, static_cast<int>(ExitCode::kUsage)) << run.output;
+  EXPECT_EQ(count(run.output, "bogus"), 1U) << run.output;
+  expect_failure(mpirun(4) + command("--tp=4"), ExitCode::kUsage, {"4", "3 KV heads"});
+  expect_failure(mpirun(2) + command("--global_batch=1"), ExitCode::kUsage, {"global_batch = 1", "2 data-parallel"});
+}
+
+TEST_F(TrainProgram, BadInput) {
+  const auto with = [](const std::string& model, const std::string& data) {
+    return kTrain + " --seq_len=24 --steps=2 --model=" + model + " --data=" + data;
+  };
+  const std::string model = (*shared_ / "model").string();
+  const std::string data = (*shared_ / "text").string();
+  expect_failure(with("/nowhere", data), ExitCode::kModel, {"/nowhere"});
+  expect_failure(with(model, "/nowhere"), ExitCode::kData, {"/nowhere"});
+  expect_failure(with(model, (*shared_ / "foreign").string()), ExitCode::kData, {"foreign.bin", "61", "2000"});
+  expect_failure(with(model, (*shared_ / "short").string()), ExitCode::kData, {"short.bin", "seq_len + 1 = 25"});
+
+  std::filesystem::copy(model, own_ / "broken");
+  std::filesystem::resize_file(own_ / "broken/model.safetensors", 1000);
+  expect_failure(with((own_ / "broken").string(), data), ExitCode::kModel, {"model.safetensors"});
+  write_bytes(own_ / "bad.bin", read_bytes(data + ".bin"));
+  write_bytes(own_ / "bad.idx", read_bytes(data + ".idx").substr(0, 20));
+  expect_failure(with(model, (own_ / "bad").string()), ExitCode::kData, {"bad.idx"});
+}
+
+TEST_F(TrainProgram, AFullDiskEndsTheJobAndLeavesNoCheckpoint) {
+  const std::string limited = "ulimit -f 40; ";  // blocks of 512 or 1024 bytes
+  expect_failure(limited + command(output()), ExitCode::kStorage, {"storage error", "shard-tp0"});
+  EXPECT_FALSE(std::filesystem::exists(own_ / "out/checkpoints/latest"));
+}
+
+TEST_F(TrainProgram, AFullFileSystem) {
+  std::filesystem::create_directory(own_ / "small");
+  const std::string mount = "mount -t tmpfs -o size=64k tmpfs " + (own_ / "small").string();
+  if (shell(mount).code != 0) {
+    GTEST_SKIP() << "cannot mount a small file system here";
+  }
+  expect_failure(command("--output=" + (own_ / "small/out").string()), ExitCode::kStorage, {"No space left on device"});
+  EXPECT_FALSE(std::filesystem::exists(own_ / "small/out/checkpoints/latest"));
+  EXPECT_EQ(shell("umount " + (own_ / "small").string()).code, 0);
+}
+
+TEST_F(TrainProgram, AModelThatDivergesStopsWithItsOwnCode) {
+  expect_failure(mpirun(2) + command("--lr=1e30 --clip=0 --warmup_tokens=0 --min_lr=0"), ExitCode::kNumerics, {"not finite", "before the update"});
+}
+
+/// Starts the program, waits until it has printed a step, sends the signal; returns how it ended.
+Ended interrupt(const std::string& command, const std::string& signal) {
+  return shell("out=$(mktemp); " + command + " > $out 2>&1 & pid=$!; "
+               "for i in $(seq 600); do grep -q '^step ' $out && break; sleep 0.05; done; kill -" + signal +
+               " $pid; wait $pid; code=$?; cat $out; rm -f $out; exit $code");
+}
+
+TEST_F(TrainProgram, SigtermSavesAndARestartGoesOnBitForBit) {
+  const std::string many = " --steps=3000 --global_batch=4 --valid_fraction=0 ";
+  const Ended stopped = interrupt("exec " + command(output() + many + "--resume"), "TERM");
+  EXPECT_EQ(stopped.code, static_cast<int>(ExitCode::kInterrupted)) << stopped.output;
+  EXPECT_NE(stopped.output.find("interrupted after step"), std::string::npos) << stopped.output;
+  const std::string latest = read_bytes(own_ / "out/checkpoints/latest");
+  EXPECT_TRUE(latest.starts_with("step-")) << latest;
+  EXPECT_FALSE(std::filesystem::exists(own_ / "out/hf"));
+
+  const Ended again = interrupt("exec " + command(output() + many + "--resume"), "INT");
+  EXPECT_EQ(again.code, static_cast<int>(ExitCode::kInterrupted)) << again.output;
+  EXPECT_NE(again.output.find("resumed after step"), std::string::npos) << again.output;
+  EXPECT_GT(read_bytes(own_ / "out/checkpoints/latest"), latest);
+
+  expect_failure(command(output() + many), ExitCode::kUsage, {"already holds checkpoints"});
+  expect_failure(command(output() + many + "--resume --lr=2e-2"), ExitCode::kCheckpoint, {"lr: 0.01 -> 0.02"});
+}
+
+TEST_F(TrainProgram, UnderMpirunSigusr1SavesAndStops) {
+  const Ended run = interrupt("exec " + mpirun(2) + command(output() + " --steps=3000"), "USR1");
+  EXPECT_EQ(run.code, static_cast<int>(ExitCode::kInterrupted)) << run.output;
+  EXPECT_TRUE(std::filesystem::exists(own_ / "out/checkpoints/latest"));
+}
+
+TEST_F(TrainProgram, OptionsPageIsUpToDate) {
+  const Ended run = shell(kTrain + " --help");
+  EXPECT_EQ(run.code, 0);
+  const std::string page = read_bytes(std::string(DRRL_SOURCE_DIR) + "/launch/OPTIONS.md");
+  const std::string table = run.output.substr(run.output.find("| option"));
+  EXPECT_NE(page.find(table), std::string::npos) << "launch/OPTIONS.md does not hold the table of drrl-train --help:\n" << table;
+  EXPECT_EQ(count(table, " |  |\n"), 0U) << "every option has a meaning";
+}
+
+/// Names after "--" in flag files.
+std::set<std::string> flags_in(const std::string& text, const std::regex& pattern) {
+  std::set<std::string> names;
+  for (std::sregex_iterator found(text.begin(), text.end(), pattern), end; found != end; ++found) {
+    names.insert((*found)[1]);
+  }
+  return names;
+}
+
+TEST_F(TrainProgram, FlagFilesKnowTheirFlags) {
+  std::set<std::string> known = {"flagfile"};
+  for (const char* program : {"drrl-train", "drrl-eval", "drrl-policy"}) {
+    const auto names = flags_in(shell(std::string(DRRL_BINARY_DIR) + "/bin/" + program + " --help").output, std::regex(R"(\| --(\w+) \|)"));
+    EXPECT_FALSE(names.empty()) << program;
+    known.insert(names.begin(), names.end());
+  }
+  size_t seen = 0;
+  for (const auto& item : std::filesystem::directory_iterator(std::string(DRRL_SOURCE_DIR) + "/configs")) {
+    if (item.path().extension() == ".flags") {
+      for (const std::string& flag : flags_in(read_bytes(item.path()), std::regex(R"((?:^|\n)--(\w+))"))) {
+        EXPECT_TRUE(known.contains(flag)) << item.path() << " sets --" << flag;
+        ++seen;
+      }
+    }
+  }
+  EXPECT_GT(seen, 0U);
+}
+
+}  // namespace
+}  // namespace drrl
