@@ -17,7 +17,7 @@ stage "machine"
 . launch/build.sh
 
 stage "build ($DRRL_PRESET)"
-drrl_build drrl-train drrl-eval
+drrl_build drrl-train drrl-eval drrl-policy
 
 stage "model and text"
 drrl_prepare
@@ -26,7 +26,8 @@ out=out/quickstart
 bin=build/$DRRL_PRESET/bin
 mpirun=("${DRRL_MPIRUN[@]}" -np 2 -x OMP_NUM_THREADS=$(($(nproc) > 1 ? $(nproc) / 2 : 1)))
 common=(--model "$DRRL_MODEL" --flagfile=configs/quickstart.flags)
-lowrank=(--attention=lowrank --rank_policy=dp --policy "$out/ranks.json")
+ranks=$DRRL_CACHE/ranks/SmolLM2-135M-Instruct.json
+lowrank=(--attention=lowrank --rank_policy=dp --policy "$ranks")
 rm -rf "$out"
 mkdir -p "$out"
 
@@ -46,18 +47,24 @@ evaluate() {
     --json "$out/$name.json" "$@" </dev/null
 }
 
-stage "held-out perplexity before training, low rank"
-evaluate before-lowrank "$DRRL_MODEL" "${lowrank[@]}" --compare_full
-stage "held-out perplexity before training, full rank"
-evaluate before-full "$DRRL_MODEL" --attention=full
+if [ ! -f "$ranks" ]; then
+  stage "how much low ranks hurt in each layer"
+  mkdir -p "$(dirname "$ranks")"
+  "${mpirun[@]}" "$bin/drrl-policy" calibrate "${common[@]}" --flagfile=configs/quickstart-calibrate.flags --data "$DRRL_DATA/kjv-train" \
+    --policy "$ranks" </dev/null
+fi
+
+# --compare_full evaluates each sequence with both kinds of attention and times both.
+stage "held-out perplexity before training"
+evaluate before "$DRRL_MODEL" "${lowrank[@]}" --compare_full
 stage "fine-tuning, full rank"
 train full --attention=full
 stage "fine-tuning, low rank"
 train lowrank "${lowrank[@]}"
-stage "held-out perplexity after training, low rank"
-evaluate after-lowrank "$out/lowrank/hf" "${lowrank[@]}" --compare_full
 stage "held-out perplexity after training, full rank"
 evaluate after-full "$out/full/hf" --attention=full
+stage "held-out perplexity after training, low rank"
+evaluate after-lowrank "$out/lowrank/hf" "${lowrank[@]}" --compare_full
 
 stage "result"
 "$DRRL_PYTHON" launch/quickstart_table.py "$out"

