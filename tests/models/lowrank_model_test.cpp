@@ -1,0 +1,134 @@
+// The model under every rank policy, on 1, 2 and 3 tensor-parallel ranks: strictly causal, one sequence at a time, the same on every layout,
+// and checkpointing changes no bit.
+#include "core/error.h"
+#include "distributed/mpi_group.h"
+#include "models/llama.h"
+#include "policy/calibration.h"
+#include "policy/controller.h"
+#include "tests/distributed/mpi_test.h"
+#include "tests/models/reference_llama.h"
+
+namespace drrl::test {
+namespace {
+
+constexpr Geometry kGeometry{8, 2};
+constexpr int64_t kLength = 61;  // eight blocks, the last one short
+
+Calibration calibration() {
+  Calibration c;
+  c.head_dim = 16;
+  c.geometry = kGeometry;
+  c.ranks = {4, 8, 12};
+  c.score_damage = {{3, 2, 1}, {30, 2, 0.1}};
+  c.value_damage = {{1, 0.5, 0.2}, {9, 8, 7}};
+  return c;
+}
+
+std::vector<std::shared_ptr<RankPolicy>> policies() {
+  const auto buckets = rank_buckets(at::kCPU, 16);
+  return {make_full_policy(), make_fixed_policy(6, 16), make_energy_policy(0.95, buckets), make_dp_policy(calibration(), 0.5, 2, 16, buckets)};
+}
+
+class LowRankModel : public MpiTest {
+ protected:
+  void SetUp() override {
+    MpiTest::SetUp();
+    tp_ = make_mpi_group("tp", MPI_COMM_WORLD, std::chrono::seconds(30));
+    ASSERT_EQ(tp_.size(), size_);
+  }
+  void TearDown() override { MPI_Barrier(MPI_COMM_WORLD); }
+
+  CausalLM model(const std::shared_ptr<RankPolicy>& policy, const Group& tp, ModelOptions options = {}) const {
+    CausalLM result(config_, tp, std::make_shared<LowRankController>(policy, kGeometry), options);
+    set_weights(result, random_weights(config_, 1), tp);
+    return result;
+  }
+
+  Group tp_;
+  ModelConfig config_ = small_config();
+};
+
+TEST_F(LowRankModel, TheFutureChangesNothingBeforeIt) {
+  const Text text = random_text(config_, 2, kLength);
+  for (const auto& policy : policies()) {
+    SCOPED_TRACE(policy->describe());
+    CausalLM m = model(policy, tp_);
+    const at::Tensor before = m.logits(text.tokens);
+    for (const int64_t t : {1, 2, 9, 10, 26, 42, 58, 60}) {
+      at::Tensor changed = text.tokens.clone();
+      changed.slice(1, t) = (changed.slice(1, t) + 7).remainder(config_.vocab_size);
+      const at::Tensor after = m.logits(changed);
+      EXPECT_TRUE(before.slice(1, 0, t).equal(after.slice(1, 0, t))) << "token " << t << " and later changed an earlier logit";
+      EXPECT_FALSE(before.slice(1, t).equal(after.slice(1, t)));
+    }
+  }
+}
+
+TEST_F(LowRankModel, ASequenceDoesNotSeeItsNeighboursInTheBatch) {
+  const Text text = random_text(config_, 3, kLength);
+  for (const auto& policy : policies()) {
+    SCOPED_TRACE(policy->describe());
+    CausalLM m = model(policy, tp_);
+    const at::Tensor together = m.logits(text.tokens);
+    for (int64_t i = 0; i < 3; ++i) {
+      EXPECT_LE(relative_error(m.logits(text.tokens.narrow(0, i, 1)), together.narrow(0, i, 1)), 1e-5) << "sequence " << i;
+    }
+  }
+}
+
+TEST_F(LowRankModel, LayoutsAgree) {
+  const Text text = random_text(config_, 2, kLength);
+  for (const auto& policy : policies()) {
+    SCOPED_TRACE(policy->describe());
+    CausalLM alone = model(policy, Group());
+    CausalLM shared = model(policy, tp_);
+    const at::Tensor expected = alone.loss(text.tokens, text.labels).loss_sum;
+    const at::Tensor got = shared.loss(text.tokens, text.labels).loss_sum;
+    EXPECT_LE(relative_error(got, expected), 1e-5);
+    expected.backward();
+    got.backward();
+    for (size_t i = 0; i < alone.parameters().size(); ++i) {  // those that every rank holds whole
+      if (!alone.parameters()[i].sharded) {
+        EXPECT_LE(relative_error(shared.parameters()[i].value.grad(), alone.parameters()[i].value.grad()), 1e-4)
+            << alone.parameters()[i].name;
+      }
+    }
+  }
+}
+
+TEST_F(LowRankModel, LowRankReallyIsAtWork) {
+  const Text text = random_text(config_, 1, kLength);
+  CausalLM exact = model(make_full_policy(), tp_);
+  const at::Tensor expected = exact.logits(text.tokens);
+  const double coarse = relative_error(model(make_fixed_policy(4, 16), tp_).logits(text.tokens), expected);
+  const double fine = relative_error(model(make_fixed_policy(14, 16), tp_).logits(text.tokens), expected);
+  EXPECT_GT(coarse, 1e-3);
+  EXPECT_LT(fine, coarse);
+}
+
+TEST_F(LowRankModel, CheckpointingChangesNoBit) {
+  const Text text = random_text(config_, 2, kLength);
+  for (const auto& policy : policies()) {
+    SCOPED_TRACE(policy->describe());
+    CausalLM kept = model(policy, tp_);
+    CausalLM recomputed = model(policy, tp_, {.activation_checkpoint = true});
+    kept.loss(text.tokens, text.labels).loss_sum.backward();
+    recomputed.loss(text.tokens, text.labels).loss_sum.backward();
+    for (size_t i = 0; i < kept.parameters().size(); ++i) {
+      EXPECT_TRUE(kept.parameters()[i].value.grad().equal(recomputed.parameters()[i].value.grad())) << kept.parameters()[i].name;
+    }
+  }
+}
+
+TEST_F(LowRankModel, Bfloat16IsClose) {
+  const Text text = random_text(config_, 1, kLength);
+  for (const auto& policy : policies()) {
+    SCOPED_TRACE(policy->describe());
+    const at::Tensor single = model(policy, tp_).loss(text.tokens, text.labels).loss_sum;
+    const at::Tensor half = model(policy, tp_, {.dtype = at::kBFloat16}).loss(text.tokens, text.labels).loss_sum;
+    EXPECT_LE(relative_error(half, single), 3e-2);
+  }
+}
+
+}  // namespace
+}  // namespace drrl::test
