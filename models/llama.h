@@ -31,7 +31,7 @@ struct Parameter {
 };
 
 struct ModelOptions {
-  at::ScalarType dtype = at::kFloat;   ///< of activations and products: kFloat, kBFloat16 (kDouble in tests: masters too)
+  at::ScalarType dtype = at::kFloat;  ///< of activations and products: kFloat, kBFloat16 (kDouble in tests: masters too)
   at::Device device = at::kCPU;
   bool activation_checkpoint = false;  ///< keep only each layer's input, recompute the rest in the backward pass
   int64_t loss_chunk_rows = 512;  ///< tokens whose logits exist at the same time (loss_chunk_rows x vocabulary / tp values)
