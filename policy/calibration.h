@@ -36,7 +36,7 @@ class Calibration {
 };
 
 /// Ranks per layer of least total damage with sum over layers of (r + r_v) / (2 d layers) <= budget: dynamic programming over the layers, exact
-/// on the grid of the buckets. Damages are taken as additive (section 2 of the README tells how well that holds).
+/// on the grid of the buckets. Damages are taken as additive over layers and kinds.
 /// `buckets` is the device's list; only those that were calibrated, and head_dim itself at no damage, are used.
 /// Errors: Error(kUsage) if the calibration is of another shape of model, or no allocation meets the budget.
 std::vector<Ranks> allocate(const Calibration& calibration, double budget, int64_t layers, int64_t head_dim,
