@@ -83,6 +83,13 @@ char* bytes_of(const at::Tensor& tensor, int64_t element) {
   return static_cast<char*>(tensor.data_ptr()) + element * tensor.element_size();
 }
 
+// memmove, but an empty tensor's null pointer is fine.
+void copy_bytes(void* to, const void* from, std::size_t bytes) {
+  if (bytes > 0) {
+    std::memmove(to, from, bytes);
+  }
+}
+
 bool overlap(const at::Tensor& a, const at::Tensor& b) {
   const char* a_begin = bytes_of(a, 0);
   const char* b_begin = bytes_of(b, 0);
@@ -120,12 +127,12 @@ struct Columns {
 
   void pack(const at::Tensor& packed) const {
     for (int64_t row = 0; row < rows; ++row) {
-      std::memcpy(bytes_of(packed, row * count), bytes_of(matrix, row * pitch + begin), row_bytes());
+      copy_bytes(bytes_of(packed, row * count), bytes_of(matrix, row * pitch + begin), row_bytes());
     }
   }
   void unpack(const at::Tensor& packed) const {
     for (int64_t row = 0; row < rows; ++row) {
-      std::memcpy(bytes_of(matrix, row * pitch + begin), bytes_of(packed, row * count), row_bytes());
+      copy_bytes(bytes_of(matrix, row * pitch + begin), bytes_of(packed, row * count), row_bytes());
     }
   }
   std::size_t row_bytes() const { return static_cast<std::size_t>(count * matrix.element_size()); }
@@ -291,7 +298,7 @@ WorkPtr MpiBackend::allgather(std::vector<std::vector<at::Tensor>>& outputs, std
 
   // Each member broadcasts its own, all at once: sizes may differ and nothing is packed.
   MpiOperation result = operation(OpType::ALLGATHER, describe("all_gather", input), options.timeout);
-  result.steps.push_back([own, input](MpiRequests&) { std::memmove(own.data_ptr(), input.data_ptr(), input.nbytes()); });
+  result.steps.push_back([own, input](MpiRequests&) { copy_bytes(own.data_ptr(), input.data_ptr(), input.nbytes()); });
   std::vector<MpiStep> broadcasts;
   for (int root = 0; root < size_; ++root) {
     const at::Tensor tensor = outputs[0][static_cast<std::size_t>(root)];
@@ -335,7 +342,7 @@ WorkPtr MpiBackend::_allgather_base(at::Tensor& output_, at::Tensor& input_, con
     const bool in_place = overlap(input, packed);
     if (in_place) {
       const at::Tensor own = output.flatten().narrow(0, rank_ * elements, elements);
-      result.steps.push_back([own, input](MpiRequests&) { std::memmove(own.data_ptr(), input.data_ptr(), input.nbytes()); });
+      result.steps.push_back([own, input](MpiRequests&) { copy_bytes(own.data_ptr(), input.data_ptr(), input.nbytes()); });
     }
     result.steps.push_back([=](MpiRequests& requests) {
       const int n = static_cast<int>(count);
@@ -381,8 +388,8 @@ WorkPtr MpiBackend::gather(std::vector<std::vector<at::Tensor>>& outputs, std::v
     });
     result.steps.push_back([=](MpiRequests&) {
       for (std::size_t member = 0; member < gathered.size(); ++member) {
-        std::memcpy(bytes_of(gathered[member], begin), bytes_of(packed, static_cast<int64_t>(member) * count),
-                    static_cast<std::size_t>(count * input.element_size()));
+        copy_bytes(bytes_of(gathered[member], begin), bytes_of(packed, static_cast<int64_t>(member) * count),
+                   static_cast<std::size_t>(count * input.element_size()));
       }
     });
   });
@@ -429,7 +436,7 @@ WorkPtr MpiBackend::reduce_scatter(std::vector<at::Tensor>& outputs, std::vector
   if (output.scalar_type() == at::kBFloat16) {
     append_round_back(result, sum, output);
   } else {
-    result.steps.push_back([sum, output](MpiRequests&) { std::memcpy(output.data_ptr(), sum.data_ptr(), sum.nbytes()); });
+    result.steps.push_back([sum, output](MpiRequests&) { copy_bytes(output.data_ptr(), sum.data_ptr(), sum.nbytes()); });
   }
   result.outputs = {output};
   return progress_->submit(std::move(result));
@@ -468,7 +475,7 @@ WorkPtr MpiBackend::_reduce_scatter_base(at::Tensor& output_, at::Tensor& input_
   if (output.scalar_type() == at::kBFloat16) {
     append_round_back(result, sum, output);
   } else if (!sum.is_same(output)) {
-    result.steps.push_back([sum, output](MpiRequests&) { std::memcpy(output.data_ptr(), sum.data_ptr(), sum.nbytes()); });
+    result.steps.push_back([sum, output](MpiRequests&) { copy_bytes(output.data_ptr(), sum.data_ptr(), sum.nbytes()); });
   }
   result.outputs = {output};
   return progress_->submit(std::move(result));

@@ -1,5 +1,7 @@
 #include "distributed/mpi_communicator.h"
 
+#include <c10/util/Exception.h>
+
 #include <numeric>
 #include <string>
 #include <utility>
