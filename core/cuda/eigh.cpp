@@ -2,9 +2,11 @@
 // d > 32 before torch 2.12, 30 to 70 times slower.
 
 #include <ATen/ATen.h>
-#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 
+#include <map>
 #include <memory>
 
 #include "core/cuda/check.h"
@@ -43,6 +45,18 @@ Params make_params() {
   return Params(raw);
 }
 
+// The handle of this thread for the current device, bound to the current stream. ATen has such a pool too, but in a library that it loads only
+// when first needed, so it cannot be linked against. Never destroyed: at exit CUDA may be gone before it.
+cusolverDnHandle_t current_handle() {
+  thread_local std::map<c10::DeviceIndex, cusolverDnHandle_t> handles;
+  cusolverDnHandle_t& handle = handles[c10::cuda::current_device()];
+  if (handle == nullptr) {
+    DRRL_CHECK_CUSOLVER(cusolverDnCreate(&handle));
+  }
+  DRRL_CHECK_CUSOLVER(cusolverDnSetStream(handle, c10::cuda::getCurrentCUDAStream()));
+  return handle;
+}
+
 // In place: `vectors` holds the matrices on entry and, as cuSOLVER is column-major, the eigenvectors as rows on return.
 void solve_chunk(cusolverDnHandle_t handle, at::Tensor vectors, at::Tensor values, at::Tensor info) {
   const int64_t d = vectors.size(1);
@@ -72,7 +86,7 @@ std::tuple<at::Tensor, at::Tensor> batched_eigh_cuda(const at::Tensor& matrices)
   auto vectors = matrices.clone(at::MemoryFormat::Contiguous);
   auto values = at::empty({n, matrices.size(1)}, matrices.options());
   auto info = at::zeros({n}, matrices.options().dtype(at::kInt));
-  const auto handle = at::cuda::getCurrentCUDASolverDnHandle();  // bound to the current stream
+  const cusolverDnHandle_t handle = cuda::current_handle();
   for (int64_t begin = 0; begin < n; begin += cuda::kLargestBatch) {
     const int64_t end = std::min(n, begin + cuda::kLargestBatch);
     cuda::solve_chunk(handle, vectors.slice(0, begin, end), values.slice(0, begin, end), info.slice(0, begin, end));
