@@ -4,6 +4,7 @@
 # drrl_build TARGET...: configures build/$DRRL_PRESET (once, or when the Python or CMake's files changed) and builds the targets.
 drrl_build() {
   local folder=$DRRL_ROOT/build/$DRRL_PRESET
+  export CCACHE_BASEDIR=$DRRL_ROOT  # what was compiled in one clone serves another
   if ! grep -qsx "DRRL_PYTHON:FILEPATH=$DRRL_PYTHON" "$folder/CMakeCache.txt" || [ ! -f "$folder/build.ninja" ]; then
     cmake -S "$DRRL_ROOT" --preset "$DRRL_PRESET" -DDRRL_PYTHON="$DRRL_PYTHON" -UDRRL_TORCH_ROOT </dev/null || return 1
   fi
