@@ -55,8 +55,8 @@ void TrainConsole::step(const StepReport& report) {
   clear_bar();
   const auto digits = static_cast<int>(std::to_string(report.steps).size());
   out_ << format("step %*lld/%lld  loss %.4f  grad %.3f  lr %.2e  %.0f tok/s  %.0f ms", digits,
-                 static_cast<long long>(report.step), static_cast<long long>(report.steps), report.loss, report.grad_norm, report.lr,
-                 report.tokens_per_second, report.ms_per_step);
+                 static_cast<long long>(report.step), static_cast<long long>(report.steps), report.loss, report.grad_norm,
+                 report.lr, report.tokens_per_second, report.ms_per_step);
   if (std::isfinite(report.mean_rank_qk)) {
     out_ << format("  rank %.1f/%.1f", report.mean_rank_qk, report.mean_rank_v);
   }
@@ -75,8 +75,8 @@ void TrainConsole::microbatch(int64_t step, int64_t done, int64_t total) {
     return;
   }
   constexpr int kWidth = 30;
-  const double fraction = (static_cast<double>(step - 1) + static_cast<double>(done) / static_cast<double>(total)) /
-                          static_cast<double>(steps_);
+  const double fraction =
+      (static_cast<double>(step - 1) + static_cast<double>(done) / static_cast<double>(total)) / static_cast<double>(steps_);
   const int filled = static_cast<int>(fraction * kWidth);
   out_ << "\r\033[K[" << std::string(static_cast<size_t>(filled), '#') << std::string(static_cast<size_t>(kWidth - filled), '.')
        << format("] %3.0f %%  step %lld/%lld  microbatch %lld/%lld", 100 * fraction, static_cast<long long>(step),

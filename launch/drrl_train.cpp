@@ -25,7 +25,8 @@
 
 DEFINE_string(output, "", "folder for checkpoints/, metrics/ and hf/ (the trained model); empty: nothing is written");
 DEFINE_string(valid_data, "", "token file for validation; empty: the last --valid_fraction of --data");
-DEFINE_double(valid_fraction, 0.05, "tail of --data that is held out from training when there is no --valid_data; 0: no validation [of tokens]");
+DEFINE_double(valid_fraction, 0.05,
+              "tail of --data that is held out from training when there is no --valid_data; 0: no validation [of tokens]");
 DEFINE_int64(micro_batch, 1, "sequences in one forward and backward pass of a process [sequences]");
 DEFINE_int64(global_batch, 8, "sequences in one update, over all processes [sequences]");
 DEFINE_int64(steps, 0, "updates of the whole run; 0: as --train_tokens says [steps]");
@@ -80,8 +81,10 @@ Data open_data(const Environment& environment, const ModelConfig& config) {
     if (held_out > FLAGS_seq_len) {
       data.valid = std::make_shared<SequenceDataset>(file, train_end, file->tokens(), FLAGS_seq_len, FLAGS_seed);
     } else if (environment.world_rank == 0) {
-      log_warning(c10::str("no validation: --valid_fraction=", FLAGS_valid_fraction, " of ", file->tokens(), " tokens is not more than one "
-                           "sequence of ", FLAGS_seq_len));
+      log_warning(c10::str("no validation: --valid_fraction=", FLAGS_valid_fraction, " of ", file->tokens(),
+                           " tokens is not more than one "
+                           "sequence of ",
+                           FLAGS_seq_len));
     }
   }
   data.train = std::make_shared<SequenceDataset>(file, 0, train_end, FLAGS_seq_len, FLAGS_seed);
@@ -92,8 +95,8 @@ int64_t planned_steps(const SequenceDataset& train) {
   check(ErrorKind::kUsage, FLAGS_global_batch >= 1, "--global_batch must be at least 1, got ", FLAGS_global_batch);
   check(ErrorKind::kUsage, FLAGS_steps >= 0 && FLAGS_train_tokens >= 0, "--steps and --train_tokens must not be negative, got ",
         FLAGS_steps, " and ", FLAGS_train_tokens);
-  check(ErrorKind::kUsage, FLAGS_steps == 0 || FLAGS_train_tokens == 0, "--steps=", FLAGS_steps, " and --train_tokens=",
-        FLAGS_train_tokens, " cannot both be given");
+  check(ErrorKind::kUsage, FLAGS_steps == 0 || FLAGS_train_tokens == 0, "--steps=", FLAGS_steps,
+        " and --train_tokens=", FLAGS_train_tokens, " cannot both be given");
   if (FLAGS_steps > 0) {
     return FLAGS_steps;
   }
@@ -104,10 +107,17 @@ int64_t planned_steps(const SequenceDataset& train) {
 
 /// The options that decide what the run computes; paths, logging, saving and layout do not.
 std::map<std::string, std::string> fingerprint(const SequenceDataset& train, int64_t steps) {
-  static const std::set<std::string> free = {"model",     "data",       "valid_data",  "output",  "device",  "threads",
-                                             "timeout_s", "json",       "save_every",  "keep",    "resume",  "resume_override",
-                                             "log_every", "eval_every", "eval_tokens", "tp",      "dp",      "export_dtype",
-                                             "steps",     "train_tokens", "policy",    "activation_checkpoint"};
+  static const std::set<std::string> free = {"model",       "data",
+                                             "valid_data",  "output",
+                                             "device",      "threads",
+                                             "timeout_s",   "json",
+                                             "save_every",  "keep",
+                                             "resume",      "resume_override",
+                                             "log_every",   "eval_every",
+                                             "eval_tokens", "tp",
+                                             "dp",          "export_dtype",
+                                             "steps",       "train_tokens",
+                                             "policy",      "activation_checkpoint"};
   std::map<std::string, std::string> values;
   for (const Option& option : options()) {
     if (!free.contains(option.name)) {
@@ -141,8 +151,8 @@ TrainerOptions trainer_options(const SequenceDataset& train) {
   return options;
 }
 
-void print_start(const Environment& environment, const MeshShape& shape, const ModelConfig& config, const CausalLM& model, const std::string& attention, const Data& data,
-                 const TrainerOptions& options) {
+void print_start(const Environment& environment, const MeshShape& shape, const ModelConfig& config, const CausalLM& model,
+                 const std::string& attention, const Data& data, const TrainerOptions& options) {
   int64_t local = 0;
   for (const Parameter& parameter : model.parameters()) {
     local += parameter.value.numel();
@@ -152,21 +162,23 @@ void print_start(const Environment& environment, const MeshShape& shape, const M
   std::vector<std::pair<std::string, std::string>> lines = {
       {"device", c10::str(FLAGS_device, ", ", at::get_num_threads(), " CPU threads per process")},
       {"precision", FLAGS_dtype + " activations, fp32 weights and moments"},
-      {"model", c10::str(FLAGS_model, ": ", name(config.architecture), ", ", config.num_hidden_layers, " layers, hidden ", config.hidden_size,
-                         ", ", config.num_attention_heads, " heads of ", config.head_dim, " in ", config.num_key_value_heads, " KV groups")},
-      {"parameters", c10::str(short_count(static_cast<double>(model.parameter_count())), ", ", short_count(static_cast<double>(local)),
-                              " on this process")},
+      {"model", c10::str(FLAGS_model, ": ", name(config.architecture), ", ", config.num_hidden_layers, " layers, hidden ",
+                         config.hidden_size, ", ", config.num_attention_heads, " heads of ", config.head_dim, " in ",
+                         config.num_key_value_heads, " KV groups")},
+      {"parameters", c10::str(short_count(static_cast<double>(model.parameter_count())), ", ",
+                              short_count(static_cast<double>(local)), " on this process")},
       {"parallel", c10::str("tensor ", shape.tp, " x data ", shape.dp, " = ", environment.world_size, " processes (",
                             name(environment.launcher), ")")},
       {"attention", attention},
-      {"batch", c10::str(options.global_batch, " sequences of ", FLAGS_seq_len, " = ", step_tokens, " tokens per step; up to ", per_rank,
-                         " sequences per data-parallel process in microbatches of ", options.micro_batch)},
-      {"training data", c10::str(FLAGS_data, ": ", data.train->end() - data.train->begin(), " tokens, ", data.train->windows(), " sequences")},
+      {"batch", c10::str(options.global_batch, " sequences of ", FLAGS_seq_len, " = ", step_tokens, " tokens per step; up to ",
+                         per_rank, " sequences per data-parallel process in microbatches of ", options.micro_batch)},
+      {"training data",
+       c10::str(FLAGS_data, ": ", data.train->end() - data.train->begin(), " tokens, ", data.train->windows(), " sequences")},
       {"validation", data.valid ? c10::str(FLAGS_valid_data.empty() ? FLAGS_data : FLAGS_valid_data, ": ",
                                            data.valid->end() - data.valid->begin(), " tokens from ", data.valid->begin())
                                 : "none"},
-      {"run", c10::str(options.steps, " steps, ", short_count(static_cast<double>(options.schedule.total_tokens)), " tokens, warm-up ",
-                       options.schedule.warmup_tokens)},
+      {"run", c10::str(options.steps, " steps, ", short_count(static_cast<double>(options.schedule.total_tokens)),
+                       " tokens, warm-up ", options.schedule.warmup_tokens)},
       {"versions", version_line()},
   };
   print_banner(std::cout, "drrl-train", lines);
@@ -193,7 +205,8 @@ nlohmann::ordered_json summary_json(const TrainResult& result, const TrainerOpti
   put("valid_ppl_before", std::exp(result.valid_loss_before));
   put("valid_ppl_after", std::exp(result.valid_loss_after));
   put("step_seconds", result.step_seconds);
-  put("tokens_per_second", static_cast<double>(result.steps_this_run * options.global_batch * FLAGS_seq_len) / result.step_seconds);
+  put("tokens_per_second",
+      static_cast<double>(result.steps_this_run * options.global_batch * FLAGS_seq_len) / result.step_seconds);
   json["device"] = FLAGS_device;
   json["dtype"] = FLAGS_dtype;
   json["threads"] = at::get_num_threads();
@@ -209,15 +222,19 @@ nlohmann::ordered_json summary_json(const TrainResult& result, const TrainerOpti
 }
 
 void print_summary(const TrainResult& result, const TrainerOptions& options) {
-  std::cout << (result.interrupted ? "interrupted after step " : "finished at step ") << result.steps << " (" << result.tokens << " tokens)";
+  std::cout << (result.interrupted ? "interrupted after step " : "finished at step ") << result.steps << " (" << result.tokens
+            << " tokens)";
   if (result.steps_this_run > 0) {
-    std::cout << ": loss " << result.first_loss << " -> " << result.last_loss << " in " << clock_time(result.step_seconds) << ", "
-              << static_cast<int64_t>(static_cast<double>(result.steps_this_run * options.global_batch * FLAGS_seq_len) / result.step_seconds)
+    std::cout << ": loss " << result.first_loss << " -> " << result.last_loss << " in " << clock_time(result.step_seconds)
+              << ", "
+              << static_cast<int64_t>(static_cast<double>(result.steps_this_run * options.global_batch * FLAGS_seq_len) /
+                                      result.step_seconds)
               << " tokens/s";
   }
   std::cout << "\n";
   if (std::isfinite(result.valid_loss_after)) {
-    std::cout << "validation perplexity " << std::exp(result.valid_loss_before) << " -> " << std::exp(result.valid_loss_after) << "\n";
+    std::cout << "validation perplexity " << std::exp(result.valid_loss_before) << " -> " << std::exp(result.valid_loss_after)
+              << "\n";
   }
   std::cout << std::flush;
 }
@@ -228,9 +245,8 @@ ExitCode train(const Environment& environment) {
   const MeshShape shape = mesh_flags(environment);
   check(ErrorKind::kUsage, FLAGS_timeout_s >= 1, "--timeout_s must be at least 1, got ", FLAGS_timeout_s);
   const at::Device device = device_flag(environment);
-  const ModelOptions model_options{.dtype = dtype_flag("dtype", FLAGS_dtype),
-                                   .device = device,
-                                   .activation_checkpoint = FLAGS_activation_checkpoint};
+  const ModelOptions model_options{
+      .dtype = dtype_flag("dtype", FLAGS_dtype), .device = device, .activation_checkpoint = FLAGS_activation_checkpoint};
   const at::ScalarType export_dtype = dtype_flag("export_dtype", FLAGS_export_dtype);
   const ModelConfig config = ModelConfig::load(FLAGS_model);
   check(ErrorKind::kUsage, FLAGS_seq_len >= 1 && FLAGS_seq_len <= config.max_position_embeddings, "--seq_len=", FLAGS_seq_len,
@@ -285,5 +301,6 @@ ExitCode train(const Environment& environment) {
 }  // namespace drrl
 
 int main(int argc, char** argv) {
-  return drrl::run_program(argc, argv, "drrl-train: fine-tunes a Hugging Face language model, alone or under mpirun.", &drrl::train);
+  return drrl::run_program(argc, argv, "drrl-train: fine-tunes a Hugging Face language model, alone or under mpirun.",
+                           &drrl::train);
 }

@@ -14,7 +14,9 @@ DEFINE_int64(dp, 0, "data-parallel processes; 0: all that --tp leaves [processes
 DEFINE_string(device, "cpu", "cpu or cuda");
 DEFINE_string(dtype, "fp32", "precision of activations and matrix products: fp32 or bf16; weights and moments are always fp32");
 DEFINE_uint64(seed, 1, "of data order and random decisions");
-DEFINE_int64(threads, 0, "CPU threads of each process; 0: the node's cores shared out to its processes [threads]");
+DEFINE_int64(
+    threads, 0,
+    "CPU threads of each process; 0: as OMP_NUM_THREADS says, or the node's cores shared out to its processes [threads]");
 DEFINE_int64(timeout_s, 600, "longest that a collective may take before the job is ended [s]");
 DEFINE_string(json, "", "file for the results, as JSON");
 
@@ -34,8 +36,7 @@ at::Device device_flag(const Environment& environment) {
     return at::kCPU;
   }
   check(ErrorKind::kUsage, FLAGS_device == "cuda", "--device must be cpu or cuda, got '", FLAGS_device, "'");
-  check(ErrorKind::kUsage, at::hasCUDA() && at::getNumGPUs() > 0,
-        "--device=cuda, but this process sees no usable GPU");
+  check(ErrorKind::kUsage, at::hasCUDA() && at::getNumGPUs() > 0, "--device=cuda, but this process sees no usable GPU");
   return at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(environment.local_rank % static_cast<int64_t>(at::getNumGPUs())));
 }
 

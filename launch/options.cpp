@@ -14,6 +14,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <optional>
+#include <sstream>
 
 // Exported by gflags, but in none of its headers: what it calls after it has reported a bad command line.
 namespace google {
@@ -23,7 +26,8 @@ extern void (*gflags_exitfunc)(int);  // NOLINT(readability-redundant-declaratio
 namespace drrl {
 namespace {
 
-/// While it lives, stderr goes nowhere: gflags prints its complaints and exits in one go, and one process of a node is enough to be heard.
+/// While it lives, stderr goes nowhere: gflags prints its complaints and exits in one go, and one process of a node is enough
+/// to be heard.
 class SilentStderr {
  public:
   explicit SilentStderr(bool silent) {
@@ -48,7 +52,9 @@ class SilentStderr {
   int saved_ = -1;
 };
 
-[[noreturn]] void exit_with_usage(int /*gflags_code*/) { std::exit(static_cast<int>(ExitCode::kUsage)); }
+[[noreturn]] void exit_with_usage(int /*gflags_code*/) {
+  std::exit(static_cast<int>(ExitCode::kUsage));
+}
 
 /// gflags prints 0.1 as 0.10000000000000001; this is the shortest text that means the same number.
 std::string shortest(const std::string& type, const std::string& text) {
@@ -58,6 +64,57 @@ std::string shortest(const std::string& type, const std::string& text) {
   char buffer[40];
   const auto end = std::to_chars(buffer, buffer + sizeof(buffer), std::strtod(text.c_str(), nullptr)).ptr;
   return {buffer, end};
+}
+
+/// gflags passes over what it does not know in a --flagfile without a word, a misspelt option included. Returns a complaint, or nothing.
+std::optional<std::string> flagfile_problem(const std::string& path) {
+  std::ifstream file(path);
+  if (!file) {
+    return "cannot read --flagfile=" + path;
+  }
+  std::string line;
+  for (int number = 1; std::getline(file, line); ++number) {
+    const size_t begin = line.find_first_not_of(" \t\r");
+    if (begin == std::string::npos || line[begin] == '#') {
+      continue;
+    }
+    const size_t name_begin = line.find_first_not_of('-', begin);
+    const std::string where = path + ":" + std::to_string(number) + ": ";
+    if (name_begin == begin || name_begin == std::string::npos) {
+      return where + "'" + line + "' is not an option: write --name=value";
+    }
+    const std::string name = line.substr(name_begin, line.find_first_of("= \t\r", name_begin) - name_begin);
+    google::CommandLineFlagInfo flag;
+    const bool known = google::GetCommandLineFlagInfo(name.c_str(), &flag) ||
+                       (name.starts_with("no") && google::GetCommandLineFlagInfo(name.c_str() + 2, &flag) && flag.type == "bool");
+    if (!known) {
+      return where + "unknown option '" + name + "'";
+    }
+    const size_t equals = line.find('=', name_begin);
+    if (equals == std::string::npos && flag.type != "bool") {
+      return where + "option '" + name + "' has no value: write --" + name + "=value";
+    }
+  }
+  return std::nullopt;
+}
+
+/// The files of --flagfile=A,B and --flagfile A,B.
+std::vector<std::string> flagfiles(int argc, char** argv) {
+  std::vector<std::string> files;
+  for (int i = 1; i < argc; ++i) {
+    std::string argument = argv[i];
+    argument.erase(0, std::min(argument.find_first_not_of('-'), argument.size()));
+    if (argument == "flagfile" && i + 1 < argc) {
+      argument = "flagfile=" + std::string(argv[++i]);
+    }
+    if (argument.starts_with("flagfile=")) {
+      std::istringstream list(argument.substr(9));
+      for (std::string file; std::getline(list, file, ',');) {
+        files.push_back(file);
+      }
+    }
+  }
+  return files;
 }
 
 bool wants_help(int argc, char** argv) {
@@ -76,8 +133,9 @@ std::vector<Option> options() {
     if (flag.filename.find("launch/") == std::string::npos) {
       continue;
     }
-    Option option{flag.name, flag.type, shortest(flag.type, flag.default_value), shortest(flag.type, flag.current_value), "", flag.description,
-                  flag.is_default};
+    Option option{
+        flag.name,        flag.type,      shortest(flag.type, flag.default_value), shortest(flag.type, flag.current_value), "",
+        flag.description, flag.is_default};
     const size_t bracket = option.meaning.rfind(" [");
     if (bracket != std::string::npos && option.meaning.back() == ']') {
       option.unit = option.meaning.substr(bracket + 2, option.meaning.size() - bracket - 3);
@@ -92,7 +150,8 @@ std::vector<Option> options() {
 std::string options_table() {
   std::string table = "| option | type | default | unit | meaning |\n|---|---|---|---|---|\n";
   for (const Option& option : options()) {
-    table += "| --" + option.name + " | " + option.type + " | " + option.default_value + " | " + option.unit + " | " + option.meaning + " |\n";
+    table += "| --" + option.name + " | " + option.type + " | " + option.default_value + " | " + option.unit + " | " +
+             option.meaning + " |\n";
   }
   return table;
 }
@@ -108,6 +167,12 @@ void parse_options(int argc, char** argv, const std::string& summary) {
   const SilentStderr silent(environment.local_rank != 0);
   google::gflags_exitfunc = &exit_with_usage;
   google::SetUsageMessage(summary);
+  for (const std::string& file : flagfiles(argc, argv)) {
+    if (const auto problem = flagfile_problem(file)) {
+      std::fprintf(stderr, "ERROR: %s\n", problem->c_str());
+      exit_with_usage(0);
+    }
+  }
   google::ParseCommandLineFlags(&argc, &argv, /*remove_flags=*/true);
   if (argc > 1) {
     std::fprintf(stderr, "ERROR: unexpected argument '%s': options are written --name=value\n", argv[1]);

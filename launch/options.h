@@ -6,7 +6,8 @@
 
 namespace drrl {
 
-/// One command line option. The table is what gflags was told: every DEFINE_* in launch/ whose help text reads "meaning [unit]".
+/// One command line option. The table is what gflags was told: every DEFINE_* in launch/ whose help text reads "meaning
+/// [unit]".
 struct Option {
   std::string name, type, default_value, value, unit, meaning;
   bool is_default = true;
@@ -18,9 +19,9 @@ std::vector<Option> options();
 /// The table as `--help` prints it: Markdown, so that the same text stands in launch/OPTIONS.md.
 std::string options_table();
 
-/// Parses the command line (gflags: --name=value, --name value, --flagfile=FILE). Unknown flags, bad values and stray arguments end the program
-/// with ExitCode::kUsage; --help prints `summary` and the table and ends it with success. In a job of several processes, one a node
-/// speaks.
+/// Parses the command line (gflags: --name=value, --name value, --flagfile=FILE). Unknown flags, bad values and stray arguments
+/// end the program with ExitCode::kUsage; --help prints `summary` and the table and ends it with success. In a job of several
+/// processes, one a node speaks.
 void parse_options(int argc, char** argv, const std::string& summary);
 
 }  // namespace drrl

@@ -63,6 +63,9 @@ int64_t usable_cores() {
 
 void set_threads(const Environment& environment) {
   check(ErrorKind::kUsage, FLAGS_threads >= 0, "--threads must not be negative, got ", FLAGS_threads);
+  if (FLAGS_threads == 0 && std::getenv("OMP_NUM_THREADS") != nullptr) {
+    return;  // the user, or torchrun, has decided
+  }
   const int64_t cores = usable_cores();
   // mpirun may have bound each process to its own cores already; then they need not be shared out again.
   const bool bound = cores < static_cast<int64_t>(std::thread::hardware_concurrency());
@@ -116,7 +119,9 @@ bool stdout_is_terminal(const Environment& environment) {
   return target.starts_with("/dev/pts/") || target.starts_with("/dev/tty");
 }
 
-bool stop_requested() noexcept { return stop_signals.load() > 0; }
+bool stop_requested() noexcept {
+  return stop_signals.load() > 0;
+}
 
 int run_program(int argc, char** argv, const std::string& summary, const std::function<ExitCode(const Environment&)>& body) {
   keep_big_blocks();

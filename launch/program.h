@@ -8,8 +8,9 @@
 
 namespace drrl {
 
-/// The frame of every drrl program: allocator settings, command line, threads, MPI (when mpirun or srun started several processes), glog, signals,
-/// and the translation of exceptions into exit codes. `body` returns the code of a run that came to its own end, the same on all ranks.
+/// The frame of every drrl program: allocator settings, command line, threads, MPI (when mpirun or srun started several
+/// processes), glog, signals, and the translation of exceptions into exit codes. `body` returns the code of a run that came to
+/// its own end, the same on all ranks.
 ///
 /// An exception on any rank ends the whole job with that rank's code (MPI_Abort): nobody is left waiting in a
 /// collective. All ranks report a failure that all of them see, but rank 0 does so at once and ends the job; the others wait
@@ -19,16 +20,18 @@ int run_program(int argc, char** argv, const std::string& summary, const std::fu
 /// "drrl 0.1.0, LibTorch 2.11.0, Open MPI v4.1.4".
 std::string version_line();
 
-/// Runs `work` and, when it throws, ends the job from inside the handler: what was constructed before `guarded` is not destroyed, so no
-/// group or pending collective waits for ranks that will not come. Programs put everything after the creation of groups in here.
+/// Runs `work` and, when it throws, ends the job from inside the handler: what was constructed before `guarded` is not
+/// destroyed, so no group or pending collective waits for ranks that will not come. Programs put everything after the creation
+/// of groups in here.
 void guarded(const Environment& environment, const std::function<void()>& work);
 
 /// Whether stdout ends on a terminal. mpirun gives its processes a terminal of its own, so there its own stdout is what counts.
 bool stdout_is_terminal(const Environment& environment);
 
 /// Whether SIGTERM, SIGINT or SIGUSR1 has asked this process to stop. The third such signal kills.
-/// mpirun forwards SIGUSR1, and SIGTERM too but kills the processes one second later unless told to wait
-/// (--mca odls_base_sigkill_timeout 60).
+/// To stop a job under mpirun send SIGUSR1 to mpirun, which passes it on. After a SIGTERM, mpirun kills its processes within
+/// two seconds; with
+/// --mca odls_base_sigkill_timeout 60 it waits 60 s, sends them SIGTERM, waits again, and ends with a code of its own.
 bool stop_requested() noexcept;
 
 }  // namespace drrl

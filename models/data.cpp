@@ -39,7 +39,8 @@ int64_t permuted_index(int64_t index, int64_t n, uint64_t key) {
   return static_cast<int64_t>(x);
 }
 
-SequenceDataset::SequenceDataset(std::shared_ptr<const TokenFile> file, int64_t begin, int64_t end, int64_t seq_len, uint64_t seed)
+SequenceDataset::SequenceDataset(std::shared_ptr<const TokenFile> file, int64_t begin, int64_t end, int64_t seq_len,
+                                 uint64_t seed)
     : file_(std::move(file)), begin_(begin), end_(end), seq_len_(seq_len), windows_(0), seed_(seed) {
   check(ErrorKind::kUsage, seq_len >= 1, "seq_len must be at least 1, got ", seq_len);
   check(ErrorKind::kInternal, begin >= 0 && begin <= end && end <= file_->tokens(), "token range [", begin, ", ", end,
@@ -68,7 +69,8 @@ Batch SequenceDataset::samples(int64_t first, int64_t count) const {
 }
 
 Batch SequenceDataset::ordered(int64_t first, int64_t count) const {
-  check(ErrorKind::kInternal, first >= 0 && first + count <= windows_, "windows [", first, ", ", first + count, ") of ", windows_);
+  check(ErrorKind::kInternal, first >= 0 && first + count <= windows_, "windows [", first, ", ", first + count, ") of ",
+        windows_);
   return gather(count, [&](int64_t i) { return first + i; });
 }
 

@@ -89,6 +89,8 @@ at::Tensor squared_gradient_norm(const std::vector<Parameter>& parameters, const
   return at::stack(at::_foreach_norm(gradients, 2.0)).to(at::kDouble).square().sum();
 }
 
-double clip_factor(double norm, double clip) { return clip > 0 ? std::min(1.0, clip / (norm + 1e-6)) : 1.0; }
+double clip_factor(double norm, double clip) {
+  return clip > 0 ? std::min(1.0, clip / (norm + 1e-6)) : 1.0;
+}
 
 }  // namespace drrl

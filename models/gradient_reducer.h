@@ -12,14 +12,14 @@ namespace drrl {
 
 /// Sums gradients over the data-parallel group in flat buckets, overlapped with the backward pass.
 ///
-/// Gradients are views of the buckets from the start, so the model accumulates into them in place and nothing is copied. Buckets
-/// run from the last parameter to the first, the order in which a backward pass completes gradients; a bucket is sent when
-/// `complete_from` says that all of it is final, and always after the buckets before it: all ranks issue the same
+/// Gradients are views of the buckets from the start, so the model accumulates into them in place and nothing is copied.
+/// Buckets run from the last parameter to the first, the order in which a backward pass completes gradients; a bucket is sent
+/// when `complete_from` says that all of it is final, and always after the buckets before it: all ranks issue the same
 /// collectives in the same order. With one data-parallel rank there are no buckets: gradients start undefined, and a first
 /// product becomes the gradient without a pass to clear it.
 ///
-/// One step: `begin`; backward of every microbatch, with `complete_from` called during the last one; `finish`. A rank without any
-/// microbatch calls `begin` and `finish` only and adds zeros.
+/// One step: `begin`; backward of every microbatch, with `complete_from` called during the last one; `finish`. A rank without
+/// any microbatch calls `begin` and `finish` only and adds zeros.
 class GradientReducer {
  public:
   /// `parameters` must outlive the reducer. One bucket holds at most `bucket_bytes`, or a single larger gradient.
@@ -31,8 +31,8 @@ class GradientReducer {
   /// The gradients of parameters [first, end) have their final values in this step: sends the buckets that are complete.
   void complete_from(int64_t first);
 
-  /// Afterwards every parameter has a gradient, summed over the data-parallel group. Returns whether this rank's own gradients were
-  /// finite before the sum (always true with one data-parallel rank, where the norm says the same).
+  /// Afterwards every parameter has a gradient, summed over the data-parallel group. Returns whether this rank's own gradients
+  /// were finite before the sum (always true with one data-parallel rank, where the norm says the same).
   bool finish();
 
   int64_t bucket_count() const noexcept { return static_cast<int64_t>(buckets_.size()); }
@@ -53,9 +53,9 @@ class GradientReducer {
   int64_t next_ = 0;               // the first bucket that is not sent
 };
 
-/// What one sum over the tensor-parallel group turns into the global squared norm of the gradient: gradients of sharded parameters
-/// count on every rank, those of replicated parameters on tensor-parallel rank 0 alone.
-/// fp64 scalar on the parameters' device; not finite when any gradient that it counts is not.
+/// What one sum over the tensor-parallel group turns into the global squared norm of the gradient: gradients of sharded
+/// parameters count on every rank, those of replicated parameters on tensor-parallel rank 0 alone. fp64 scalar on the
+/// parameters' device; not finite when any gradient that it counts is not.
 at::Tensor squared_gradient_norm(const std::vector<Parameter>& parameters, const Group& tensor_parallel);
 
 /// The factor of torch.nn.utils.clip_grad_norm_: min(1, clip / (norm + 1e-6)); 1 when clip is 0 (off).

@@ -29,7 +29,8 @@ std::array<uint32_t, 256> make_crc_table() {
   return table;
 }
 
-// Protocol buffer wire format: a field is (number << 3 | type), then a varint (0), 8 bytes (1), length + bytes (2) or 4 bytes (5).
+// Protocol buffer wire format: a field is (number << 3 | type), then a varint (0), 8 bytes (1), length + bytes (2) or 4 bytes
+// (5).
 void put_varint(std::string& out, uint64_t value) {
   for (; value >= 0x80; value >>= 7) {
     out.push_back(static_cast<char>((value & 0x7f) | 0x80));
@@ -149,8 +150,8 @@ EventWriter::EventWriter(const std::filesystem::path& directory, int64_t first_s
   if (first_step > 0) {
     std::string start = event_header(first_step + 1);
     std::string session_log;
-    put_varint_field(session_log, 1, 1);      // SessionLog { SessionStatus status = 1; START = 1 }
-    put_bytes_field(start, 7, session_log);   // SessionLog session_log = 7
+    put_varint_field(session_log, 1, 1);     // SessionLog { SessionStatus status = 1; START = 1 }
+    put_bytes_field(start, 7, session_log);  // SessionLog session_log = 7
     record(start);
   }
   flush(file_, path_);
@@ -159,13 +160,13 @@ EventWriter::EventWriter(const std::filesystem::path& directory, int64_t first_s
 void EventWriter::scalars(int64_t step, const std::vector<std::pair<std::string, double>>& tagged_values) {
   std::string summary;
   for (const auto& [tag, value] : tagged_values) {
-    std::string entry;                                     // Summary.Value { string tag = 1; float simple_value = 2 }
+    std::string entry;  // Summary.Value { string tag = 1; float simple_value = 2 }
     put_bytes_field(entry, 1, tag);
     put_float_field(entry, 2, static_cast<float>(value));
-    put_bytes_field(summary, 1, entry);                    // repeated Value value = 1
+    put_bytes_field(summary, 1, entry);  // repeated Value value = 1
   }
   std::string event = event_header(step);
-  put_bytes_field(event, 5, summary);                      // Summary summary = 5
+  put_bytes_field(event, 5, summary);  // Summary summary = 5
   record(event);
   flush(file_, path_);
 }
@@ -190,10 +191,12 @@ const std::vector<MetricField>& metric_fields() {
       {"ms_per_step", "time_metrics/end_to_end(ms)", "ms", "wall time of a step, over the steps since the last logged one"},
       {"mean_rank_qk", "drrl/mean_rank_qk", "", "mean rank of attention scores on far tokens"},
       {"mean_rank_v", "drrl/mean_rank_v", "", "mean rank of attention values on far tokens"},
-      {"attention_flops_fraction", "drrl/attention_flops_fraction", "", "all attention FLOPs over those of exact causal attention"},
+      {"attention_flops_fraction", "drrl/attention_flops_fraction", "",
+       "all attention FLOPs over those of exact causal attention"},
       {"valid_loss", "validation_metrics/loss", "nats/token", "mean over the validation tokens"},
       {"valid_ppl", "lm loss validation ppl", "", "exp(valid_loss)"},
-      {"memory_gib", "memory/max_active(GiB)", "GiB", "peak memory of world rank 0 (resident on the host, or allocated on its GPU)"},
+      {"memory_gib", "memory/max_active(GiB)", "GiB",
+       "peak memory of world rank 0 (resident on the host, or allocated on its GPU)"},
   };
   return fields;
 }
@@ -205,10 +208,12 @@ MetricsWriter::MetricsWriter(const std::filesystem::path& directory, int64_t fir
   if (first_step > 0) {
     filter_lines(jsonl, [&](const std::string& line) {
       const auto row = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
-      return row.is_object() && row.contains("step") && row["step"].is_number_integer() && row["step"].get<int64_t>() <= first_step;
+      return row.is_object() && row.contains("step") && row["step"].is_number_integer() &&
+             row["step"].get<int64_t>() <= first_step;
     });
     filter_lines(csv, [&](const std::string& line) {
-      return !line.empty() && std::isdigit(static_cast<unsigned char>(line.front())) != 0 && std::atoll(line.c_str()) <= first_step;
+      return !line.empty() && std::isdigit(static_cast<unsigned char>(line.front())) != 0 &&
+             std::atoll(line.c_str()) <= first_step;
     });
     // The header goes back in front of the rows.
     std::ifstream in(csv, std::ios::binary);

@@ -15,8 +15,8 @@ uint32_t crc32c(const void* bytes, size_t size) noexcept;
 uint32_t masked_crc32c(const void* bytes, size_t size) noexcept;
 
 /// Writes TensorBoard scalars: a TFRecord file "events.out.tfevents.SECONDS.HOST.PID" of tensorflow.Event messages
-/// (tensorflow/core/util/event.proto and framework/summary.proto, encoded by hand). Opened at step n > 0, it tells TensorBoard to
-/// forget what an interrupted earlier run logged at later steps.
+/// (tensorflow/core/util/event.proto and framework/summary.proto, encoded by hand). Opened at step n > 0, it tells TensorBoard
+/// to forget what an interrupted earlier run logged at later steps.
 class EventWriter {
  public:
   /// Errors: Error(kStorage) naming the path.
@@ -34,8 +34,8 @@ class EventWriter {
 
 /// One quantity of a training step.
 struct MetricField {
-  const char* key;   ///< in JSONL and CSV
-  const char* tag;   ///< in TensorBoard: the name that torchtitan or Megatron gives it, "drrl/..." where neither has it
+  const char* key;  ///< in JSONL and CSV
+  const char* tag;  ///< in TensorBoard: the name that torchtitan or Megatron gives it, "drrl/..." where neither has it
   const char* unit;
   const char* meaning;
 };
@@ -51,8 +51,8 @@ struct MetricRow {
   void set(const std::string& key, double value) { values.emplace_back(key, value); }
 };
 
-/// metrics.jsonl, metrics.csv and TensorBoard events in one directory. Every row is flushed, so a killed run keeps what it logged.
-/// Resuming at `first_step` drops the rows after it, which the interrupted run logged but did not save.
+/// metrics.jsonl, metrics.csv and TensorBoard events in one directory. Every row is flushed, so a killed run keeps what it
+/// logged. Resuming at `first_step` drops the rows after it, which the interrupted run logged but did not save.
 class MetricsWriter {
  public:
   /// Errors: Error(kStorage) naming the path.

@@ -45,8 +45,8 @@ void AdamW::step(double lr, double gradient_scale) {
     std::vector<at::Tensor> gradients;
     gradients.reserve(group->values.size());
     for (const at::Tensor& value : group->values) {
-      check(ErrorKind::kInternal, value.grad().defined() && value.grad().is_contiguous(), "a parameter of shape ", value.sizes(),
-            " has no gradient, or one that the fused kernel cannot walk");
+      check(ErrorKind::kInternal, value.grad().defined() && value.grad().is_contiguous(), "a parameter of shape ",
+            value.sizes(), " has no gradient, or one that the fused kernel cannot walk");
       gradients.push_back(value.grad());
     }
     at::_fused_adamw_(group->values, gradients, group->exp_avgs, group->exp_avg_sqs, {}, group->steps, lr, options_.beta1,
@@ -54,7 +54,9 @@ void AdamW::step(double lr, double gradient_scale) {
   }
 }
 
-int64_t AdamW::steps_taken() const { return static_cast<int64_t>(step_.item<float>()); }
+int64_t AdamW::steps_taken() const {
+  return static_cast<int64_t>(step_.item<float>());
+}
 
 std::map<std::string, at::Tensor> AdamW::state() const {
   std::map<std::string, at::Tensor> tensors{{"step", step_}};

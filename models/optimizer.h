@@ -38,7 +38,8 @@ class AdamW {
 
   int64_t steps_taken() const;
 
-  /// Live tensors by name ("exp_avg.NAME", "exp_avg_sq.NAME", "step"): a checkpoint writes them, and copies into them to resume.
+  /// Live tensors by name ("exp_avg.NAME", "exp_avg_sq.NAME", "step"): a checkpoint writes them, and copies into them to
+  /// resume.
   std::map<std::string, at::Tensor> state() const;
 
  private:

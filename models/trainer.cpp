@@ -19,18 +19,20 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
 /// Sums over all ranks of one step, in one message.
 struct Totals {
-  double loss_sum = 0, tokens = 0;     // counted once per data-parallel rank
-  double squared_norm = 0;             // counted once per tensor-parallel rank
-  double bad_ranks = 0, stops = 0;     // counted once per rank
-  AttentionWork attention;             // counted once per rank
+  double loss_sum = 0, tokens = 0;  // counted once per data-parallel rank
+  double squared_norm = 0;          // counted once per tensor-parallel rank
+  double bad_ranks = 0, stops = 0;  // counted once per rank
+  AttentionWork attention;          // counted once per rank
 
   std::vector<double> pack() const {
-    return {loss_sum, tokens, squared_norm, bad_ranks, stops, attention.flops, attention.exact_flops, attention.rank_qk,
-            attention.rank_v, attention.decisions};
+    return {loss_sum,          tokens,           squared_norm,       bad_ranks, stops, attention.flops, attention.exact_flops,
+            attention.rank_qk, attention.rank_v, attention.decisions};
   }
   static Totals unpack(const double* v) { return {v[0], v[1], v[2], v[3], v[4], {v[5], v[6], v[7], v[8], v[9]}}; }
 };
@@ -63,9 +65,10 @@ struct Trainer::Impl {
     check(ErrorKind::kUsage, options.steps >= 1, "steps must be at least 1, got ", options.steps);
     check(ErrorKind::kUsage, options.clip >= 0, "clip must not be negative, got ", options.clip);
     check(ErrorKind::kUsage, options.log_every >= 1, "log_every must be at least 1, got ", options.log_every);
-    check(ErrorKind::kUsage, options.save_every >= 0 && options.eval_every >= 0 && options.eval_tokens >= 0 && options.keep >= 0,
-          "save_every, eval_every, eval_tokens and keep must not be negative, got ", options.save_every, ", ", options.eval_every,
-          ", ", options.eval_tokens, ", ", options.keep);
+    check(ErrorKind::kUsage,
+          options.save_every >= 0 && options.eval_every >= 0 && options.eval_tokens >= 0 && options.keep >= 0,
+          "save_every, eval_every, eval_tokens and keep must not be negative, got ", options.save_every, ", ",
+          options.eval_every, ", ", options.eval_tokens, ", ", options.keep);
     options.schedule.validate();
   }
 
@@ -123,14 +126,15 @@ struct Trainer::Impl {
     }
     const Share share = partition(options.global_batch, mesh.dp().size(), mesh.dp().rank());
     const int64_t microbatches = (share.count + options.micro_batch - 1) / options.micro_batch;
-    // Gradients are taken of loss_sum / (all positions of the global batch); should fewer labels count, the rest of the factor is
-    // known after the step's one message and goes into the optimizer's gradient scale.
+    // Gradients are taken of loss_sum / (all positions of the global batch); should fewer labels count, the rest of the factor
+    // is known after the step's one message and goes into the optimizer's gradient scale.
     const double positions = static_cast<double>(options.global_batch * train->seq_len());
     Totals mine;
     reducer.begin();
     for (int64_t m = 0; m < microbatches; ++m) {
       const int64_t first = share.begin + m * options.micro_batch;
-      const Batch batch = train->samples(position.samples + first, std::min(options.micro_batch, share.begin + share.count - first));
+      const Batch batch =
+          train->samples(position.samples + first, std::min(options.micro_batch, share.begin + share.count - first));
       // During the last backward pass, gradients travel as soon as they are final.
       model.on_gradients_complete(m + 1 == microbatches ? [this](int64_t from) { reducer.complete_from(from); }
                                                         : std::function<void(int64_t)>());
@@ -277,7 +281,8 @@ struct Trainer::Impl {
 
       const bool last = position.step == options.steps;
       // Whoever asked to stop may kill the process soon: save first, evaluate never.
-      const bool evaluates = validation && !(stop && !last) && (last || (options.eval_every > 0 && position.step % options.eval_every == 0));
+      const bool evaluates =
+          validation && !(stop && !last) && (last || (options.eval_every > 0 && position.step % options.eval_every == 0));
       if (evaluates) {
         report.valid_loss = evaluate();
         if (last) {
@@ -332,13 +337,17 @@ struct Trainer::Impl {
 
 Trainer::Trainer(TrainerOptions options, CausalLM& model, const Mesh& mesh, std::shared_ptr<const SequenceDataset> train,
                  std::shared_ptr<const SequenceDataset> validation, PolicyHooks policy, TrainerCallbacks callbacks)
-    : impl_(std::make_unique<Impl>(std::move(options), model, mesh, std::move(train), std::move(validation),
-                                   std::move(policy), std::move(callbacks))) {}
+    : impl_(std::make_unique<Impl>(std::move(options), model, mesh, std::move(train), std::move(validation), std::move(policy),
+                                   std::move(callbacks))) {}
 
 Trainer::~Trainer() = default;
 
-TrainResult Trainer::run() { return impl_->run(); }
+TrainResult Trainer::run() {
+  return impl_->run();
+}
 
-double Trainer::evaluate() { return impl_->evaluate(); }
+double Trainer::evaluate() {
+  return impl_->evaluate();
+}
 
 }  // namespace drrl

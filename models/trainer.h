@@ -27,19 +27,19 @@ struct AttentionWork {
 
 /// How the trainer talks to a rank policy that wants to know about steps. Every member may be empty.
 struct PolicyHooks {
-  std::function<void(int64_t step)> begin_step;                ///< before the first microbatch of update `step` (1, 2, ...)
-  std::function<AttentionWork()> end_step;                     ///< after the last one
-  std::function<void(bool evaluating)> evaluation;             ///< around validation: do not learn from it
-  std::function<std::string()> save;                           ///< state for a checkpoint, any bytes
-  std::function<void(const std::string& state)> load;          ///< what save returned on the same rank
+  std::function<void(int64_t step)> begin_step;        ///< before the first microbatch of update `step` (1, 2, ...)
+  std::function<AttentionWork()> end_step;             ///< after the last one
+  std::function<void(bool evaluating)> evaluation;     ///< around validation: do not learn from it
+  std::function<std::string()> save;                   ///< state for a checkpoint, any bytes
+  std::function<void(const std::string& state)> load;  ///< what save returned on the same rank
 };
 
 struct TrainerOptions {
-  int64_t micro_batch = 1;    ///< sequences in one forward and backward pass
-  int64_t global_batch = 1;   ///< sequences in one update, over all ranks
-  int64_t steps = 1;          ///< updates of the whole run, resumed parts included
-  double clip = 1.0;          ///< largest global gradient norm, 0: off
-  CosineSchedule schedule;    ///< in tokens
+  int64_t micro_batch = 1;   ///< sequences in one forward and backward pass
+  int64_t global_batch = 1;  ///< sequences in one update, over all ranks
+  int64_t steps = 1;         ///< updates of the whole run, resumed parts included
+  double clip = 1.0;         ///< largest global gradient norm, 0: off
+  CosineSchedule schedule;   ///< in tokens
   AdamW::Options optimizer;
 
   std::filesystem::path output;  ///< metrics/ and checkpoints/ go here; empty: neither is written
@@ -47,8 +47,9 @@ struct TrainerOptions {
   int64_t keep = 2;              ///< newest checkpoints to keep, 0: all
   int64_t log_every = 1;         ///< steps between logged rows
   int64_t eval_every = 0;        ///< steps between evaluations; 0: only before the first and after the last step
-  int64_t eval_tokens = 0;       ///< tokens of one evaluation, rounded up to whole batches of sequences; 0: all of the validation range
-  bool resume = false;           ///< continue from the newest sound checkpoint in `output`, if there is one
+  int64_t eval_tokens =
+      0;                ///< tokens of one evaluation, rounded up to whole batches of sequences; 0: all of the validation range
+  bool resume = false;  ///< continue from the newest sound checkpoint in `output`, if there is one
   bool resume_override = false;  ///< also when options that shape the run have changed
 
   /// Options that shape the run, as text: stored in checkpoints, compared on resume.
@@ -60,9 +61,9 @@ inline constexpr double kNotMeasured = std::numeric_limits<double>::quiet_NaN();
 /// One logged step, the same on every rank.
 struct StepReport {
   int64_t step = 0, steps = 0;
-  int64_t tokens = 0;                    ///< consumed so far
-  double loss = 0;                       ///< mean over the counted tokens of the global batch, nats
-  double grad_norm = 0;                  ///< before clipping
+  int64_t tokens = 0;    ///< consumed so far
+  double loss = 0;       ///< mean over the counted tokens of the global batch, nats
+  double grad_norm = 0;  ///< before clipping
   double lr = 0;
   double tokens_per_second = 0;
   double ms_per_step = 0;
@@ -74,38 +75,42 @@ struct StepReport {
 
 /// What the surrounding program wants to hear and may ask. Every member may be empty.
 struct TrainerCallbacks {
-  std::function<void(const StepReport&)> on_step;                          ///< world rank 0, every logged step
+  std::function<void(const StepReport&)> on_step;                                ///< world rank 0, every logged step
   std::function<void(int64_t step, int64_t done, int64_t total)> on_microbatch;  ///< every rank
-  std::function<void(const std::string&)> on_note;                         ///< world rank 0: one sentence, e.g. "saved ..."
-  std::function<void(const std::string&)> on_warning;                      ///< world rank 0
+  std::function<void(const std::string&)> on_note;     ///< world rank 0: one sentence, e.g. "saved ..."
+  std::function<void(const std::string&)> on_warning;  ///< world rank 0
   std::function<bool()> stop_requested;  ///< asked after each step; true on any rank stops all of them after a checkpoint
 };
 
 struct TrainResult {
-  int64_t steps = 0;          ///< updates made, resumed parts included
+  int64_t steps = 0;  ///< updates made, resumed parts included
   int64_t tokens = 0;
   int64_t steps_this_run = 0;
   double first_loss = kNotMeasured, last_loss = kNotMeasured;                ///< of this run's steps
   double valid_loss_before = kNotMeasured, valid_loss_after = kNotMeasured;  ///< before: as this run found the model
-  double step_seconds = 0;    ///< in steps alone: no evaluation, no checkpoints
+  double step_seconds = 0;                                                   ///< in steps alone: no evaluation, no checkpoints
   bool interrupted = false;
   std::filesystem::path checkpoint;  ///< newest one of this run, empty if none was written
 };
 
-/// Trains a causal language model: per update, the global batch's microbatches forward and backward, data-parallel sum, checks, clip,
-/// AdamW. The gradient is that of the mean loss over all counted tokens of the global batch, whatever share each rank had.
+/// Trains a causal language model: per update, the global batch's microbatches forward and backward, data-parallel sum, checks,
+/// clip, AdamW. The gradient is that of the mean loss over all counted tokens of the global batch, whatever share each rank
+/// had.
 ///
-/// A loss or gradient that is not finite on any rank stops all ranks before the update: Error(kNumerics) naming the rank and the step.
+/// A loss or gradient that is not finite on any rank stops all ranks before the update: Error(kNumerics) naming the rank and
+/// the step.
 ///
 /// Checkpoints hold weights, moments, random generators of every rank, consumed samples, the policy's state and the
 /// options; a run resumed on the same layout (and thread count) continues bit for bit. On another number of data-parallel ranks
-/// it continues with the state of data-parallel rank 0, equal up to rounding; another number of tensor-parallel ranks is an Error(kCheckpoint).
+/// it continues with the state of data-parallel rank 0, equal up to rounding; another number of tensor-parallel ranks is an
+/// Error(kCheckpoint).
 class Trainer {
  public:
   /// Collective over the world. `model` and `mesh` must outlive the trainer; `validation` may be null.
   /// Errors: Error(kUsage) for options that contradict each other.
   Trainer(TrainerOptions options, CausalLM& model, const Mesh& mesh, std::shared_ptr<const SequenceDataset> train,
-          std::shared_ptr<const SequenceDataset> validation = nullptr, PolicyHooks policy = {}, TrainerCallbacks callbacks = {});
+          std::shared_ptr<const SequenceDataset> validation = nullptr, PolicyHooks policy = {},
+          TrainerCallbacks callbacks = {});
   ~Trainer();
 
   /// Resumes if asked to, trains to the last step or until stopped, and saves. Collective over the world.

@@ -14,13 +14,17 @@ namespace {
 
 constexpr const char* kRunFile = "run.json";
 
-std::string shard_file(int64_t tensor_rank) { return c10::str("shard-tp", tensor_rank, ".safetensors"); }
+std::string shard_file(int64_t tensor_rank) {
+  return c10::str("shard-tp", tensor_rank, ".safetensors");
+}
 
 std::string rank_file(int64_t tensor_rank, int64_t data_rank, const char* extension) {
   return c10::str("rank-tp", tensor_rank, "-dp", data_rank, extension);
 }
 
-at::Device device_of(const CausalLM& model) { return model.parameters().front().value.device(); }
+at::Device device_of(const CausalLM& model) {
+  return model.parameters().front().value.device();
+}
 
 /// Live tensors by the names they have in shard-tpT.safetensors.
 std::vector<NamedTensor> shard_tensors(const TrainingState& state) {
@@ -96,9 +100,12 @@ std::filesystem::path save_training_state(const std::filesystem::path& root, con
   writer.write_text(rank_file(tp, dp, ".policy"), state.policy.save ? state.policy.save() : "");
   if (world.rank() == 0) {
     const nlohmann::ordered_json run = {
-        {"step", position.step},           {"samples", position.samples},
-        {"tokens", position.tokens},       {"tensor_parallel", state.mesh.tp().size()},
-        {"data_parallel", state.mesh.dp().size()}, {"options", state.fingerprint},
+        {"step", position.step},
+        {"samples", position.samples},
+        {"tokens", position.tokens},
+        {"tensor_parallel", state.mesh.tp().size()},
+        {"data_parallel", state.mesh.dp().size()},
+        {"options", state.fingerprint},
     };
     writer.write_text(kRunFile, run.dump(2) + "\n");
   }
@@ -106,7 +113,8 @@ std::filesystem::path save_training_state(const std::filesystem::path& root, con
 }
 
 std::optional<TrainingPosition> restore_training_state(const std::filesystem::path& root, const TrainingState& state,
-                                                       bool allow_changes, const std::function<void(const std::string&)>& warn) {
+                                                       bool allow_changes,
+                                                       const std::function<void(const std::string&)>& warn) {
   const Group& world = state.mesh.world();
   const at::Device device = device_of(state.model);
   // World rank 0 chooses and verifies; the others take its word, so that all resume from the same folder.
@@ -149,8 +157,8 @@ std::optional<TrainingPosition> restore_training_state(const std::filesystem::pa
   } catch (const nlohmann::json::exception& error) {
     raise(ErrorKind::kCheckpoint, chosen, "/", kRunFile, " is not what drrl writes: ", error.what());
   }
-  check(ErrorKind::kCheckpoint, tensor_parallel == state.mesh.tp().size(), chosen, " was written with tensor_parallel = ",
-        tensor_parallel, " and cannot be resumed with ", state.mesh.tp().size(),
+  check(ErrorKind::kCheckpoint, tensor_parallel == state.mesh.tp().size(), chosen,
+        " was written with tensor_parallel = ", tensor_parallel, " and cannot be resumed with ", state.mesh.tp().size(),
         "; export it on the old layout and start a new run from the exported model");
   const std::string changed = differences(saved, state.fingerprint);
   check(ErrorKind::kCheckpoint, changed.empty() || allow_changes, chosen, " belongs to a run with other options (", changed,

@@ -19,7 +19,8 @@ struct TrainingPosition {
 
 /// Everything that a run needs to continue. Files of a checkpoint (models/checkpoint.h):
 ///   run.json                        position, layout, fingerprint of the options; by world rank 0
-///   shard-tpT.safetensors           weights ("model.NAME") and moments ("optimizer.exp_avg.NAME", ...) of tensor-parallel rank T;
+///   shard-tpT.safetensors           weights ("model.NAME") and moments ("optimizer.exp_avg.NAME", ...) of tensor-parallel rank
+///   T;
 ///                                   by its data-parallel rank 0, because all of them hold the same
 ///   rank-tpT-dpD.safetensors, .policy   random generators and policy state of one rank
 struct TrainingState {
@@ -36,7 +37,8 @@ std::filesystem::path save_training_state(const std::filesystem::path& root, con
 
 /// Loads the newest sound checkpoint under `root`; nullopt if there never was one. Collective over the world.
 /// `warn` hears of damaged checkpoints that were passed over and, with `allow_changes`, of options that differ.
-/// Errors: Error(kCheckpoint) for damage, another tensor-parallel size, other tensors, or (without `allow_changes`) other options.
+/// Errors: Error(kCheckpoint) for damage, another tensor-parallel size, other tensors, or (without `allow_changes`) other
+/// options.
 std::optional<TrainingPosition> restore_training_state(const std::filesystem::path& root, const TrainingState& state,
                                                        bool allow_changes, const std::function<void(const std::string&)>& warn);
 

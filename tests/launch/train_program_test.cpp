@@ -43,7 +43,9 @@ Ended shell(const std::string& command) {
 
 const std::string kTrain = std::string(DRRL_BINARY_DIR) + "/bin/drrl-train";
 
-std::string mpirun(int ranks) { return std::string(DRRL_MPI_LINE) + " -np " + std::to_string(ranks) + " "; }
+std::string mpirun(int ranks) {
+  return std::string(DRRL_MPI_LINE) + " -np " + std::to_string(ranks) + " ";
+}
 
 constexpr const char* kConfig = R"({
   "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 61, "hidden_size": 48, "intermediate_size": 56,
@@ -100,8 +102,8 @@ size_t count(const std::string& text, const std::string& what) {
 TEST_F(TrainProgram, TrainsExportsAndReports) {
   const Ended run = shell(command(output() + "--valid_fraction=0.1 --json=" + (own_ / "result.json").string()));
   ASSERT_EQ(run.code, 0) << run.output;
-  for (const char* text : {"parameters", "6 steps", "* --lr=0.01", "  --beta2=0.95", "step 1/6", "step 6/6", "validation perplexity", "exported",
-                           "LibTorch", "eta 00:00:00"}) {
+  for (const char* text : {"parameters", "6 steps", "* --lr=0.01", "  --beta2=0.95", "step 1/6", "step 6/6",
+                           "validation perplexity", "exported", "LibTorch", "eta 00:00:00"}) {
     EXPECT_NE(run.output.find(text), std::string::npos) << "lacks: " << text << "\n" << run.output;
   }
   EXPECT_EQ(run.output.find('\r'), std::string::npos) << "a progress bar belongs on a terminal only";
@@ -179,6 +181,18 @@ TEST_F(TrainProgram, BadInput) {
   expect_failure(with(model, (own_ / "bad").string()), ExitCode::kData, {"bad.idx"});
 }
 
+TEST_F(TrainProgram, OneFailingRankEndsTheJobAtOnce) {
+  const auto start = std::chrono::steady_clock::now();
+  const std::string good = command();
+  const std::string bad = std::regex_replace(good, std::regex("/text "), "/nowhere ");
+  ASSERT_NE(good, bad);
+  // One program, different data: rank 0 alone fails, then rank 1 alone; the other waits in a collective.
+  const std::string launcher = std::string(DRRL_MPI_LINE) + " -np 1 ";
+  expect_failure(launcher + bad + " : -np 1 " + good, ExitCode::kData, {"rank 0: data error", "nowhere"});
+  expect_failure(launcher + good + " : -np 1 " + bad, ExitCode::kData, {"rank 1: data error", "nowhere"});
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(30));
+}
+
 TEST_F(TrainProgram, AFullDiskEndsTheJobAndLeavesNoCheckpoint) {
   const std::string limited = "ulimit -f 40; ";  // blocks of 512 or 1024 bytes
   expect_failure(limited + command(output()), ExitCode::kStorage, {"storage error", "shard-tp0"});
@@ -197,14 +211,16 @@ TEST_F(TrainProgram, AFullFileSystem) {
 }
 
 TEST_F(TrainProgram, AModelThatDivergesStopsWithItsOwnCode) {
-  expect_failure(mpirun(2) + command("--lr=1e30 --clip=0 --warmup_tokens=0 --min_lr=0"), ExitCode::kNumerics, {"not finite", "before the update"});
+  expect_failure(mpirun(2) + command("--lr=1e30 --clip=0 --warmup_tokens=0 --min_lr=0"), ExitCode::kNumerics,
+                 {"not finite", "before the update"});
 }
 
 /// Starts the program, waits until it has printed a step, sends the signal; returns how it ended.
 Ended interrupt(const std::string& command, const std::string& signal) {
-  return shell("out=$(mktemp); " + command + " > $out 2>&1 & pid=$!; "
-               "for i in $(seq 600); do grep -q '^step ' $out && break; sleep 0.05; done; kill -" + signal +
-               " $pid; wait $pid; code=$?; cat $out; rm -f $out; exit $code");
+  return shell("out=$(mktemp); " + command +
+               " > $out 2>&1 & pid=$!; "
+               "for i in $(seq 600); do grep -q '^step ' $out && break; sleep 0.05; done; kill -" +
+               signal + " $pid; wait $pid; code=$?; cat $out; rm -f $out; exit $code");
 }
 
 TEST_F(TrainProgram, SigtermSavesAndARestartGoesOnBitForBit) {
@@ -232,12 +248,17 @@ TEST_F(TrainProgram, UnderMpirunSigusr1SavesAndStops) {
 }
 
 TEST_F(TrainProgram, OptionsPageIsUpToDate) {
-  const Ended run = shell(kTrain + " --help");
-  EXPECT_EQ(run.code, 0);
   const std::string page = read_bytes(std::string(DRRL_SOURCE_DIR) + "/launch/OPTIONS.md");
-  const std::string table = run.output.substr(run.output.find("| option"));
-  EXPECT_NE(page.find(table), std::string::npos) << "launch/OPTIONS.md does not hold the table of drrl-train --help:\n" << table;
-  EXPECT_EQ(count(table, " |  |\n"), 0U) << "every option has a meaning";
+  for (const char* program : {"drrl-train", "drrl-eval", "drrl-policy"}) {
+    const Ended run = shell(std::string(DRRL_BINARY_DIR) + "/bin/" + program + " --help");
+    EXPECT_EQ(run.code, 0) << run.output;
+    const size_t start = run.output.find("| option");
+    ASSERT_NE(start, std::string::npos) << run.output;
+    const std::string table = run.output.substr(start);
+    EXPECT_NE(page.find(table), std::string::npos) << "launch/OPTIONS.md does not hold the table of " << program << " --help:\n"
+                                                   << table;
+    EXPECT_EQ(count(table, " |  |\n"), 0U) << "every option has a meaning";
+  }
 }
 
 /// Names after "--" in flag files.
@@ -252,7 +273,8 @@ std::set<std::string> flags_in(const std::string& text, const std::regex& patter
 TEST_F(TrainProgram, FlagFilesKnowTheirFlags) {
   std::set<std::string> known = {"flagfile"};
   for (const char* program : {"drrl-train", "drrl-eval", "drrl-policy"}) {
-    const auto names = flags_in(shell(std::string(DRRL_BINARY_DIR) + "/bin/" + program + " --help").output, std::regex(R"(\| --(\w+) \|)"));
+    const auto names =
+        flags_in(shell(std::string(DRRL_BINARY_DIR) + "/bin/" + program + " --help").output, std::regex(R"(\| --(\w+) \|)"));
     EXPECT_FALSE(names.empty()) << program;
     known.insert(names.begin(), names.end());
   }

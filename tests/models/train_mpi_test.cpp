@@ -87,8 +87,8 @@ class Training : public testing::Test {
     std::unique_ptr<CausalLM> model;
   };
 
-  Outcome train(const Mesh& mesh, const TrainerOptions& o, TrainerCallbacks callbacks = {}, const ModelOptions& model_options = {},
-                std::shared_ptr<const SequenceDataset> validation = nullptr) {
+  Outcome train(const Mesh& mesh, const TrainerOptions& o, TrainerCallbacks callbacks = {},
+                const ModelOptions& model_options = {}, std::shared_ptr<const SequenceDataset> validation = nullptr) {
     Outcome outcome;
     outcome.model = std::make_unique<CausalLM>(tiny_config(), mesh.tp(), make_full_attention(), model_options);
     outcome.model->initialize(5);
@@ -127,12 +127,14 @@ class Training : public testing::Test {
         EXPECT_NEAR(together.norms[i], alone.norms[i], 10 * tolerance * alone.norms[i]) << "step " << i + 1;
       }
     }
-    EXPECT_NEAR(together.result.last_loss, alone.result.last_loss, tolerance * alone.result.last_loss) << "the same on every rank";
+    EXPECT_NEAR(together.result.last_loss, alone.result.last_loss, tolerance * alone.result.last_loss)
+        << "the same on every rank";
     const auto expected = weights(alone, Mesh(), "alone");
     const auto got = weights(together, mesh, "together");
     ASSERT_EQ(got.size(), expected.size());
     for (const auto& [name, tensor] : expected) {
-      EXPECT_TRUE(at::allclose(got.at(name), tensor, 1e-3, 2e-4)) << name << ": " << (got.at(name) - tensor).abs().max().item<float>();
+      EXPECT_TRUE(at::allclose(got.at(name), tensor, 1e-3, 2e-4))
+          << name << ": " << (got.at(name) - tensor).abs().max().item<float>();
     }
   }
 
@@ -386,7 +388,8 @@ TEST_F(Training, ANanOnOneRankStopsAllBeforeTheUpdate) {
     EXPECT_EQ(done, 2);
     ASSERT_FALSE(before.empty());
     for (size_t i = 0; i < before.size(); ++i) {
-      EXPECT_TRUE(at::equal(before[i].nan_to_num(), model.parameters()[i].value.detach().nan_to_num())) << "weights were updated";
+      EXPECT_TRUE(at::equal(before[i].nan_to_num(), model.parameters()[i].value.detach().nan_to_num()))
+          << "weights were updated";
     }
   }
 }

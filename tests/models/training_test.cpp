@@ -1,9 +1,9 @@
 // The parts of a training run, one at a time: schedule, optimizer, data order, metrics. train_mpi_test.cpp runs them together.
 #include "models/data.h"
+#include "models/gradient_reducer.h"
 #include "models/llama.h"
 #include "models/metrics.h"
 #include "models/optimizer.h"
-#include "models/gradient_reducer.h"
 #include "models/schedule.h"
 #include "tests/models/io_support.h"
 
@@ -64,11 +64,13 @@ TEST(AdamWTest, FollowsTheFormulaAndDecaysOnlyWhatItShould) {
       }
       m[i] = options.beta1 * m[i] + (1 - options.beta1) * g;
       v[i] = options.beta2 * v[i] + (1 - options.beta2) * g * g;
-      w[i] = w[i] - lr * (m[i] / (1 - std::pow(options.beta1, t))) / ((v[i] / (1 - std::pow(options.beta2, t))).sqrt() + options.eps);
+      w[i] = w[i] -
+             lr * (m[i] / (1 - std::pow(options.beta1, t))) / ((v[i] / (1 - std::pow(options.beta2, t))).sqrt() + options.eps);
     }
     optimizer.step(lr, scale);
     for (size_t i = 0; i < parameters.size(); ++i) {
-      EXPECT_TRUE(at::allclose(parameters[i].value.detach().to(at::kDouble), w[i], 1e-5, 1e-6)) << parameters[i].name << " step " << t;
+      EXPECT_TRUE(at::allclose(parameters[i].value.detach().to(at::kDouble), w[i], 1e-5, 1e-6))
+          << parameters[i].name << " step " << t;
     }
   }
   EXPECT_EQ(optimizer.steps_taken(), 5);
@@ -200,14 +202,20 @@ std::multimap<uint64_t, std::string> parse_message(const std::string& bytes) {
         raw.assign(reinterpret_cast<const char*>(&value), sizeof(value));
         break;
       }
-      case 1: raw = bytes.substr(at, 8); at += 8; break;
+      case 1:
+        raw = bytes.substr(at, 8);
+        at += 8;
+        break;
       case 2: {
         const uint64_t length = read_varint(bytes, at);
         raw = bytes.substr(at, length);
         at += length;
         break;
       }
-      case 5: raw = bytes.substr(at, 4); at += 4; break;
+      case 5:
+        raw = bytes.substr(at, 4);
+        at += 4;
+        break;
       default: ADD_FAILURE() << "wire type " << (key & 7U); return fields;
     }
     fields.emplace(key >> 3U, raw);
