@@ -55,16 +55,16 @@ AttentionFlops lowrank_attention_flops(const LowRankPlan& plan, int64_t batch, i
     for (const PairRun& run : tree.runs()) {
       for (int64_t i = 0; i < run.count; ++i) {
         const Ranks& ranks = plan.ranks[sequence * pairs + run.first_pair + i];
-        const double width = static_cast<double>(std::max(ranks.qk, ranks.v));
+        const double qk = static_cast<double>(ranks.qk), value = static_cast<double>(ranks.v);
         const double queries = heads_per_group * run.query_rows;
         const double keys = static_cast<double>(run.key_rows);
-        flops.far += 4 * width * queries * keys * passes;
+        flops.far += 2 * (qk + value) * queries * keys * passes;
         // Forward: q, k, v down and the output up. Backward: those three and the gradient down again, three gradients up.
         if (ranks.qk < head_dim) {
-          flops.projections += 2 * d * width * (queries + keys) * (with_backward ? 3 : 1);
+          flops.projections += 2 * d * qk * (queries + keys) * (with_backward ? 3 : 1);
         }
         if (ranks.v < head_dim) {
-          flops.projections += 2 * d * width * ((queries + keys) + (with_backward ? queries + 2 * keys : 0));
+          flops.projections += 2 * d * value * ((queries + keys) + (with_backward ? queries + 2 * keys : 0));
         }
       }
     }

@@ -12,7 +12,7 @@ namespace drrl {
 struct AttentionFlops {
   double near = 0;         ///< exact blocks, causal half only
   double sinks = 0;        ///< everybody against the sinks, and the sinks among themselves
-  double far = 0;          ///< scores and values of far pairs at the width they are executed at
+  double far = 0;          ///< scores of far pairs at rank r, values at rank r_v
   double projections = 0;  ///< into and out of the bases
   double grams = 0;        ///< block Grams and their sums
   double tests = 0;        ///< tail_loss

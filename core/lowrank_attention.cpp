@@ -5,7 +5,7 @@
 #include <cmath>
 #include <map>
 
-#include "core/exact_part.h"
+#include "core/attention_part.h"
 #include "core/rows.h"
 
 namespace drrl {
@@ -50,25 +50,21 @@ std::vector<Bucket> buckets_of(const PairRun& run, const LowRankPlan& plan) {
   return result;
 }
 
-// The projections of one bucket, padded with zero columns to one width, because flash kernels want equal head dims.
+// The projections of one bucket; undefined where the rank is d and nothing is projected.
 struct Projections {
-  bool scores = false;  // false: rank d, no projection
-  bool values = false;
-  int64_t width = 0;
-  at::Tensor p_q, p_k, p_v, p_o;  // [n, d, width]
+  at::Tensor p_q, p_k;  // [n, d, r]
+  at::Tensor p_v, p_o;  // [n, d, r_v]
 
-  Projections(const Bucket& bucket, const LowRankPlan& plan, const Shape& shape, const at::TensorOptions& options)
-      : scores(bucket.ranks.qk < shape.d), values(bucket.ranks.v < shape.d), width(std::max(bucket.ranks.qk, bucket.ranks.v)) {
+  Projections(const Bucket& bucket, const LowRankPlan& plan, const Shape& shape, const at::TensorOptions& options) {
     const auto index = at::tensor(bucket.within_plan, at::kLong).to(options.device());
     const auto columns = [&](const at::Tensor& basis, int64_t rank) {
-      const auto cut = basis.narrow(2, 0, rank).index_select(0, index);
-      return (rank == width ? cut : at::constant_pad_nd(cut, {0, width - rank})).to(options.dtype());
+      return basis.narrow(2, 0, rank).index_select(0, index).to(options.dtype());
     };
-    if (scores) {
+    if (bucket.ranks.qk < shape.d) {
       p_q = columns(plan.scores.left, bucket.ranks.qk);
       p_k = columns(plan.scores.right, bucket.ranks.qk);
     }
-    if (values) {
+    if (bucket.ranks.v < shape.d) {
       p_v = columns(plan.values.left, bucket.ranks.v);
       p_o = columns(plan.values.right, bucket.ranks.v);
     }
@@ -94,12 +90,9 @@ void put(at::Tensor& run_rows, const Bucket& bucket, const at::Tensor& rows) {
   }
 }
 
-// [B, H, L, e] -> [B G, g, L, e], and keys without a copy for each of the group's heads.
+// [B, H or G, L, e] -> [B G, g, L, e], g = H / G or 1
 at::Tensor by_group(const at::Tensor& x, const Shape& s) {
   return x.view({s.batch * s.groups, x.size(1) / s.groups, x.size(2), x.size(3)});
-}
-at::Tensor for_all_heads(const at::Tensor& x, const Shape& s) {
-  return by_group(x, s).expand({-1, s.heads_per_group(), -1, -1});
 }
 
 // The exact causal parts: the sinks among themselves, then the complete blocks, then the short last block. Each is `count` runs of
@@ -123,21 +116,30 @@ std::vector<CausalRun> causal_runs(const BlockTree& tree) {
   return runs;
 }
 
-// Head `head` of every group, cut into the run's blocks: x [B, H or G, L, e] -> [B G, count, rows, e], no copy.
-at::Tensor blocks_of_head(const at::Tensor& x, const CausalRun& run, int64_t head, const Shape& s) {
-  return by_group(x, s).select(1, head).narrow(1, run.begin, run.count * run.rows).unflatten(1, {run.count, run.rows});
+// The blocks of a run as problems of attention_part, no copy: x [B, H or G, L, e] -> [B G, count, g, rows, e]; for keys, without the g.
+at::Tensor query_blocks(const at::Tensor& x, const CausalRun& run, const Shape& s) {
+  return by_group(x, s).narrow(2, run.begin, run.count * run.rows).unflatten(2, {run.count, run.rows}).transpose(1, 2);
 }
+at::Tensor key_blocks(const at::Tensor& x, const CausalRun& run, const Shape& s) { return query_blocks(x, run, s).squeeze(2); }
 
-at::Tensor rows_after_sinks(const at::Tensor& x, const BlockTree& tree, const Shape& s) {
-  return by_group(x, s).narrow(2, tree.sinks(), s.length - tree.sinks());
+// Everything after the sinks, and the sinks, likewise: [B G, 1, g, L - s, e] and [B G, 1, s, e].
+at::Tensor queries_after_sinks(const at::Tensor& x, const BlockTree& tree, const Shape& s) {
+  return by_group(x, s).narrow(2, tree.sinks(), s.length - tree.sinks()).unsqueeze(1);
+}
+at::Tensor sink_keys(const at::Tensor& x, const BlockTree& tree, const Shape& s) {
+  return by_group(x, s).narrow(2, 0, tree.sinks());
 }
 
 bool has_sink_part(const BlockTree& tree, const Shape& s) { return tree.sinks() > 0 && tree.sinks() < s.length; }
 
+// Rows of far items as problems of attention_part: queries [n, rows, e] -> [n, 1, 1, rows, e], keys -> [n, 1, rows, e].
+at::Tensor far_queries(const at::Tensor& rows) { return rows.unsqueeze(1).unsqueeze(1); }
+at::Tensor far_keys(const at::Tensor& rows) { return rows.unsqueeze(1); }
+
 // One far bucket's forward, kept until the merged log-sum-exp is known.
 struct FarPart {
   Projections projections;
-  at::Tensor out;        // [n, g rows, width], in the value basis
+  at::Tensor out;        // [n, g rows, r_v], in the value basis
   at::Tensor logsumexp;  // [n, g rows]
 };
 
@@ -149,19 +151,16 @@ std::pair<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor&
   const auto logsumexp4 = logsumexp.unsqueeze(3);
 
   for (const CausalRun& run : causal_runs(tree)) {
-    const auto keys = blocks_of_head(k, run, 0, s);
-    const auto values = blocks_of_head(v, run, 0, s);
-    for (int64_t head = 0; head < s.heads_per_group(); ++head) {
-      const PartOutput part = attention_part(blocks_of_head(q, run, head, s), keys, values, /*causal=*/true, s.scale);
-      blocks_of_head(out, run, head, s).copy_(part.out);
-      blocks_of_head(logsumexp4, run, head, s).copy_(part.logsumexp.unsqueeze(3));
-    }
+    attention_part(query_blocks(q, run, s), key_blocks(k, run, s), key_blocks(v, run, s), /*causal=*/true, s.scale,
+                   query_blocks(out, run, s), query_blocks(logsumexp4, run, s).squeeze(4));
   }
 
-  PartOutput sink;
+  at::Tensor sink_out, sink_logsumexp;  // [B G, 1, g, L - s, d], [B G, 1, g, L - s]
   if (has_sink_part(tree, s)) {
-    sink = attention_part(rows_after_sinks(q, tree, s), for_all_heads(k.narrow(2, 0, tree.sinks()).contiguous(), s),
-                          for_all_heads(v.narrow(2, 0, tree.sinks()).contiguous(), s), /*causal=*/false, s.scale);
+    const auto rows = queries_after_sinks(q, tree, s);
+    sink_out = at::empty(rows.sizes(), q.options());
+    sink_logsumexp = at::empty(rows.sizes().slice(0, 4), logsumexp.options());
+    attention_part(rows, sink_keys(k, tree, s), sink_keys(v, tree, s), /*causal=*/false, s.scale, sink_out, sink_logsumexp);
   }
 
   std::vector<std::vector<Bucket>> buckets;
@@ -176,19 +175,23 @@ std::pair<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor&
     far_logsumexp.push_back(at::empty({rows_q.size(0), rows_q.size(1)}, logsumexp.options()));
     for (const Bucket& bucket : buckets.back()) {
       Projections p(bucket, plan, s, q.options());
-      const auto part = attention_part(Projections::down(take(rows_q, bucket), p.p_q).unsqueeze(1),
-                                       Projections::down(take(rows_k, bucket), p.p_k).unsqueeze(1),
-                                       Projections::down(take(rows_v, bucket), p.p_v).unsqueeze(1), /*causal=*/false, s.scale);
-      far.back().push_back({std::move(p), part.out.squeeze(1), part.logsumexp.squeeze(1).contiguous()});
-      put(far_logsumexp.back(), bucket, far.back().back().logsumexp);
+      const auto low_q = Projections::down(take(rows_q, bucket), p.p_q);
+      const auto low_k = Projections::down(take(rows_k, bucket), p.p_k);
+      const auto low_v = Projections::down(take(rows_v, bucket), p.p_v);
+      auto part_out = at::empty({low_q.size(0), low_q.size(1), low_v.size(2)}, q.options());
+      auto part_logsumexp = at::empty({low_q.size(0), low_q.size(1)}, logsumexp.options());
+      attention_part(far_queries(low_q), far_keys(low_k), far_keys(low_v), /*causal=*/false, s.scale, far_queries(part_out),
+                     part_logsumexp.unsqueeze(1).unsqueeze(1));
+      put(far_logsumexp.back(), bucket, part_logsumexp);
+      far.back().push_back({std::move(p), part_out, part_logsumexp});
     }
   }
 
   // The merged log-sum-exp of every row, then each part weighted by its share exp(lse_part - lse).
   const auto near_logsumexp = logsumexp.clone();
-  if (sink.out.defined()) {
-    auto rows = rows_after_sinks(logsumexp4, tree, s).squeeze(3);
-    rows.copy_(at::logaddexp(rows, sink.logsumexp));
+  if (sink_out.defined()) {
+    auto rows = queries_after_sinks(logsumexp4, tree, s).squeeze(4);
+    rows.copy_(at::logaddexp(rows, sink_logsumexp));
   }
   const auto run_view = [&](const at::Tensor& x4, const PairRun& run) {  // [B, G, count, g, rows, e]
     return token_runs(x4, s.groups, run.query_begin, run.count, run.query_rows, run.stride);
@@ -199,22 +202,22 @@ std::pair<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor&
     rows.copy_(at::logaddexp(rows, far_logsumexp[i].view(rows.sizes())));
   }
   out.mul_((near_logsumexp - logsumexp).exp_().unsqueeze(3).to(out.scalar_type()));
-  if (sink.out.defined()) {
-    const auto share = (sink.logsumexp - rows_after_sinks(logsumexp4, tree, s).squeeze(3)).exp_().unsqueeze(3).to(out.scalar_type());
-    rows_after_sinks(out, tree, s).addcmul_(sink.out, share);
+  if (sink_out.defined()) {
+    const auto share = (sink_logsumexp - queries_after_sinks(logsumexp4, tree, s).squeeze(4)).exp_().unsqueeze(4).to(out.scalar_type());
+    queries_after_sinks(out, tree, s).addcmul_(sink_out, share);
   }
   for (size_t i = 0; i < runs.size(); ++i) {
     const auto merged = run_view(logsumexp4, runs[i]).reshape(far_logsumexp[i].sizes());
-    at::Tensor expanded;
-    if (buckets[i].size() > 1) {
-      expanded = at::empty({merged.size(0), merged.size(1), s.d}, out.options());
-    } else {
-      expanded = merged.unsqueeze(2);  // replaced as a whole by put()
-    }
+    auto expanded = buckets[i].size() > 1 ? at::empty({merged.size(0), merged.size(1), s.d}, out.options()) : at::Tensor();
     for (size_t b = 0; b < buckets[i].size(); ++b) {
       FarPart& part = far[i][b];
       const auto share = (part.logsumexp - take(merged, buckets[i][b])).exp_().unsqueeze(2).to(out.scalar_type());
-      put(expanded, buckets[i][b], Projections::up(part.out.mul_(share), part.projections.p_o));
+      const auto rows = Projections::up(part.out.mul_(share), part.projections.p_o);
+      if (expanded.defined()) {
+        put(expanded, buckets[i][b], rows);
+      } else {
+        expanded = rows;
+      }
       part.out.reset();
     }
     auto rows = run_view(out, runs[i]);
@@ -223,51 +226,37 @@ std::pair<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor&
   return {out, logsumexp};
 }
 
-// An `out` for a flash backward at the value basis' width whose rowsum(grad * out) is `delta`, the merged correction: flash kernels
-// take no delta of their own. Any vector with that product serves; this is the shortest one.
-at::Tensor carrier_of_delta(const at::Tensor& grad, const at::Tensor& delta) {
-  const auto norm = at::linalg_vector_norm(grad, 2, {-1}, /*keepdim=*/true, delta.scalar_type());
-  const auto inverse = at::where(norm > 0, norm.reciprocal(), at::zeros({}, norm.options()));
-  return (grad * inverse).mul_(delta.unsqueeze(-1) * inverse).to(grad.scalar_type());
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,
                                                         const at::Tensor& v, const at::Tensor& out, const at::Tensor& logsumexp,
                                                         const LowRankPlan& plan) {
   const Shape s(q, k);
   const BlockTree& tree = plan.tree;
   auto grad_q = at::empty(q.sizes(), q.options());
-  auto grad_k = at::zeros(k.sizes(), k.options());
-  auto grad_v = at::zeros(v.sizes(), v.options());
+  auto grad_k = at::empty(k.sizes(), k.options());
+  auto grad_v = at::empty(v.sizes(), v.options());
   const auto logsumexp4 = logsumexp.unsqueeze(3);
+  const auto delta4 = (grad_out * out).sum(3, /*keepdim=*/true, logsumexp.scalar_type());
 
-  for (const CausalRun& run : causal_runs(tree)) {
-    const auto keys = blocks_of_head(k, run, 0, s);
-    const auto values = blocks_of_head(v, run, 0, s);
-    for (int64_t head = 0; head < s.heads_per_group(); ++head) {
-      const auto [dq, dk, dv] = attention_part_backward(
-          blocks_of_head(grad_out, run, head, s), blocks_of_head(q, run, head, s), keys, values, blocks_of_head(out, run, head, s),
-          blocks_of_head(logsumexp4, run, head, s).squeeze(3), /*causal=*/true, s.scale);
-      blocks_of_head(grad_q, run, head, s).copy_(dq);
-      blocks_of_head(grad_k, run, 0, s).add_(dk);
-      blocks_of_head(grad_v, run, 0, s).add_(dv);
-    }
+  for (const CausalRun& run : causal_runs(tree)) {  // covers every token once
+    attention_part_backward(query_blocks(grad_out, run, s), query_blocks(q, run, s), key_blocks(k, run, s), key_blocks(v, run, s),
+                            query_blocks(logsumexp4, run, s).squeeze(4), query_blocks(delta4, run, s).squeeze(4), /*causal=*/true, s.scale,
+                            query_blocks(grad_q, run, s), key_blocks(grad_k, run, s), key_blocks(grad_v, run, s));
   }
 
   if (has_sink_part(tree, s)) {
-    const auto [dq, dk, dv] = attention_part_backward(
-        rows_after_sinks(grad_out, tree, s), rows_after_sinks(q, tree, s),
-        for_all_heads(k.narrow(2, 0, tree.sinks()).contiguous(), s), for_all_heads(v.narrow(2, 0, tree.sinks()).contiguous(), s),
-        rows_after_sinks(out, tree, s), rows_after_sinks(logsumexp4, tree, s).squeeze(3), /*causal=*/false, s.scale);
-    rows_after_sinks(grad_q, tree, s).add_(dq);
-    by_group(grad_k, s).narrow(2, 0, tree.sinks()).add_(dk.sum(1, /*keepdim=*/true));
-    by_group(grad_v, s).narrow(2, 0, tree.sinks()).add_(dv.sum(1, /*keepdim=*/true));
+    const auto rows = queries_after_sinks(q, tree, s);
+    const auto keys = sink_keys(k, tree, s);
+    auto dq = at::empty(rows.sizes(), q.options());
+    auto dk = at::empty(keys.sizes(), k.options());
+    auto dv = at::empty(keys.sizes(), v.options());
+    attention_part_backward(queries_after_sinks(grad_out, tree, s), rows, keys, sink_keys(v, tree, s),
+                            queries_after_sinks(logsumexp4, tree, s).squeeze(4), queries_after_sinks(delta4, tree, s).squeeze(4),
+                            /*causal=*/false, s.scale, dq, dk, dv);
+    queries_after_sinks(grad_q, tree, s).add_(dq);
+    sink_keys(grad_k, tree, s).add_(dk);
+    sink_keys(grad_v, tree, s).add_(dv);
   }
 
-  if (tree.runs().empty()) {
-    return {grad_q, grad_k, grad_v};
-  }
-  const auto delta4 = (grad_out * out).sum(3, /*keepdim=*/true, logsumexp.scalar_type());
   for (const PairRun& run : tree.runs()) {
     const auto rows_q = query_rows(q, s.groups, run);
     const auto rows_k = key_rows(k, run);
@@ -280,15 +269,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
     auto run_grad_v = at::empty_like(rows_v);
     for (const Bucket& bucket : buckets_of(run, plan)) {
       const Projections p(bucket, plan, s, q.options());
-      const auto part_grad = Projections::down(take(rows_grad, bucket), p.p_o);
-      const auto [dq, dk, dv] = attention_part_backward(
-          part_grad.unsqueeze(1), Projections::down(take(rows_q, bucket), p.p_q).unsqueeze(1),
-          Projections::down(take(rows_k, bucket), p.p_k).unsqueeze(1), Projections::down(take(rows_v, bucket), p.p_v).unsqueeze(1),
-          carrier_of_delta(part_grad, take(rows_delta, bucket)).unsqueeze(1), take(rows_logsumexp, bucket).unsqueeze(1),
-          /*causal=*/false, s.scale);
-      put(run_grad_q, bucket, Projections::up(dq.squeeze(1), p.p_q));
-      put(run_grad_k, bucket, Projections::up(dk.squeeze(1), p.p_k));
-      put(run_grad_v, bucket, Projections::up(dv.squeeze(1), p.p_v));
+      const auto low_q = Projections::down(take(rows_q, bucket), p.p_q);
+      const auto low_k = Projections::down(take(rows_k, bucket), p.p_k);
+      const auto low_v = Projections::down(take(rows_v, bucket), p.p_v);
+      auto dq = at::empty_like(low_q), dk = at::empty_like(low_k), dv = at::empty_like(low_v);
+      attention_part_backward(far_queries(Projections::down(take(rows_grad, bucket), p.p_o)), far_queries(low_q), far_keys(low_k),
+                              far_keys(low_v), take(rows_logsumexp, bucket).unsqueeze(1).unsqueeze(1),
+                              take(rows_delta, bucket).unsqueeze(1).unsqueeze(1), /*causal=*/false, s.scale, far_queries(dq), far_keys(dk),
+                              far_keys(dv));
+      put(run_grad_q, bucket, Projections::up(dq, p.p_q));
+      put(run_grad_k, bucket, Projections::up(dk, p.p_k));
+      put(run_grad_v, bucket, Projections::up(dv, p.p_v));
     }
     const auto add = [&](const at::Tensor& grad, const at::Tensor& rows, int64_t begin, int64_t count_rows) {
       auto view = token_runs(grad, s.groups, begin, run.count, count_rows, run.stride);

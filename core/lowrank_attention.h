@@ -37,8 +37,8 @@ struct LowRankPlan : torch::CustomClassHolder {
 ///   near   softmax-terms of q k^T / sqrt(d) over each token's own block (causal) and the sinks, exact
 ///   far    scores (q P_q)(k P_k)^T / sqrt(d) at rank r, values v P_v at rank r_v, expanded once per row by P_o^T
 ///
-/// The parts are merged by their log-sum-exp. Forward and backward run on PyTorch's flash kernels at width max(r, r_v): the
-/// backward hands the merged output and log-sum-exp to each part. Bases and ranks are constants: no gradient flows into them.
+/// The parts are merged by their log-sum-exp; the backward hands the merged log-sum-exp and rowsum(grad * out) to each part
+/// (attention_part.h). Bases and ranks are constants: no gradient flows into them.
 ///
 /// q [B, H, L, d], k and v [B, G, L, d], L = plan.tree.sequence_length(); float32, float64 (CPU), bfloat16.
 /// returns [B, H, L, d] of q's dtype, differentiable in q, k, v. With all ranks d it is exact_attention, at its cost.

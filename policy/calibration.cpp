@@ -6,7 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
-#include "core/exact_part.h"
+#include "core/attention_part.h"
 #include "policy/controller.h"
 
 namespace drrl {

@@ -6,7 +6,7 @@
 #include <chrono>
 #include <utility>
 
-#include "core/exact_part.h"
+#include "core/attention_part.h"
 #include "core/gram.h"
 
 namespace drrl {

@@ -1,5 +1,5 @@
 
-#include "core/exact_part.h"
+#include "core/attention_part.h"
 #include "policy/attention.h"
 
 namespace drrl {

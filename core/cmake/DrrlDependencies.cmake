@@ -60,9 +60,11 @@ if(NOT TARGET drrl_torch)
     set_property(TARGET drrl_torch APPEND PROPERTY INTERFACE_INCLUDE_DIRECTORIES ${CUDAToolkit_INCLUDE_DIRS})
   endif()
   set_property(TARGET drrl_torch PROPERTY INTERFACE_LINK_LIBRARIES ${_torch_libraries})
+  # at::parallel_for is a header: without OpenMP in the including file it runs on one thread, silently.
+  set_property(TARGET drrl_torch PROPERTY INTERFACE_COMPILE_OPTIONS $<$<COMPILE_LANGUAGE:CXX>:-fopenmp>)
   # Executables find the wheel's own OpenMP and CUDA libraries through it.
   set_property(TARGET drrl_torch PROPERTY INTERFACE_LINK_OPTIONS
-               "-Wl,-rpath,${DRRL_TORCH_ROOT}/lib" "-Wl,-rpath-link,${DRRL_TORCH_ROOT}/lib")
+               -fopenmp "-Wl,-rpath,${DRRL_TORCH_ROOT}/lib" "-Wl,-rpath-link,${DRRL_TORCH_ROOT}/lib")
   if(DRRL_WITH_CUDA)
     add_library(drrl_nccl INTERFACE IMPORTED GLOBAL)
     set_target_properties(drrl_nccl PROPERTIES INTERFACE_INCLUDE_DIRECTORIES ${DRRL_NCCL_INCLUDE}

@@ -2,7 +2,7 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include "core/cost.h"
-#include "core/exact_part.h"
+#include "core/attention_part.h"
 #include "core/gram.h"
 #include "core/lowrank_attention.h"
 #include "core/reference.h"

@@ -6,7 +6,7 @@
 #include <fstream>
 
 #include "core/error.h"
-#include "core/exact_part.h"
+#include "core/attention_part.h"
 #include "policy/calibration.h"
 #include "policy/controller.h"
 #include "policy/rank_policy.h"

@@ -1,0 +1,340 @@
+#include "core/cpu/attention_kernel.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#if defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+
+namespace drrl::cpu {
+namespace {
+
+constexpr int64_t kRows = 6;            // rows of a register tile: 6 x 16 accumulators are 12 of the 16 registers
+constexpr int64_t kQueryBlock = 96;     // a block of scores, 96 x 256 floats, stays in the second-level cache
+constexpr int64_t kKeyBlock = 256;
+constexpr int64_t kScoreStride = kKeyBlock + kWidth;  // not a power of two, so that a column does not fall into one cache set
+
+// c[M x 16] = or += sum over i < depth of a(row, i) b[i][0..15]; a(row, i) is a[row a_stride + i], or a[i a_stride + row] if transposed.
+template <int M, bool kTransposed, bool kAccumulate>
+inline void tile(int64_t depth, const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride) {
+  __m256 sum[M][2];
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m) {
+    sum[m][0] = kAccumulate ? _mm256_loadu_ps(c + m * c_stride) : _mm256_setzero_ps();
+    sum[m][1] = kAccumulate ? _mm256_loadu_ps(c + m * c_stride + 8) : _mm256_setzero_ps();
+  }
+  for (int64_t i = 0; i < depth; ++i) {
+    const __m256 b0 = _mm256_loadu_ps(b);
+    const __m256 b1 = _mm256_loadu_ps(b + 8);
+    b += kWidth;
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m) {
+      const __m256 x = _mm256_broadcast_ss(kTransposed ? a + m : a + m * a_stride);
+      sum[m][0] = _mm256_fmadd_ps(x, b0, sum[m][0]);
+      sum[m][1] = _mm256_fmadd_ps(x, b1, sum[m][1]);
+    }
+    a += kTransposed ? a_stride : 1;
+  }
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m) {
+    _mm256_storeu_ps(c + m * c_stride, sum[m][0]);
+    _mm256_storeu_ps(c + m * c_stride + 8, sum[m][1]);
+  }
+}
+
+// c[rows x columns] = or += a b with b packed in panels of 16 columns: [columns / 16][depth][16]. `panel_depth` is the depth that b was packed
+// with, at least `depth`.
+template <bool kTransposed, bool kAccumulate>
+void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t panel_depth, float* c,
+             int64_t c_stride) {
+  for (int64_t n = 0; n < columns; n += kWidth, b += panel_depth * kWidth) {
+    int64_t m = 0;
+    for (; m + kRows <= rows; m += kRows) {
+      tile<kRows, kTransposed, kAccumulate>(depth, kTransposed ? a + m : a + m * a_stride, a_stride, b, c + m * c_stride + n, c_stride);
+    }
+    const float* rest = kTransposed ? a + m : a + m * a_stride;
+    float* to = c + m * c_stride + n;
+    switch (rows - m) {
+      case 1: tile<1, kTransposed, kAccumulate>(depth, rest, a_stride, b, to, c_stride); break;
+      case 2: tile<2, kTransposed, kAccumulate>(depth, rest, a_stride, b, to, c_stride); break;
+      case 3: tile<3, kTransposed, kAccumulate>(depth, rest, a_stride, b, to, c_stride); break;
+      case 4: tile<4, kTransposed, kAccumulate>(depth, rest, a_stride, b, to, c_stride); break;
+      case 5: tile<5, kTransposed, kAccumulate>(depth, rest, a_stride, b, to, c_stride); break;
+      default: break;
+    }
+  }
+}
+
+// x[rows x columns] -> panels of 16 columns, [columns / 16][rows][16].
+void pack_columns(const float* x, int64_t stride, int64_t rows, int64_t columns, float* to) {
+  for (int64_t n = 0; n < columns; n += kWidth) {
+    for (int64_t i = 0; i < rows; ++i, to += kWidth) {
+      _mm256_storeu_ps(to, _mm256_loadu_ps(x + i * stride + n));
+      _mm256_storeu_ps(to + 8, _mm256_loadu_ps(x + i * stride + n + 8));
+    }
+  }
+}
+
+inline void transpose8(const float* from, int64_t stride, float* to, int64_t to_stride) {
+  __m256 r[8];
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm256_loadu_ps(from + i * stride);
+  }
+  __m256 t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  __m256 u[8];
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(u[i], u[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(u[i], u[i + 4], 0x31));
+  }
+}
+
+// x[rows x columns] -> its transpose in panels of 16 rows of x, [padded rows / 16][columns][16], missing rows zero.
+void pack_rows(const float* x, int64_t stride, int64_t rows, int64_t columns, float* to) {
+  for (int64_t m = 0; m < rows; m += kWidth, to += columns * kWidth) {
+    if (m + kWidth <= rows) {
+      for (int64_t n = 0; n < columns; n += 8) {
+        transpose8(x + m * stride + n, stride, to + n * kWidth, kWidth);
+        transpose8(x + (m + 8) * stride + n, stride, to + n * kWidth + 8, kWidth);
+      }
+    } else {
+      for (int64_t n = 0; n < columns; ++n) {
+        for (int64_t i = 0; i < kWidth; ++i) {
+          to[n * kWidth + i] = m + i < rows ? x[(m + i) * stride + n] : 0.0f;
+        }
+      }
+    }
+  }
+}
+
+// Cephes' expf, relative error below 2e-7, for x <= 0 (or a little above); 0 below -87.3, -inf included.
+inline __m256 exponential(__m256 x) {
+  const __m256 low = _mm256_set1_ps(-87.33654f);
+  const __m256 alive = _mm256_cmp_ps(x, low, _CMP_GE_OQ);
+  x = _mm256_max_ps(x, low);
+  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+  r = _mm256_fmadd_ps(n, _mm256_set1_ps(2.12194440e-4f), r);
+  __m256 p = _mm256_set1_ps(1.9875691500e-4f);
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.3981999507e-3f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(8.3334519073e-3f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(4.1665795894e-2f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.6666665459e-1f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.0000001201e-1f));
+  const __m256 e = _mm256_add_ps(_mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.0f));
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_and_ps(_mm256_mul_ps(e, _mm256_castsi256_ps(power)), alive);
+}
+
+inline float largest(__m256 x) {
+  __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
+}
+
+inline float sum_of(__m256 x) {
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_shuffle_ps(y, y, 1)));
+}
+
+// Keys [begin, ...) of a block that query `i` sees.
+inline int64_t visible(const Shape& shape, int64_t i, int64_t begin, int64_t count) {
+  return shape.causal ? std::clamp<int64_t>(i + 1 - begin, 0, count) : count;
+}
+
+}  // namespace
+
+bool kernel_available() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+int64_t Shape::query_blocks() const { return (queries + kQueryBlock - 1) / kQueryBlock; }
+int64_t Shape::key_blocks() const { return (keys + kKeyBlock - 1) / kKeyBlock; }
+
+int64_t packed_size(const Shape& shape) { return shape.padded_keys() * (shape.qk + shape.v); }
+
+void pack(const Shape& shape, Matrix<const float> k, Matrix<const float> v, float* packed) {
+  for (int64_t begin = 0; begin < shape.keys; begin += kKeyBlock) {
+    const int64_t count = std::min(kKeyBlock, shape.keys - begin);
+    const int64_t padded = (count + kWidth - 1) / kWidth * kWidth;
+    pack_rows(k.at(0, begin), k.row, count, shape.qk, packed);
+    packed += padded * shape.qk;
+    pack_columns(v.at(0, begin), v.row, count, shape.v, packed);
+    packed += padded * shape.v;
+  }
+}
+
+int64_t forward_scratch_size(const Shape& shape) { return kQueryBlock * (kScoreStride + shape.v + 2); }
+
+void forward_block(const Shape& shape, Matrix<const float> q, const float* packed, Matrix<float> out, Matrix<float> logsumexp, int64_t head,
+                   int64_t block, float* scratch) {
+  const int64_t first = block * kQueryBlock;
+  const int64_t rows = std::min(kQueryBlock, shape.queries - first);
+  float* scores = scratch;
+  float* sum = scores + kQueryBlock * kScoreStride;     // [rows][v]
+  float* maximum = sum + kQueryBlock * shape.v;         // [rows]
+  float* total = maximum + kQueryBlock;                 // [rows]
+  std::fill(sum, sum + rows * shape.v, 0.0f);
+  std::fill(maximum, maximum + rows, -std::numeric_limits<float>::infinity());
+  std::fill(total, total + rows, 0.0f);
+  const __m256 scale = _mm256_set1_ps(shape.scale);
+
+  const int64_t end = shape.causal ? std::min(shape.keys, first + rows) : shape.keys;
+  for (int64_t begin = 0; begin < end; begin += kKeyBlock) {
+    const int64_t count = std::min(kKeyBlock, shape.keys - begin);
+    const int64_t padded = (count + kWidth - 1) / kWidth * kWidth;
+    const float* keys = packed;
+    const float* values = packed + padded * shape.qk;
+    packed += padded * (shape.qk + shape.v);
+    const int64_t seen = std::min(count, end - begin);  // by any row of this block
+    const int64_t used = (seen + kWidth - 1) / kWidth * kWidth;
+    product<false, false>(rows, used, shape.qk, q.at(head, first), q.row, keys, shape.qk, scores, kScoreStride);
+    for (int64_t i = 0; i < rows; ++i) {
+      float* row = scores + i * kScoreStride;
+      const int64_t n = visible(shape, first + i, begin, count);
+      std::fill(row + n, row + used, -std::numeric_limits<float>::infinity());
+      __m256 top = _mm256_loadu_ps(row);
+      for (int64_t j = 8; j < used; j += 8) {
+        top = _mm256_max_ps(top, _mm256_loadu_ps(row + j));
+      }
+      const float old_maximum = maximum[i];
+      const float new_maximum = std::max(old_maximum, largest(top) * shape.scale);
+      if (new_maximum == -std::numeric_limits<float>::infinity()) {  // nothing visible yet: weights of zero
+        std::fill(row, row + used, 0.0f);
+        continue;
+      }
+      const __m256 shift = _mm256_set1_ps(new_maximum);
+      __m256 part = _mm256_setzero_ps();
+      for (int64_t j = 0; j < used; j += 8) {
+        const __m256 e = exponential(_mm256_fmsub_ps(_mm256_loadu_ps(row + j), scale, shift));
+        _mm256_storeu_ps(row + j, e);
+        part = _mm256_add_ps(part, e);
+      }
+      const float rescale = std::exp(old_maximum - new_maximum);
+      total[i] = total[i] * rescale + sum_of(part);
+      maximum[i] = new_maximum;
+      if (rescale != 1.0f) {
+        const __m256 factor = _mm256_set1_ps(rescale);
+        for (int64_t j = 0; j < shape.v; j += 8) {
+          float* x = sum + i * shape.v + j;
+          _mm256_storeu_ps(x, _mm256_mul_ps(_mm256_loadu_ps(x), factor));
+        }
+      }
+    }
+    product<false, true>(rows, shape.v, seen, scores, kScoreStride, values, count, sum, shape.v);
+  }
+
+  for (int64_t i = 0; i < rows; ++i) {
+    const __m256 inverse = _mm256_set1_ps(1.0f / total[i]);
+    float* to = out.at(head, first + i);
+    for (int64_t j = 0; j < shape.v; j += 8) {
+      _mm256_storeu_ps(to + j, _mm256_mul_ps(_mm256_loadu_ps(sum + i * shape.v + j), inverse));
+    }
+    *logsumexp.at(head, first + i) = maximum[i] + std::log(total[i]);
+  }
+}
+
+int64_t packed_queries_size(const Shape& shape) { return shape.heads * shape.queries * (shape.qk + shape.v); }
+
+void pack_queries(const Shape& shape, const BackwardOperands& x, int64_t head, float* packed) {
+  packed += head * shape.queries * (shape.qk + shape.v);
+  for (int64_t first = 0; first < shape.queries; first += kQueryBlock) {
+    const int64_t rows = std::min(kQueryBlock, shape.queries - first);
+    pack_columns(x.q.at(head, first), x.q.row, rows, shape.qk, packed);
+    packed += rows * shape.qk;
+    pack_columns(x.grad_out.at(head, first), x.grad_out.row, rows, shape.v, packed);
+    packed += rows * shape.v;
+  }
+}
+
+int64_t backward_scratch_size(const Shape& shape) {
+  return kKeyBlock * (3 * shape.qk + 2 * shape.v) + 2 * kQueryBlock * kScoreStride;
+}
+
+int64_t first_query_block(const Shape& shape, int64_t block) { return shape.causal ? block * kKeyBlock / kQueryBlock : 0; }
+
+void backward_block(const Shape& shape, const BackwardOperands& x, const float* packed_queries, int64_t block, const Order& order,
+                    float* scratch) {
+  const int64_t begin = block * kKeyBlock;
+  const int64_t count = std::min(kKeyBlock, shape.keys - begin);
+  float* keys_by_row = scratch;                                // K^T in panels of keys
+  float* values_by_row = keys_by_row + kKeyBlock * shape.qk;   // V^T likewise
+  float* keys_by_column = values_by_row + kKeyBlock * shape.v; // K in panels of columns
+  float* grad_k = keys_by_column + kKeyBlock * shape.qk;       // [count][qk]
+  float* grad_v = grad_k + kKeyBlock * shape.qk;               // [count][v]
+  float* weights = grad_v + kKeyBlock * shape.v;               // scores, then softmax weights
+  float* grads = weights + kQueryBlock * kScoreStride;         // of the weights, then of the scores
+  pack_rows(x.k.at(0, begin), x.k.row, count, shape.qk, keys_by_row);
+  pack_rows(x.v.at(0, begin), x.v.row, count, shape.v, values_by_row);
+  pack_columns(x.k.at(0, begin), x.k.row, count, shape.qk, keys_by_column);
+  std::fill(grad_k, grad_k + count * shape.qk, 0.0f);
+  std::fill(grad_v, grad_v + count * shape.v, 0.0f);
+  const __m256 scale = _mm256_set1_ps(shape.scale);
+
+  for (int64_t head = 0; head < shape.heads; ++head) {
+    for (int64_t qb = first_query_block(shape, block); qb < shape.query_blocks(); ++qb) {
+      const int64_t first = qb * kQueryBlock;
+      const int64_t rows = std::min(kQueryBlock, shape.queries - first);
+      const int64_t seen = shape.causal ? std::min(count, first + rows - begin) : count;
+      const int64_t used = (seen + kWidth - 1) / kWidth * kWidth;
+      const float* q_packed = packed_queries + (head * shape.queries + first) * (shape.qk + shape.v);
+      const float* grad_packed = q_packed + rows * shape.qk;
+      product<false, false>(rows, used, shape.qk, x.q.at(head, first), x.q.row, keys_by_row, shape.qk, weights, kScoreStride);
+      product<false, false>(rows, used, shape.v, x.grad_out.at(head, first), x.grad_out.row, values_by_row, shape.v, grads, kScoreStride);
+      for (int64_t i = 0; i < rows; ++i) {
+        float* w = weights + i * kScoreStride;
+        float* g = grads + i * kScoreStride;
+        const int64_t n = visible(shape, first + i, begin, count);
+        std::fill(w + n, w + used, -std::numeric_limits<float>::infinity());
+        const __m256 shift = _mm256_set1_ps(*x.logsumexp.at(head, first + i));
+        const __m256 delta = _mm256_set1_ps(*x.delta.at(head, first + i));
+        for (int64_t j = 0; j < used; j += 8) {
+          const __m256 p = exponential(_mm256_fmsub_ps(_mm256_loadu_ps(w + j), scale, shift));
+          _mm256_storeu_ps(w + j, p);
+          const __m256 d = _mm256_mul_ps(_mm256_mul_ps(p, scale), _mm256_sub_ps(_mm256_loadu_ps(g + j), delta));
+          _mm256_storeu_ps(g + j, d);
+        }
+      }
+      product<true, true>(seen, shape.v, rows, weights, kScoreStride, grad_packed, rows, grad_v, shape.v);
+      product<true, true>(seen, shape.qk, rows, grads, kScoreStride, q_packed, rows, grad_k, shape.qk);
+      order.turn(order.context, head, qb);
+      product<false, true>(rows, shape.qk, seen, grads, kScoreStride, keys_by_column, count, x.grad_q.at(head, first), x.grad_q.row);
+      order.done(order.context, head, qb);
+    }
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    std::memcpy(x.grad_k.at(0, begin + j), grad_k + j * shape.qk, static_cast<size_t>(shape.qk) * sizeof(float));
+    std::memcpy(x.grad_v.at(0, begin + j), grad_v + j * shape.v, static_cast<size_t>(shape.v) * sizeof(float));
+  }
+}
+
+}  // namespace drrl::cpu
+
+#else  // another processor: the callers fall back on PyTorch's kernels
+
+namespace drrl::cpu {
+bool kernel_available() { return false; }
+int64_t Shape::query_blocks() const { return 0; }
+int64_t Shape::key_blocks() const { return 0; }
+int64_t packed_size(const Shape&) { return 0; }
+void pack(const Shape&, Matrix<const float>, Matrix<const float>, float*) {}
+int64_t forward_scratch_size(const Shape&) { return 0; }
+void forward_block(const Shape&, Matrix<const float>, const float*, Matrix<float>, Matrix<float>, int64_t, int64_t, float*) {}
+int64_t packed_queries_size(const Shape&) { return 0; }
+void pack_queries(const Shape&, const BackwardOperands&, int64_t, float*) {}
+int64_t backward_scratch_size(const Shape&) { return 0; }
+void backward_block(const Shape&, const BackwardOperands&, const float*, int64_t, const Order&, float*) {}
+int64_t first_query_block(const Shape&, int64_t) { return 0; }
+}  // namespace drrl::cpu
+
+#endif

@@ -1,0 +1,77 @@
+#pragma once
+
+// Attention in float32 on CPUs with AVX2 and FMA: register-blocked products on packed operands with the softmax between them, so that no score
+// leaves the second-level cache. Includes no torch header, because it alone is compiled for those instructions.
+
+#include <cstdint>
+
+namespace drrl::cpu {
+
+inline constexpr int64_t kWidth = 16;  ///< head dims of the kernel are multiples of this
+
+/// Whether this machine can run what follows.
+bool kernel_available();
+
+/// A problem's rows: row i of head h starts at data + h head + i row; elements of a row are contiguous.
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t head;
+  int64_t row;
+  T* at(int64_t h, int64_t i) const { return data + h * head + i * row; }
+};
+
+/// `heads` query heads that share one set of keys and values.
+struct Shape {
+  int64_t heads;
+  int64_t queries, keys;  ///< rows of each head, rows of k and v; equal if causal
+  int64_t qk, v;          ///< widths of q and k, and of v and out; multiples of kWidth
+  bool causal;
+  float scale;
+
+  int64_t padded_keys() const { return (keys + kWidth - 1) / kWidth * kWidth; }
+  int64_t query_blocks() const;
+  int64_t key_blocks() const;
+};
+
+// --- forward: out = softmax(scale q k^T) v and its log-sum-exp -----------------------------------------------------------------------------
+
+/// Floats of the packed keys and values of one problem.
+int64_t packed_size(const Shape& shape);
+/// Lays keys out as the products want them.
+void pack(const Shape& shape, Matrix<const float> k, Matrix<const float> v, float* packed);
+
+int64_t forward_scratch_size(const Shape& shape);
+/// Query block `block` (of shape.query_blocks()) of one head.
+void forward_block(const Shape& shape, Matrix<const float> q, const float* packed, Matrix<float> out, Matrix<float> logsumexp, int64_t head,
+                   int64_t block, float* scratch);
+
+// --- backward ----------------------------------------------------------------------------------------------------------------------------
+
+struct BackwardOperands {
+  Matrix<const float> q, grad_out, logsumexp, delta;  ///< logsumexp and delta: one float a row
+  Matrix<const float> k, v;                           ///< head is not used
+  Matrix<float> grad_q;                               ///< zero on entry
+  Matrix<float> grad_k, grad_v;                       ///< written; head is not used
+};
+
+/// Floats of the packed queries and output gradients of all heads of one problem.
+int64_t packed_queries_size(const Shape& shape);
+void pack_queries(const Shape& shape, const BackwardOperands& x, int64_t head, float* packed);
+
+int64_t backward_scratch_size(const Shape& shape);
+/// Key block `block` of one problem: writes its grad_k and grad_v and adds its share to grad_q. `turn(head, query_block)` is called before and
+/// `done(head, query_block)` after the addition to each block of grad_q, so that a caller can order the key blocks: with a fixed order the
+/// result does not depend on the number of threads.
+struct Order {
+  void* context;
+  void (*turn)(void* context, int64_t head, int64_t query_block);
+  void (*done)(void* context, int64_t head, int64_t query_block);
+};
+void backward_block(const Shape& shape, const BackwardOperands& x, const float* packed_queries, int64_t block, const Order& order,
+                    float* scratch);
+
+/// First query block that key block `block` is visible to.
+int64_t first_query_block(const Shape& shape, int64_t block);
+
+}  // namespace drrl::cpu
