@@ -6,6 +6,7 @@
 #include <map>
 
 #include "core/error.h"
+#include "tests/support/error_of.h"
 
 namespace drrl {
 namespace {
@@ -22,14 +23,7 @@ Environment detect(const Variables& variables) {
 }
 
 std::string usage_error(const Variables& variables) {
-  try {
-    detect(variables);
-  } catch (const Error& error) {
-    EXPECT_EQ(error.kind(), ErrorKind::kUsage);
-    return error.what();
-  }
-  ADD_FAILURE() << "no error";
-  return {};
+  return error_of(ErrorKind::kUsage, [&] { detect(variables); });
 }
 
 Variables with(Variables base, const Variables& changes) {

@@ -8,6 +8,7 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include "core/error.h"
+#include "tests/support/error_of.h"
 #include "distributed/agreement.h"
 #include "distributed/mesh.h"
 #include "distributed/mpi_group.h"
@@ -19,21 +20,6 @@ namespace {
 using std::chrono::milliseconds;
 using testing::AllOf;
 using testing::HasSubstr;
-
-template <typename Action>
-std::string error_of(ErrorKind kind, const Action& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.kind(), kind) << error.what();
-    return error.what();
-  } catch (const std::exception& error) {
-    ADD_FAILURE() << "not a drrl::Error: " << error.what();
-    return {};
-  }
-  ADD_FAILURE() << "no error";
-  return {};
-}
 
 TEST(GroupOfOne, IsTheIdentity) {
   const Group group;

@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "core/error.h"
+#include "tests/support/error_of.h"
 
 namespace drrl {
 
@@ -25,18 +25,5 @@ class MpiTest : public testing::Test {
   int rank_ = 0;
   int size_ = 1;
 };
-
-/// The message of the Error of `kind` that `action` throws; a failure when it throws none.
-template <typename Action>
-std::string error_of(ErrorKind kind, const Action& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.kind(), kind) << error.what();
-    return error.what();
-  }
-  ADD_FAILURE() << "no error";
-  return {};
-}
 
 }  // namespace drrl

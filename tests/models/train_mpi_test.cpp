@@ -6,6 +6,7 @@
 #include "models/safetensors.h"
 #include "models/trainer.h"
 #include "policy/attention.h"
+#include "tests/distributed/mpi_test.h"
 #include "tests/models/io_support.h"
 
 #include <ATen/Parallel.h>
@@ -33,14 +34,13 @@ Mesh make_mesh(int64_t tp, int64_t dp) {
   return tp * dp == 1 ? Mesh() : Mesh::create(Environment::detect(), {tp, dp}, at::kCPU, std::chrono::seconds(60));
 }
 
-class Training : public testing::Test {
+class Training : public MpiTest {
  protected:
   void SetUp() override {
-    MPI_Comm_rank(MPI_COMM_WORLD, &rank_);
-    MPI_Comm_size(MPI_COMM_WORLD, &size_);
-    const char* expected = std::getenv("DRRL_TEST_RANKS");
-    ASSERT_NE(expected, nullptr) << "DRRL_TEST_RANKS is not set: run through ctest";
-    ASSERT_EQ(std::to_string(size_), expected);
+    MpiTest::SetUp();
+    if (HasFatalFailure()) {
+      return;
+    }
     at::set_num_threads(1);
     // One folder for the world: rank 0 makes it.
     char path[64] = "/tmp/drrl-train-XXXXXX";
@@ -138,7 +138,6 @@ class Training : public testing::Test {
     }
   }
 
-  int rank_ = 0, size_ = 1;
   std::filesystem::path folder_;
   std::shared_ptr<const SequenceDataset> train_, valid_;
 };

@@ -10,6 +10,7 @@
 #include "policy/calibration.h"
 #include "policy/controller.h"
 #include "policy/rank_policy.h"
+#include "tests/support/error_of.h"
 
 namespace drrl {
 namespace {
@@ -61,17 +62,6 @@ std::filesystem::path temporary(const std::string& name) {
   return folder / name;
 }
 
-std::string message_of(const std::function<void()>& call, ErrorKind kind) {
-  try {
-    call();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.kind(), kind) << error.what();
-    return error.what();
-  }
-  ADD_FAILURE() << "no error";
-  return "";
-}
-
 TEST(RankBuckets, ComeFromTheDevice) {
   EXPECT_EQ(rank_buckets(at::kCPU, 64), (std::vector<int64_t>{16, 32, 48, 64}));
   EXPECT_EQ(rank_buckets(at::Device(at::kCUDA, 0), 128), (std::vector<int64_t>{32, 64, 96, 128}));
@@ -101,10 +91,10 @@ TEST(Allocation, IsTheBestOfAllAllocations) {  // against exhaustive search
 TEST(Allocation, RefusesWhatDoesNotFit) {
   const Calibration c = make_calibration(3, 64, {16, 32, 48});
   const std::vector<int64_t> buckets{16, 32, 48, 64};
-  EXPECT_NE(message_of([&] { allocate(c, 0.2, 3, 64, buckets); }, ErrorKind::kUsage).find("0.25"), std::string::npos);
-  EXPECT_NE(message_of([&] { allocate(c, 1.5, 3, 64, buckets); }, ErrorKind::kUsage).find("1.5"), std::string::npos);
-  EXPECT_NE(message_of([&] { allocate(c, 0.5, 4, 64, buckets); }, ErrorKind::kUsage).find("3 layers"), std::string::npos);
-  EXPECT_NE(message_of([&] { allocate(c, 0.5, 3, 128, buckets); }, ErrorKind::kUsage).find("128"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { allocate(c, 0.2, 3, 64, buckets); }).find("0.25"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { allocate(c, 1.5, 3, 64, buckets); }).find("1.5"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { allocate(c, 0.5, 4, 64, buckets); }).find("3 layers"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { allocate(c, 0.5, 3, 128, buckets); }).find("128"), std::string::npos);
 }
 
 TEST(Calibration, SurvivesItsFile) {
@@ -120,10 +110,10 @@ TEST(Calibration, SurvivesItsFile) {
 
 TEST(Calibration, NamesWhatIsWrongWithAFile) {
   const auto file = temporary("bad.json");
-  EXPECT_NE(message_of([&] { Calibration::load(temporary("none.json")); }, ErrorKind::kModel).find("none.json"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kModel, [&] { Calibration::load(temporary("none.json")); }).find("none.json"), std::string::npos);
   const auto expect = [&](const std::string& text, const std::string& part) {
     std::ofstream(file) << text;
-    const std::string message = message_of([&] { Calibration::load(file); }, ErrorKind::kModel);
+    const std::string message = error_of(ErrorKind::kModel, [&] { Calibration::load(file); });
     EXPECT_NE(message.find(part), std::string::npos) << message;
     EXPECT_NE(message.find("bad.json"), std::string::npos) << message;
   };
@@ -240,9 +230,9 @@ TEST(Controller, AShortSequenceIsExact) {
 }
 
 TEST(Policies, RefuseSenselessSettings) {
-  EXPECT_NE(message_of([] { make_fixed_policy(65, 64); }, ErrorKind::kUsage).find("65"), std::string::npos);
-  EXPECT_NE(message_of([] { make_fixed_policy(0, 64); }, ErrorKind::kUsage).find("0"), std::string::npos);
-  EXPECT_NE(message_of([] { make_energy_policy(1.5, {16}); }, ErrorKind::kUsage).find("1.5"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [] { make_fixed_policy(65, 64); }).find("65"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [] { make_fixed_policy(0, 64); }).find("0"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [] { make_energy_policy(1.5, {16}); }).find("1.5"), std::string::npos);
 }
 
 // The damage that calibration predicts must rank layers' errors as they really move the loss: here a two-layer toy whose "log-likelihood" is linear
