@@ -1,7 +1,7 @@
 #include "models/config.h"
 
 #include "core/error.h"
-#include "models/storage.h"
+#include "core/storage.h"
 
 #include <algorithm>
 #include <array>

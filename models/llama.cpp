@@ -4,7 +4,7 @@
 #include "models/cross_entropy.h"
 #include "models/fused_ops.h"
 #include "models/safetensors.h"
-#include "models/storage.h"
+#include "core/storage.h"
 #include "models/tensor_parallel.h"
 #include "models/weights.h"
 

@@ -1,7 +1,7 @@
 #include "models/metrics.h"
 
 #include "core/error.h"
-#include "models/storage.h"
+#include "core/storage.h"
 
 #include <nlohmann/json.hpp>
 

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "core/error.h"
-#include "models/storage.h"
+#include "core/storage.h"
 
 #include <ATen/ATen.h>
 

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "models/storage.h"
+#include "core/storage.h"
 
 #include <ATen/ATen.h>
 

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
+#include "core/storage.h"
 #include "core/attention_part.h"
 #include "policy/controller.h"
 
@@ -43,17 +44,7 @@ void Calibration::save(const std::filesystem::path& file) const {
                                {"ranks", ranks},
                                {"score_damage", score_damage},
                                {"value_damage", value_damage}};
-  auto temporary = file;
-  temporary += ".tmp";
-  {
-    std::ofstream out(temporary);
-    out << json.dump(1) << "\n";
-    out.close();
-    check(ErrorKind::kStorage, out.good(), "could not write ", temporary.string());
-  }
-  std::error_code error;
-  std::filesystem::rename(temporary, file, error);
-  check(ErrorKind::kStorage, !error, "could not rename ", temporary.string(), " to ", file.string(), ": ", error.message());
+  write_text(file, json.dump(1) + "\n");
 }
 
 Calibration Calibration::load(const std::filesystem::path& file) {

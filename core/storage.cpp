@@ -1,4 +1,4 @@
-#include "models/storage.h"
+#include "core/storage.h"
 
 #define XXH_INLINE_ALL
 #include <fcntl.h>
