@@ -10,7 +10,7 @@
 #include "models/config.h"
 #include "models/data.h"
 #include "models/llama.h"
-#include "models/storage.h"
+#include "core/storage.h"
 #include "models/token_file.h"
 
 #include <ATen/Parallel.h>
@@ -31,18 +31,6 @@ struct Totals {
   double nll = 0;
   int64_t tokens = 0;
   AttentionStatistics attention;
-
-  void add(const AttentionStatistics& s) {
-    attention.calls += s.calls;
-    attention.flops += s.flops;
-    attention.exact_flops += s.exact_flops;
-    attention.attention_ms += s.attention_ms;
-    attention.solve_ms += s.solve_ms;
-    attention.solves += s.solves;
-    attention.rank_qk += s.rank_qk;
-    attention.rank_v += s.rank_v;
-    attention.decisions += s.decisions;
-  }
 };
 
 /// The whole world's totals: losses over data-parallel ranks, operations and decisions over all, times of the slowest tensor-parallel rank.
@@ -94,8 +82,7 @@ ExitCode evaluate(const Environment& environment) {
   const MeshShape shape = mesh_flags(environment);
   const at::Device device = device_flag(environment);
   const ModelConfig config = ModelConfig::load(FLAGS_model);
-  check(ErrorKind::kUsage, FLAGS_seq_len >= 1 && FLAGS_seq_len <= config.max_position_embeddings, "--seq_len=", FLAGS_seq_len,
-        " must lie in [1, ", config.max_position_embeddings, "], the positions of ", FLAGS_model);
+  check_seq_len(config);
   const auto file = std::make_shared<const TokenFile>(TokenFile::open(FLAGS_data));
   const SequenceDataset data(file, 0, file->tokens(), FLAGS_seq_len, FLAGS_seed);
   int64_t windows = data.windows();
@@ -107,6 +94,7 @@ ExitCode evaluate(const Environment& environment) {
   guarded(environment, [&] {
     const bool leader = environment.world_rank == 0;
     const AttentionSetup attention = attention_flags(config, mesh, device);
+    const std::string description = attention.controller->describe();  // of the chosen policy, whatever is set later
     attention.controller->set_timing(true);
     CausalLM model(config, mesh.tp(), attention.controller, {.dtype = dtype_flag("dtype", FLAGS_dtype), .device = device});
     model.load(FLAGS_model);
@@ -115,18 +103,18 @@ ExitCode evaluate(const Environment& environment) {
                    {{"model", FLAGS_model},
                     {"data", c10::str(FLAGS_data, ": ", windows, " sequences of ", FLAGS_seq_len)},
                     {"parallel", c10::str("tensor ", shape.tp, " x data ", shape.dp)},
-                    {"attention", attention.controller->describe()},
+                    {"attention", description},
                     {"versions", version_line()}});
     }
 
-    const std::shared_ptr<RankPolicy> chosen = rank_policy_flags(config, device);
+    const std::shared_ptr<RankPolicy> chosen = attention.controller->policy();
     const std::shared_ptr<RankPolicy> full = make_full_policy();
     Totals policy_totals, full_totals;
     const auto run = [&](const Batch& batch, const std::shared_ptr<RankPolicy>& policy, Totals& totals) {
       attention.controller->set_policy(policy);
       attention.controller->take_statistics();
       const at::Tensor nll = model.token_nll(batch.tokens, batch.labels);
-      totals.add(attention.controller->take_statistics());
+      totals.attention += attention.controller->take_statistics();
       totals.nll += nll.sum(at::kDouble).item<double>();
       totals.tokens += batch.labels.numel();
     };
@@ -150,7 +138,7 @@ ExitCode evaluate(const Environment& environment) {
       json["full_attention_ms"] = exact["attention_ms"];
     }
     json["guard_violations"] = nullptr;  // no guard is part of these policies
-    json["attention"] = attention.controller->describe();
+    json["attention"] = description;
     json["dtype"] = FLAGS_dtype;
     json["device"] = FLAGS_device;
     json["threads"] = at::get_num_threads();

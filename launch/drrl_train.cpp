@@ -11,7 +11,7 @@
 #include "models/config.h"
 #include "models/data.h"
 #include "models/llama.h"
-#include "models/storage.h"
+#include "core/storage.h"
 #include "models/token_file.h"
 #include "models/trainer.h"
 
@@ -249,8 +249,7 @@ ExitCode train(const Environment& environment) {
       .dtype = dtype_flag("dtype", FLAGS_dtype), .device = device, .activation_checkpoint = FLAGS_activation_checkpoint};
   const at::ScalarType export_dtype = dtype_flag("export_dtype", FLAGS_export_dtype);
   const ModelConfig config = ModelConfig::load(FLAGS_model);
-  check(ErrorKind::kUsage, FLAGS_seq_len >= 1 && FLAGS_seq_len <= config.max_position_embeddings, "--seq_len=", FLAGS_seq_len,
-        " must lie in [1, ", config.max_position_embeddings, "], the positions of ", FLAGS_model);
+  check_seq_len(config);
   const Data data = open_data(environment, config);
   const TrainerOptions options = trainer_options(*data.train);
 

@@ -3,6 +3,7 @@
 #include "core/error.h"
 #include "distributed/environment.h"
 #include "distributed/mesh.h"
+#include "models/config.h"
 
 #include <gflags/gflags.h>
 
@@ -53,6 +54,11 @@ MeshShape mesh_flags(const Environment& environment) {
   MeshShape shape{FLAGS_tp, FLAGS_dp > 0 ? FLAGS_dp : environment.world_size / FLAGS_tp};
   check_shape(shape, environment.world_size);
   return shape;
+}
+
+void check_seq_len(const ModelConfig& config) {
+  check(ErrorKind::kUsage, FLAGS_seq_len >= 1 && FLAGS_seq_len <= config.max_position_embeddings, "--seq_len=", FLAGS_seq_len,
+        " must lie in [1, ", config.max_position_embeddings, "], the positions of ", FLAGS_model);
 }
 
 void require(const char* flag, const std::string& value) {

@@ -40,6 +40,10 @@ at::ScalarType dtype_flag(const char* flag, const std::string& value);
 struct MeshShape;
 MeshShape mesh_flags(const Environment& environment);
 
+/// Errors: Error(kUsage) unless 1 <= --seq_len <= the model's positions.
+struct ModelConfig;
+void check_seq_len(const ModelConfig& config);
+
 /// Errors: Error(kUsage) naming the flag when `value` is empty.
 void require(const char* flag, const std::string& value);
 

@@ -38,15 +38,12 @@ AttentionSetup attention_flags(const ModelConfig& config, const Mesh& mesh, cons
   setup.controller = std::make_shared<LowRankController>(policy, geometry_flags());
   const auto controller = setup.controller;
   setup.hooks.begin_step = [controller](int64_t) { controller->take_statistics(); };
-  setup.hooks.end_step = [controller]() {
-    const AttentionStatistics s = controller->take_statistics();
-    return AttentionWork{s.flops, s.exact_flops, s.rank_qk, s.rank_v, static_cast<double>(s.decisions)};
-  };
+  setup.hooks.end_step = [controller]() { return controller->take_statistics(); };
   // Bases are made anew from each sequence, so a resumed run needs no more than the same decisions.
-  setup.hooks.save = [controller]() { return controller->policy().describe(); };
+  setup.hooks.save = [controller]() { return controller->policy()->describe(); };
   setup.hooks.load = [controller](const std::string& saved) {
-    check(ErrorKind::kCheckpoint, saved == controller->policy().describe(), "the checkpoint was written under the rank policy '", saved,
-          "', this run has '", controller->policy().describe(), "'");
+    check(ErrorKind::kCheckpoint, saved == controller->policy()->describe(), "the checkpoint was written under the rank policy '", saved,
+          "', this run has '", controller->policy()->describe(), "'");
   };
   return setup;
 }

@@ -28,13 +28,21 @@ struct Totals {
   double loss_sum = 0, tokens = 0;  // counted once per data-parallel rank
   double squared_norm = 0;          // counted once per tensor-parallel rank
   double bad_ranks = 0, stops = 0;  // counted once per rank
-  AttentionWork attention;          // counted once per rank
+  AttentionStatistics attention;    // counted once per rank; only what a report shows
 
   std::vector<double> pack() const {
     return {loss_sum,          tokens,           squared_norm,       bad_ranks, stops, attention.flops, attention.exact_flops,
-            attention.rank_qk, attention.rank_v, attention.decisions};
+            attention.rank_qk, attention.rank_v, static_cast<double>(attention.decisions)};
   }
-  static Totals unpack(const double* v) { return {v[0], v[1], v[2], v[3], v[4], {v[5], v[6], v[7], v[8], v[9]}}; }
+  static Totals unpack(const double* v) {
+    Totals t{v[0], v[1], v[2], v[3], v[4], {}};
+    t.attention.flops = v[5];
+    t.attention.exact_flops = v[6];
+    t.attention.rank_qk = v[7];
+    t.attention.rank_v = v[8];
+    t.attention.decisions = std::llround(v[9]);
+    return t;
+  }
 };
 
 double peak_memory_gib() {
@@ -180,8 +188,8 @@ struct Trainer::Impl {
     report.grad_norm = norm;
     report.lr = lr;
     if (all.attention.decisions > 0) {
-      report.mean_rank_qk = all.attention.rank_qk / all.attention.decisions;
-      report.mean_rank_v = all.attention.rank_v / all.attention.decisions;
+      report.mean_rank_qk = all.attention.rank_qk / static_cast<double>(all.attention.decisions);
+      report.mean_rank_v = all.attention.rank_v / static_cast<double>(all.attention.decisions);
     }
     if (all.attention.exact_flops > 0) {
       report.attention_flops_fraction = all.attention.flops / all.attention.exact_flops;

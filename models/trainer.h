@@ -5,6 +5,7 @@
 #include "models/llama.h"
 #include "models/optimizer.h"
 #include "models/schedule.h"
+#include "policy/statistics.h"
 
 #include <cstdint>
 #include <filesystem>
@@ -16,19 +17,10 @@
 
 namespace drrl {
 
-/// What a rank policy did during one step on one rank, as sums, so that figures of several ranks add up.
-struct AttentionWork {
-  double flops = 0;        ///< spent on attention: near, sinks, far, projections, Grams, solves
-  double exact_flops = 0;  ///< what exact causal attention would have taken
-  double rank_qk = 0;      ///< sum over decisions of the score rank
-  double rank_v = 0;       ///< sum over decisions of the value rank
-  double decisions = 0;    ///< (layer, segment, KV group) decisions that these sums run over
-};
-
 /// How the trainer talks to a rank policy that wants to know about steps. Every member may be empty.
 struct PolicyHooks {
   std::function<void(int64_t step)> begin_step;        ///< before the first microbatch of update `step` (1, 2, ...)
-  std::function<AttentionWork()> end_step;             ///< after the last one
+  std::function<AttentionStatistics()> end_step;       ///< after the last one: what this rank spent in it
   std::function<void(bool evaluating)> evaluation;     ///< around validation: do not learn from it
   std::function<std::string()> save;                   ///< state for a checkpoint, any bytes
   std::function<void(const std::string& state)> load;  ///< what save returned on the same rank

@@ -29,7 +29,7 @@ class AttentionController {
                             std::shared_ptr<LayerPlan>& plan) = 0;
 };
 
-/// Exact attention in every layer, nothing measured: `--attention=full`, and the reference of everything else.
+/// Exact attention in every layer, nothing decided and nothing counted.
 std::shared_ptr<AttentionController> make_full_attention();
 
 }  // namespace drrl

@@ -2,7 +2,6 @@
 
 #include <ATen/ATen.h>
 
-#include <cstdint>
 #include <memory>
 #include <string>
 
@@ -11,6 +10,7 @@
 #include "core/lowrank_attention.h"
 #include "policy/attention.h"
 #include "policy/rank_policy.h"
+#include "policy/statistics.h"
 
 namespace drrl {
 
@@ -29,18 +29,6 @@ struct LayerPlan {
   c10::intrusive_ptr<LowRankPlan> lowrank;  ///< null: exact attention
 };
 
-/// What attention cost since the last `take_statistics()`, summed over layers and calls of this process.
-struct AttentionStatistics {
-  int64_t calls = 0;
-  double flops = 0;        ///< spent, everything counted: near, sinks, far, projections, Grams, solves
-  double exact_flops = 0;  ///< of exact causal attention on the same shapes
-  double attention_ms = 0; ///< forward calls of attend(), solves included; 0 unless timing is on
-  double solve_ms = 0;     ///< Grams and bases; 0 unless timing is on
-  int64_t solves = 0;      ///< d x d basis problems solved
-  double rank_qk = 0, rank_v = 0;  ///< sums over decisions
-  int64_t decisions = 0;   ///< (sequence, KV group, pair) decisions; exact layers without far pairs make none
-};
-
 /// The near + sinks + far attention of a model: per call and layer, ask the policy for ranks, solve the bases they need, run the operator.
 class LowRankController final : public AttentionController {
  public:
@@ -52,8 +40,9 @@ class LowRankController final : public AttentionController {
   /// Wall time of forward calls, on CUDA with a synchronization around each: for evaluation, not for training.
   void set_timing(bool on) { timing_ = on; }
 
+  /// What was spent since the last call.
   AttentionStatistics take_statistics();
-  const RankPolicy& policy() const { return *policy_; }
+  const std::shared_ptr<RankPolicy>& policy() const { return policy_; }
   void set_policy(std::shared_ptr<RankPolicy> policy) { policy_ = std::move(policy); }
 
   /// One line for banners.

@@ -1,0 +1,32 @@
+#pragma once
+
+#include <cstdint>
+
+namespace drrl {
+
+/// What attention cost, as sums over layers and calls of one process, so that figures of several steps and ranks add up.
+struct AttentionStatistics {
+  int64_t calls = 0;
+  double flops = 0;         ///< spent, everything counted: near, sinks, far, projections, Grams, solves
+  double exact_flops = 0;   ///< of exact causal attention on the same shapes
+  double attention_ms = 0;  ///< forward calls of attend(), solves included; 0 unless timing is on
+  double solve_ms = 0;      ///< Grams and bases; 0 unless timing is on
+  int64_t solves = 0;       ///< d x d basis problems solved
+  double rank_qk = 0, rank_v = 0;  ///< sums over decisions
+  int64_t decisions = 0;    ///< (sequence, KV group, pair) decisions; exact layers without far pairs make none
+
+  AttentionStatistics& operator+=(const AttentionStatistics& other) {
+    calls += other.calls;
+    flops += other.flops;
+    exact_flops += other.exact_flops;
+    attention_ms += other.attention_ms;
+    solve_ms += other.solve_ms;
+    solves += other.solves;
+    rank_qk += other.rank_qk;
+    rank_v += other.rank_v;
+    decisions += other.decisions;
+    return *this;
+  }
+};
+
+}  // namespace drrl
