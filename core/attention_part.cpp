@@ -1,13 +1,11 @@
 #include "core/attention_part.h"
 
-#include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <atomic>
 #include <cmath>
-#include <thread>
 
 #include "core/cpu/attention_kernel.h"
+#include "core/cpu/tasks.h"
 
 namespace drrl {
 namespace {
@@ -34,19 +32,6 @@ cpu::Matrix<T> matrix(const at::Tensor& x, int64_t i, int64_t j, bool heads, boo
   return {data, heads ? x.stride(2) : 0, x.stride(row)};
 }
 
-// Runs work(task, worker-local scratch) for all tasks, each taken by the next free thread in the order of their numbers.
-template <typename Work>
-void for_each_task(int64_t tasks, int64_t scratch_size, const Work& work) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks);
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const auto scratch = at::empty({scratch_size}, at::kFloat);
-    for (int64_t task = next.fetch_add(1); task < tasks; task = next.fetch_add(1)) {
-      work(task, scratch.data_ptr<float>());
-    }
-  });
-}
-
 cpu::Shape shape_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal, double scale) {
   return {q.size(2), q.size(3), k.size(2), q.size(4), v.size(3), causal, static_cast<float>(scale)};
 }
@@ -58,11 +43,11 @@ void kernel_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
   const int64_t problems = q.size(0) * columns;
   const auto packed = at::empty({problems, cpu::packed_size(shape)}, q.options());
   const auto packed_of = [&](int64_t p) { return packed.data_ptr<float>() + p * packed.size(1); };
-  for_each_task(problems, 0, [&](int64_t p, float*) {
+  cpu::for_each_task(problems, 0, [&](int64_t p, float*) {
     cpu::pack(shape, matrix<const float>(k, p / columns, p % columns, false), matrix<const float>(v, p / columns, p % columns, false), packed_of(p));
   });
   const int64_t blocks = shape.query_blocks();
-  for_each_task(problems * shape.heads * blocks, cpu::forward_scratch_size(shape), [&](int64_t task, float* scratch) {
+  cpu::for_each_task(problems * shape.heads * blocks, cpu::forward_scratch_size(shape), [&](int64_t task, float* scratch) {
     const int64_t p = task / (shape.heads * blocks);
     // Causal blocks grow: the largest first, so that no thread is left with one at the end.
     const int64_t block = blocks - 1 - task % blocks;
@@ -72,63 +57,22 @@ void kernel_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
   });
 }
 
-// Key blocks add to a block of grad_q in their order, whichever thread each one is on. They are taken in that order too, so the one waited for
-// is always running.
-struct Turns {
-  Turns(int64_t heads, int64_t blocks) : blocks_(blocks), next_(static_cast<size_t>(heads * blocks)) {}
-  std::atomic<int64_t>& at(int64_t head, int64_t block) { return next_[static_cast<size_t>(head * blocks_ + block)]; }
-
- private:
-  int64_t blocks_;
-  std::vector<std::atomic<int64_t>> next_;
-};
-struct Turn {
-  Turns* turns;
-  int64_t key_block;
-
-  static void wait(void* context, int64_t head, int64_t block) {
-    auto* self = static_cast<Turn*>(context);
-    for (int spins = 0; self->turns->at(head, block).load(std::memory_order_acquire) != self->key_block; ++spins) {
-      if (spins > 1000) {
-        std::this_thread::yield();
-      }
-    }
-  }
-  static void pass_on(void* context, int64_t head, int64_t block) {
-    auto* self = static_cast<Turn*>(context);
-    self->turns->at(head, block).store(self->key_block + 1, std::memory_order_release);
-  }
-};
-
 void kernel_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& logsumexp,
                      const at::Tensor& delta, bool causal, double scale, const at::Tensor& grad_q, const at::Tensor& grad_k,
                      const at::Tensor& grad_v) {
   const cpu::Shape shape = shape_of(q, k, v, causal, scale);
   const int64_t columns = q.size(1);
   const int64_t problems = q.size(0) * columns;
-  const auto packed = at::empty({problems, cpu::packed_queries_size(shape)}, q.options());
-  const auto packed_of = [&](int64_t p) { return packed.data_ptr<float>() + p * packed.size(1); };
-  std::vector<cpu::BackwardOperands> operands;
+  std::vector<cpu::BackwardProblem> operands;
   for (int64_t p = 0; p < problems; ++p) {
     const int64_t i = p / columns, j = p % columns;
-    operands.push_back({matrix<const float>(q, i, j, true), matrix<const float>(grad_out, i, j, true),
-                        matrix<const float>(logsumexp, i, j, true, false), matrix<const float>(delta, i, j, true, false),
-                        matrix<const float>(k, i, j, false), matrix<const float>(v, i, j, false), matrix<float>(grad_q, i, j, true),
-                        matrix<float>(grad_k, i, j, false), matrix<float>(grad_v, i, j, false)});
+    operands.push_back({shape,
+                        {matrix<const float>(q, i, j, true), matrix<const float>(grad_out, i, j, true),
+                         matrix<const float>(logsumexp, i, j, true, false), matrix<const float>(delta, i, j, true, false),
+                         matrix<const float>(k, i, j, false), matrix<const float>(v, i, j, false), matrix<float>(grad_q, i, j, true),
+                         matrix<float>(grad_k, i, j, false), matrix<float>(grad_v, i, j, false)}});
   }
-  for_each_task(problems * shape.heads, 0, [&](int64_t task, float*) {
-    cpu::pack_queries(shape, operands[static_cast<size_t>(task / shape.heads)], task % shape.heads, packed_of(task / shape.heads));
-  });
-  const int64_t blocks = shape.key_blocks();
-  std::vector<std::unique_ptr<Turns>> turns;
-  for (int64_t p = 0; p < problems; ++p) {
-    turns.push_back(std::make_unique<Turns>(shape.heads, shape.query_blocks()));
-  }
-  for_each_task(problems * blocks, cpu::backward_scratch_size(shape), [&](int64_t task, float* scratch) {
-    const auto p = static_cast<size_t>(task / blocks);
-    Turn turn{turns[p].get(), task % blocks};
-    cpu::backward_block(shape, operands[p], packed_of(task / blocks), task % blocks, {&turn, &Turn::wait, &Turn::pass_on}, scratch);
-  });
+  cpu::run_backward(operands);
 }
 
 // --- PyTorch's kernels ----------------------------------------------------------------------------------------------------------------------

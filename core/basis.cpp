@@ -31,7 +31,7 @@ at::Tensor shifted_cholesky(const at::Tensor& gram) {
       return factors;
     }
   }
-  raise(ErrorKind::kNumerics, "solve_basis: Cholesky factorization of a Gram matrix failed for every jitter up to ", kLargestJitter,
+  raise(ErrorKind::kNumerics, "basis: Cholesky factorization of a Gram matrix failed for every jitter up to ", kLargestJitter,
         " of its mean diagonal; the matrix is not positive semidefinite");
 }
 
@@ -51,20 +51,68 @@ Basis solve_batch(const at::Tensor& gram_x, const at::Tensor& gram_y) {
   return {left.to(at::kFloat), right.to(at::kFloat), sigma};
 }
 
-}  // namespace
+// G p (p^T G p)^-1: the partner of p that minimizes || Y^T - p' p^T Y^T ||_F for Y^T Y = G. Columns of p are scaled first, so that the jitter
+// of the factorization means the same for each of them.
+at::Tensor partner(const at::Tensor& p, const at::Tensor& gram) {
+  auto gram_p = at::matmul(gram, p);
+  const auto scale = (p * gram_p).sum(1, /*keepdim=*/true).clamp_min(1e-300).rsqrt();  // [N, 1, r]
+  const auto scaled = p * scale;
+  gram_p = gram_p * scale;
+  const auto factor = shifted_cholesky(at::matmul(scaled.transpose(1, 2), gram_p));
+  // X (C C^T)^-1 diag(scale)
+  return at::cholesky_solve(gram_p.transpose(1, 2), factor).transpose(1, 2) * scale;
+}
 
-Basis solve_basis(const at::Tensor& gram_x, const at::Tensor& gram_y) {
-  TORCH_CHECK(gram_x.dim() == 3 && gram_x.size(1) == gram_x.size(2) && gram_x.sizes() == gram_y.sizes(), "solve_basis: Grams ",
-              gram_x.sizes(), " and ", gram_y.sizes(), ", expected twice [N, d, d]");
-  TORCH_CHECK(gram_x.scalar_type() == at::kDouble && gram_y.scalar_type() == at::kDouble, "solve_basis: Grams of ",
-              gram_x.scalar_type(), " and ", gram_y.scalar_type(), ", expected Double");
-  at::NoGradGuard no_grad;
-  const int64_t n = gram_x.size(0);
-  const int64_t d = gram_x.size(1);
+Basis update_batch(const at::Tensor& start, const at::Tensor& gram_x, const at::Tensor& gram_y, int64_t steps) {
+  auto right = start.to(at::kDouble);
+  auto left = partner(right, gram_y);
+  for (int64_t step = 0; step < steps; ++step) {
+    right = partner(left, gram_x);
+    left = partner(right, gram_y);
+  }
+  // Columns of equal length on both sides, so that neither projection leaves the range of a half-precision float.
+  const auto balance = (at::linalg_vector_norm(right, 2, {1}, true) / at::linalg_vector_norm(left, 2, {1}, true).clamp_min(1e-300)).sqrt();
+  return {(left * balance).to(at::kFloat), (right / balance.clamp_min(1e-300)).to(at::kFloat), {}};
+}
+
+void check_grams(const char* what, const at::Tensor& gram_x, const at::Tensor& gram_y) {
+  TORCH_CHECK(gram_x.dim() == 3 && gram_x.size(1) == gram_x.size(2) && gram_x.sizes() == gram_y.sizes(), what, ": Grams ", gram_x.sizes(),
+              " and ", gram_y.sizes(), ", expected twice [N, d, d]");
+  TORCH_CHECK(gram_x.scalar_type() == at::kDouble && gram_y.scalar_type() == at::kDouble, what, ": Grams of ", gram_x.scalar_type(), " and ",
+              gram_y.scalar_type(), ", expected Double");
   if (!at::isfinite(gram_x).all().item<bool>() || !at::isfinite(gram_y).all().item<bool>()) {
     const auto bad = at::logical_not(at::isfinite(gram_x + gram_y).flatten(1).all(1)).nonzero();
-    raise(ErrorKind::kNumerics, "solve_basis: Gram matrix ", bad[0].item<int64_t>(), " of ", n, " is not finite");
+    raise(ErrorKind::kNumerics, what, ": Gram matrix ", bad[0].item<int64_t>(), " of ", gram_x.size(0), " is not finite");
   }
+}
+
+}  // namespace
+
+Basis update_basis(const at::Tensor& right, const at::Tensor& gram_x, const at::Tensor& gram_y, int64_t steps) {
+  at::NoGradGuard no_grad;
+  check_grams("update_basis", gram_x, gram_y);
+  TORCH_CHECK(right.dim() == 3 && right.size(0) == gram_x.size(0) && right.size(1) == gram_x.size(1) && right.size(2) >= 1 &&
+                  right.size(2) <= right.size(1) && steps >= 0,
+              "update_basis: a basis ", right.sizes(), " for Grams ", gram_x.sizes(), " and ", steps, " steps");
+  if (gram_x.is_cuda()) {
+    return update_batch(right, gram_x, gram_y, steps);
+  }
+  const auto options = gram_x.options().dtype(at::kFloat);
+  Basis result{at::empty(right.sizes(), options), at::empty(right.sizes(), options), {}};
+  at::parallel_for(0, right.size(0), 1, [&](int64_t begin, int64_t end) {
+    at::NoGradGuard no_grad_in_thread;
+    const Basis part = update_batch(right.slice(0, begin, end), gram_x.slice(0, begin, end), gram_y.slice(0, begin, end), steps);
+    result.left.slice(0, begin, end).copy_(part.left);
+    result.right.slice(0, begin, end).copy_(part.right);
+  });
+  return result;
+}
+
+Basis solve_basis(const at::Tensor& gram_x, const at::Tensor& gram_y) {
+  at::NoGradGuard no_grad;
+  check_grams("solve_basis", gram_x, gram_y);
+  const int64_t n = gram_x.size(0);
+  const int64_t d = gram_x.size(1);
   if (gram_x.is_cuda()) {
     return solve_batch(gram_x, gram_y);
   }

@@ -27,6 +27,19 @@ struct Basis {
 /// Errors: Error(kNumerics) naming the matrix if a Gram is not finite or a factorization does not converge.
 Basis solve_basis(const at::Tensor& gram_x, const at::Tensor& gram_y);
 
+/// The best bases of `right`'s rank that `steps` rounds of alternating least squares reach from `right`, without decomposing anything: subspace
+/// iteration, one round of which is
+///   left  = G_y right (right^T G_y right)^-1,   the best left factor for that right one (whatever X is),
+///   right = G_x left (left^T G_x left)^-1,      and the other way round,
+/// followed by one more left half. The error falls by (sigma_{r+1} / sigma_r)^2 a round, so from a basis of older tokens, or of other text, one or two
+/// come close to `solve_basis` (the "incremental updates" of arXiv 2512.15973, section on online updates). Products and a Cholesky factorization
+/// of size r only. The columns span the right spaces but are not nested: the rank of the result is fixed.
+///
+/// right [N, d, r]; gram_x, gram_y as for solve_basis. Returns bases [N, d, r] without singular values; columns that are dependent within the accuracy
+/// of the Grams stay harmless (Cholesky with jitter). steps >= 0; 0 gives only the left factor.
+/// Errors: as solve_basis.
+Basis update_basis(const at::Tensor& right, const at::Tensor& gram_x, const at::Tensor& gram_y, int64_t steps);
+
 /// The exact loss of a basis on *any* data with the given Grams, without decomposition and for every rank at once:
 ///   tail(r) = || X Y^T - X P_x P_y^T Y^T ||_F^2 = tr(G_x M_r G_y M_r^T),  M_r = I - left[:, :r] right[:, :r]^T.
 /// Also the loss of a stale basis on tokens that came after it (the perturbation of the paper's section on online updates,

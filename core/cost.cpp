@@ -28,15 +28,43 @@ double basis_solve_flops(int64_t d) {
   return cube * (1.0 / 3 + 5 * 2 + 9);
 }
 
-AttentionFlops lowrank_attention_flops(const LowRankPlan& plan, int64_t batch, int64_t heads, int64_t groups, int64_t head_dim,
-                                       int64_t solves, bool with_backward) {
-  const BlockTree& tree = plan.tree;
+double basis_update_flops(int64_t d, int64_t rank, int64_t steps) {
+  const double n = static_cast<double>(d), r = static_cast<double>(rank);
+  return (2.0 * static_cast<double>(steps) + 1) * (2 * n * n * r + 4 * n * r * r + r * r * r / 3);
+}
+
+AttentionFlops far_pair_flops(const PairRun& run, FarKind kind, int64_t rank, int64_t heads_per_group, int64_t head_dim, bool with_backward) {
+  const double r = static_cast<double>(rank);
+  const double queries = static_cast<double>(heads_per_group * run.query_rows);
+  const double keys = static_cast<double>(run.key_rows);
+  AttentionFlops flops;
+  flops.far = 2 * r * queries * keys * (with_backward ? kForwardAndBackward : 1.0);
+  if (rank < head_dim) {
+    // Forward: queries and keys down, or values down and the output up. Backward: the inputs down again and their gradients up.
+    const double forward = queries + keys;
+    const double backward = kind == FarKind::kScores ? 2 * (queries + keys) : queries + 2 * keys;
+    flops.projections = 2 * static_cast<double>(head_dim) * r * (forward + (with_backward ? backward : 0));
+  }
+  return flops;
+}
+
+AttentionFlops exact_part_flops(const BlockTree& tree, int64_t batch, int64_t heads, int64_t groups, int64_t head_dim, bool with_backward) {
   const double d = static_cast<double>(head_dim);
-  const double all_heads = static_cast<double>(batch) * heads;
+  const double all_heads = static_cast<double>(batch * heads);
   const double passes = with_backward ? kForwardAndBackward : 1.0;
   const double block = static_cast<double>(tree.geometry().near_block);
   const double sinks = static_cast<double>(tree.sinks());
+  const double complete = std::max<double>(0, static_cast<double>(tree.num_blocks()) - 1);
+  AttentionFlops flops;
+  flops.near = 4 * d * all_heads * passes * (complete * triangle(block) + triangle(static_cast<double>(tree.last_block_rows())));
+  flops.sinks = 4 * d * all_heads * passes * (triangle(sinks) + sinks * static_cast<double>(tree.sequence_length() - tree.sinks()));
+  flops.grams = 2 * d * d * block * complete * (all_heads + 2.0 * static_cast<double>(batch * groups));
+  return flops;
+}
 
+AttentionFlops lowrank_attention_flops(const LowRankPlan& plan, int64_t batch, int64_t heads, int64_t groups, int64_t head_dim,
+                                       double basis_flops, bool with_backward) {
+  const BlockTree& tree = plan.tree;
   AttentionFlops flops;
   const bool exact = std::all_of(plan.ranks.begin(), plan.ranks.end(),
                                  [&](const Ranks& r) { return r.qk == head_dim && r.v == head_dim; });
@@ -44,34 +72,17 @@ AttentionFlops lowrank_attention_flops(const LowRankPlan& plan, int64_t batch, i
     flops.near = exact_attention_flops(batch, heads, tree.sequence_length(), head_dim, with_backward);
     return flops;
   }
-  flops.near = 4 * d * all_heads * passes *
-               (std::max<double>(0, static_cast<double>(tree.num_blocks()) - 1) * triangle(block) +
-                triangle(static_cast<double>(tree.last_block_rows())));
-  flops.sinks = 4 * d * all_heads * passes * (triangle(sinks) + sinks * static_cast<double>(tree.sequence_length() - tree.sinks()));
-
-  const double heads_per_group = static_cast<double>(heads) / groups;
-  const int64_t pairs = tree.num_pairs();
+  flops = exact_part_flops(tree, batch, heads, groups, head_dim, with_backward);
   for (int64_t sequence = 0; sequence < batch * groups; ++sequence) {
     for (const PairRun& run : tree.runs()) {
       for (int64_t i = 0; i < run.count; ++i) {
-        const Ranks& ranks = plan.ranks[sequence * pairs + run.first_pair + i];
-        const double qk = static_cast<double>(ranks.qk), value = static_cast<double>(ranks.v);
-        const double queries = heads_per_group * run.query_rows;
-        const double keys = static_cast<double>(run.key_rows);
-        flops.far += 2 * (qk + value) * queries * keys * passes;
-        // Forward: q, k, v down and the output up. Backward: those three and the gradient down again, three gradients up.
-        if (ranks.qk < head_dim) {
-          flops.projections += 2 * d * qk * (queries + keys) * (with_backward ? 3 : 1);
-        }
-        if (ranks.v < head_dim) {
-          flops.projections += 2 * d * value * ((queries + keys) + (with_backward ? queries + 2 * keys : 0));
-        }
+        const Ranks& ranks = plan.ranks[static_cast<size_t>(sequence * tree.num_pairs() + run.first_pair + i)];
+        flops += far_pair_flops(run, FarKind::kScores, ranks.qk, heads / groups, head_dim, with_backward);
+        flops += far_pair_flops(run, FarKind::kValues, ranks.v, heads / groups, head_dim, with_backward);
       }
     }
   }
-  flops.grams = 2 * d * d * block * std::max<double>(0, static_cast<double>(tree.num_blocks()) - 1) *
-                (all_heads + 2.0 * batch * groups);
-  flops.solves = static_cast<double>(solves) * basis_solve_flops(head_dim);
+  flops.solves = basis_flops;
   return flops;
 }
 

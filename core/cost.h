@@ -26,12 +26,26 @@ struct AttentionFlops {
 /// forward's two, arXiv 2205.14135).
 double exact_attention_flops(int64_t batch, int64_t heads, int64_t length, int64_t head_dim, bool with_backward);
 
-/// Operations of lowrank_attention as this library executes it, Grams and `solves` basis solutions ([d, d] problems) included.
+/// The two products of a far pair that a rank makes cheaper.
+enum class FarKind { kScores = 0, kValues = 1 };
+
+/// Operations of one kind of one pair of a run at `rank`: its product, and the projections into and out of its basis if rank < head_dim.
+/// batch 1, one KV group of `heads_per_group` query heads.
+AttentionFlops far_pair_flops(const PairRun& run, FarKind kind, int64_t rank, int64_t heads_per_group, int64_t head_dim, bool with_backward);
+
+/// Operations that no rank changes: exact blocks, sinks, block Grams.
+AttentionFlops exact_part_flops(const BlockTree& tree, int64_t batch, int64_t heads, int64_t groups, int64_t head_dim, bool with_backward);
+
+/// Operations of lowrank_attention as this library executes it, Grams included; those of making the bases are `basis_flops`.
 AttentionFlops lowrank_attention_flops(const LowRankPlan& plan, int64_t batch, int64_t heads, int64_t groups, int64_t head_dim,
-                                       int64_t solves, bool with_backward);
+                                       double basis_flops, bool with_backward);
 
 /// Operations of one basis solution at dimension d: Cholesky d^3/3, five products 2 d^3, symmetric eigenproblem with vectors 9 d^3
 /// (Golub and Van Loan, Matrix Computations, 4th ed., section 8.3).
 double basis_solve_flops(int64_t d);
+
+/// Operations of update_basis: 2 steps + 1 half rounds of a product with the Gram 2 d^2 r, one of size r 2 d r^2, Cholesky r^3/3 and its two
+/// triangular solves 2 d r^2.
+double basis_update_flops(int64_t d, int64_t rank, int64_t steps);
 
 }  // namespace drrl

@@ -6,6 +6,7 @@
 #include <map>
 
 #include "core/attention_part.h"
+#include "core/cpu/lowrank_kernel.h"
 #include "core/rows.h"
 
 namespace drrl {
@@ -143,7 +144,7 @@ struct FarPart {
   at::Tensor logsumexp;  // [n, g rows]
 };
 
-std::pair<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const LowRankPlan& plan) {
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const LowRankPlan& plan) {
   const Shape s(q, k);
   const BlockTree& tree = plan.tree;
   auto out = at::empty(q.sizes(), q.options());
@@ -297,7 +298,7 @@ class LowRankAttention : public torch::autograd::Function<LowRankAttention> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                             const c10::intrusive_ptr<LowRankPlan>& plan) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [out, logsumexp] = drrl::forward(q, k, v, *plan);
+    auto [out, logsumexp] = cpu::lowrank_available(q, *plan) ? cpu::lowrank_forward(q, k, v, *plan) : drrl::forward(q, k, v, *plan);
     context->save_for_backward({q, k, v, out, logsumexp});
     context->saved_data["plan"] = c10::IValue::make_capsule(plan);
     return out;
@@ -307,7 +308,9 @@ class LowRankAttention : public torch::autograd::Function<LowRankAttention> {
     const auto saved = context->get_saved_variables();
     const auto plan = c10::static_intrusive_pointer_cast<LowRankPlan>(context->saved_data["plan"].toCapsule());
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [dq, dk, dv] = drrl::backward(grads[0].contiguous(), saved[0], saved[1], saved[2], saved[3], saved[4], *plan);
+    const auto& q = saved[0];
+    const auto run = cpu::lowrank_available(q, *plan) ? &cpu::lowrank_backward : &drrl::backward;
+    auto [dq, dk, dv] = run(grads[0].contiguous(), q, saved[1], saved[2], saved[3], saved[4], *plan);
     return {dq, dk, dv, at::Tensor()};
   }
 };
@@ -328,26 +331,27 @@ at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at:
   const int64_t items = k.size(0) * k.size(1) * tree.num_pairs();
   TORCH_CHECK(static_cast<int64_t>(plan->ranks.size()) == items, "lowrank_attention: the plan has ", plan->ranks.size(),
               " ranks, expected B G pairs = ", k.size(0), " x ", k.size(1), " x ", tree.num_pairs());
-  bool low_scores = false;
-  bool low_values = false;
+  int64_t score_columns = 0;  // the largest rank that needs a basis
+  int64_t value_columns = 0;
   for (const Ranks& ranks : plan->ranks) {
     TORCH_CHECK(ranks.qk >= 1 && ranks.qk <= d && ranks.v >= 1 && ranks.v <= d, "lowrank_attention: ranks (", ranks.qk, ", ", ranks.v,
                 "), expected 1..", d);
-    low_scores = low_scores || ranks.qk < d;
-    low_values = low_values || ranks.v < d;
+    score_columns = ranks.qk < d ? std::max(score_columns, ranks.qk) : score_columns;
+    value_columns = ranks.v < d ? std::max(value_columns, ranks.v) : value_columns;
   }
-  const auto check_basis = [&](const Basis& basis, const char* which) {
-    TORCH_CHECK(basis.defined() && basis.left.sizes() == at::IntArrayRef({items, d, d}) && basis.right.sizes() == basis.left.sizes(),
+  const auto check_basis = [&](const Basis& basis, const char* which, int64_t columns) {
+    TORCH_CHECK(basis.defined() && basis.left.sizes() == at::IntArrayRef({items, d, basis.left.size(2)}) &&
+                    basis.right.sizes() == basis.left.sizes() && basis.left.size(2) >= columns,
                 "lowrank_attention: the plan's ", which, " bases are ", basis.defined() ? c10::str(basis.left.sizes()) : "missing",
-                ", expected [", items, ", ", d, ", ", d, "]");
+                ", expected [", items, ", ", d, ", at least ", columns, "]");
   };
-  if (low_scores) {
-    check_basis(plan->scores, "score");
+  if (score_columns > 0) {
+    check_basis(plan->scores, "score", score_columns);
   }
-  if (low_values) {
-    check_basis(plan->values, "value");
+  if (value_columns > 0) {
+    check_basis(plan->values, "value", value_columns);
   }
-  if (items == 0 || (!low_scores && !low_values)) {
+  if (items == 0 || (score_columns == 0 && value_columns == 0)) {
     return exact_attention(q, k, v);
   }
   return LowRankAttention::apply(q.contiguous(), k.contiguous(), v.contiguous(), plan);

@@ -27,7 +27,8 @@ struct LowRankPlan : torch::CustomClassHolder {
   BlockTree tree;
   /// One entry per (batch, KV group, pair), in that order, pair innermost: B G pairs entries.
   std::vector<Ranks> ranks;
-  /// Bases in the same order, [B G pairs, d, d]. `scores` may be undefined if every rank qk is d, `values` if every rank v is d.
+  /// Bases in the same order, [B G pairs, d, columns] with at least as many columns as the largest rank below d. `scores` may be undefined if every rank
+  /// qk is d, `values` if every rank v is d.
   Basis scores;
   Basis values;
 };

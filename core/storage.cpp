@@ -57,6 +57,21 @@ class StreamingChecksum {
 
 }  // namespace
 
+std::string quoted(const std::string& text) {
+  constexpr size_t kLongest = 120;
+  constexpr char kDigits[] = "0123456789abcdef";
+  std::string result = "\"";
+  for (const char c : text.substr(0, kLongest)) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (byte < 0x20 || byte > 0x7e) {
+      result += {'\\', 'x', kDigits[byte >> 4], kDigits[byte & 15]};
+    } else {
+      result += c == '"' || c == '\\' ? std::string{'\\', c} : std::string{c};
+    }
+  }
+  return result + (text.size() > kLongest ? "...\"" : "\"");
+}
+
 std::string to_hex(uint64_t checksum) {
   constexpr char kDigits[] = "0123456789abcdef";
   std::string text(16, '0');

@@ -20,6 +20,9 @@ struct FileDigest {
 /// The checksum as it stands in manifests: 16 lower-case hexadecimal digits.
 std::string to_hex(uint64_t checksum);
 
+/// Text from a file that may be hostile, as it goes into messages: quoted, cut to 120 bytes, everything unprintable escaped.
+std::string quoted(const std::string& text);
+
 /// A file opened for reading at any offset. It reads with pread rather than through a mapping: a file that shrinks, or a disk
 /// or network file system that fails, is then an Error and not a SIGBUS, and pages are shared by the page cache either way.
 class FileReader {

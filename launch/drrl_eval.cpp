@@ -37,7 +37,8 @@ struct Totals {
 Totals reduce(const Totals& mine, const Mesh& mesh) {
   auto losses = at::tensor({mine.nll, static_cast<double>(mine.tokens)}, at::kDouble);
   const AttentionStatistics& a = mine.attention;
-  auto sums = at::tensor({a.flops, a.exact_flops, static_cast<double>(a.solves), a.rank_qk, a.rank_v, static_cast<double>(a.decisions)},
+  auto sums = at::tensor({a.flops, a.exact_flops, static_cast<double>(a.solves), static_cast<double>(a.updates), a.rank_qk, a.rank_v,
+                          static_cast<double>(a.decisions)},
                          at::kDouble);
   auto times = at::tensor({a.attention_ms, a.solve_ms}, at::kDouble);
   mesh.dp().all_reduce(losses);
@@ -51,9 +52,10 @@ Totals reduce(const Totals& mine, const Mesh& mesh) {
   all.attention.flops = at_index(sums, 0);
   all.attention.exact_flops = at_index(sums, 1);
   all.attention.solves = std::llround(at_index(sums, 2));
-  all.attention.rank_qk = at_index(sums, 3);
-  all.attention.rank_v = at_index(sums, 4);
-  all.attention.decisions = std::llround(at_index(sums, 5));
+  all.attention.updates = std::llround(at_index(sums, 3));
+  all.attention.rank_qk = at_index(sums, 4);
+  all.attention.rank_v = at_index(sums, 5);
+  all.attention.decisions = std::llround(at_index(sums, 6));
   all.attention.attention_ms = at_index(times, 0);
   all.attention.solve_ms = at_index(times, 1);
   return all;
@@ -70,6 +72,7 @@ nlohmann::ordered_json result_json(const Totals& t, int64_t head_dim) {
           {"attention_flops_fraction", a.flops / a.exact_flops},
           {"attention_ms", a.attention_ms},
           {"refreshes", a.solves},
+          {"basis_updates", a.updates},
           {"solves_ms", a.solve_ms},
           {"mean_rank_qk", mean_rank(a.rank_qk)},
           {"mean_rank_v", mean_rank(a.rank_v)}};

@@ -9,6 +9,7 @@
 #include "models/config.h"
 #include "models/data.h"
 #include "models/llama.h"
+#include "models/tensor_parallel.h"
 #include "models/token_file.h"
 #include "policy/calibration.h"
 
@@ -30,9 +31,52 @@ at::Tensor sampled_labels(CausalLM& model, const at::Tensor& tokens) {
   const at::Tensor logits = model.logits(tokens);  // [1, L, vocabulary]
   std::vector<at::Tensor> drawn;
   for (const at::Tensor& rows : logits.squeeze(0).split(256)) {
-    drawn.push_back(at::multinomial(at::softmax(rows, 1), 1).squeeze(1));
+    // The inverse of the distribution function at one uniform number a row; at::multinomial draws one for each word of the vocabulary.
+    const at::Tensor cumulative = at::softmax(rows, 1).to(at::kCPU).cumsum(1, at::kDouble);
+    const at::Tensor uniform = at::rand({rows.size(0), 1}, at::kDouble) * cumulative.slice(1, -1);
+    drawn.push_back(at::searchsorted(cumulative, uniform).clamp_max(cumulative.size(1) - 1).squeeze(1));
   }
   return at::cat(drawn).unsqueeze(0).to(at::kCPU);
+}
+
+/// All processes' measurements together: each has its own KV groups (tensor parallel) and its own text (data parallel). Collective.
+Calibration gathered(const CalibrationController& mine, const ModelConfig& config, const Mesh& mesh, double tokens) {
+  const Share groups = partition(config.num_key_value_heads, mesh.tp().size(), mesh.tp().rank());
+  const auto whole = [&](const at::Tensor& part) {
+    auto sizes = part.sizes().vec();
+    sizes[1] = config.num_key_value_heads;
+    auto all = at::zeros(sizes, part.options());
+    all.narrow(1, groups.begin, groups.count).copy_(part);
+    mesh.world().all_reduce(all);
+    return all;
+  };
+  auto counted = at::tensor({tokens}, at::kDouble);
+  mesh.dp().all_reduce(counted);
+  Calibration result;
+  result.tokens = counted[0].item<int64_t>();
+  result.damage = whole(mine.damage()) / counted;
+  result.bases = starting_bases(whole(mine.grams()));
+  return result;
+}
+
+/// Each layer's damage at each rank, over its KV groups and levels.
+void print_damage(const Calibration& c) {
+  std::cout << "layer";
+  for (const char* kind : {"scores", "values"}) {
+    for (const int64_t rank : c.ranks) {
+      std::printf("%*s%lld", 7, kind, static_cast<long long>(rank));
+    }
+  }
+  std::printf("   (KL in 1e-3 nats per token)\n");
+  const at::Tensor sums = c.damage.sum(at::IntArrayRef{1, 3}).contiguous();  // [layers, 2, ranks]
+  for (int64_t layer = 0; layer < c.layers(); ++layer) {
+    std::printf("%5lld", static_cast<long long>(layer));
+    for (int64_t i = 0; i < sums[layer].numel(); ++i) {
+      std::printf("%9.4f", 1e3 * sums[layer].const_data_ptr<double>()[i]);
+    }
+    std::printf("\n");
+  }
+  std::fflush(stdout);
 }
 
 ExitCode calibrate(const Environment& environment) {
@@ -82,45 +126,16 @@ ExitCode calibrate(const Environment& environment) {
         std::cout << "sequence " << i + 1 << " of " << windows << std::endl;
       }
     }
-    at::Tensor damage = controller->damage().clone();
-    auto counted = at::tensor({tokens}, at::kDouble);
-    mesh.world().all_reduce(damage);
-    mesh.dp().all_reduce(counted);
-    damage.div_(counted);
-
+    const Calibration result = gathered(*controller, config, mesh, tokens);
     if (leader) {
-      Calibration result;
-      result.head_dim = config.head_dim;
-      result.geometry = geometry;
-      result.seq_len = FLAGS_seq_len;
-      result.tokens = counted[0].item<int64_t>();
-      result.model = FLAGS_model;
-      result.data = FLAGS_data;
-      result.ranks = ranks;
-      for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
-        for (int64_t kind = 0; kind < 2; ++kind) {
-          const at::Tensor row = damage[layer][kind].contiguous();
-          (kind == 0 ? result.score_damage : result.value_damage)
-              .emplace_back(row.const_data_ptr<double>(), row.const_data_ptr<double>() + row.numel());
-        }
-      }
-      result.save(FLAGS_policy);
-      std::cout << "layer";
-      for (const char* kind : {"scores", "values"}) {
-        for (const int64_t rank : ranks) {
-          std::printf("%*s%lld", 7, kind, static_cast<long long>(rank));
-        }
-      }
-      std::printf("   (KL in 1e-3 nats per token)\n");
-      for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
-        std::printf("%5lld", static_cast<long long>(layer));
-        for (const auto* table : {&result.score_damage, &result.value_damage}) {
-          for (const double value : (*table)[static_cast<size_t>(layer)]) {
-            std::printf("%9.4f", 1e3 * value);
-          }
-        }
-        std::printf("\n");
-      }
+      Calibration named = result;
+      named.geometry = geometry;
+      named.seq_len = FLAGS_seq_len;
+      named.model = FLAGS_model;
+      named.data = FLAGS_data;
+      named.ranks = ranks;
+      named.save(FLAGS_policy);
+      print_damage(named);
       std::cout << "wrote " << FLAGS_policy << std::endl;
     }
     mesh.world().barrier();

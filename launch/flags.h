@@ -22,6 +22,7 @@ DECLARE_string(rank_policy);
 DECLARE_int64(rank);
 DECLARE_double(rank_budget);
 DECLARE_double(energy);
+DECLARE_int64(basis_updates);
 DECLARE_string(policy);
 DECLARE_int64(near_block);
 DECLARE_int64(sink_tokens);

@@ -3,6 +3,7 @@
 #include "core/error.h"
 #include "distributed/agreement.h"
 #include "launch/flags.h"
+#include "models/tensor_parallel.h"
 #include "policy/calibration.h"
 
 namespace drrl {
@@ -28,14 +29,36 @@ std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const a
   }
   check(ErrorKind::kUsage, FLAGS_rank_policy == "dp", "--rank_policy must be full, fixed, energy or dp, got '", FLAGS_rank_policy, "'");
   check(ErrorKind::kUsage, !FLAGS_policy.empty(), "--rank_policy=dp needs --policy=FILE, made by drrl-policy calibrate");
-  return make_dp_policy(Calibration::load(FLAGS_policy), FLAGS_rank_budget, config.num_hidden_layers, config.head_dim, buckets);
+  return make_dp_policy(Calibration::load(FLAGS_policy), FLAGS_rank_budget, buckets, FLAGS_basis_updates);
 }
+
+namespace {
+
+// Where bases start from: this process' KV groups of the calibration, if one is named.
+BasisOptions basis_flags(const ModelConfig& config, const Share& groups, const at::Device& device) {
+  check(ErrorKind::kUsage, FLAGS_basis_updates >= BasisOptions::kSolve, "--basis_updates must be at least -1, got ", FLAGS_basis_updates);
+  BasisOptions options{.update_steps = FLAGS_basis_updates, .start = {}};
+  if (!FLAGS_policy.empty() && FLAGS_attention == "lowrank") {
+    const Calibration calibration = Calibration::load(FLAGS_policy);
+    check(ErrorKind::kUsage,
+          calibration.layers() == config.num_hidden_layers && calibration.groups() == config.num_key_value_heads &&
+              calibration.head_dim() == config.head_dim,
+          "--policy=", FLAGS_policy, " is of a model with ", calibration.layers(), " layers, ", calibration.groups(), " KV groups and head_dim ",
+          calibration.head_dim(), " (", calibration.model, "), ", FLAGS_model, " has ", config.num_hidden_layers, ", ",
+          config.num_key_value_heads, " and ", config.head_dim);
+    options.start = calibration.bases.narrow(1, groups.begin, groups.count).to(device);
+  }
+  return options;
+}
+
+}  // namespace
 
 AttentionSetup attention_flags(const ModelConfig& config, const Mesh& mesh, const at::Device& device) {
   const std::shared_ptr<RankPolicy> policy = rank_policy_flags(config, device);
   check_agreement(mesh.world(), hash_bytes(policy->describe()), "the rank policy");
   AttentionSetup setup;
-  setup.controller = std::make_shared<LowRankController>(policy, geometry_flags());
+  const Share groups = partition(config.num_key_value_heads, mesh.tp().size(), mesh.tp().rank());
+  setup.controller = std::make_shared<LowRankController>(policy, geometry_flags(), basis_flags(config, groups, device), groups.begin);
   const auto controller = setup.controller;
   setup.hooks.begin_step = [controller](int64_t) { controller->take_statistics(); };
   setup.hooks.end_step = [controller]() { return controller->take_statistics(); };

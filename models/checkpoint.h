@@ -1,7 +1,7 @@
 #pragma once
 
 #include "distributed/group.h"
-#include "models/safetensors.h"
+#include "core/safetensors.h"
 
 #include <cstdint>
 #include <filesystem>

@@ -3,9 +3,9 @@
 #include "core/error.h"
 #include "models/cross_entropy.h"
 #include "models/fused_ops.h"
-#include "models/safetensors.h"
 #include "core/storage.h"
 #include "models/tensor_parallel.h"
+#include "models/weight_store.h"
 #include "models/weights.h"
 
 #include <ATen/CPUGeneratorImpl.h>

@@ -1,139 +1,91 @@
 #include "policy/calibration.h"
 
-#include <algorithm>
-#include <fstream>
-#include <limits>
-#include <nlohmann/json.hpp>
+#include <charconv>
+#include <sstream>
 
-#include "core/error.h"
-#include "core/storage.h"
 #include "core/attention_part.h"
+#include "core/error.h"
+#include "core/gram.h"
+#include "core/safetensors.h"
 #include "policy/controller.h"
 
 namespace drrl {
 namespace {
 
-constexpr const char* kFormat = "drrl-calibration-1";
+constexpr const char* kFormat = "drrl-calibration-2";
 
-std::vector<std::vector<double>> damage_table(const nlohmann::json& json, const char* field, size_t ranks, const std::string& file) {
-  const auto& rows = json.at(field);
-  std::vector<std::vector<double>> table;
-  for (const auto& row : rows) {
-    table.push_back(row.get<std::vector<double>>());
-    check(ErrorKind::kModel, table.back().size() == ranks, file, ": \"", field, "\" of layer ", table.size() - 1, " has ",
-          table.back().size(), " entries, expected one per rank: ", ranks);
-    for (const double value : table.back()) {
-      check(ErrorKind::kModel, std::isfinite(value) && value >= 0, file, ": \"", field, "\" of layer ", table.size() - 1, " holds ",
-            value, ", expected finite and not negative");
-    }
-  }
-  return table;
+// An integer of the file's metadata. Error(kModel) unless it is one, and at least `least`.
+int64_t integer(const std::string& text, const std::string& what, int64_t least) {
+  int64_t value = 0;
+  const auto [end, problem] = std::from_chars(text.data(), text.data() + text.size(), value);
+  check(ErrorKind::kModel, problem == std::errc() && end == text.data() + text.size() && value >= least, what, " is ", quoted(text),
+        ", expected an integer from ", least);
+  return value;
+}
+
+at::Tensor checked_tensor(const SafetensorsFile& file, const std::string& name, at::ScalarType dtype, int64_t dims) {
+  const auto& entry = file.entry(name);
+  check(ErrorKind::kModel, entry.dtype == dtype && static_cast<int64_t>(entry.shape.size()) == dims, file.path(), ": \"", name, "\" is ",
+        c10::toString(entry.dtype), " ", at::IntArrayRef(entry.shape), ", expected ", c10::toString(dtype), " of ", dims, " dimensions");
+  auto tensor = file.tensor(name);
+  check(ErrorKind::kModel, tensor.numel() > 0 && at::isfinite(tensor).all().item<bool>(), file.path(), ": \"", name,
+        "\" is empty or not finite");
+  return tensor;
 }
 
 }  // namespace
 
 void Calibration::save(const std::filesystem::path& file) const {
-  const nlohmann::json json = {{"format", kFormat},
-                               {"model", model},
-                               {"data", data},
-                               {"seq_len", seq_len},
-                               {"tokens", tokens},
-                               {"head_dim", head_dim},
-                               {"near_block", geometry.near_block},
-                               {"sink_tokens", geometry.sink_tokens},
-                               {"ranks", ranks},
-                               {"score_damage", score_damage},
-                               {"value_damage", value_damage}};
-  write_text(file, json.dump(1) + "\n");
+  std::ostringstream rank_list;
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    rank_list << (i > 0 ? "," : "") << ranks[i];
+  }
+  write_safetensors(file, {{"damage", damage}, {"bases", bases}},
+                    {{"format", kFormat},
+                     {"model", model},
+                     {"data", data},
+                     {"seq_len", std::to_string(seq_len)},
+                     {"tokens", std::to_string(tokens)},
+                     {"near_block", std::to_string(geometry.near_block)},
+                     {"sink_tokens", std::to_string(geometry.sink_tokens)},
+                     {"ranks", rank_list.str()}});
 }
 
-Calibration Calibration::load(const std::filesystem::path& file) {
-  std::ifstream in(file);
-  check(ErrorKind::kModel, in.good(), "no calibration file ", file.string(), " (drrl-policy calibrate makes one)");
-  try {
-    const auto json = nlohmann::json::parse(in);
-    const auto format = json.at("format").get<std::string>();
-    check(ErrorKind::kModel, format == kFormat, file.string(), ": \"format\" is \"", format, "\", expected \"", kFormat, "\"");
-    Calibration c;
-    c.model = json.at("model").get<std::string>();
-    c.data = json.at("data").get<std::string>();
-    c.seq_len = json.at("seq_len").get<int64_t>();
-    c.tokens = json.at("tokens").get<int64_t>();
-    c.head_dim = json.at("head_dim").get<int64_t>();
-    c.geometry = {json.at("near_block").get<int64_t>(), json.at("sink_tokens").get<int64_t>()};
-    c.ranks = json.at("ranks").get<std::vector<int64_t>>();
-    check(ErrorKind::kModel,
-          !c.ranks.empty() && std::is_sorted(c.ranks.begin(), c.ranks.end(), std::less_equal<>()) && c.ranks.front() >= 1 &&
-              c.ranks.back() < c.head_dim,
-          file.string(), ": \"ranks\" must rise within 1 to head_dim - 1 = ", c.head_dim - 1);
-    c.score_damage = damage_table(json, "score_damage", c.ranks.size(), file.string());
-    c.value_damage = damage_table(json, "value_damage", c.ranks.size(), file.string());
-    check(ErrorKind::kModel, !c.score_damage.empty() && c.score_damage.size() == c.value_damage.size(), file.string(), ": ",
-          c.score_damage.size(), " layers of score_damage, ", c.value_damage.size(), " of value_damage");
-    return c;
-  } catch (const nlohmann::json::exception& error) {
-    raise(ErrorKind::kModel, file.string(), ": not a calibration file: ", error.what());
-  }
-}
-
-std::vector<Ranks> allocate(const Calibration& calibration, double budget, int64_t layers, int64_t head_dim,
-                            const std::vector<int64_t>& buckets) {
-  check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
-  check(ErrorKind::kUsage, calibration.layers() == layers && calibration.head_dim == head_dim, "the calibration is of a model with ",
-        calibration.layers(), " layers of head_dim ", calibration.head_dim, " (", calibration.model, "), this one has ", layers, " of ",
-        head_dim);
-  // Choices of one (layer, kind): rank and index into the damages, -1 for exact.
-  std::vector<std::pair<int64_t, int>> choices;
-  for (size_t i = 0; i < calibration.ranks.size(); ++i) {
-    if (std::find(buckets.begin(), buckets.end(), calibration.ranks[i]) != buckets.end()) {
-      choices.emplace_back(calibration.ranks[i], static_cast<int>(i));
-    }
-  }
-  choices.emplace_back(head_dim, -1);
-
-  // Knapsack over the 2 layers kinds. Ranks are measured in their greatest common divisor.
-  int64_t unit = head_dim;
-  for (const auto& [rank, index] : choices) {
-    unit = std::gcd(unit, rank);
-  }
-  const int64_t kinds = 2 * layers;
-  const int64_t capacity = static_cast<int64_t>(std::floor(budget * static_cast<double>(kinds * head_dim / unit) + 1e-9));
-  check(ErrorKind::kUsage, capacity >= kinds * choices.front().first / unit, "rank budget ", budget,
-        " is below the smallest calibrated rank everywhere: ", static_cast<double>(choices.front().first) / static_cast<double>(head_dim));
-  constexpr double kInfinite = std::numeric_limits<double>::infinity();
-  const auto damage_of = [&](int64_t kind, int index) {
-    const auto& table = kind % 2 == 0 ? calibration.score_damage : calibration.value_damage;
-    return index < 0 ? 0.0 : table[static_cast<size_t>(kind / 2)][static_cast<size_t>(index)];
+Calibration Calibration::load(const std::filesystem::path& path) {
+  constexpr ErrorKind kind = ErrorKind::kModel;
+  check(kind, path_exists(path, kind), "no calibration file ", path, " (drrl-policy calibrate makes one)");
+  const SafetensorsFile file(path, kind);
+  const auto field = [&](const std::string& name) {
+    const auto found = file.metadata().find(name);
+    check(kind, found != file.metadata().end(), path, " is not a calibration file: its metadata has no \"", name, "\"");
+    return found->second;
   };
-  std::vector<double> best(static_cast<size_t>(capacity + 1), 0.0);
-  std::vector<std::vector<size_t>> chosen(static_cast<size_t>(kinds), std::vector<size_t>(static_cast<size_t>(capacity + 1), 0));
-  for (int64_t kind = 0; kind < kinds; ++kind) {
-    std::vector<double> next(best.size(), kInfinite);
-    for (int64_t used = 0; used <= capacity; ++used) {
-      for (size_t c = 0; c < choices.size(); ++c) {
-        const int64_t cost = choices[c].first / unit;
-        const double damage = cost > used ? kInfinite : best[static_cast<size_t>(used - cost)] + damage_of(kind, choices[c].second);
-        if (damage < next[static_cast<size_t>(used)]) {
-          next[static_cast<size_t>(used)] = damage;
-          chosen[static_cast<size_t>(kind)][static_cast<size_t>(used)] = c;
-        }
-      }
-    }
-    best = std::move(next);
+  const auto number = [&](const std::string& name, int64_t least) { return integer(field(name), c10::str(path, ": \"", name, "\""), least); };
+  check(kind, field("format") == kFormat, path, ": \"format\" is ", quoted(field("format")), ", expected \"", kFormat,
+        "\"; calibrate again");
+  Calibration c;
+  c.model = field("model");
+  c.data = field("data");
+  c.seq_len = number("seq_len", 1);
+  c.tokens = number("tokens", 1);
+  c.geometry = {number("near_block", 1), number("sink_tokens", 0)};
+  std::istringstream list(field("ranks"));
+  for (std::string item; std::getline(list, item, ',');) {
+    c.ranks.push_back(integer(item, c10::str(path, ": an entry of \"ranks\""), c.ranks.empty() ? 1 : c.ranks.back() + 1));
   }
-  std::vector<Ranks> result(static_cast<size_t>(layers));
-  int64_t left = capacity;
-  for (int64_t kind = kinds - 1; kind >= 0; --kind) {
-    const int64_t rank = choices[chosen[static_cast<size_t>(kind)][static_cast<size_t>(left)]].first;
-    (kind % 2 == 0 ? result[static_cast<size_t>(kind / 2)].qk : result[static_cast<size_t>(kind / 2)].v) = rank;
-    left -= rank / unit;
-  }
-  return result;
+  c.damage = checked_tensor(file, "damage", at::kDouble, 5);
+  c.bases = checked_tensor(file, "bases", at::kFloat, 5);
+  const bool fits = c.damage.sizes().slice(0, 3) == c.bases.sizes().slice(0, 3) && c.damage.size(2) == 2 &&
+                    c.damage.size(4) == static_cast<int64_t>(c.ranks.size()) && c.bases.size(3) == c.bases.size(4) &&
+                    c.ranks.back() < c.bases.size(4);
+  check(kind, fits, path, ": damage ", c.damage.sizes(), " and bases ", c.bases.sizes(), " do not fit each other or the ranks ", c.ranks,
+        ": expected [layers, groups, 2, levels, ranks] and [layers, groups, 2, d, d] with ranks below d");
+  check(kind, (c.damage >= 0).all().item<bool>(), path, ": \"damage\" holds a negative entry, ", c.damage.min().item<double>());
+  return c;
 }
 
 CalibrationController::CalibrationController(int64_t layers, Geometry geometry, std::vector<int64_t> ranks)
-    : geometry_(geometry), ranks_(std::move(ranks)),
-      damage_(at::zeros({layers, 2, static_cast<int64_t>(ranks_.size())}, at::kDouble)) {}
+    : layers_(layers), geometry_(geometry), ranks_(std::move(ranks)) {}
 
 at::Tensor CalibrationController::attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                          const at::Tensor& w_o, std::shared_ptr<LayerPlan>& plan) {
@@ -154,19 +106,49 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
   if (tree.num_pairs() == 0) {
     return;
   }
+  const int64_t batch = q.size(0), groups = k.size(1), d = q.size(3);
+  if (!damage_.defined()) {
+    damage_ = at::zeros({layers_, groups, 2, tree.num_levels(), static_cast<int64_t>(ranks_.size())}, at::kDouble);
+    grams_ = at::zeros({layers_, groups, 4, d, d}, at::kDouble);
+  }
+  TORCH_CHECK(damage_.size(3) == tree.num_levels(), "calibration on a sequence of ", q.size(2), " tokens with ", tree.num_levels(),
+              " levels after others with ", damage_.size(3));
+  const auto after_sinks = [&](const at::Tensor& x) {  // Gram of all rows of a group: [B, H or G, L, d] -> [G, d, d]
+    const auto rows = x.slice(2, tree.sinks()).unflatten(1, {groups, -1}).transpose(0, 1).reshape({groups, -1, d}).to(at::kFloat);
+    return at::bmm(rows.transpose(1, 2), rows).to(at::kCPU, at::kDouble);
+  };
+  const std::array grams = {after_sinks(q), after_sinks(k), after_sinks(v), output_gram(w_o, groups, d).to(at::kCPU)};
+  for (int64_t i = 0; i < 4; ++i) {
+    grams_[layer].select(1, i) += grams[static_cast<size_t>(i)];
+  }
+
   const FarBases bases = solve_far_bases(q, k, v, w_o, tree, /*scores=*/true, /*values=*/true);
-  const int64_t items = q.size(0) * k.size(1) * tree.num_pairs();
-  const int64_t d = q.size(3);
-  for (int64_t kind = 0; kind < 2; ++kind) {
-    for (size_t i = 0; i < ranks_.size(); ++i) {
-      const Ranks ranks = kind == 0 ? Ranks{ranks_[i], d} : Ranks{d, ranks_[i]};
-      const auto plan = c10::make_intrusive<LowRankPlan>(tree, std::vector<Ranks>(static_cast<size_t>(items), ranks), bases.scores, bases.values);
-      const auto error = lowrank_attention(q, k, v, plan) - exact;
-      // [B, H, L, d] -> one number a token: how far this error moves the log-likelihood there
-      const auto moved = (error * grad).sum({1, 3}, /*keepdim=*/false, at::kDouble);
-      damage_[layer][kind][static_cast<int64_t>(i)] += 0.5 * moved.pow(2).sum().to(at::kCPU);
+  const int64_t pairs = tree.num_pairs();
+  for (int64_t level = 0; level < tree.num_levels(); ++level) {
+    for (int64_t kind = 0; kind < 2; ++kind) {
+      for (size_t i = 0; i < ranks_.size(); ++i) {
+        std::vector<Ranks> ranks(static_cast<size_t>(batch * groups * pairs), Ranks{d, d});
+        for (const PairRun& run : tree.runs()) {
+          for (int64_t item = 0; run.level == level && item < batch * groups * run.count; ++item) {
+            Ranks& r = ranks[static_cast<size_t>(item / run.count * pairs + run.first_pair + item % run.count)];
+            (kind == 0 ? r.qk : r.v) = ranks_[i];
+          }
+        }
+        const auto plan = c10::make_intrusive<LowRankPlan>(tree, std::move(ranks), bases.scores, bases.values);
+        const auto error = lowrank_attention(q, k, v, plan) - exact;
+        // [B, H, L, d] -> one number a group and token: how far this error moves the log-likelihood there
+        const auto moved = (error * grad).sum(3, /*keepdim=*/false, at::kDouble).unflatten(1, {groups, -1}).sum(2);
+        damage_[layer].select(1, kind).select(1, level).select(1, static_cast<int64_t>(i)) += 0.5 * moved.pow(2).sum(at::IntArrayRef{0, 2}).to(at::kCPU);
+      }
     }
   }
+}
+
+at::Tensor starting_bases(const at::Tensor& grams) {
+  const auto of = [&](int64_t kind) { return grams.select(2, kind).flatten(0, 1).contiguous(); };
+  const auto scores = solve_basis(of(0), of(1)).right;
+  const auto values = solve_basis(of(2), of(3)).right;
+  return at::stack({scores, values}, 1).unflatten(0, {grams.size(0), grams.size(1)});
 }
 
 }  // namespace drrl

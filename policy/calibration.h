@@ -6,41 +6,63 @@
 #include <string>
 #include <vector>
 
+#include "core/block_tree.h"
 #include "core/lowrank_attention.h"
 #include "policy/attention.h"
 
 namespace drrl {
 
-/// How much each layer suffers at each rank, measured on real text, and where that was measured. Kept in a JSON file, so
-/// that one calibration pass serves every budget.
+/// What one pass over real text tells about a model: how much each KV group of each layer suffers at each rank and distance, and bases to start
+/// from. Kept in one safetensors file that serves every budget and length.
 class Calibration {
  public:
-  int64_t head_dim = 0;
   Geometry geometry;
   int64_t seq_len = 0;
   int64_t tokens = 0;
   std::string model;  ///< as the user named it, for messages
   std::string data;
   std::vector<int64_t> ranks;  ///< ascending, below head_dim
-  /// Expected KL(full || low rank) in nats per token if only this layer's scores (values) have rank `ranks[i]`: [layer][i].
-  std::vector<std::vector<double>> score_damage;
-  std::vector<std::vector<double>> value_damage;
+  /// Expected KL(full || low rank) in nats per token if only the pairs of this layer, KV group, kind (0 scores, 1 values) and tree level have rank
+  /// `ranks[i]`: [layers, groups, 2, levels, ranks] float64.
+  at::Tensor damage;
+  /// Right factors (P_k for scores, P_o for values) of the best bases for all of the calibration text at once, [layers, groups, 2, d, d] float32: where
+  /// `update_basis` starts from.
+  at::Tensor bases;
 
-  int64_t layers() const { return static_cast<int64_t>(score_damage.size()); }
+  int64_t layers() const { return damage.size(0); }
+  int64_t groups() const { return damage.size(1); }
+  int64_t levels() const { return damage.size(3); }
+  int64_t head_dim() const { return bases.size(3); }
 
   /// Writes atomically. Errors: Error(kStorage).
   void save(const std::filesystem::path& file) const;
 
-  /// Errors: Error(kModel) that names the file and the field that is missing, malformed or out of range.
+  /// Errors: Error(kModel) that names the file and what is missing, malformed or out of range.
   static Calibration load(const std::filesystem::path& file);
 };
 
-/// Ranks per layer of least total damage with sum over layers of (r + r_v) / (2 d layers) <= budget: dynamic programming over the layers, exact
-/// on the grid of the buckets. Damages are taken as additive over layers and kinds.
+/// Ranks for each layer, KV group and tree level.
+class RankTable {
+ public:
+  RankTable(int64_t layers, int64_t groups, int64_t levels, Ranks all)
+      : groups_(groups), levels_(levels), ranks_(static_cast<size_t>(layers * groups * levels), all) {}
+  Ranks& at(int64_t layer, int64_t group, int64_t level) { return ranks_[static_cast<size_t>((layer * groups_ + group) * levels_ + level)]; }
+  const Ranks& at(int64_t layer, int64_t group, int64_t level) const { return const_cast<RankTable*>(this)->at(layer, group, level); }
+
+ private:
+  int64_t groups_, levels_;
+  std::vector<Ranks> ranks_;
+};
+
+/// The ranks of least total damage whose attention, everything counted (core/cost.h, forward, bases updated in `update_steps` steps), takes at most
+/// `budget` of the operations of exact attention. Damages are taken as additive; distances beyond the calibrated levels are taken to suffer like the last one.
+///
+/// A Lagrangian relaxation of the knapsack: every choice minimizes damage + lambda x operations, with the smallest lambda that fits; what is left of
+/// the budget is spent on the best further steps. Optimal up to the last step (the choices are many and each is small).
 /// `buckets` is the device's list; only those that were calibrated, and head_dim itself at no damage, are used.
-/// Errors: Error(kUsage) if the calibration is of another shape of model, or no allocation meets the budget.
-std::vector<Ranks> allocate(const Calibration& calibration, double budget, int64_t layers, int64_t head_dim,
-                            const std::vector<int64_t>& buckets);
+/// Errors: Error(kUsage) if no allocation meets the budget.
+RankTable allocate(const Calibration& calibration, double budget, const BlockTree& tree, int64_t heads_per_group,
+                   const std::vector<int64_t>& buckets, int64_t update_steps);
 
 /// Exact attention that measures, during a backward pass, how far each layer's output would move the model at each rank.
 ///
@@ -54,17 +76,24 @@ class CalibrationController final : public AttentionController {
   at::Tensor attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
                     std::shared_ptr<LayerPlan>& plan) override;
 
-  /// Damage per layer, kind (0 scores, 1 values) and rank, in nats, summed over all backward passes so far: [layers, 2, ranks] float64. Of
-  /// this rank's KV groups; sums over tensor-parallel ranks.
+  /// Damage in nats, summed over all positions of all backward passes so far, of this process' KV groups: [layers, groups, 2, levels, ranks] float64.
+  /// Undefined before the first far pair.
   const at::Tensor& damage() const { return damage_; }
+
+  /// G_q, G_k, G_v and G_o over the same text, sinks left out, [layers, groups, 4, d, d] float64.
+  const at::Tensor& grams() const { return grams_; }
 
  private:
   void measure(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
                const at::Tensor& exact, const at::Tensor& grad);
 
+  int64_t layers_;
   Geometry geometry_;
   std::vector<int64_t> ranks_;
-  at::Tensor damage_;
+  at::Tensor damage_, grams_;
 };
+
+/// The starting bases of a Calibration, from CalibrationController::grams() summed over all text: [layers, groups, 2, d, d] float32.
+at::Tensor starting_bases(const at::Tensor& grams);
 
 }  // namespace drrl

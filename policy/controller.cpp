@@ -7,7 +7,6 @@
 #include <utility>
 
 #include "core/attention_part.h"
-#include "core/gram.h"
 
 namespace drrl {
 namespace {
@@ -49,23 +48,10 @@ at::Tensor relative_loss(const at::Tensor& singular_values) {
 
 }  // namespace
 
-FarBases solve_far_bases(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o, const BlockTree& tree,
-                         bool scores, bool values) {
-  at::NoGradGuard no_grad;
-  const PairGrams grams = pair_grams(q.detach(), k.detach(), v.detach(), tree);
-  FarBases bases;
-  if (scores) {
-    bases.scores = solve_basis(grams.queries.flatten(0, 2), grams.keys.flatten(0, 2));
-  }
-  if (values) {
-    const auto weight = output_gram(w_o, k.size(1), k.size(3)).unsqueeze(1).expand_as(grams.values);
-    bases.values = solve_basis(grams.values.flatten(0, 2), weight.flatten(0, 2));
-  }
-  return bases;
+LowRankController::LowRankController(std::shared_ptr<RankPolicy> policy, Geometry geometry, BasisOptions bases, int64_t first_group)
+    : policy_(std::move(policy)), geometry_(geometry), bases_(std::move(bases)), first_group_(first_group) {
+  TORCH_CHECK(bases_.update_steps >= BasisOptions::kSolve, "LowRankController: update_steps ", bases_.update_steps, ", expected at least -1");
 }
-
-LowRankController::LowRankController(std::shared_ptr<RankPolicy> policy, Geometry geometry)
-    : policy_(std::move(policy)), geometry_(geometry) {}
 
 at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
                                      std::shared_ptr<LayerPlan>& plan) {
@@ -88,19 +74,17 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
     return out;
   }
 
-  LayerObservation observation{layer, batch, groups, d, tree, {}, {}};
+  LayerObservation observation{layer, batch, heads, groups, first_group_, d, tree, {}, {}};
   FarBases bases;
-  int64_t solves = 0;
-  double solve_ms = 0;
+  double basis_ms = 0;
   const int64_t items = batch * groups * tree.num_pairs();
-  const auto solve = [&](bool scores, bool values) {
+  const auto timed = [&](auto&& make) {
     const Stopwatch watch(timing_, q.device());
-    bases = solve_far_bases(q, k, v, w_o, tree, scores, values);
-    solves = items * ((scores ? 1 : 0) + (values ? 1 : 0));
-    solve_ms = watch.ms();
+    bases = make();
+    basis_ms = watch.ms();
   };
   if (policy_->needs_spectra()) {
-    solve(true, true);
+    timed([&] { return solve_far_bases(q, k, v, w_o, tree, true, true); });
     observation.score_loss = relative_loss(bases.scores.singular_values);
     observation.value_loss = relative_loss(bases.values.singular_values);
   }
@@ -116,28 +100,35 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
   statistics_.decisions += items;
 
   at::Tensor out;
-  double flops = exact_flops;
+  double flops = exact_flops + bases.flops;
   if (low_scores || low_values) {
-    if (solves == 0) {
-      solve(low_scores, low_values);
+    if (!policy_->needs_spectra()) {
+      timed([&] {
+        return bases_.update_steps == BasisOptions::kSolve
+                   ? solve_far_bases(q, k, v, w_o, tree, low_scores, low_values)
+                   : update_far_bases(q, k, v, w_o, tree, ranks, bases_.start.defined() ? bases_.start[layer] : at::Tensor(), bases_.update_steps);
+      });
     }
     plan->lowrank = c10::make_intrusive<LowRankPlan>(tree, std::move(ranks), bases.scores, bases.values);
     out = lowrank_attention(q, k, v, plan->lowrank);
-    const AttentionFlops counted = lowrank_attention_flops(*plan->lowrank, batch, heads, groups, d, solves, with_backward);
-    flops = counted.total() + (low_values ? 2.0 * static_cast<double>(w_o.size(0) * heads * d * d) : 0.0);  // and G_o
+    flops = lowrank_attention_flops(*plan->lowrank, batch, heads, groups, d, bases.flops, with_backward).total();
   } else {
     out = exact_attention(q, k, v);
-    flops += static_cast<double>(solves) * basis_solve_flops(d);
   }
   statistics_.flops += flops;
-  statistics_.solves += solves;
-  statistics_.solve_ms += solve_ms;
+  statistics_.solves += bases.solves;
+  statistics_.updates += bases.updates;
+  statistics_.solve_ms += basis_ms;
   statistics_.attention_ms += total.ms();
   return out;
 }
 
 std::string LowRankController::describe() const {
-  return c10::str("near block ", geometry_.near_block, ", sinks ", geometry_.sink_tokens, ", ranks: ", policy_->describe());
+  return c10::str("near block ", geometry_.near_block, ", sinks ", geometry_.sink_tokens, ", bases ",
+                  bases_.update_steps == BasisOptions::kSolve ? std::string("solved")
+                                                              : c10::str("updated ", bases_.update_steps, " times from ",
+                                                                         bases_.start.defined() ? "the calibration" : "the first block"),
+                  ", ranks: ", policy_->describe());
 }
 
 AttentionStatistics LowRankController::take_statistics() { return std::exchange(statistics_, {}); }

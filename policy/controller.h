@@ -9,30 +9,31 @@
 #include "core/cost.h"
 #include "core/lowrank_attention.h"
 #include "policy/attention.h"
+#include "policy/far_bases.h"
 #include "policy/rank_policy.h"
 #include "policy/statistics.h"
 
 namespace drrl {
 
-/// Bases of all far pairs of one layer, [B G pairs, d, d] each, pair innermost.
-struct FarBases {
-  Basis scores;
-  Basis values;
-};
-
-/// Grams of each pair's left node, then the closed form: strictly causal bases, each made from the very keys that it compresses.
-/// Solves only for what is asked for. Shapes as in lowrank_attention.
-FarBases solve_far_bases(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o, const BlockTree& tree,
-                         bool scores, bool values);
-
 struct LayerPlan {
   c10::intrusive_ptr<LowRankPlan> lowrank;  ///< null: exact attention
 };
 
-/// The near + sinks + far attention of a model: per call and layer, ask the policy for ranks, solve the bases they need, run the operator.
+/// How the bases of far pairs are made.
+struct BasisOptions {
+  /// Rounds of `update_basis` from the starting bases; kSolve: a full decomposition for each pair instead.
+  int64_t update_steps = 2;
+  /// Starting bases, [layers, G, 2, d, d] of this process' KV groups (Calibration::bases); undefined: from each sequence's first block.
+  at::Tensor start;
+
+  static constexpr int64_t kSolve = -1;
+};
+
+/// The near + sinks + far attention of a model: per call and layer, ask the policy for ranks, make the bases they need, run the operator.
 class LowRankController final : public AttentionController {
  public:
-  LowRankController(std::shared_ptr<RankPolicy> policy, Geometry geometry);
+  /// first_group: the first of this process' KV groups among the model's, under tensor parallelism.
+  LowRankController(std::shared_ptr<RankPolicy> policy, Geometry geometry, BasisOptions bases = {}, int64_t first_group = 0);
 
   at::Tensor attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
                     std::shared_ptr<LayerPlan>& plan) override;
@@ -51,6 +52,8 @@ class LowRankController final : public AttentionController {
  private:
   std::shared_ptr<RankPolicy> policy_;
   Geometry geometry_;
+  BasisOptions bases_;
+  int64_t first_group_;
   bool timing_ = false;
   AttentionStatistics statistics_;
 };

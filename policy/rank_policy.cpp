@@ -3,7 +3,8 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <sstream>
+#include <map>
+#include <utility>
 
 #include "core/error.h"
 #include "policy/calibration.h"
@@ -63,23 +64,40 @@ class EnergyPolicy final : public RankPolicy {
 
 class AllocatedPolicy final : public RankPolicy {
  public:
-  AllocatedPolicy(std::vector<Ranks> layers, double budget) : layers_(std::move(layers)), budget_(budget) {}
+  AllocatedPolicy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps)
+      : calibration_(std::move(calibration)), budget_(budget), buckets_(std::move(buckets)), update_steps_(update_steps) {}
 
   std::vector<Ranks> decide(const LayerObservation& o) override {
-    return std::vector<Ranks>(items(o), layers_.at(static_cast<size_t>(o.layer)));
-  }
-  std::string describe() const override {
-    std::ostringstream line;
-    line << "dp, budget " << budget_ << ", ranks (scores/values) per layer";
-    for (const Ranks& ranks : layers_) {
-      line << " " << ranks.qk << "/" << ranks.v;
+    check(ErrorKind::kUsage, o.layer < calibration_.layers() && o.first_group + o.groups <= calibration_.groups() && o.head_dim == calibration_.head_dim(),
+          "the calibration is of a model with ", calibration_.layers(), " layers, ", calibration_.groups(), " KV groups and head_dim ",
+          calibration_.head_dim(), " (", calibration_.model, "), this one has layer ", o.layer, ", group ", o.first_group + o.groups - 1,
+          " and head_dim ", o.head_dim);
+    const int64_t heads_per_group = o.heads / o.groups;
+    const auto key = std::pair(o.tree.sequence_length(), heads_per_group);
+    auto found = tables_.find(key);
+    if (found == tables_.end()) {
+      found = tables_.emplace(key, allocate(calibration_, budget_, o.tree, heads_per_group, buckets_, update_steps_)).first;
     }
-    return line.str();
+    std::vector<Ranks> ranks(static_cast<size_t>(items(o)));
+    for (int64_t sequence = 0; sequence < o.batch * o.groups; ++sequence) {
+      for (const PairRun& run : o.tree.runs()) {
+        const Ranks& chosen = found->second.at(o.layer, o.first_group + sequence % o.groups, run.level);
+        std::fill_n(ranks.begin() + sequence * o.tree.num_pairs() + run.first_pair, run.count, chosen);
+      }
+    }
+    return ranks;
+  }
+
+  std::string describe() const override {
+    return c10::str("dp, budget ", budget_, ", calibrated on ", calibration_.tokens, " tokens of ", calibration_.data);
   }
 
  private:
-  std::vector<Ranks> layers_;
+  Calibration calibration_;
   double budget_;
+  std::vector<int64_t> buckets_;
+  int64_t update_steps_;
+  std::map<std::pair<int64_t, int64_t>, RankTable> tables_;
 };
 
 }  // namespace
@@ -106,9 +124,9 @@ std::unique_ptr<RankPolicy> make_energy_policy(double energy, std::vector<int64_
   return std::make_unique<EnergyPolicy>(energy, std::move(buckets));
 }
 
-std::unique_ptr<RankPolicy> make_dp_policy(const Calibration& calibration, double budget, int64_t layers, int64_t head_dim,
-                                           const std::vector<int64_t>& buckets) {
-  return std::make_unique<AllocatedPolicy>(allocate(calibration, budget, layers, head_dim, buckets), budget);
+std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps) {
+  check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
+  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets), update_steps);
 }
 
 }  // namespace drrl

@@ -21,7 +21,9 @@ std::vector<int64_t> rank_buckets(const at::Device& device, int64_t head_dim);
 struct LayerObservation {
   int64_t layer;
   int64_t batch;
-  int64_t groups;  ///< KV groups on this rank
+  int64_t heads;        ///< query heads on this process
+  int64_t groups;       ///< KV groups on this process
+  int64_t first_group;  ///< the first of them among the model's
   int64_t head_dim;
   const BlockTree& tree;
   /// Share of the energy ||X Y^T||_F^2 that is lost at rank r, column r of [B G pairs, d + 1] float64, from each pair's own spectrum: of the scores
@@ -50,9 +52,9 @@ std::unique_ptr<RankPolicy> make_fixed_policy(int64_t rank, int64_t head_dim);
 /// comparison). Errors: Error(kUsage) unless 0 < energy <= 1.
 std::unique_ptr<RankPolicy> make_energy_policy(double energy, std::vector<int64_t> buckets);
 
-/// Per layer and kind the ranks that do the least calibrated damage at a mean (r + r_v) / 2d of at most `budget`: `allocate()`.
-/// Errors: Error(kUsage) unless 0 < budget <= 1 and the calibration fits the model's layers, head dim and buckets.
-std::unique_ptr<RankPolicy> make_dp_policy(const Calibration& calibration, double budget, int64_t layers, int64_t head_dim,
-                                           const std::vector<int64_t>& buckets);
+/// Per layer, KV group, tree level and kind the ranks that do the least calibrated damage within `budget` of exact attention's operations:
+/// `allocate()`, once for each length of sequence.
+/// Errors: Error(kUsage) unless 0 < budget <= 1; when it decides, also if the budget cannot be met at that length.
+std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps);
 
 }  // namespace drrl

@@ -11,7 +11,8 @@ struct AttentionStatistics {
   double exact_flops = 0;   ///< of exact causal attention on the same shapes
   double attention_ms = 0;  ///< forward calls of attend(), solves included; 0 unless timing is on
   double solve_ms = 0;      ///< Grams and bases; 0 unless timing is on
-  int64_t solves = 0;       ///< d x d basis problems solved
+  int64_t solves = 0;       ///< full decompositions of d x d basis problems
+  int64_t updates = 0;      ///< rounds of incremental basis updates
   double rank_qk = 0, rank_v = 0;  ///< sums over decisions
   int64_t decisions = 0;    ///< (sequence, KV group, pair) decisions; exact layers without far pairs make none
 
@@ -22,6 +23,7 @@ struct AttentionStatistics {
     attention_ms += other.attention_ms;
     solve_ms += other.solve_ms;
     solves += other.solves;
+    updates += other.updates;
     rank_qk += other.rank_qk;
     rank_v += other.rank_v;
     decisions += other.decisions;

@@ -151,7 +151,7 @@ inline float sum_of(__m256 x) {
 
 // Keys [begin, ...) of a block that query `i` sees.
 inline int64_t visible(const Shape& shape, int64_t i, int64_t begin, int64_t count) {
-  return shape.causal ? std::clamp<int64_t>(i + 1 - begin, 0, count) : count;
+  return shape.causal ? std::clamp<int64_t>(shape.offset + i + 1 - begin, 0, count) : count;
 }
 
 }  // namespace
@@ -163,85 +163,151 @@ int64_t Shape::key_blocks() const { return (keys + kKeyBlock - 1) / kKeyBlock; }
 
 int64_t packed_size(const Shape& shape) { return shape.padded_keys() * (shape.qk + shape.v); }
 
+int64_t key_chunk_rows() { return kKeyBlock; }
+int64_t query_block_rows() { return kQueryBlock; }
+
+// k and v point to the chunk's first row, packed to the beginning of all chunks.
+void pack_chunk(const Shape& shape, const float* k, int64_t k_stride, const float* v, int64_t v_stride, int64_t chunk, float* packed) {
+  const int64_t begin = chunk * kKeyBlock;
+  const int64_t count = std::min(kKeyBlock, shape.keys - begin);
+  const int64_t padded = (count + kWidth - 1) / kWidth * kWidth;
+  packed += begin * (shape.qk + shape.v);
+  pack_rows(k, k_stride, count, shape.qk, packed);
+  pack_columns(v, v_stride, count, shape.v, packed + padded * shape.qk);
+}
+
 void pack(const Shape& shape, Matrix<const float> k, Matrix<const float> v, float* packed) {
-  for (int64_t begin = 0; begin < shape.keys; begin += kKeyBlock) {
-    const int64_t count = std::min(kKeyBlock, shape.keys - begin);
-    const int64_t padded = (count + kWidth - 1) / kWidth * kWidth;
-    pack_rows(k.at(0, begin), k.row, count, shape.qk, packed);
-    packed += padded * shape.qk;
-    pack_columns(v.at(0, begin), v.row, count, shape.v, packed);
-    packed += padded * shape.v;
+  for (int64_t chunk = 0; chunk < shape.key_blocks(); ++chunk) {
+    pack_chunk(shape, k.at(0, chunk * kKeyBlock), k.row, v.at(0, chunk * kKeyBlock), v.row, chunk, packed);
   }
 }
 
-int64_t forward_scratch_size(const Shape& shape) { return kQueryBlock * (kScoreStride + shape.v + 2); }
+void pack_matrix(const float* p, int64_t stride, int64_t rows, int64_t columns, float* panels) { pack_columns(p, stride, rows, columns, panels); }
+void pack_transposed(const float* p, int64_t stride, int64_t rows, int64_t columns, float* panels) { pack_rows(p, stride, rows, columns, panels); }
+
+void multiply(int64_t rows, int64_t columns, int64_t depth, const float* x, int64_t x_stride, const float* panels, float* to, int64_t to_stride,
+              bool add) {
+  if (add) {
+    product<false, true>(rows, columns, depth, x, x_stride, panels, depth, to, to_stride);
+  } else {
+    product<false, false>(rows, columns, depth, x, x_stride, panels, depth, to, to_stride);
+  }
+}
+
+void add_rows(int64_t rows, int64_t columns, const float* x, int64_t x_stride, float* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; j += 8) {
+      float* y = to + i * to_stride + j;
+      _mm256_storeu_ps(y, _mm256_add_ps(_mm256_loadu_ps(y), _mm256_loadu_ps(x + i * x_stride + j)));
+    }
+  }
+}
+
+// scores, the output so far, a part's own output, projected queries, and two numbers a row
+int64_t forward_rows_scratch_size(int64_t d) { return kQueryBlock * (kScoreStride + 3 * d + 2); }
+int64_t forward_scratch_size(const Shape& shape) { return forward_rows_scratch_size(std::max(shape.qk, shape.v)); }
+
+void forward_rows(int64_t rows, int64_t d, float scale_factor, const float* q, int64_t q_stride, const Part* parts, int64_t count_parts, float* out,
+                  int64_t out_stride, float* logsumexp, int64_t logsumexp_stride, float* scratch) {
+  float* scores = scratch;
+  float* sum = scores + kQueryBlock * kScoreStride;  // [rows][d]
+  float* part_sum = sum + kQueryBlock * d;           // [rows][v], of a part with values of its own width
+  float* projected = part_sum + kQueryBlock * d;     // [rows][qk]
+  float* maximum = projected + kQueryBlock * d;      // [rows]
+  float* total = maximum + kQueryBlock;              // [rows]
+  std::fill(sum, sum + rows * d, 0.0f);
+  std::fill(maximum, maximum + rows, -std::numeric_limits<float>::infinity());
+  std::fill(total, total + rows, 0.0f);
+  const __m256 scale = _mm256_set1_ps(scale_factor);
+  const auto rescale_row = [](float* row, int64_t width, float by) {
+    const __m256 factor = _mm256_set1_ps(by);
+    for (int64_t j = 0; j < width; j += 8) {
+      _mm256_storeu_ps(row + j, _mm256_mul_ps(_mm256_loadu_ps(row + j), factor));
+    }
+  };
+
+  for (const Part* part = parts; part != parts + count_parts; ++part) {
+    const float* queries = q;
+    int64_t queries_stride = q_stride;
+    if (part->project != nullptr) {
+      product<false, false>(rows, part->qk, d, q, q_stride, part->project, d, projected, part->qk);
+      queries = projected;
+      queries_stride = part->qk;
+    }
+    float* into = sum;
+    if (part->expand != nullptr) {
+      into = part_sum;
+      std::fill(into, into + rows * part->v, 0.0f);
+    }
+    const float* packed = part->packed;
+    const int64_t end = std::min(part->keys, part->visible + rows - 1);
+    for (int64_t begin = 0; begin < end; begin += kKeyBlock) {
+      const int64_t count = std::min(kKeyBlock, part->keys - begin);
+      const int64_t padded = (count + kWidth - 1) / kWidth * kWidth;
+      const float* keys = packed;
+      const float* values = packed + padded * part->qk;
+      packed += padded * (part->qk + part->v);
+      const int64_t seen = std::min(count, end - begin);  // by any row of this block
+      const int64_t used = (seen + kWidth - 1) / kWidth * kWidth;
+      product<false, false>(rows, used, part->qk, queries, queries_stride, keys, part->qk, scores, kScoreStride);
+      for (int64_t i = 0; i < rows; ++i) {
+        float* row = scores + i * kScoreStride;
+        const int64_t n = std::clamp<int64_t>(part->visible + i - begin, 0, count);
+        if (n < used) {
+          std::fill(row + n, row + used, -std::numeric_limits<float>::infinity());
+        }
+        __m256 top = _mm256_loadu_ps(row);
+        for (int64_t j = 8; j < used; j += 8) {
+          top = _mm256_max_ps(top, _mm256_loadu_ps(row + j));
+        }
+        const float old_maximum = maximum[i];
+        const float new_maximum = std::max(old_maximum, largest(top) * scale_factor);
+        if (new_maximum == -std::numeric_limits<float>::infinity()) {  // nothing visible yet: weights of zero
+          std::fill(row, row + used, 0.0f);
+          continue;
+        }
+        const __m256 shift = _mm256_set1_ps(new_maximum);
+        __m256 weights = _mm256_setzero_ps();
+        for (int64_t j = 0; j < used; j += 8) {
+          const __m256 e = exponential(_mm256_fmsub_ps(_mm256_loadu_ps(row + j), scale, shift));
+          _mm256_storeu_ps(row + j, e);
+          weights = _mm256_add_ps(weights, e);
+        }
+        if (new_maximum != old_maximum) {
+          const float rescale = std::exp(old_maximum - new_maximum);
+          total[i] *= rescale;
+          maximum[i] = new_maximum;
+          rescale_row(sum + i * d, d, rescale);
+          if (into != sum) {
+            rescale_row(into + i * part->v, part->v, rescale);
+          }
+        }
+        total[i] += sum_of(weights);
+      }
+      product<false, true>(rows, part->v, seen, scores, kScoreStride, values, count, into, part->v);
+    }
+    if (part->expand != nullptr) {
+      product<false, true>(rows, d, part->v, part_sum, part->v, part->expand, part->v, sum, d);
+    }
+  }
+
+  for (int64_t i = 0; i < rows; ++i) {
+    const __m256 inverse = _mm256_set1_ps(1.0f / total[i]);
+    for (int64_t j = 0; j < d; j += 8) {
+      _mm256_storeu_ps(out + i * out_stride + j, _mm256_mul_ps(_mm256_loadu_ps(sum + i * d + j), inverse));
+    }
+    logsumexp[i * logsumexp_stride] = maximum[i] + std::log(total[i]);
+  }
+}
 
 void forward_block(const Shape& shape, Matrix<const float> q, const float* packed, Matrix<float> out, Matrix<float> logsumexp, int64_t head,
                    int64_t block, float* scratch) {
   const int64_t first = block * kQueryBlock;
   const int64_t rows = std::min(kQueryBlock, shape.queries - first);
-  float* scores = scratch;
-  float* sum = scores + kQueryBlock * kScoreStride;     // [rows][v]
-  float* maximum = sum + kQueryBlock * shape.v;         // [rows]
-  float* total = maximum + kQueryBlock;                 // [rows]
-  std::fill(sum, sum + rows * shape.v, 0.0f);
-  std::fill(maximum, maximum + rows, -std::numeric_limits<float>::infinity());
-  std::fill(total, total + rows, 0.0f);
-  const __m256 scale = _mm256_set1_ps(shape.scale);
-
-  const int64_t end = shape.causal ? std::min(shape.keys, first + rows) : shape.keys;
-  for (int64_t begin = 0; begin < end; begin += kKeyBlock) {
-    const int64_t count = std::min(kKeyBlock, shape.keys - begin);
-    const int64_t padded = (count + kWidth - 1) / kWidth * kWidth;
-    const float* keys = packed;
-    const float* values = packed + padded * shape.qk;
-    packed += padded * (shape.qk + shape.v);
-    const int64_t seen = std::min(count, end - begin);  // by any row of this block
-    const int64_t used = (seen + kWidth - 1) / kWidth * kWidth;
-    product<false, false>(rows, used, shape.qk, q.at(head, first), q.row, keys, shape.qk, scores, kScoreStride);
-    for (int64_t i = 0; i < rows; ++i) {
-      float* row = scores + i * kScoreStride;
-      const int64_t n = visible(shape, first + i, begin, count);
-      std::fill(row + n, row + used, -std::numeric_limits<float>::infinity());
-      __m256 top = _mm256_loadu_ps(row);
-      for (int64_t j = 8; j < used; j += 8) {
-        top = _mm256_max_ps(top, _mm256_loadu_ps(row + j));
-      }
-      const float old_maximum = maximum[i];
-      const float new_maximum = std::max(old_maximum, largest(top) * shape.scale);
-      if (new_maximum == -std::numeric_limits<float>::infinity()) {  // nothing visible yet: weights of zero
-        std::fill(row, row + used, 0.0f);
-        continue;
-      }
-      const __m256 shift = _mm256_set1_ps(new_maximum);
-      __m256 part = _mm256_setzero_ps();
-      for (int64_t j = 0; j < used; j += 8) {
-        const __m256 e = exponential(_mm256_fmsub_ps(_mm256_loadu_ps(row + j), scale, shift));
-        _mm256_storeu_ps(row + j, e);
-        part = _mm256_add_ps(part, e);
-      }
-      const float rescale = std::exp(old_maximum - new_maximum);
-      total[i] = total[i] * rescale + sum_of(part);
-      maximum[i] = new_maximum;
-      if (rescale != 1.0f) {
-        const __m256 factor = _mm256_set1_ps(rescale);
-        for (int64_t j = 0; j < shape.v; j += 8) {
-          float* x = sum + i * shape.v + j;
-          _mm256_storeu_ps(x, _mm256_mul_ps(_mm256_loadu_ps(x), factor));
-        }
-      }
-    }
-    product<false, true>(rows, shape.v, seen, scores, kScoreStride, values, count, sum, shape.v);
-  }
-
-  for (int64_t i = 0; i < rows; ++i) {
-    const __m256 inverse = _mm256_set1_ps(1.0f / total[i]);
-    float* to = out.at(head, first + i);
-    for (int64_t j = 0; j < shape.v; j += 8) {
-      _mm256_storeu_ps(to + j, _mm256_mul_ps(_mm256_loadu_ps(sum + i * shape.v + j), inverse));
-    }
-    *logsumexp.at(head, first + i) = maximum[i] + std::log(total[i]);
-  }
+  const Part part{packed, shape.keys, shape.qk, shape.v, shape.causal ? shape.offset + first + 1 : Part::kAll};
+  // Without a basis the width of the sums is that of the values, whatever that of the queries.
+  forward_rows(rows, shape.v, shape.scale, q.at(head, first), q.row, &part, 1, out.at(head, first), out.row, logsumexp.at(head, first), logsumexp.row,
+               scratch);
 }
 
 int64_t packed_queries_size(const Shape& shape) { return shape.heads * shape.queries * (shape.qk + shape.v); }
@@ -261,7 +327,9 @@ int64_t backward_scratch_size(const Shape& shape) {
   return kKeyBlock * (3 * shape.qk + 2 * shape.v) + 2 * kQueryBlock * kScoreStride;
 }
 
-int64_t first_query_block(const Shape& shape, int64_t block) { return shape.causal ? block * kKeyBlock / kQueryBlock : 0; }
+int64_t first_query_block(const Shape& shape, int64_t block) {
+  return shape.causal ? std::max<int64_t>(0, block * kKeyBlock - shape.offset) / kQueryBlock : 0;
+}
 
 void backward_block(const Shape& shape, const BackwardOperands& x, const float* packed_queries, int64_t block, const Order& order,
                     float* scratch) {
@@ -285,7 +353,7 @@ void backward_block(const Shape& shape, const BackwardOperands& x, const float* 
     for (int64_t qb = first_query_block(shape, block); qb < shape.query_blocks(); ++qb) {
       const int64_t first = qb * kQueryBlock;
       const int64_t rows = std::min(kQueryBlock, shape.queries - first);
-      const int64_t seen = shape.causal ? std::min(count, first + rows - begin) : count;
+      const int64_t seen = shape.causal ? std::min(count, shape.offset + first + rows - begin) : count;
       const int64_t used = (seen + kWidth - 1) / kWidth * kWidth;
       const float* q_packed = packed_queries + (head * shape.queries + first) * (shape.qk + shape.v);
       const float* grad_packed = q_packed + rows * shape.qk;
@@ -307,9 +375,9 @@ void backward_block(const Shape& shape, const BackwardOperands& x, const float* 
       }
       product<true, true>(seen, shape.v, rows, weights, kScoreStride, grad_packed, rows, grad_v, shape.v);
       product<true, true>(seen, shape.qk, rows, grads, kScoreStride, q_packed, rows, grad_k, shape.qk);
-      order.turn(order.context, head, qb);
+      order.turn(order.context, order.key_block, head, qb);
       product<false, true>(rows, shape.qk, seen, grads, kScoreStride, keys_by_column, count, x.grad_q.at(head, first), x.grad_q.row);
-      order.done(order.context, head, qb);
+      order.done(order.context, order.key_block, head, qb);
     }
   }
   for (int64_t j = 0; j < count; ++j) {
@@ -330,6 +398,15 @@ int64_t packed_size(const Shape&) { return 0; }
 void pack(const Shape&, Matrix<const float>, Matrix<const float>, float*) {}
 int64_t forward_scratch_size(const Shape&) { return 0; }
 void forward_block(const Shape&, Matrix<const float>, const float*, Matrix<float>, Matrix<float>, int64_t, int64_t, float*) {}
+int64_t query_block_rows() { return 1; }
+int64_t forward_rows_scratch_size(int64_t) { return 0; }
+void forward_rows(int64_t, int64_t, float, const float*, int64_t, const Part*, int64_t, float*, int64_t, float*, int64_t, float*) {}
+void pack_matrix(const float*, int64_t, int64_t, int64_t, float*) {}
+void pack_transposed(const float*, int64_t, int64_t, int64_t, float*) {}
+void multiply(int64_t, int64_t, int64_t, const float*, int64_t, const float*, float*, int64_t, bool) {}
+void add_rows(int64_t, int64_t, const float*, int64_t, float*, int64_t) {}
+int64_t key_chunk_rows() { return 1; }
+void pack_chunk(const Shape&, const float*, int64_t, const float*, int64_t, int64_t, float*) {}
 int64_t packed_queries_size(const Shape&) { return 0; }
 void pack_queries(const Shape&, const BackwardOperands&, int64_t, float*) {}
 int64_t backward_scratch_size(const Shape&) { return 0; }

@@ -24,10 +24,11 @@ struct Matrix {
 /// `heads` query heads that share one set of keys and values.
 struct Shape {
   int64_t heads;
-  int64_t queries, keys;  ///< rows of each head, rows of k and v; equal if causal
+  int64_t queries, keys;  ///< rows of each head, rows of k and v
   int64_t qk, v;          ///< widths of q and k, and of v and out; multiples of kWidth
-  bool causal;
+  bool causal;            ///< query i sees the first offset + i + 1 keys; then keys = offset + queries
   float scale;
+  int64_t offset = 0;
 
   int64_t padded_keys() const { return (keys + kWidth - 1) / kWidth * kWidth; }
   int64_t query_blocks() const;
@@ -46,6 +47,38 @@ int64_t forward_scratch_size(const Shape& shape);
 void forward_block(const Shape& shape, Matrix<const float> q, const float* packed, Matrix<float> out, Matrix<float> logsumexp, int64_t head,
                    int64_t block, float* scratch);
 
+/// Keys and values that a block of query rows attends to, one part of its softmax.
+struct Part {
+  static constexpr int64_t kAll = INT64_MAX / 2;
+
+  const float* packed;       ///< as `pack` lays them out
+  int64_t keys;
+  int64_t qk, v;             ///< widths of the packed keys and values
+  int64_t visible;           ///< keys that the first row sees, each later row one more; kAll: every row sees all
+  const float* project = nullptr;  ///< panels of P [d, qk] that queries are multiplied with first, if qk is not their width
+  const float* expand = nullptr;   ///< panels of P^T [v, d] that the part's output is multiplied with
+};
+
+/// Most rows of one forward_rows.
+int64_t query_block_rows();
+int64_t forward_rows_scratch_size(int64_t d);
+/// One softmax over all parts for `rows` query rows of width d: out[i] <- sum over parts of weights x values, logsumexp[i] its log-sum-exp.
+void forward_rows(int64_t rows, int64_t d, float scale, const float* q, int64_t q_stride, const Part* parts, int64_t count, float* out,
+                  int64_t out_stride, float* logsumexp, int64_t logsumexp_stride, float* scratch);
+
+// --- bases ---------------------------------------------------------------------------------------------------------------------------------
+
+/// Panels of p [rows, columns] for `multiply` by it; `pack_transposed`: for multiplying by its transpose. rows, columns: multiples of kWidth.
+void pack_matrix(const float* p, int64_t stride, int64_t rows, int64_t columns, float* panels);
+void pack_transposed(const float* p, int64_t stride, int64_t rows, int64_t columns, float* panels);
+/// to[rows, columns] = x [rows, depth] times the matrix [depth, columns] of the panels; add: += instead.
+void multiply(int64_t rows, int64_t columns, int64_t depth, const float* x, int64_t x_stride, const float* panels, float* to, int64_t to_stride, bool add);
+void add_rows(int64_t rows, int64_t columns, const float* x, int64_t x_stride, float* to, int64_t to_stride);
+
+/// Rows of keys in one chunk of the packed layout, and chunk `chunk` of `pack`: all its rows belong to keys [chunk key_chunk_rows(), ...).
+int64_t key_chunk_rows();
+void pack_chunk(const Shape& shape, const float* k, int64_t k_stride, const float* v, int64_t v_stride, int64_t chunk, float* packed);
+
 // --- backward ----------------------------------------------------------------------------------------------------------------------------
 
 struct BackwardOperands {
@@ -60,13 +93,14 @@ int64_t packed_queries_size(const Shape& shape);
 void pack_queries(const Shape& shape, const BackwardOperands& x, int64_t head, float* packed);
 
 int64_t backward_scratch_size(const Shape& shape);
-/// Key block `block` of one problem: writes its grad_k and grad_v and adds its share to grad_q. `turn(head, query_block)` is called before and
-/// `done(head, query_block)` after the addition to each block of grad_q, so that a caller can order the key blocks: with a fixed order the
+/// Key block `block` of one problem: writes its grad_k and grad_v and adds its share to grad_q. `turn(.., head, query_block)` is called before and
+/// `done(.., head, query_block)` after the addition to each block of grad_q, so that a caller can order the key blocks: with a fixed order the
 /// result does not depend on the number of threads.
 struct Order {
   void* context;
-  void (*turn)(void* context, int64_t head, int64_t query_block);
-  void (*done)(void* context, int64_t head, int64_t query_block);
+  int64_t key_block;
+  void (*turn)(void* context, int64_t key_block, int64_t head, int64_t query_block);
+  void (*done)(void* context, int64_t key_block, int64_t head, int64_t query_block);
 };
 void backward_block(const Shape& shape, const BackwardOperands& x, const float* packed_queries, int64_t block, const Order& order,
                     float* scratch);

@@ -3,7 +3,7 @@
 #include <nlohmann/json.hpp>
 
 #include "io_support.h"
-#include "models/safetensors.h"
+#include "core/safetensors.h"
 
 namespace drrl {
 namespace {

@@ -2,7 +2,7 @@
 // input.
 #include "models/llama.h"
 #include "core/error.h"
-#include "models/safetensors.h"
+#include "core/safetensors.h"
 #include "models/tensor_parallel.h"
 #include "tests/models/io_support.h"
 #include "tests/models/reference_llama.h"

@@ -1,4 +1,4 @@
-#include "models/safetensors.h"
+#include "models/weight_store.h"
 
 #include <sys/stat.h>
 

@@ -3,7 +3,7 @@
 #include "models/data.h"
 #include "models/gradient_reducer.h"
 #include "models/llama.h"
-#include "models/safetensors.h"
+#include "core/safetensors.h"
 #include "models/trainer.h"
 #include "policy/attention.h"
 #include "tests/distributed/mpi_test.h"

@@ -2,7 +2,7 @@
 // for the first window of a token file; tests/python/test_parity.py compares them with Transformers'.
 #include "models/config.h"
 #include "models/llama.h"
-#include "models/safetensors.h"
+#include "core/safetensors.h"
 #include "models/token_file.h"
 
 #include <cstdio>

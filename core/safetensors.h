@@ -9,7 +9,6 @@
 #include <filesystem>
 #include <map>
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace drrl {
@@ -46,31 +45,6 @@ class SafetensorsFile {
   FileReader file_;
   std::map<std::string, Entry> entries_;
   std::map<std::string, std::string> metadata_;
-};
-
-/// The weights of a Hugging Face model directory: `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
-/// Errors: Error(kModel).
-class WeightStore {
- public:
-  static WeightStore open(const std::filesystem::path& directory);
-
-  std::vector<std::string> names() const;  ///< sorted
-  bool contains(const std::string& name) const { return owner_.contains(name); }
-  const std::vector<int64_t>& shape(const std::string& name) const;
-  at::ScalarType dtype(const std::string& name) const;
-
-  /// Owned, contiguous CPU tensors converted to `dtype`.
-  at::Tensor tensor(const std::string& name, at::ScalarType dtype = at::kFloat) const;
-  at::Tensor slice(const std::string& name, int64_t dim, int64_t start, int64_t length,
-                   at::ScalarType dtype = at::kFloat) const;
-
- private:
-  explicit WeightStore(std::filesystem::path directory) : directory_(std::move(directory)) {}
-  const SafetensorsFile& file_of(const std::string& name) const;
-
-  std::filesystem::path directory_;
-  std::vector<SafetensorsFile> files_;
-  std::map<std::string, size_t> owner_;  // tensor name -> index in files_
 };
 
 struct NamedTensor {

@@ -1,4 +1,4 @@
-#include "models/safetensors.h"
+#include "core/safetensors.h"
 
 #include <algorithm>
 #include <array>
@@ -36,13 +36,7 @@ std::optional<at::ScalarType> dtype_of(std::string_view text) {
   return found == kDtypes.end() ? std::nullopt : std::optional(found->dtype);
 }
 
-// Text from a hostile file goes into messages, quoted and short.
-std::string shown(const std::string& text) {
-  constexpr size_t kLongest = 120;
-  const std::string cut = text.size() <= kLongest ? text : text.substr(0, kLongest) + "...";
-  return Json(cut).dump(-1, ' ', true, Json::error_handler_t::replace);
-}
-
+// A JSON value as messages show it, short.
 std::string shown(const Json& value) {
   const std::string text = value.dump(-1, ' ', true, Json::error_handler_t::replace);
   return text.size() <= 120 ? text : text.substr(0, 120) + "...";
@@ -156,11 +150,6 @@ void check_layout(const std::map<std::string, SafetensorsFile::Entry>& entries, 
   check(kind, end == data_bytes, path, ": the tensors end at byte ", end, " of the data, but the file has ", data_bytes);
 }
 
-bool is_plain_file_name(const std::string& name) {
-  return !name.empty() && name != "." && name != ".." && name.find('/') == std::string::npos &&
-         name.find('\0') == std::string::npos;
-}
-
 }  // namespace
 
 SafetensorsFile::SafetensorsFile(const std::filesystem::path& path, ErrorKind kind) : file_(path, kind) {
@@ -237,87 +226,6 @@ at::Tensor SafetensorsFile::slice(const std::string& name, int64_t dim, int64_t 
     file_.read(info.offset + offset, destination + i * run, run);
   }
   return result;
-}
-
-WeightStore WeightStore::open(const std::filesystem::path& directory) {
-  constexpr ErrorKind kind = ErrorKind::kModel;
-  check(kind, is_folder(directory, kind), directory, " is not a folder; expected a Hugging Face model directory");
-  WeightStore store(directory);
-  const auto adopt = [&](const std::filesystem::path& path) -> SafetensorsFile& {
-    return store.files_.emplace_back(path, kind);
-  };
-
-  const std::filesystem::path single = directory / "model.safetensors";
-  const std::filesystem::path index = directory / "model.safetensors.index.json";
-  if (path_exists(single, kind)) {
-    for (const auto& [name, entry] : adopt(single).entries()) {
-      store.owner_.emplace(name, 0);
-    }
-    return store;
-  }
-  if (!path_exists(index, kind)) {
-    const bool pickled =
-        path_exists(directory / "pytorch_model.bin", kind) || path_exists(directory / "pytorch_model.bin.index.json", kind);
-    raise(
-        kind, directory, " has neither model.safetensors nor model.safetensors.index.json",
-        pickled
-            ? "; its pytorch_model.bin is a pickle, which is not read: convert it with save_pretrained(safe_serialization=True)"
-            : "");
-  }
-
-  Json listing;
-  try {
-    listing = Json::parse(read_text(index, kind));
-  } catch (const Json::exception& error) {
-    raise(kind, index, " is not valid JSON: ", error.what());
-  }
-  const bool has_map = listing.is_object() && listing.contains("weight_map") && listing["weight_map"].is_object();
-  check(kind, has_map && !listing["weight_map"].empty(), index, " has no \"weight_map\" object that lists tensors and files");
-  std::map<std::string, size_t> numbers;
-  for (const auto& [name, value] : listing["weight_map"].items()) {
-    check(kind, value.is_string() && is_plain_file_name(value.get<std::string>()), index, ": tensor ", shown(name), " is in ",
-          shown(value), ", which is not the name of a file in the same folder");
-    const auto file = value.get<std::string>();
-    const auto [position, fresh] = numbers.emplace(file, store.files_.size());
-    if (fresh) {
-      adopt(directory / file);
-    }
-    check(kind, store.files_[position->second].contains(name), index, " says that tensor ", shown(name), " is in ", shown(file),
-          ", but it is not there");
-    store.owner_.emplace(name, position->second);
-  }
-  return store;
-}
-
-std::vector<std::string> WeightStore::names() const {
-  std::vector<std::string> result;
-  for (const auto& [name, file] : owner_) {
-    result.push_back(name);
-  }
-  return result;
-}
-
-const SafetensorsFile& WeightStore::file_of(const std::string& name) const {
-  const auto found = owner_.find(name);
-  check(ErrorKind::kModel, found != owner_.end(), directory_, " has no tensor ", shown(name), " (it has ", owner_.size(),
-        " others)");
-  return files_[found->second];
-}
-
-const std::vector<int64_t>& WeightStore::shape(const std::string& name) const {
-  return file_of(name).entry(name).shape;
-}
-
-at::ScalarType WeightStore::dtype(const std::string& name) const {
-  return file_of(name).entry(name).dtype;
-}
-
-at::Tensor WeightStore::tensor(const std::string& name, at::ScalarType dtype) const {
-  return file_of(name).tensor(name).to(dtype);
-}
-
-at::Tensor WeightStore::slice(const std::string& name, int64_t dim, int64_t start, int64_t length, at::ScalarType dtype) const {
-  return file_of(name).slice(name, dim, start, length).to(dtype);
 }
 
 FileDigest write_safetensors(const std::filesystem::path& path, const std::vector<NamedTensor>& tensors,

@@ -1,0 +1,142 @@
+#include <algorithm>
+#include <cmath>
+
+#include "core/cost.h"
+#include "core/error.h"
+#include "policy/calibration.h"
+
+namespace drrl {
+namespace {
+
+// One far kind of one layer, KV group and level: what each choice costs and spoils.
+struct Item {
+  const double* damage;      // of choice i; the last choice, exact, does none
+  const double* operations;  // of choice i
+  size_t chosen;
+};
+
+}  // namespace
+
+RankTable allocate(const Calibration& calibration, double budget, const BlockTree& tree, int64_t heads_per_group,
+                   const std::vector<int64_t>& buckets, int64_t update_steps) {
+  check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
+  const int64_t layers = calibration.layers(), groups = calibration.groups(), levels = tree.num_levels(), d = calibration.head_dim();
+  RankTable table(layers, groups, levels, {d, d});
+  if (levels == 0 || budget == 1) {
+    return table;
+  }
+
+  // Choices, exact last.
+  std::vector<int64_t> ranks;
+  std::vector<int64_t> columns;  // of the damages
+  for (size_t i = 0; i < calibration.ranks.size(); ++i) {
+    if (std::find(buckets.begin(), buckets.end(), calibration.ranks[i]) != buckets.end()) {
+      ranks.push_back(calibration.ranks[i]);
+      columns.push_back(static_cast<int64_t>(i));
+    }
+  }
+  ranks.push_back(d);
+  const size_t choices = ranks.size();
+
+  // Operations by level, kind and choice, of one layer and group.
+  std::vector<double> operations(static_cast<size_t>(levels) * 2 * choices, 0.0);
+  for (const PairRun& run : tree.runs()) {
+    for (size_t kind = 0; kind < 2; ++kind) {
+      for (size_t c = 0; c < choices; ++c) {
+        const double basis = ranks[c] < d ? basis_update_flops(d, ranks[c], update_steps) : 0;
+        const double one = far_pair_flops(run, static_cast<FarKind>(kind), ranks[c], heads_per_group, d, /*with_backward=*/false).total() + basis;
+        operations[(static_cast<size_t>(run.level) * 2 + kind) * choices + c] += one * static_cast<double>(run.count);
+      }
+    }
+  }
+  const int64_t heads = groups * heads_per_group;
+  const double exact = static_cast<double>(layers) * exact_attention_flops(1, heads, tree.sequence_length(), d, false);
+  const double fixed = static_cast<double>(layers) * exact_part_flops(tree, 1, heads, groups, d, false).total();
+  const double allowed = budget * exact - fixed;
+
+  std::vector<double> damages;  // [layers, groups, 2, levels, choices]
+  std::vector<Item> items;
+  damages.reserve(static_cast<size_t>(layers * groups * 2 * levels) * choices);
+  const auto table_of = calibration.damage.accessor<double, 5>();
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    for (int64_t group = 0; group < groups; ++group) {
+      for (int64_t kind = 0; kind < 2; ++kind) {
+        for (int64_t level = 0; level < levels; ++level) {
+          items.push_back({damages.data() + damages.size(), operations.data() + static_cast<size_t>(level * 2 + kind) * choices, 0});
+          for (const int64_t column : columns) {
+            damages.push_back(table_of[layer][group][kind][std::min(level, calibration.levels() - 1)][column]);
+          }
+          damages.push_back(0);
+        }
+      }
+    }
+  }
+
+  // Chooses for one price of an operation; returns the operations.
+  const auto choose = [&](double price) {
+    double used = 0;
+    for (Item& item : items) {
+      for (size_t c = 0; c < choices; ++c) {
+        const auto value = [&](size_t i) { return item.damage[i] + price * item.operations[i]; };
+        item.chosen = c == 0 || value(c) < value(item.chosen) ? c : item.chosen;
+      }
+      used += item.operations[item.chosen];
+    }
+    return used;
+  };
+  double least = 0;
+  for (const Item& item : items) {
+    least += *std::min_element(item.operations, item.operations + choices);
+  }
+  check(ErrorKind::kUsage, least <= allowed, "rank budget ", budget, " cannot be met at ", tree.sequence_length(), " tokens: blocks of ",
+        tree.geometry().near_block, ", sinks, Grams and the smallest rank ", ranks.front(), " everywhere take ", (fixed + least) / exact,
+        " of exact attention");
+  double low = 0, high = 1e-30;  // prices: too low, high enough
+  while (choose(high) > allowed * (1 + 1e-12) + 1e-9) {
+    low = high;
+    high *= 4;
+  }
+  for (int step = 0; step < 100; ++step) {
+    const double middle = 0.5 * (low + high);
+    (choose(middle) <= allowed ? high : low) = middle;
+  }
+  double left = allowed - choose(high);
+
+  // What is left: the best single steps that fit, best first.
+  for (;;) {
+    double best = 0;
+    Item* at = nullptr;
+    size_t to = 0;
+    for (Item& item : items) {
+      for (size_t c = 0; c < choices; ++c) {
+        const double gain = item.damage[item.chosen] - item.damage[c];
+        const double cost = item.operations[c] - item.operations[item.chosen];
+        if (gain > 0 && cost <= left && gain / std::max(cost, 1.0) > best) {
+          best = gain / std::max(cost, 1.0);
+          at = &item;
+          to = c;
+        }
+      }
+    }
+    if (at == nullptr) {
+      break;
+    }
+    left -= at->operations[to] - at->operations[at->chosen];
+    at->chosen = to;
+  }
+
+  size_t next = 0;
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    for (int64_t group = 0; group < groups; ++group) {
+      for (int64_t kind = 0; kind < 2; ++kind) {
+        for (int64_t level = 0; level < levels; ++level) {
+          Ranks& r = table.at(layer, group, level);
+          (kind == 0 ? r.qk : r.v) = ranks[items[next++].chosen];
+        }
+      }
+    }
+  }
+  return table;
+}
+
+}  // namespace drrl
