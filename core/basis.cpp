@@ -86,6 +86,15 @@ void check_grams(const char* what, const at::Tensor& gram_x, const at::Tensor& g
   }
 }
 
+// Deals a batch of n small problems out over the CPU's threads: one thread a problem beats threads inside one factorization by far.
+template <typename Work>
+void for_each_share(int64_t n, const Work& work) {
+  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    at::NoGradGuard no_grad_in_thread;
+    work(begin, end);
+  });
+}
+
 }  // namespace
 
 Basis update_basis(const at::Tensor& right, const at::Tensor& gram_x, const at::Tensor& gram_y, int64_t steps) {
@@ -99,8 +108,7 @@ Basis update_basis(const at::Tensor& right, const at::Tensor& gram_x, const at::
   }
   const auto options = gram_x.options().dtype(at::kFloat);
   Basis result{at::empty(right.sizes(), options), at::empty(right.sizes(), options), {}};
-  at::parallel_for(0, right.size(0), 1, [&](int64_t begin, int64_t end) {
-    at::NoGradGuard no_grad_in_thread;
+  for_each_share(right.size(0), [&](int64_t begin, int64_t end) {
     const Basis part = update_batch(right.slice(0, begin, end), gram_x.slice(0, begin, end), gram_y.slice(0, begin, end), steps);
     result.left.slice(0, begin, end).copy_(part.left);
     result.right.slice(0, begin, end).copy_(part.right);
@@ -116,10 +124,8 @@ Basis solve_basis(const at::Tensor& gram_x, const at::Tensor& gram_y) {
   if (gram_x.is_cuda()) {
     return solve_batch(gram_x, gram_y);
   }
-  // All of a small problem on one thread: a batch dealt out over threads beats threads inside one factorization by far.
   Basis result{at::empty({n, d, d}, at::kFloat), at::empty({n, d, d}, at::kFloat), at::empty({n, d}, at::kDouble)};
-  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    at::NoGradGuard no_grad_in_thread;
+  for_each_share(n, [&](int64_t begin, int64_t end) {
     const Basis part = solve_batch(gram_x.slice(0, begin, end), gram_y.slice(0, begin, end));
     result.left.slice(0, begin, end).copy_(part.left);
     result.right.slice(0, begin, end).copy_(part.right);
@@ -129,8 +135,8 @@ Basis solve_basis(const at::Tensor& gram_x, const at::Tensor& gram_y) {
 }
 
 at::Tensor tail_loss(const Basis& basis, const at::Tensor& gram_x, const at::Tensor& gram_y) {
-  TORCH_CHECK(basis.left.sizes() == gram_x.sizes() && gram_x.sizes() == gram_y.sizes(), "tail_loss: bases ", basis.left.sizes(),
-              ", Grams ", gram_x.sizes(), " and ", gram_y.sizes(), ", expected equal shapes [N, d, d]");
+  TORCH_CHECK(basis.left.sizes().slice(0, 2) == gram_x.sizes().slice(0, 2) && gram_x.sizes() == gram_y.sizes(), "tail_loss: bases ", basis.left.sizes(),
+              ", Grams ", gram_x.sizes(), " and ", gram_y.sizes(), ", expected [N, d, r] and twice [N, d, d]");
   at::NoGradGuard no_grad;
   const auto x = gram_x.to(at::kDouble);
   const auto y = gram_y.to(at::kDouble);
@@ -144,6 +150,27 @@ at::Tensor tail_loss(const Basis& basis, const at::Tensor& gram_x, const at::Ten
   const auto both = at::matmul(left.transpose(1, 2), x_left) * at::matmul(right.transpose(1, 2), y_right);
   const auto square = both.cumsum(1).cumsum(2).diagonal(0, 1, 2);
   return at::cat({total, total - 2 * cross + square}, 1).clamp_min(0);
+}
+
+at::Tensor residual_form(const Basis& basis, const at::Tensor& gram, const at::Tensor& keys) {
+  TORCH_CHECK(basis.left.dim() == 3 && basis.left.sizes() == basis.right.sizes() && basis.left.size(0) == gram.size(0) &&
+                  basis.left.size(1) == gram.size(1) && keys.sizes() == gram.sizes().slice(0, 1),
+              "residual_form: bases ", basis.left.sizes(), ", Grams ", gram.sizes(), ", keys ", keys.sizes());
+  at::NoGradGuard no_grad;
+  auto form = at::empty(gram.sizes(), gram.options().dtype(at::kFloat));
+  const auto fill = [&](int64_t begin, int64_t end) {
+    const auto share = [&](const at::Tensor& x) { return x.slice(0, begin, end).to(at::kDouble); };
+    const auto g = share(gram) / (share(keys) * 2.0 * static_cast<double>(gram.size(1))).view({-1, 1, 1});
+    const auto left = share(basis.left), right = share(basis.right);
+    const auto m_g = g - at::matmul(left, at::matmul(right.transpose(1, 2), g));  // M G
+    form.slice(0, begin, end).copy_(m_g - at::matmul(at::matmul(m_g, right), left.transpose(1, 2)));
+  };
+  if (gram.is_cuda()) {
+    fill(0, gram.size(0));
+  } else {
+    for_each_share(gram.size(0), fill);
+  }
+  return form;
 }
 
 }  // namespace drrl

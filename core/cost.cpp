@@ -33,6 +33,8 @@ double basis_update_flops(int64_t d, int64_t rank, int64_t steps) {
   return (2.0 * static_cast<double>(steps) + 1) * (2 * n * n * r + 4 * n * r * r + r * r * r / 3);
 }
 
+double residual_form_flops(int64_t d, int64_t rank) { return 8.0 * static_cast<double>(d) * static_cast<double>(d) * static_cast<double>(rank); }
+
 AttentionFlops far_pair_flops(const PairRun& run, FarKind kind, int64_t rank, int64_t heads_per_group, int64_t head_dim, bool with_backward) {
   const double r = static_cast<double>(rank);
   const double queries = static_cast<double>(heads_per_group * run.query_rows);
@@ -43,7 +45,11 @@ AttentionFlops far_pair_flops(const PairRun& run, FarKind kind, int64_t rank, in
     // Forward: queries and keys down, or values down and the output up. Backward: the inputs down again and their gradients up.
     const double forward = queries + keys;
     const double backward = kind == FarKind::kScores ? 2 * (queries + keys) : queries + 2 * keys;
-    flops.projections = 2 * static_cast<double>(head_dim) * r * (forward + (with_backward ? backward : 0));
+    const double d = static_cast<double>(head_dim);
+    flops.projections = 2 * d * r * (forward + (with_backward ? backward : 0));
+    if (kind == FarKind::kScores) {  // q^T C q, in both directions
+      flops.projections += 2 * d * (d + 1) * queries * (with_backward ? 2 : 1);
+    }
   }
   return flops;
 }

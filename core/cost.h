@@ -29,7 +29,8 @@ double exact_attention_flops(int64_t batch, int64_t heads, int64_t length, int64
 /// The two products of a far pair that a rank makes cheaper.
 enum class FarKind { kScores = 0, kValues = 1 };
 
-/// Operations of one kind of one pair of a run at `rank`: its product, and the projections into and out of its basis if rank < head_dim.
+/// Operations of one kind of one pair of a run at `rank`: its product, and if rank < head_dim the projections into and out of its basis and the
+/// residual correction.
 /// batch 1, one KV group of `heads_per_group` query heads.
 AttentionFlops far_pair_flops(const PairRun& run, FarKind kind, int64_t rank, int64_t heads_per_group, int64_t head_dim, bool with_backward);
 
@@ -47,5 +48,8 @@ double basis_solve_flops(int64_t d);
 /// Operations of update_basis: 2 steps + 1 half rounds of a product with the Gram 2 d^2 r, one of size r 2 d r^2, Cholesky r^3/3 and its two
 /// triangular solves 2 d r^2.
 double basis_update_flops(int64_t d, int64_t rank, int64_t steps);
+
+/// Operations of residual_form: four products 2 d^2 r.
+double residual_form_flops(int64_t d, int64_t rank);
 
 }  // namespace drrl

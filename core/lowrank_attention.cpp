@@ -55,6 +55,7 @@ std::vector<Bucket> buckets_of(const PairRun& run, const LowRankPlan& plan) {
 struct Projections {
   at::Tensor p_q, p_k;  // [n, d, r]
   at::Tensor p_v, p_o;  // [n, d, r_v]
+  at::Tensor residual;  // [n, d, d]
 
   Projections(const Bucket& bucket, const LowRankPlan& plan, const Shape& shape, const at::TensorOptions& options) {
     const auto index = at::tensor(bucket.within_plan, at::kLong).to(options.device());
@@ -64,11 +65,19 @@ struct Projections {
     if (bucket.ranks.qk < shape.d) {
       p_q = columns(plan.scores.left, bucket.ranks.qk);
       p_k = columns(plan.scores.right, bucket.ranks.qk);
+      if (plan.residual.defined()) {
+        residual = columns(plan.residual, shape.d);
+      }
     }
     if (bucket.ranks.v < shape.d) {
       p_v = columns(plan.values.left, bucket.ranks.v);
       p_o = columns(plan.values.right, bucket.ranks.v);
     }
+  }
+
+  // The correction q^T C q of each row's log-sum-exp: rows [n, m, d] -> [n, m]; undefined if there is none.
+  at::Tensor correction(const at::Tensor& rows, const at::TensorOptions& options) const {
+    return residual.defined() ? (at::bmm(rows, residual) * rows).sum(2, /*keepdim=*/false, options.dtype().toScalarType()) : at::Tensor();
   }
 
   static at::Tensor down(const at::Tensor& x, const at::Tensor& p) { return p.defined() ? at::bmm(x, p) : x; }
@@ -176,13 +185,17 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
     far_logsumexp.push_back(at::empty({rows_q.size(0), rows_q.size(1)}, logsumexp.options()));
     for (const Bucket& bucket : buckets.back()) {
       Projections p(bucket, plan, s, q.options());
-      const auto low_q = Projections::down(take(rows_q, bucket), p.p_q);
+      const auto bucket_q = take(rows_q, bucket);
+      const auto low_q = Projections::down(bucket_q, p.p_q);
       const auto low_k = Projections::down(take(rows_k, bucket), p.p_k);
       const auto low_v = Projections::down(take(rows_v, bucket), p.p_v);
       auto part_out = at::empty({low_q.size(0), low_q.size(1), low_v.size(2)}, q.options());
       auto part_logsumexp = at::empty({low_q.size(0), low_q.size(1)}, logsumexp.options());
       attention_part(far_queries(low_q), far_keys(low_k), far_keys(low_v), /*causal=*/false, s.scale, far_queries(part_out),
                      part_logsumexp.unsqueeze(1).unsqueeze(1));
+      if (const auto correction = p.correction(bucket_q, part_logsumexp.options()); correction.defined()) {
+        part_logsumexp += correction;
+      }
       put(far_logsumexp.back(), bucket, part_logsumexp);
       far.back().push_back({std::move(p), part_out, part_logsumexp});
     }
@@ -270,12 +283,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
     auto run_grad_v = at::empty_like(rows_v);
     for (const Bucket& bucket : buckets_of(run, plan)) {
       const Projections p(bucket, plan, s, q.options());
-      const auto low_q = Projections::down(take(rows_q, bucket), p.p_q);
+      const auto bucket_q = take(rows_q, bucket);
+      const auto low_q = Projections::down(bucket_q, p.p_q);
       const auto low_k = Projections::down(take(rows_k, bucket), p.p_k);
       const auto low_v = Projections::down(take(rows_v, bucket), p.p_v);
+      auto bucket_logsumexp = take(rows_logsumexp, bucket);  // as the uncorrected scores see it
+      if (const auto correction = p.correction(bucket_q, bucket_logsumexp.options()); correction.defined()) {
+        bucket_logsumexp = bucket_logsumexp - correction;
+      }
       auto dq = at::empty_like(low_q), dk = at::empty_like(low_k), dv = at::empty_like(low_v);
       attention_part_backward(far_queries(Projections::down(take(rows_grad, bucket), p.p_o)), far_queries(low_q), far_keys(low_k),
-                              far_keys(low_v), take(rows_logsumexp, bucket).unsqueeze(1).unsqueeze(1),
+                              far_keys(low_v), bucket_logsumexp.unsqueeze(1).unsqueeze(1),
                               take(rows_delta, bucket).unsqueeze(1).unsqueeze(1), /*causal=*/false, s.scale, far_queries(dq), far_keys(dk),
                               far_keys(dv));
       put(run_grad_q, bucket, Projections::up(dq, p.p_q));
@@ -348,6 +366,8 @@ at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at:
   if (score_columns > 0) {
     check_basis(plan->scores, "score", score_columns);
   }
+  TORCH_CHECK(!plan->residual.defined() || plan->residual.sizes() == at::IntArrayRef({items, d, d}), "lowrank_attention: the plan's residual forms are ",
+              plan->residual.sizes(), ", expected [", items, ", ", d, ", ", d, "]");
   if (value_columns > 0) {
     check_basis(plan->values, "value", value_columns);
   }

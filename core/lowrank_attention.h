@@ -21,8 +21,9 @@ struct Ranks {
 
 /// All that one layer's low-rank attention needs besides q, k and v. Constant for autograd.
 struct LowRankPlan : torch::CustomClassHolder {
-  LowRankPlan(BlockTree tree_in, std::vector<Ranks> ranks_in, Basis scores_in, Basis values_in)
-      : tree(std::move(tree_in)), ranks(std::move(ranks_in)), scores(std::move(scores_in)), values(std::move(values_in)) {}
+  LowRankPlan(BlockTree tree_in, std::vector<Ranks> ranks_in, Basis scores_in, Basis values_in, at::Tensor residual_in = {})
+      : tree(std::move(tree_in)), ranks(std::move(ranks_in)), scores(std::move(scores_in)), values(std::move(values_in)),
+        residual(std::move(residual_in)) {}
 
   BlockTree tree;
   /// One entry per (batch, KV group, pair), in that order, pair innermost: B G pairs entries.
@@ -31,15 +32,18 @@ struct LowRankPlan : torch::CustomClassHolder {
   /// qk is d, `values` if every rank v is d.
   Basis scores;
   Basis values;
+  /// residual_form of each pair's score basis at its rank, [B G pairs, d, d] float32, not read where the rank is d; undefined: no correction.
+  at::Tensor residual;
 };
 
 /// Near + sinks + far attention of one layer, one softmax over all three.
 ///
 ///   near   softmax-terms of q k^T / sqrt(d) over each token's own block (causal) and the sinks, exact
-///   far    scores (q P_q)(k P_k)^T / sqrt(d) at rank r, values v P_v at rank r_v, expanded once per row by P_o^T
+///   far    scores (q P_q)(k P_k)^T / sqrt(d) + q^T C q at rank r, values v P_v at rank r_v, expanded once per row by P_o^T
 ///
+/// C is the pair's residual form (basis.h): what the projected scores lack in the softmax' denominator, to second order.
 /// The parts are merged by their log-sum-exp; the backward hands the merged log-sum-exp and rowsum(grad * out) to each part
-/// (attention_part.h). Bases and ranks are constants: no gradient flows into them.
+/// (attention_part.h). Ranks, bases and the correction q^T C q are constants: no gradient flows through them.
 ///
 /// q [B, H, L, d], k and v [B, G, L, d], L = plan.tree.sequence_length(); float32, float64 (CPU), bfloat16.
 /// returns [B, H, L, d] of q's dtype, differentiable in q, k, v. With all ranks d it is exact_attention, at its cost.

@@ -34,7 +34,12 @@ at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at:
           const auto columns = at::arange(run.key_begin + i * run.stride, run.key_begin + i * run.stride + run.key_rows);
           const auto p_q = plan.scores.left[item].narrow(1, 0, r).to(q.scalar_type());
           const auto p_k = plan.scores.right[item].narrow(1, 0, r).to(q.scalar_type());
-          const auto far = at::matmul(at::matmul(q_h.index_select(0, rows), p_q), at::matmul(k_h.index_select(0, columns), p_k).t());
+          const auto q_rows = q_h.index_select(0, rows);
+          auto far = at::matmul(at::matmul(q_rows, p_q), at::matmul(k_h.index_select(0, columns), p_k).t());
+          if (plan.residual.defined()) {
+            const auto fixed = q_rows.detach();
+            far = far + (at::matmul(fixed, plan.residual[item].to(q.scalar_type())) * fixed).sum(1, /*keepdim=*/true) / scale;
+          }
           scores = scores.index_put({rows.unsqueeze(1), columns.unsqueeze(0)}, far);
         }
       }

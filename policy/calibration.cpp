@@ -122,7 +122,7 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
     grams_[layer].select(1, i) += grams[static_cast<size_t>(i)];
   }
 
-  const FarBases bases = solve_far_bases(q, k, v, w_o, tree, /*scores=*/true, /*values=*/true);
+  FarBases bases = solve_far_bases(q, k, v, w_o, tree, /*scores=*/true, /*values=*/true);
   const int64_t pairs = tree.num_pairs();
   for (int64_t level = 0; level < tree.num_levels(); ++level) {
     for (int64_t kind = 0; kind < 2; ++kind) {
@@ -134,7 +134,7 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
             (kind == 0 ? r.qk : r.v) = ranks_[i];
           }
         }
-        const auto plan = c10::make_intrusive<LowRankPlan>(tree, std::move(ranks), bases.scores, bases.values);
+        const auto plan = make_plan(tree, std::move(ranks), bases);
         const auto error = lowrank_attention(q, k, v, plan) - exact;
         // [B, H, L, d] -> one number a group and token: how far this error moves the log-likelihood there
         const auto moved = (error * grad).sum(3, /*keepdim=*/false, at::kDouble).unflatten(1, {groups, -1}).sum(2);

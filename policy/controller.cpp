@@ -109,7 +109,7 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
                    : update_far_bases(q, k, v, w_o, tree, ranks, bases_.start.defined() ? bases_.start[layer] : at::Tensor(), bases_.update_steps);
       });
     }
-    plan->lowrank = c10::make_intrusive<LowRankPlan>(tree, std::move(ranks), bases.scores, bases.values);
+    plan->lowrank = make_plan(tree, std::move(ranks), bases);
     out = lowrank_attention(q, k, v, plan->lowrank);
     flops = lowrank_attention_flops(*plan->lowrank, batch, heads, groups, d, bases.flops, with_backward).total();
   } else {

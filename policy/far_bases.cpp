@@ -21,6 +21,18 @@ Problem problem_of(FarKind kind, const PairGrams& grams, const at::Tensor& outpu
   return {grams.values.flatten(0, 2), output.unsqueeze(1).expand_as(grams.values).flatten(0, 2)};
 }
 
+// The items whose rank of this kind is below d, by rank.
+std::map<int64_t, std::vector<int64_t>> items_by_rank(const std::vector<Ranks>& ranks, FarKind kind, int64_t d) {
+  std::map<int64_t, std::vector<int64_t>> items;
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    const int64_t rank = kind == FarKind::kScores ? ranks[i].qk : ranks[i].v;
+    if (rank < d) {
+      items[rank].push_back(static_cast<int64_t>(i));
+    }
+  }
+  return items;
+}
+
 }  // namespace
 
 FarBases solve_far_bases(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o, const BlockTree& tree,
@@ -42,6 +54,7 @@ FarBases solve_far_bases(const at::Tensor& q, const at::Tensor& k, const at::Ten
     bases.flops += 2.0 * static_cast<double>(w_o.numel() * d);
   }
   bases.flops += static_cast<double>(bases.solves) * basis_solve_flops(d);
+  bases.key_grams = grams.keys.flatten(0, 2);
   return bases;
 }
 
@@ -51,14 +64,9 @@ FarBases update_far_bases(const at::Tensor& q, const at::Tensor& k, const at::Te
   const int64_t d = k.size(3), groups = k.size(1), pairs = tree.num_pairs();
   const PairGrams grams = pair_grams(q.detach(), k.detach(), v.detach(), tree);
   FarBases bases;
+  bases.key_grams = grams.keys.flatten(0, 2);
   for (const FarKind kind : {FarKind::kScores, FarKind::kValues}) {
-    std::map<int64_t, std::vector<int64_t>> items_of;  // by rank
-    for (size_t i = 0; i < ranks.size(); ++i) {
-      const int64_t rank = kind == FarKind::kScores ? ranks[i].qk : ranks[i].v;
-      if (rank < d) {
-        items_of[rank].push_back(static_cast<int64_t>(i));
-      }
-    }
+    const auto items_of = items_by_rank(ranks, kind, d);
     if (items_of.empty()) {
       continue;
     }
@@ -94,6 +102,30 @@ FarBases update_far_bases(const at::Tensor& q, const at::Tensor& k, const at::Te
     }
   }
   return bases;
+}
+
+c10::intrusive_ptr<LowRankPlan> make_plan(const BlockTree& tree, std::vector<Ranks> ranks, FarBases& bases) {
+  at::NoGradGuard no_grad;
+  const int64_t d = bases.key_grams.size(1);
+  at::Tensor residual;
+  for (const auto& [rank, items] : items_by_rank(ranks, FarKind::kScores, d)) {
+    std::vector<double> keys;
+    for (const int64_t item : items) {
+      const int64_t pair = item % tree.num_pairs();
+      const auto run = std::find_if(tree.runs().begin(), tree.runs().end(), [&](const PairRun& r) { return pair < r.first_pair + r.count; });
+      keys.push_back(static_cast<double>(run->key_rows));
+    }
+    const auto index = at::tensor(items, at::kLong).to(bases.key_grams.device());
+    const auto columns = [&, columns_of = rank](const at::Tensor& basis) { return basis.narrow(2, 0, columns_of).index_select(0, index); };
+    const auto forms = residual_form({columns(bases.scores.left), columns(bases.scores.right), {}}, bases.key_grams.index_select(0, index),
+                                     at::tensor(keys, at::kDouble).to(index.device()));
+    if (!residual.defined()) {
+      residual = at::empty(bases.key_grams.sizes(), forms.options());
+    }
+    residual.index_copy_(0, index, forms);
+    bases.flops += static_cast<double>(items.size()) * residual_form_flops(d, rank);
+  }
+  return c10::make_intrusive<LowRankPlan>(tree, std::move(ranks), bases.scores, bases.values, residual);
 }
 
 }  // namespace drrl

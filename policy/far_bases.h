@@ -15,6 +15,7 @@ namespace drrl {
 struct FarBases {
   Basis scores;
   Basis values;
+  at::Tensor key_grams;  ///< G_k of each pair, [B G pairs, d, d] float64
   int64_t solves = 0;   ///< full decompositions
   int64_t updates = 0;  ///< rounds of update_basis, summed over pairs
   double flops = 0;     ///< of solves, updates and the output Gram
@@ -30,5 +31,8 @@ FarBases solve_far_bases(const at::Tensor& q, const at::Tensor& k, const at::Ten
 /// first block, one for each KV group and kind.
 FarBases update_far_bases(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o, const BlockTree& tree,
                           const std::vector<Ranks>& ranks, const at::Tensor& start, int64_t steps);
+
+/// A plan of these bases at these ranks, with the residual forms of its scores. Adds the operations of the latter to bases.flops.
+c10::intrusive_ptr<LowRankPlan> make_plan(const BlockTree& tree, std::vector<Ranks> ranks, FarBases& bases);
 
 }  // namespace drrl

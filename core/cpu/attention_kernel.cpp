@@ -203,8 +203,19 @@ void add_rows(int64_t rows, int64_t columns, const float* x, int64_t x_stride, f
   }
 }
 
-// scores, the output so far, a part's own output, projected queries, and two numbers a row
-int64_t forward_rows_scratch_size(int64_t d) { return kQueryBlock * (kScoreStride + 3 * d + 2); }
+void corrections(int64_t rows, int64_t d, const float* q, int64_t q_stride, const float* panels, float* correction, float* scratch) {
+  product<false, false>(rows, d, d, q, q_stride, panels, d, scratch, d);
+  for (int64_t i = 0; i < rows; ++i) {
+    __m256 sum = _mm256_setzero_ps();
+    for (int64_t j = 0; j < d; j += 8) {
+      sum = _mm256_fmadd_ps(_mm256_loadu_ps(scratch + i * d + j), _mm256_loadu_ps(q + i * q_stride + j), sum);
+    }
+    correction[i] = sum_of(sum);
+  }
+}
+
+// scores, the output so far, a part's own output, projected queries, and three numbers a row
+int64_t forward_rows_scratch_size(int64_t d) { return kQueryBlock * (kScoreStride + 3 * d + 3); }
 int64_t forward_scratch_size(const Shape& shape) { return forward_rows_scratch_size(std::max(shape.qk, shape.v)); }
 
 void forward_rows(int64_t rows, int64_t d, float scale_factor, const float* q, int64_t q_stride, const Part* parts, int64_t count_parts, float* out,
@@ -215,6 +226,7 @@ void forward_rows(int64_t rows, int64_t d, float scale_factor, const float* q, i
   float* projected = part_sum + kQueryBlock * d;     // [rows][qk]
   float* maximum = projected + kQueryBlock * d;      // [rows]
   float* total = maximum + kQueryBlock;              // [rows]
+  float* correction = total + kQueryBlock;           // [rows]
   std::fill(sum, sum + rows * d, 0.0f);
   std::fill(maximum, maximum + rows, -std::numeric_limits<float>::infinity());
   std::fill(total, total + rows, 0.0f);
@@ -229,6 +241,10 @@ void forward_rows(int64_t rows, int64_t d, float scale_factor, const float* q, i
   for (const Part* part = parts; part != parts + count_parts; ++part) {
     const float* queries = q;
     int64_t queries_stride = q_stride;
+    std::fill(correction, correction + rows, 0.0f);
+    if (part->correct != nullptr) {
+      corrections(rows, d, q, q_stride, part->correct, correction, projected);
+    }
     if (part->project != nullptr) {
       product<false, false>(rows, part->qk, d, q, q_stride, part->project, d, projected, part->qk);
       queries = projected;
@@ -261,12 +277,12 @@ void forward_rows(int64_t rows, int64_t d, float scale_factor, const float* q, i
           top = _mm256_max_ps(top, _mm256_loadu_ps(row + j));
         }
         const float old_maximum = maximum[i];
-        const float new_maximum = std::max(old_maximum, largest(top) * scale_factor);
+        const float new_maximum = std::max(old_maximum, largest(top) * scale_factor + correction[i]);
         if (new_maximum == -std::numeric_limits<float>::infinity()) {  // nothing visible yet: weights of zero
           std::fill(row, row + used, 0.0f);
           continue;
         }
-        const __m256 shift = _mm256_set1_ps(new_maximum);
+        const __m256 shift = _mm256_set1_ps(new_maximum - correction[i]);
         __m256 weights = _mm256_setzero_ps();
         for (int64_t j = 0; j < used; j += 8) {
           const __m256 e = exponential(_mm256_fmsub_ps(_mm256_loadu_ps(row + j), scale, shift));

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <vector>
 
 #include "core/cpu/attention_kernel.h"
@@ -53,11 +54,11 @@ Item item_of(const PairRun& run, int64_t i, int64_t sequence, const LowRankPlan&
 class BasisPanels {
  public:
   // Packs, for each item, the given factors; a rank of d packs nothing.
-  BasisPanels(const std::vector<Item>& items, const LowRankPlan& plan, int64_t d, bool backward) : d_(d) {
+  BasisPanels(const std::vector<Item>& items, const LowRankPlan& plan, int64_t d, bool backward) : d_(d), corrected_(plan.residual.defined()) {
     int64_t size = 0;
     for (const Item& item : items) {
       begin_.push_back(size);
-      size += (item.ranks.qk < d ? 4 * d * item.ranks.qk : 0) + (item.ranks.v < d ? 4 * d * item.ranks.v : 0);
+      size += (item.ranks.qk < d ? 4 * d * item.ranks.qk + d * d : 0) + (item.ranks.v < d ? 4 * d * item.ranks.v : 0);
     }
     storage_ = at::empty({size}, at::kFloat);
     for_each_task(static_cast<int64_t>(items.size()), 0, [&](int64_t i, float*) {
@@ -76,6 +77,9 @@ class BasisPanels {
       };
       if (item.ranks.qk < d) {
         pack(plan.scores, item.ranks.qk, at(i));
+        if (corrected_) {
+          pack_matrix(plan.residual.const_data_ptr<float>() + item.index * d * d, d, d, d, at(i) + 4 * d * item.ranks.qk);
+        }
       }
       if (item.ranks.v < d) {
         pack(plan.values, item.ranks.v, values_at(i, item));
@@ -91,13 +95,16 @@ class BasisPanels {
   const float* values(int64_t i, const Item& item, int factor) const {
     return item.ranks.v < d_ ? values_at(i, item) + factor * d_ * item.ranks.v : nullptr;
   }
+  // The residual form of item i; null if there is none.
+  const float* residual(int64_t i, const Item& item) const { return corrected_ ? scores(i, item, 4) : nullptr; }
   static constexpr int kLeft = 0, kRight = 1, kLeftTransposed = 2, kRightTransposed = 3;
 
  private:
   float* at(int64_t i) const { return storage_.data_ptr<float>() + begin_[static_cast<size_t>(i)]; }
-  float* values_at(int64_t i, const Item& item) const { return at(i) + (item.ranks.qk < d_ ? 4 * d_ * item.ranks.qk : 0); }
+  float* values_at(int64_t i, const Item& item) const { return at(i) + (item.ranks.qk < d_ ? (4 * item.ranks.qk + d_) * d_ : 0); }
 
   int64_t d_;
+  bool corrected_;
   std::vector<int64_t> begin_;
   at::Tensor storage_;
 };
@@ -218,7 +225,7 @@ std::tuple<at::Tensor, at::Tensor> lowrank_forward(const at::Tensor& q, const at
     if (n >= 0) {
       for (const int64_t i : seen_by[static_cast<size_t>(sequence * blocks + n)]) {
         const Item& item = items[static_cast<size_t>(i)];
-        parts.push_back({packed_of(first_item + i), item.keys, item.ranks.qk, item.ranks.v, Part::kAll,
+        parts.push_back({packed_of(first_item + i), item.keys, item.ranks.qk, item.ranks.v, Part::kAll, panels.residual(i, item),
                          panels.scores(i, item, BasisPanels::kLeft), panels.values(i, item, BasisPanels::kRightTransposed)});
       }
     }
@@ -307,6 +314,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
     struct Low {
       Matrix<float> q, grad_out, grad_q;
       Matrix<float> k, v, grad_k, grad_v;
+      Matrix<float> logsumexp;  // as the uncorrected scores see it
     };
     std::vector<Low> low(items.size());
     int64_t size = 0;
@@ -323,6 +331,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
           take(low[i].q, true, item.ranks.qk);
           take(low[i].grad_q, true, item.ranks.qk);
           take(low[i].k, false, item.ranks.qk);
+          take(low[i].logsumexp, true, 1);
         }
         if (item.ranks.v < d) {
           take(low[i].grad_out, true, item.ranks.v);
@@ -343,7 +352,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
       }
       cut(pieces, static_cast<int64_t>(i), g, items[i].keys, key_chunk_rows());
     }
-    for_each_task(static_cast<int64_t>(pieces.size()), 0, [&](int64_t task, float*) {
+    for_each_task(static_cast<int64_t>(pieces.size()), key_chunk_rows() * d, [&](int64_t task, float* scratch) {
       const auto& [i, head, first, rows] = pieces[static_cast<size_t>(task)];
       const Item& item = items[static_cast<size_t>(i)];
       const Low& to = low[static_cast<size_t>(i)];
@@ -353,6 +362,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
         if (item.ranks.qk < d) {
           project(layout.query_rows(queries, item.sequence, token).at(head, 0), panels.scores(i, item, BasisPanels::kLeft), item.ranks.qk, to.q.at(head, first));
           std::fill_n(to.grad_q.at(head, first), rows * item.ranks.qk, 0.0f);
+          float* own = to.logsumexp.at(head, first);
+          const float* merged = layout.query_numbers(sums, item.sequence, token).at(head, 0);
+          if (const float* form = panels.residual(i, item); form != nullptr) {
+            corrections(rows, d, layout.query_rows(queries, item.sequence, token).at(head, 0), d, form, own, scratch);
+            std::transform(merged, merged + rows, own, own, std::minus<>());
+          } else {
+            std::copy_n(merged, rows, own);
+          }
         }
         if (item.ranks.v < d) {
           project(layout.query_rows(grads, item.sequence, token).at(head, 0), panels.values(i, item, BasisPanels::kRight), item.ranks.v,
@@ -378,7 +395,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
       problems.push_back({shape,
                           {low_scores ? constant(low[i].q) : layout.query_rows(queries, item.sequence, item.query_begin),
                            low_values ? constant(low[i].grad_out) : layout.query_rows(grads, item.sequence, item.query_begin),
-                           layout.query_numbers(sums, item.sequence, item.query_begin), layout.query_numbers(delta, item.sequence, item.query_begin),
+                           low_scores ? constant(low[i].logsumexp) : layout.query_numbers(sums, item.sequence, item.query_begin),
+                           layout.query_numbers(delta, item.sequence, item.query_begin),
                            low_scores ? constant(low[i].k) : layout.key_rows(keys, item.sequence, item.key_begin),
                            low_values ? constant(low[i].v) : layout.key_rows(values, item.sequence, item.key_begin),
                            low_scores ? low[i].grad_q : layout.query_rows(into_q, item.sequence, item.query_begin), low[i].grad_k, low[i].grad_v}});
