@@ -1,5 +1,6 @@
 #include "policy/calibration.h"
 
+#include <array>
 #include <charconv>
 #include <sstream>
 
@@ -7,6 +8,7 @@
 #include "core/error.h"
 #include "core/gram.h"
 #include "core/safetensors.h"
+#include "distributed/agreement.h"
 #include "policy/controller.h"
 
 namespace drrl {
@@ -34,6 +36,12 @@ at::Tensor checked_tensor(const SafetensorsFile& file, const std::string& name, 
 }
 
 }  // namespace
+
+std::string Calibration::digest() const {
+  const auto bytes = [](const at::Tensor& x) { return hash_bytes(x.const_data_ptr(), x.nbytes()); };
+  const std::array hashes = {bytes(damage.contiguous()), bytes(bases.contiguous())};
+  return to_hex(hash_bytes(hashes.data(), sizeof(hashes)));
+}
 
 void Calibration::save(const std::filesystem::path& file) const {
   std::ostringstream rank_list;

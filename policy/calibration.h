@@ -9,6 +9,7 @@
 #include "core/block_tree.h"
 #include "core/lowrank_attention.h"
 #include "policy/attention.h"
+#include "policy/rank_policy.h"
 
 namespace drrl {
 
@@ -34,24 +35,14 @@ class Calibration {
   int64_t levels() const { return damage.size(3); }
   int64_t head_dim() const { return bases.size(3); }
 
+  /// 16 hexadecimal digits that tell calibrations apart: of the damage and the bases.
+  std::string digest() const;
+
   /// Writes atomically. Errors: Error(kStorage).
   void save(const std::filesystem::path& file) const;
 
   /// Errors: Error(kModel) that names the file and what is missing, malformed or out of range.
   static Calibration load(const std::filesystem::path& file);
-};
-
-/// Ranks for each layer, KV group and tree level.
-class RankTable {
- public:
-  RankTable(int64_t layers, int64_t groups, int64_t levels, Ranks all)
-      : groups_(groups), levels_(levels), ranks_(static_cast<size_t>(layers * groups * levels), all) {}
-  Ranks& at(int64_t layer, int64_t group, int64_t level) { return ranks_[static_cast<size_t>((layer * groups_ + group) * levels_ + level)]; }
-  const Ranks& at(int64_t layer, int64_t group, int64_t level) const { return const_cast<RankTable*>(this)->at(layer, group, level); }
-
- private:
-  int64_t groups_, levels_;
-  std::vector<Ranks> ranks_;
 };
 
 /// The ranks of least total damage whose attention, everything counted (core/cost.h, forward, bases updated in `update_steps` steps), takes at most

@@ -62,6 +62,32 @@ class EnergyPolicy final : public RankPolicy {
   std::vector<int64_t> buckets_;
 };
 
+// The table's ranks for every pair that is observed.
+std::vector<Ranks> look_up(const RankTable& table, const LayerObservation& o) {
+  TORCH_CHECK(o.layer < table.layers() && o.first_group + o.groups <= table.groups() && o.tree.num_levels() <= table.levels(), "a rank table of ",
+              table.layers(), " layers, ", table.groups(), " groups and ", table.levels(), " levels for layer ", o.layer, ", groups ", o.first_group,
+              " to ", o.first_group + o.groups - 1, " and ", o.tree.num_levels(), " levels");
+  std::vector<Ranks> ranks(static_cast<size_t>(items(o)));
+  for (int64_t sequence = 0; sequence < o.batch * o.groups; ++sequence) {
+    for (const PairRun& run : o.tree.runs()) {
+      std::fill_n(ranks.begin() + sequence * o.tree.num_pairs() + run.first_pair, run.count,
+                  table.at(o.layer, o.first_group + sequence % o.groups, run.level));
+    }
+  }
+  return ranks;
+}
+
+class TablePolicy final : public RankPolicy {
+ public:
+  TablePolicy(RankTable table, std::string description) : table_(std::move(table)), description_(std::move(description)) {}
+  std::vector<Ranks> decide(const LayerObservation& o) override { return look_up(table_, o); }
+  std::string describe() const override { return description_; }
+
+ private:
+  RankTable table_;
+  std::string description_;
+};
+
 class AllocatedPolicy final : public RankPolicy {
  public:
   AllocatedPolicy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps)
@@ -78,18 +104,11 @@ class AllocatedPolicy final : public RankPolicy {
     if (found == tables_.end()) {
       found = tables_.emplace(key, allocate(calibration_, budget_, o.tree, heads_per_group, buckets_, update_steps_)).first;
     }
-    std::vector<Ranks> ranks(static_cast<size_t>(items(o)));
-    for (int64_t sequence = 0; sequence < o.batch * o.groups; ++sequence) {
-      for (const PairRun& run : o.tree.runs()) {
-        const Ranks& chosen = found->second.at(o.layer, o.first_group + sequence % o.groups, run.level);
-        std::fill_n(ranks.begin() + sequence * o.tree.num_pairs() + run.first_pair, run.count, chosen);
-      }
-    }
-    return ranks;
+    return look_up(found->second, o);
   }
 
   std::string describe() const override {
-    return c10::str("dp, budget ", budget_, ", calibrated on ", calibration_.tokens, " tokens of ", calibration_.data);
+    return c10::str("dp, budget ", budget_, ", calibrated on ", calibration_.tokens, " tokens of ", calibration_.data, " (", calibration_.digest(), ")");
   }
 
  private:
@@ -122,6 +141,10 @@ std::unique_ptr<RankPolicy> make_fixed_policy(int64_t rank, int64_t head_dim) {
 std::unique_ptr<RankPolicy> make_energy_policy(double energy, std::vector<int64_t> buckets) {
   check(ErrorKind::kUsage, energy > 0 && energy <= 1, "energy to keep is ", energy, ", expected more than 0 and at most 1");
   return std::make_unique<EnergyPolicy>(energy, std::move(buckets));
+}
+
+std::unique_ptr<RankPolicy> make_table_policy(RankTable table, std::string description) {
+  return std::make_unique<TablePolicy>(std::move(table), std::move(description));
 }
 
 std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps) {

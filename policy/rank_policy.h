@@ -13,6 +13,22 @@ namespace drrl {
 
 class Calibration;
 
+/// Ranks for each layer, KV group of the model and tree level.
+class RankTable {
+ public:
+  RankTable(int64_t layers, int64_t groups, int64_t levels, Ranks all)
+      : layers_(layers), groups_(groups), levels_(levels), ranks_(static_cast<size_t>(layers * groups * levels), all) {}
+  Ranks& at(int64_t layer, int64_t group, int64_t level) { return ranks_[static_cast<size_t>((layer * groups_ + group) * levels_ + level)]; }
+  const Ranks& at(int64_t layer, int64_t group, int64_t level) const { return const_cast<RankTable*>(this)->at(layer, group, level); }
+  int64_t layers() const { return layers_; }
+  int64_t groups() const { return groups_; }
+  int64_t levels() const { return levels_; }
+
+ private:
+  int64_t layers_, groups_, levels_;
+  std::vector<Ranks> ranks_;
+};
+
 /// The ranks that a device runs without waste, ascending, the last one `head_dim` itself (exact): multiples of 16 on a CPU; 32, 64, 96, 128 on
 /// CUDA, whose flash kernels pad to those. Head dims below 64 (test models) are cut into four steps.
 std::vector<int64_t> rank_buckets(const at::Device& device, int64_t head_dim);
@@ -51,6 +67,9 @@ std::unique_ptr<RankPolicy> make_fixed_policy(int64_t rank, int64_t head_dim);
 /// Per pair the smallest bucket that keeps the share `energy` of the spectrum, for scores and values apart ("adaptive SVD" in the paper's
 /// comparison). Errors: Error(kUsage) unless 0 < energy <= 1.
 std::unique_ptr<RankPolicy> make_energy_policy(double energy, std::vector<int64_t> buckets);
+
+/// The ranks of a table, whatever the text. Errors: when it decides, c10::Error if the table is of fewer layers, groups or levels.
+std::unique_ptr<RankPolicy> make_table_policy(RankTable table, std::string description);
 
 /// Per layer, KV group, tree level and kind the ranks that do the least calibrated damage within `budget` of exact attention's operations:
 /// `allocate()`, once for each length of sequence.

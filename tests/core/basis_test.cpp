@@ -54,6 +54,50 @@ TEST(Basis, TailLossIsTheTrueLossOfAnyBasisOnAnyData) {
   }
 }
 
+TEST(Basis, UpdatesReachTheBestOfTheirRank) {
+  at::manual_seed(6);
+  const int64_t n = 3, d = 16, r = 6;
+  const auto g_x = gram(rows(n, 40, d)), g_y = gram(rows(n, 50, d));
+  const auto best = tail_loss(solve_basis(g_x, g_y), g_x, g_y).select(1, r);
+  const auto loss_after = [&](const at::Tensor& start, int64_t steps) { return tail_loss(update_basis(start, g_x, g_y, steps), g_x, g_y).select(1, r); };
+  const auto noise = at::randn({n, d, r});
+  at::Tensor last = loss_after(noise, 0);
+  EXPECT_TRUE((last > 1.2 * best).all().item<bool>());
+  for (const int64_t steps : {1, 2, 4}) {  // never away from the optimum
+    const auto loss = loss_after(noise, steps);
+    EXPECT_TRUE((loss <= last * (1 + 1e-6)).all().item<bool>()) << steps;
+    last = loss;
+  }
+  EXPECT_TRUE((loss_after(noise, 60) < 1.001 * best).all().item<bool>());
+  // From the solution itself nothing is left to do, and the left factor alone already is the solution's.
+  EXPECT_TRUE((loss_after(solve_basis(g_x, g_y).right.narrow(2, 0, r), 0) < (1 + 1e-4) * best).all().item<bool>());
+}
+
+TEST(Basis, UpdatesSurviveDependentColumnsAndRankDeficientGrams) {
+  at::manual_seed(7);
+  const auto g_x = gram(rows(2, 5, 16)), g_y = gram(rows(2, 4, 16));  // rank 4 at most
+  auto start = at::randn({2, 16, 8});
+  start.select(2, 3).copy_(start.select(2, 2));
+  const Basis basis = update_basis(start, g_x, g_y, 3);
+  const auto tail = tail_loss(basis, g_x, g_y);
+  EXPECT_TRUE(at::isfinite(basis.left).all().item<bool>() && at::isfinite(basis.right).all().item<bool>());
+  EXPECT_TRUE((tail.select(1, 8) <= 1e-4 * tail.select(1, 0)).all().item<bool>()) << tail;
+}
+
+TEST(Basis, TheResidualFormIsHalfTheMeanSquareOfWhatTheScoresLose) {
+  at::manual_seed(8);
+  const int64_t n = 2, d = 16, r = 5, m = 30;
+  const auto x = rows(n, 40, d), y = rows(n, m, d);
+  const Basis all = solve_basis(gram(x), gram(y));
+  const Basis basis{all.left.narrow(2, 0, r), all.right.narrow(2, 0, r), {}};
+  const auto form = residual_form(basis, gram(y), at::full({n}, static_cast<double>(m), at::kDouble)).to(at::kDouble);
+  const auto q = rows(n, 7, d);  // any queries
+  const auto left = basis.left.to(at::kDouble), right = basis.right.to(at::kDouble);
+  const auto lost = (at::matmul(q, y.transpose(1, 2)) - at::matmul(at::matmul(q, left), at::matmul(y, right).transpose(1, 2))) / std::sqrt(16.0);
+  const auto expected = 0.5 * lost.pow(2).mean(2);
+  EXPECT_TRUE(at::allclose((at::matmul(q, form) * q).sum(2), expected, 1e-4, 1e-6 * expected.max().item<double>()));
+}
+
 TEST(Basis, AFreshBasisLosesExactlyTheTailOfItsSpectrum) {  // the paper's Eq. 8 on one spectrum
   at::manual_seed(3);
   const auto g_x = gram(rows(4, 64, 32)), g_y = gram(rows(4, 64, 32));

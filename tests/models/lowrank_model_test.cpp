@@ -3,7 +3,7 @@
 #include "core/error.h"
 #include "distributed/mpi_group.h"
 #include "models/llama.h"
-#include "policy/calibration.h"
+#include "models/tensor_parallel.h"
 #include "policy/controller.h"
 #include "tests/distributed/mpi_test.h"
 #include "tests/models/reference_llama.h"
@@ -14,19 +14,19 @@ namespace {
 constexpr Geometry kGeometry{8, 2};
 constexpr int64_t kLength = 61;  // eight blocks, the last one short
 
-Calibration calibration() {
-  Calibration c;
-  c.head_dim = 16;
-  c.geometry = kGeometry;
-  c.ranks = {4, 8, 12};
-  c.score_damage = {{3, 2, 1}, {30, 2, 0.1}};
-  c.value_damage = {{1, 0.5, 0.2}, {9, 8, 7}};
-  return c;
+// Every layer, group and level its own ranks.
+RankTable unequal_ranks() {
+  RankTable table(2, 3, 3, {4, 8});
+  const Ranks choices[] = {{4, 8}, {16, 4}, {12, 16}, {8, 8}, {16, 16}};
+  for (int64_t i = 0; i < 18; ++i) {
+    table.at(i / 9, i / 3 % 3, i % 3) = choices[i % 5];
+  }
+  return table;
 }
 
 std::vector<std::shared_ptr<RankPolicy>> policies() {
-  const auto buckets = rank_buckets(at::kCPU, 16);
-  return {make_full_policy(), make_fixed_policy(6, 16), make_energy_policy(0.95, buckets), make_dp_policy(calibration(), 0.5, 2, 16, buckets)};
+  return {make_full_policy(), make_fixed_policy(6, 16), make_energy_policy(0.95, rank_buckets(at::kCPU, 16)),
+          make_table_policy(unequal_ranks(), "table")};
 }
 
 class LowRankModel : public MpiTest {
@@ -39,7 +39,8 @@ class LowRankModel : public MpiTest {
   void TearDown() override { MPI_Barrier(MPI_COMM_WORLD); }
 
   CausalLM model(const std::shared_ptr<RankPolicy>& policy, const Group& tp, ModelOptions options = {}) const {
-    CausalLM result(config_, tp, std::make_shared<LowRankController>(policy, kGeometry), options);
+    const int64_t first_group = partition(config_.num_key_value_heads, tp.size(), tp.rank()).begin;
+    CausalLM result(config_, tp, std::make_shared<LowRankController>(policy, kGeometry, BasisOptions{}, first_group), options);
     set_weights(result, random_weights(config_, 1), tp);
     return result;
   }

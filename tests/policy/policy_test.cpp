@@ -7,6 +7,8 @@
 
 #include "core/error.h"
 #include "core/attention_part.h"
+#include "core/cost.h"
+#include "core/safetensors.h"
 #include "policy/calibration.h"
 #include "policy/controller.h"
 #include "policy/rank_policy.h"
@@ -15,45 +17,74 @@
 namespace drrl {
 namespace {
 
-Calibration make_calibration(int64_t layers, int64_t head_dim, std::vector<int64_t> ranks) {
+Calibration make_calibration(int64_t layers, int64_t groups, int64_t levels, int64_t head_dim, std::vector<int64_t> ranks) {
   Calibration c;
-  c.head_dim = head_dim;
   c.geometry = {16, 4};
   c.seq_len = 128;
   c.tokens = 1000;
   c.model = "model";
   c.data = "text";
   c.ranks = std::move(ranks);
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    c.score_damage.emplace_back();
-    c.value_damage.emplace_back();
-    for (const int64_t rank : c.ranks) {
-      // Layers differ by orders of magnitude, and values matter less than scores.
-      const double base = std::pow(10.0, static_cast<double>(layer % 3)) * std::exp(-0.1 * static_cast<double>(rank));
-      c.score_damage.back().push_back(base);
-      c.value_damage.back().push_back(0.3 * base);
+  // Layers differ by orders of magnitude, groups and levels less, and values matter less than scores.
+  c.damage = at::zeros({layers, groups, 2, levels, static_cast<int64_t>(c.ranks.size())}, at::kDouble);
+  auto table = c.damage.accessor<double, 5>();
+  for (int64_t i = 0; i < layers; ++i) {
+    for (int64_t j = 0; j < groups; ++j) {
+      for (int64_t level = 0; level < levels; ++level) {
+        for (size_t r = 0; r < c.ranks.size(); ++r) {
+          const double base = std::pow(10.0, static_cast<double>(i % 3)) * (1.0 + 0.7 * static_cast<double>(j)) *
+                              std::exp(-0.1 * static_cast<double>(c.ranks[r]) - 0.5 * static_cast<double>(level));
+          table[i][j][0][level][static_cast<int64_t>(r)] = base;
+          table[i][j][1][level][static_cast<int64_t>(r)] = 0.3 * base;
+        }
+      }
     }
   }
+  at::manual_seed(9);
+  c.bases = at::randn({layers, groups, 2, head_dim, head_dim});
   return c;
 }
 
-double damage_of(const Calibration& c, const std::vector<Ranks>& ranks) {
+double damage_of(const Calibration& c, const RankTable& table) {
   double sum = 0;
-  for (size_t layer = 0; layer < ranks.size(); ++layer) {
-    for (size_t i = 0; i < c.ranks.size(); ++i) {
-      sum += ranks[layer].qk == c.ranks[i] ? c.score_damage[layer][i] : 0;
-      sum += ranks[layer].v == c.ranks[i] ? c.value_damage[layer][i] : 0;
+  for (int64_t layer = 0; layer < table.layers(); ++layer) {
+    for (int64_t group = 0; group < table.groups(); ++group) {
+      for (int64_t level = 0; level < table.levels(); ++level) {
+        for (size_t i = 0; i < c.ranks.size(); ++i) {
+          const auto at_rank = [&](int64_t kind) {
+            return c.damage[layer][group][kind][std::min(level, c.levels() - 1)][static_cast<int64_t>(i)].item<double>();
+          };
+          sum += table.at(layer, group, level).qk == c.ranks[i] ? at_rank(0) : 0;
+          sum += table.at(layer, group, level).v == c.ranks[i] ? at_rank(1) : 0;
+        }
+      }
     }
   }
   return sum;
 }
 
-double mean_share(const std::vector<Ranks>& ranks, int64_t head_dim) {
+constexpr int64_t kSteps = 2;
+
+// Operations of a table over those of exact attention, as the operator's own accounting sees them.
+double operations_of(const RankTable& table, const BlockTree& tree, int64_t heads_per_group, int64_t d) {
+  const int64_t heads = table.groups() * heads_per_group;
   double sum = 0;
-  for (const Ranks& r : ranks) {
-    sum += static_cast<double>(r.qk + r.v);
+  for (int64_t layer = 0; layer < table.layers(); ++layer) {
+    AttentionFlops flops = exact_part_flops(tree, 1, heads, table.groups(), d, false);
+    for (int64_t group = 0; group < table.groups(); ++group) {
+      for (const PairRun& run : tree.runs()) {
+        const Ranks r = table.at(layer, group, run.level);
+        for (int64_t i = 0; i < run.count; ++i) {
+          flops += far_pair_flops(run, FarKind::kScores, r.qk, heads_per_group, d, false);
+          flops += far_pair_flops(run, FarKind::kValues, r.v, heads_per_group, d, false);
+          flops.solves += r.qk < d ? basis_update_flops(d, r.qk, kSteps) + residual_form_flops(d, r.qk) : 0;
+          flops.solves += r.v < d ? basis_update_flops(d, r.v, kSteps) : 0;
+        }
+      }
+    }
+    sum += flops.total();
   }
-  return sum / (2.0 * static_cast<double>(head_dim) * static_cast<double>(ranks.size()));
+  return sum / (static_cast<double>(table.layers()) * exact_attention_flops(1, heads, tree.sequence_length(), d, false));
 }
 
 std::filesystem::path temporary(const std::string& name) {
@@ -68,71 +99,99 @@ TEST(RankBuckets, ComeFromTheDevice) {
   EXPECT_EQ(rank_buckets(at::kCPU, 16), (std::vector<int64_t>{4, 8, 12, 16}));
 }
 
-TEST(Allocation, IsTheBestOfAllAllocations) {  // against exhaustive search
-  const Calibration c = make_calibration(3, 64, {16, 32, 48});
+// Against exhaustive search. What the relaxation may miss is less than its last step, so that a budget one step smaller is a lower bound.
+TEST(Allocation, IsTheBestOfAllAllocationsUpToOneStep) {
+  const Calibration c = make_calibration(3, 1, 1, 64, {16, 32, 48});
   const std::vector<int64_t> buckets{16, 32, 48, 64};
-  for (const double budget : {0.25, 0.3, 0.4, 0.5, 0.585, 0.8, 1.0}) {
-    const auto chosen = allocate(c, budget, 3, 64, buckets);
-    EXPECT_LE(mean_share(chosen, 64), budget + 1e-12);
-    double best = 1e300;
-    for (int code = 0; code < 4096; ++code) {
-      std::vector<Ranks> candidate;
-      for (int layer = 0; layer < 3; ++layer) {
-        candidate.push_back({buckets[code >> (4 * layer) & 3], buckets[code >> (4 * layer + 2) & 3]});
-      }
-      if (mean_share(candidate, 64) <= budget + 1e-12) {
-        best = std::min(best, damage_of(c, candidate));
-      }
+  const BlockTree tree(4100, {2048, 4});
+  ASSERT_EQ(tree.num_levels(), 1);
+  std::vector<std::pair<double, double>> all;  // operations and damage of every allocation
+  for (int code = 0; code < 4096; ++code) {
+    RankTable candidate(3, 1, 1, {64, 64});
+    for (int layer = 0; layer < 3; ++layer) {
+      candidate.at(layer, 0, 0) = {buckets[code >> (4 * layer) & 3], buckets[code >> (4 * layer + 2) & 3]};
     }
-    EXPECT_NEAR(damage_of(c, chosen), best, 1e-12) << "budget " << budget;
+    all.emplace_back(operations_of(candidate, tree, 3, 64), damage_of(c, candidate));
+  }
+  const double step = 0.03;  // 16 columns of one kind of one layer: half the tokens' square, a sixth of the kinds, a quarter of the width
+  for (const double budget : {0.7, 0.75, 0.8, 0.85, 0.9, 0.95}) {
+    const RankTable chosen = allocate(c, budget, tree, 3, buckets, kSteps);
+    EXPECT_LE(operations_of(chosen, tree, 3, 64), budget + 1e-9);
+    double bound = 1e300;
+    for (const auto& [operations, damage] : all) {
+      bound = operations <= budget - step ? std::min(bound, damage) : bound;
+    }
+    ASSERT_LT(bound, 1e300);
+    EXPECT_LE(damage_of(c, chosen), bound + 1e-12) << "budget " << budget;
   }
 }
 
-TEST(Allocation, RefusesWhatDoesNotFit) {
-  const Calibration c = make_calibration(3, 64, {16, 32, 48});
+TEST(Allocation, SpendsTheBudgetWhereItHelps) {
+  const Calibration c = make_calibration(3, 2, 3, 64, {16, 32, 48});
   const std::vector<int64_t> buckets{16, 32, 48, 64};
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { allocate(c, 0.2, 3, 64, buckets); }).find("0.25"), std::string::npos);
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { allocate(c, 1.5, 3, 64, buckets); }).find("1.5"), std::string::npos);
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { allocate(c, 0.5, 4, 64, buckets); }).find("3 layers"), std::string::npos);
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { allocate(c, 0.5, 3, 128, buckets); }).find("128"), std::string::npos);
+  const BlockTree tree(8196, {256, 4});  // two levels more than were calibrated
+  double last = 1e300;
+  for (const double budget : {0.35, 0.4, 0.5, 0.6, 0.7, 0.8}) {
+    const RankTable chosen = allocate(c, budget, tree, 3, buckets, kSteps);
+    const double spent = operations_of(chosen, tree, 3, 64);
+    EXPECT_LE(spent, budget + 1e-9);
+    EXPECT_GT(spent, budget - 0.01);
+    EXPECT_LT(damage_of(c, chosen), last);
+    last = damage_of(c, chosen);
+  }
+  const RankTable exact = allocate(c, 1.0, tree, 3, buckets, kSteps);
+  EXPECT_EQ(exact.at(0, 0, 0), (Ranks{64, 64}));
+}
+
+TEST(Allocation, RefusesWhatDoesNotFit) {
+  const Calibration c = make_calibration(3, 1, 1, 64, {16, 32, 48});
+  const std::vector<int64_t> buckets{16, 32, 48, 64};
+  const BlockTree tree(2052, {256, 4});
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { allocate(c, 0.2, tree, 3, buckets, kSteps); }).find("0.2"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { allocate(c, 1.5, tree, 3, buckets, kSteps); }).find("1.5"), std::string::npos);
+  const auto policy = make_dp_policy(c, 0.8, buckets, kSteps);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { policy->decide({3, 1, 3, 1, 0, 64, tree, {}, {}}); }).find("3 layers"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { policy->decide({0, 1, 3, 1, 0, 128, tree, {}, {}}); }).find("128"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { policy->decide({0, 1, 3, 1, 1, 64, tree, {}, {}}); }).find("1 KV groups"), std::string::npos);
 }
 
 TEST(Calibration, SurvivesItsFile) {
-  const Calibration c = make_calibration(4, 64, {16, 48});
-  c.save(temporary("ranks.json"));
-  const Calibration back = Calibration::load(temporary("ranks.json"));
+  const Calibration c = make_calibration(4, 2, 3, 64, {16, 48});
+  c.save(temporary("ranks.safetensors"));
+  const Calibration back = Calibration::load(temporary("ranks.safetensors"));
   EXPECT_EQ(back.ranks, c.ranks);
-  EXPECT_EQ(back.score_damage, c.score_damage);
-  EXPECT_EQ(back.value_damage, c.value_damage);
+  EXPECT_TRUE(back.damage.equal(c.damage));
+  EXPECT_TRUE(back.bases.equal(c.bases));
   EXPECT_EQ(back.geometry, c.geometry);
   EXPECT_EQ(back.tokens, c.tokens);
+  EXPECT_EQ(back.digest(), c.digest());
 }
 
 TEST(Calibration, NamesWhatIsWrongWithAFile) {
-  const auto file = temporary("bad.json");
-  EXPECT_NE(error_of(ErrorKind::kModel, [&] { Calibration::load(temporary("none.json")); }).find("none.json"), std::string::npos);
-  const auto expect = [&](const std::string& text, const std::string& part) {
-    std::ofstream(file) << text;
+  const auto file = temporary("bad.safetensors");
+  EXPECT_NE(error_of(ErrorKind::kModel, [&] { Calibration::load(temporary("none.safetensors")); }).find("none.safetensors"), std::string::npos);
+  const auto expect = [&](const std::string& part) {
     const std::string message = error_of(ErrorKind::kModel, [&] { Calibration::load(file); });
     EXPECT_NE(message.find(part), std::string::npos) << message;
-    EXPECT_NE(message.find("bad.json"), std::string::npos) << message;
+    EXPECT_NE(message.find("bad.safetensors"), std::string::npos) << message;
   };
-  expect("", "not a calibration file");
-  expect("{\"format\": \"other\"}", "\"other\"");
-  make_calibration(2, 64, {16, 32}).save(file);
-  std::ifstream in(file);
-  const std::string good((std::istreambuf_iterator<char>(in)), {});
-  auto with = [&](const std::string& from, const std::string& to) {
-    std::string text = good;
-    text.replace(text.find(from), from.size(), to);
-    return text;
+  std::ofstream(file) << "{}";
+  expect("bytes");
+  write_safetensors(file, {{"x", at::zeros({1})}});
+  expect("calibrate again");
+  const auto with = [&](auto&& change) {
+    Calibration c = make_calibration(2, 1, 2, 64, {16, 32});
+    change(c);
+    c.save(file);
   };
-  expect(with("\"head_dim\": 64", "\"head_dim\": 32"), "ranks");
-  expect(with("\"seq_len\"", "\"seqlen\""), "seq_len");
-  std::string negative = good;
-  const size_t entry = negative.find_first_of("0123456789", negative.find("score_damage"));
-  negative.insert(entry, "-");
-  expect(negative, "not negative");
+  with([](Calibration& c) { c.bases = c.bases.narrow(3, 0, 32).narrow(4, 0, 32).contiguous(); });
+  expect("ranks");
+  with([](Calibration& c) { c.ranks = {32, 16}; });
+  expect("\"ranks\"");
+  with([](Calibration& c) { c.damage[0][0][0][0][0] = -1.0; });
+  expect("negative");
+  with([](Calibration& c) { c.damage[1][0][1][0][0] = std::nan(""); });
+  expect("not finite");
 }
 
 struct Rig {
@@ -151,7 +210,30 @@ struct Rig {
 
   std::vector<std::shared_ptr<RankPolicy>> policies() const {
     return {make_full_policy(), make_fixed_policy(8, d), make_energy_policy(0.9, rank_buckets(at::kCPU, d)),
-            make_dp_policy(make_calibration(2, d, {8, 16, 24}), 0.5, 2, d, rank_buckets(at::kCPU, d))};
+            make_table_policy(unequal_ranks(), "table")};
+  }
+
+  // Each policy with every way to make bases.
+  std::vector<std::pair<std::shared_ptr<RankPolicy>, BasisOptions>> settings() const {
+    std::vector<std::pair<std::shared_ptr<RankPolicy>, BasisOptions>> all;
+    at::manual_seed(6);
+    for (const auto& policy : policies()) {
+      for (const int64_t steps : {BasisOptions::kSolve, int64_t{0}, int64_t{2}}) {
+        all.emplace_back(policy, BasisOptions{steps, {}});
+      }
+      all.emplace_back(policy, BasisOptions{1, at::randn({2, groups, 2, d, d})});
+    }
+    return all;
+  }
+
+  // Every layer, group and level its own ranks, exact ones among them.
+  static RankTable unequal_ranks() {
+    RankTable table(2, 3, 3, {8, 8});
+    const Ranks choices[] = {{8, 16}, {16, 16}, {32, 8}, {16, 32}, {32, 32}};
+    for (int64_t i = 0; i < 18; ++i) {
+      table.at(i / 9, i / 3 % 3, i % 3) = choices[i % 5];
+    }
+    return table;
   }
 };
 
@@ -168,9 +250,9 @@ TEST(Controller, FullPolicyIsExactAttention) {
 
 TEST(Controller, EveryPolicyIsStrictlyCausal) {
   const Rig rig;
-  for (const auto& policy : rig.policies()) {
-    SCOPED_TRACE(policy->describe());
-    LowRankController controller(policy, rig.geometry);
+  for (const auto& [policy, bases] : rig.settings()) {
+    LowRankController controller(policy, rig.geometry, bases);
+    SCOPED_TRACE(controller.describe());
     std::shared_ptr<LayerPlan> plan;
     const auto before = controller.attend(0, rig.q, rig.k, rig.v, rig.w_o, plan);
     for (const int64_t t : {3, 40, 99, 164, 199}) {
@@ -189,8 +271,8 @@ TEST(Controller, EveryPolicyIsStrictlyCausal) {
 
 TEST(Controller, ReplaysAPlanBitForBitAndCountsItOnce) {
   const Rig rig;
-  for (const auto& policy : rig.policies()) {
-    LowRankController controller(policy, rig.geometry);
+  for (const auto& [policy, bases] : rig.settings()) {
+    LowRankController controller(policy, rig.geometry, bases);
     std::shared_ptr<LayerPlan> plan;
     const auto first = controller.attend(1, rig.q, rig.k, rig.v, rig.w_o, plan);
     ASSERT_NE(plan, nullptr);
@@ -235,8 +317,7 @@ TEST(Policies, RefuseSenselessSettings) {
   EXPECT_NE(error_of(ErrorKind::kUsage, [] { make_energy_policy(1.5, {16}); }).find("1.5"), std::string::npos);
 }
 
-// The damage that calibration predicts must rank layers' errors as they really move the loss: here a two-layer toy whose "log-likelihood" is linear
-// in the attention outputs, so that 1/2 (g . D)^2 per position can be computed by hand.
+// A two-layer toy whose "log-likelihood" is linear in the attention outputs, so that 1/2 (g . D)^2 per position can be computed by hand.
 TEST(CalibrationController, MeasuresHalfTheSquaredMovementOfEachPosition) {
   const Rig rig;
   CalibrationController controller(2, rig.geometry, {8, 16});
@@ -246,20 +327,47 @@ TEST(CalibrationController, MeasuresHalfTheSquaredMovementOfEachPosition) {
   const auto out = controller.attend(1, q, rig.k, rig.v, rig.w_o, plan);
   torch::autograd::backward({(out * g).sum()});
   const BlockTree tree(rig.length, rig.geometry);
-  const FarBases bases = solve_far_bases(rig.q, rig.k, rig.v, rig.w_o, tree, true, true);
+  FarBases bases = solve_far_bases(rig.q, rig.k, rig.v, rig.w_o, tree, true, true);
+  ASSERT_EQ(controller.damage().sizes(), at::IntArrayRef({2, rig.groups, 2, tree.num_levels(), 2}));
   for (int kind = 0; kind < 2; ++kind) {
-    for (int i = 0; i < 2; ++i) {
-      const int64_t r = i == 0 ? 8 : 16;
-      const Ranks ranks = kind == 0 ? Ranks{r, rig.d} : Ranks{rig.d, r};
-      const auto lowrank = c10::make_intrusive<LowRankPlan>(
-          tree, std::vector<Ranks>(static_cast<size_t>(rig.groups * tree.num_pairs()), ranks), bases.scores, bases.values);
-      const auto error = lowrank_attention(rig.q, rig.k, rig.v, lowrank) - exact_attention(rig.q, rig.k, rig.v);
-      const double expected = 0.5 * (error * g).sum({1, 3}).pow(2).sum().item<double>();
-      EXPECT_NEAR(controller.damage()[1][kind][i].item<double>(), expected, 1e-4 * expected);
-      EXPECT_GT(expected, 0);
-      EXPECT_EQ(controller.damage()[0][kind][i].item<double>(), 0);
+    for (int64_t level = 0; level < tree.num_levels(); ++level) {
+      RankTable table(1, rig.groups, tree.num_levels(), {rig.d, rig.d});
+      for (int64_t group = 0; group < rig.groups; ++group) {
+        (kind == 0 ? table.at(0, group, level).qk : table.at(0, group, level).v) = 16;
+      }
+      auto ranks = make_table_policy(table, "one level")->decide({0, 1, rig.heads, rig.groups, 0, rig.d, tree, {}, {}});
+      const auto error = lowrank_attention(rig.q, rig.k, rig.v, make_plan(tree, std::move(ranks), bases)) - exact_attention(rig.q, rig.k, rig.v);
+      const auto expected = 0.5 * (error * g).unflatten(1, {rig.groups, -1}).sum(at::IntArrayRef{2, 4}).pow(2).sum(at::IntArrayRef{0, 2});  // [G]
+      const auto got = controller.damage()[1].select(1, kind).select(1, level).select(1, 1);
+      EXPECT_TRUE(at::allclose(got, expected.to(at::kDouble), 1e-3)) << got << expected;
+      EXPECT_TRUE((got > 0).all().item<bool>());
     }
   }
+  EXPECT_EQ(controller.damage()[0].abs().sum().item<double>(), 0);
+}
+
+TEST(FarBases, UpdatesComeCloseToSolutions) {
+  const Rig rig;
+  const BlockTree tree(rig.length, rig.geometry);
+  const auto exact = exact_attention(rig.q, rig.k, rig.v);
+  const int64_t items = rig.groups * tree.num_pairs();
+  const std::vector<Ranks> ranks(static_cast<size_t>(items), Ranks{16, 16});
+  const auto error_of_bases = [&](FarBases bases) {
+    return (lowrank_attention(rig.q, rig.k, rig.v, make_plan(tree, ranks, bases)) - exact).norm().item<double>() / exact.norm().item<double>();
+  };
+  FarBases solved = solve_far_bases(rig.q, rig.k, rig.v, rig.w_o, tree, true, true);
+  EXPECT_EQ(solved.solves, 2 * items);
+  const double best = error_of_bases(solved);
+  at::manual_seed(3);
+  const auto noise = at::randn({rig.groups, 2, rig.d, rig.d});
+  const FarBases from_noise = update_far_bases(rig.q, rig.k, rig.v, rig.w_o, tree, ranks, noise, 0);
+  EXPECT_EQ(from_noise.solves, 0);
+  EXPECT_GT(error_of_bases(from_noise), 1.3 * best) << "a random start must leave something to do";
+  EXPECT_LT(error_of_bases(update_far_bases(rig.q, rig.k, rig.v, rig.w_o, tree, ranks, noise, 8)), 1.1 * best);
+  const FarBases from_first = update_far_bases(rig.q, rig.k, rig.v, rig.w_o, tree, ranks, {}, 2);
+  EXPECT_EQ(from_first.solves, 2 * rig.groups);
+  EXPECT_EQ(from_first.updates, 2 * 2 * items);
+  EXPECT_LT(error_of_bases(from_first), 1.1 * best);
 }
 
 }  // namespace
