@@ -17,6 +17,7 @@
 namespace drrl::bench {
 
 ExitCode attention(const Environment& environment);  // bench_attention.cpp
+ExitCode peers(const Environment& environment);      // bench_peers.cpp
 
 /// What one layer's attention reads.
 struct Inputs {

@@ -247,7 +247,7 @@ std::string cell(const Json& value, const char* pattern, double factor = 1) {
   return value.is_null() ? "-" : format(pattern, value.get<double>() * factor);
 }
 
-void print_results(const Json& rows) {
+void print_results(const Json& rows, bool real) {
   std::vector<std::vector<std::string>> table = {
       {"L", "d, heads/groups", "attention", "forward ms", "speed", "fwd+bwd ms", "speed", "FLOPs", "error", "peak MiB"}};
   for (const Json& row : rows) {
@@ -256,7 +256,8 @@ void print_results(const Json& rows) {
                      cell(row["flops_fraction"], "%.3f"), cell(row["error"], "%.1e"), cell(row["peak_bytes"], "%.1f", 1.0 / (1 << 20))});
   }
   std::cout << "\nspeed: times as fast as the faster of the two SDPAs; FLOPs: of exact attention, forward; peak: of "
-            << (FLAGS_backward ? "forward + backward" : "forward") << "\n";
+            << (FLAGS_backward ? "forward + backward" : "forward")
+            << (real ? "\n" : "\nerror: of random inputs, whose spectra are flat: it says nothing about a model\n");
   print_table(std::cout, table);
 }
 
@@ -372,7 +373,7 @@ ExitCode attention(const Environment& environment) {
     }
   }
   const Json crossover = crossovers(rows);
-  print_results(rows);
+  print_results(rows, real);
   print_parts(rows);
   print_crossovers(crossover);
 

@@ -24,6 +24,7 @@ struct Command {
 
 constexpr Command kCommands[] = {
     {"attention", "time, memory and error of low-rank attention over sequence lengths, against PyTorch's SDPA", &attention},
+    {"peers", "error and time of low-rank attention and of other ways to compress it, on a real model and text", &peers},
 };
 
 std::string summary() {
