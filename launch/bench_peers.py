@@ -34,7 +34,7 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ["performer-pytorch==1.1.4", "nystrom-attention==0.0.14", "linformer==0.2.3", "einops==0.8.2", "local-attention==1.11.2",
+PACKAGES = ["performer-pytorch==1.1.4", "nystrom-attention==0.0.14", "linformer==0.2.3", "einops==0.8.2", "local-attention==1.9.15",
             "axial-positional-embedding==0.3.12", "setuptools==80.9.0"]  # setuptools: distutils, which Python 3.12 dropped
 
 

@@ -8,6 +8,7 @@
 #include <gflags/gflags.h>
 
 #include <cstdio>
+#include <cstring>
 #include <string>
 
 DEFINE_string(ranks, "16,32,48", "ranks of far tokens, a comma list; 32 is r = r_v = 32, 48/16 is r = 48 and r_v = 16");
@@ -30,7 +31,7 @@ constexpr Command kCommands[] = {
 std::string summary() {
   std::string text = "usage: drrl-bench COMMAND [options]";
   for (const Command& command : kCommands) {
-    text += std::string("\n  ") + command.name + "  " + command.purpose;
+    text += std::string("\n  ") + command.name + std::string(11 - std::strlen(command.name), ' ') + command.purpose;
   }
   return text;
 }
