@@ -5,9 +5,11 @@
 
 #include "core/error.h"
 #include "distributed/agreement.h"
-#include "distributed/mpi_group.h"
 #include "distributed/nccl_group.h"
 #include "distributed/rendezvous.h"
+#ifdef DRRL_WITH_MPI
+#include "distributed/mpi_group.h"
+#endif
 
 namespace drrl {
 namespace {
@@ -24,6 +26,7 @@ void check_same_shape(const Group& world, MeshShape shape) {
                   c10::str("the mesh (tp=", shape.tp, ", dp=", shape.dp, " here)"));
 }
 
+#ifdef DRRL_WITH_MPI
 Group make_mpi_world(const Environment& environment, std::chrono::milliseconds timeout) {
   require_mpi();
   int size = 0;
@@ -35,6 +38,23 @@ Group make_mpi_world(const Environment& environment, std::chrono::milliseconds t
         " (a program linked to another MPI than its launcher's, or srun without --mpi=pmix?)");
   return make_mpi_group("world", MPI_COMM_WORLD, timeout);
 }
+
+Groups make_mpi_groups(const Environment& environment, MeshShape shape, std::chrono::milliseconds timeout) {
+  Groups groups;
+  groups.world = make_mpi_world(environment, timeout);
+  check_same_shape(groups.world, shape);
+  check_shape(shape, environment.world_size);
+  const int64_t rank = environment.world_rank;
+  groups.tp = make_mpi_group("tp", MPI_COMM_WORLD, timeout, /*color=*/rank / shape.tp);
+  groups.dp = make_mpi_group("dp", MPI_COMM_WORLD, timeout, /*color=*/rank % shape.tp);
+  return groups;
+}
+#else
+Groups make_mpi_groups(const Environment& environment, MeshShape /*shape*/, std::chrono::milliseconds /*timeout*/) {
+  raise(ErrorKind::kUsage, "started by ", name(environment.launcher), " as one of ", environment.world_size,
+        " processes, but this drrl was built without MPI (DRRL_MPI=OFF): start it with torchrun, or build it with MPI");
+}
+#endif
 
 // `count` world ranks from `first` on, `stride` apart.
 std::vector<int64_t> strided(int64_t first, int64_t count, int64_t stride) {
@@ -84,12 +104,7 @@ Mesh Mesh::create(const Environment& environment, MeshShape shape, at::Device de
         "or hand in groups of your own");
   Groups groups;
   if (has_mpi) {
-    groups.world = make_mpi_world(environment, timeout);
-    check_same_shape(groups.world, shape);
-    check_shape(shape, environment.world_size);
-    const int64_t rank = environment.world_rank;
-    groups.tp = make_mpi_group("tp", MPI_COMM_WORLD, timeout, /*color=*/rank / shape.tp);
-    groups.dp = make_mpi_group("dp", MPI_COMM_WORLD, timeout, /*color=*/rank % shape.tp);
+    groups = make_mpi_groups(environment, shape, timeout);
   } else {
     check_shape(shape, environment.world_size);
   }

@@ -1,6 +1,5 @@
 #include "launch/program.h"
 
-#include "distributed/mpi_communicator.h"
 #include "launch/flags.h"
 #include "launch/log.h"
 #include "launch/options.h"
@@ -9,7 +8,6 @@
 #include <torch/version.h>
 
 #include <malloc.h>
-#include <mpi.h>
 #include <sched.h>
 #include <unistd.h>
 
@@ -21,6 +19,12 @@
 #include <filesystem>
 #include <iostream>
 #include <thread>
+
+#ifdef DRRL_WITH_MPI
+#include "distributed/mpi_communicator.h"
+
+#include <mpi.h>
+#endif
 
 namespace drrl {
 namespace {
@@ -77,6 +81,7 @@ bool needs_mpi(const Environment& environment) {
   return environment.launcher == Launcher::kMpirun || (environment.launcher == Launcher::kSrun && environment.world_size > 1);
 }
 
+#ifdef DRRL_WITH_MPI
 void start_mpi(int* argc, char*** argv) {
   int provided = 0;
   MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &provided);
@@ -84,15 +89,40 @@ void start_mpi(int* argc, char*** argv) {
         ", but drrl needs MPI_THREAD_MULTIPLE (", MPI_THREAD_MULTIPLE, ")");
 }
 
+void end_mpi() {
+  if (mpi_is_active()) {
+    MPI_Finalize();
+  }
+}
+
+void abort_mpi(ExitCode code) {
+  if (mpi_is_active()) {
+    MPI_Abort(MPI_COMM_WORLD, static_cast<int>(code));
+  }
+}
+
+std::string mpi_version() {
+  char library[MPI_MAX_LIBRARY_VERSION_STRING] = "";
+  int length = 0;
+  MPI_Get_library_version(library, &length);
+  const std::string mpi(library, static_cast<size_t>(length));
+  return mpi.substr(0, mpi.find(','));
+}
+#else
+// Who needs MPI and does not have it is told so by Mesh::create, which every program of several processes calls.
+void start_mpi(int* /*argc*/, char*** /*argv*/) {}
+void end_mpi() {}
+void abort_mpi(ExitCode /*code*/) {}
+std::string mpi_version() { return "no MPI"; }
+#endif
+
 [[noreturn]] void fail(const Environment& environment, ExitCode code, const std::string& message) {
   std::cout.flush();
   if (environment.world_rank != 0) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1000 + 50 * std::min<int64_t>(environment.world_rank, 40)));
   }
   log_error(environment.world_size > 1 ? "rank " + std::to_string(environment.world_rank) + ": " + message : message);
-  if (mpi_is_active()) {
-    MPI_Abort(MPI_COMM_WORLD, static_cast<int>(code));
-  }
+  abort_mpi(code);
   // No destructors: groups whose other members are gone would wait for them.
   std::_Exit(static_cast<int>(code));
 }
@@ -100,11 +130,7 @@ void start_mpi(int* argc, char*** argv) {
 }  // namespace
 
 std::string version_line() {
-  char library[MPI_MAX_LIBRARY_VERSION_STRING] = "";
-  int length = 0;
-  MPI_Get_library_version(library, &length);
-  const std::string mpi(library, static_cast<size_t>(length));
-  return std::string("drrl ") + DRRL_VERSION + ", LibTorch " + TORCH_VERSION + ", " + mpi.substr(0, mpi.find(','));
+  return std::string("drrl ") + DRRL_VERSION + ", LibTorch " + TORCH_VERSION + ", " + mpi_version();
 }
 
 bool stdout_is_terminal(const Environment& environment) {
@@ -138,9 +164,7 @@ int run_program(int argc, char** argv, const std::string& summary, const std::fu
     }
     code = body(environment);
     std::cout.flush();
-    if (mpi_is_active()) {
-      MPI_Finalize();
-    }
+    end_mpi();
   });
   return static_cast<int>(code);
 }

@@ -4,7 +4,8 @@
 # on a machine without a CUDA toolkit and needs a removed CUDA target on toolkits from 13 on, while all drrl needs is the
 # include folders and three libraries.
 #   DRRL_TORCH_ROOT   the folder holding include/ and lib/ of torch; by default asked of `python3` (or DRRL_PYTHON)
-# Sets DRRL_WITH_CUDA, DRRL_PYTHON and the imported targets drrl_torch, MPI::MPI_CXX, and with CUDA: CUDA::*, drrl_nccl.
+#   DRRL_MPI          ON unless set: Open MPI is needed; OFF: built without
+# Sets DRRL_WITH_CUDA, DRRL_PYTHON and the imported targets drrl_torch, with DRRL_MPI MPI::MPI_CXX, with CUDA CUDA::* and drrl_nccl.
 
 set(DRRL_PYTHON "" CACHE FILEPATH "Python that has the torch package")
 if(NOT DRRL_PYTHON)
@@ -73,11 +74,16 @@ if(NOT TARGET drrl_torch)
 endif()
 
 find_package(Threads REQUIRED)
-set(MPI_CXX_SKIP_MPICXX ON)  # the C interface only
-find_package(MPI COMPONENTS CXX QUIET)
-
-set(_mpi "none")
-if(MPI_CXX_FOUND)
+if(NOT DEFINED DRRL_MPI)
+  set(DRRL_MPI ON)
+endif()
+set(_mpi "not used (DRRL_MPI=OFF)")
+if(DRRL_MPI)
+  set(MPI_CXX_SKIP_MPICXX ON)  # the C interface only
+  find_package(MPI COMPONENTS CXX QUIET)
+  if(NOT MPI_CXX_FOUND)
+    message(FATAL_ERROR "drrl: no MPI was found. Install Open MPI (Debian: libopenmpi-dev openmpi-bin), or build without it: -DDRRL_MPI=OFF")
+  endif()
   set(_mpi "${MPI_CXX_VERSION} (${MPI_CXX_LIBRARIES})")
 endif()
 if(DRRL_WITH_CUDA)

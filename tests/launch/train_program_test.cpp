@@ -4,11 +4,10 @@
 #include "models/llama.h"
 #include "models/token_file.h"
 #include "policy/attention.h"
+#include "tests/launch/shell.h"
 #include "tests/models/io_support.h"
 
 #include <nlohmann/json.hpp>
-
-#include <sys/wait.h>
 
 #include <cctype>
 #include <chrono>
@@ -20,26 +19,11 @@
 namespace drrl {
 namespace {
 
+using test::Ended;
 using test::read_bytes;
+using test::shell;
 using test::TemporaryDirectory;
 using test::write_bytes;
-
-struct Ended {
-  int code;
-  std::string output;  // stdout and stderr
-};
-
-/// Runs a shell command line.
-Ended shell(const std::string& command) {
-  FILE* pipe = popen((command + " 2>&1").c_str(), "r");
-  std::string output;
-  char buffer[4096];
-  while (const size_t n = fread(buffer, 1, sizeof(buffer), pipe)) {
-    output.append(buffer, n);
-  }
-  const int status = pclose(pipe);
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), output};
-}
 
 const std::string kTrain = std::string(DRRL_BINARY_DIR) + "/bin/drrl-train";
 
@@ -249,7 +233,7 @@ TEST_F(TrainProgram, UnderMpirunSigusr1SavesAndStops) {
 
 TEST_F(TrainProgram, OptionsPageIsUpToDate) {
   const std::string page = read_bytes(std::string(DRRL_SOURCE_DIR) + "/launch/OPTIONS.md");
-  for (const char* program : {"drrl-train", "drrl-eval", "drrl-policy"}) {
+  for (const char* program : {"drrl-train", "drrl-eval", "drrl-policy", "drrl-bench"}) {
     const Ended run = shell(std::string(DRRL_BINARY_DIR) + "/bin/" + program + " --help");
     EXPECT_EQ(run.code, 0) << run.output;
     const size_t start = run.output.find("| option");
@@ -272,7 +256,7 @@ std::set<std::string> flags_in(const std::string& text, const std::regex& patter
 
 TEST_F(TrainProgram, FlagFilesKnowTheirFlags) {
   std::set<std::string> known = {"flagfile"};
-  for (const char* program : {"drrl-train", "drrl-eval", "drrl-policy"}) {
+  for (const char* program : {"drrl-train", "drrl-eval", "drrl-policy", "drrl-bench"}) {
     const auto names =
         flags_in(shell(std::string(DRRL_BINARY_DIR) + "/bin/" + program + " --help").output, std::regex(R"(\| --(\w+) \|)"));
     EXPECT_FALSE(names.empty()) << program;

@@ -1,0 +1,88 @@
+#pragma once
+
+#include "core/lowrank_attention.h"
+#include "distributed/environment.h"
+#include "launch/exit_codes.h"
+
+#include <ATen/ATen.h>
+#include <nlohmann/json.hpp>
+
+#include <functional>
+#include <optional>
+#include <ostream>
+#include <string>
+#include <vector>
+
+// What the subcommands of drrl-bench share: inputs, timing, tables.
+namespace drrl::bench {
+
+ExitCode attention(const Environment& environment);  // bench_attention.cpp
+ExitCode peers(const Environment& environment);      // bench_peers.cpp
+
+/// What one layer's attention reads.
+struct Inputs {
+  at::Tensor q;    ///< [1, H, L, d], positions encoded
+  at::Tensor k;    ///< [1, G, L, d]
+  at::Tensor v;    ///< [1, G, L, d]
+  at::Tensor w_o;  ///< [hidden, H d]
+
+  int64_t heads() const { return q.size(1); }
+  int64_t groups() const { return k.size(1); }
+  int64_t length() const { return q.size(2); }
+  int64_t head_dim() const { return q.size(3); }
+  /// The first `length` tokens. Of a causal model these are the inputs of a shorter text, bit for bit or nearly so.
+  Inputs prefix(int64_t length) const;
+  Inputs to(at::Device device, at::ScalarType dtype) const;
+};
+
+/// Independent normal entries. Their Grams have flat spectra, the worst case for low rank: good for time, meaningless for errors.
+Inputs random_inputs(int64_t heads, int64_t groups, int64_t length, int64_t head_dim, uint64_t seed);
+
+/// What the given layers of --model see when it reads `length` tokens of --data from token `start` on, in fp32 on the CPU.
+/// Errors: Error(kUsage) for a layer or a length that the model does not have; Error(kModel) and Error(kData) as in drrl-eval.
+std::vector<Inputs> captured_inputs(const std::vector<int64_t>& layers, int64_t start, int64_t length);
+
+/// Numbers of a comma list. Errors: Error(kUsage) naming the flag and the item that is not a whole number of at least `least`.
+std::vector<int64_t> parse_list(const char* flag, const std::string& text, int64_t least);
+
+/// Ranks of a comma list: "32" is r = r_v = 32, "48/16" is r = 48, r_v = 16. Errors: as parse_list.
+std::vector<Ranks> parse_ranks(const char* flag, const std::string& text);
+
+/// "32" or "48/16".
+std::string to_string(const Ranks& ranks);
+
+/// The whole of low-rank attention at one pair of ranks for all far pairs, through the controller that models use, with nothing kept from
+/// earlier calls: Grams, bases, projections, near, sinks, far. Differentiable.
+/// flops_fraction <- operations of this call over those of exact attention; basis_ms <- its Grams and bases, timed (CUDA: synchronized).
+at::Tensor lowrank(const Inputs& in, Ranks ranks, Geometry geometry, double* flops_fraction = nullptr, double* basis_ms = nullptr);
+
+/// PyTorch's scaled_dot_product_attention, causal or not. Keys are copied for each head, or `enable_gqa` leaves that to PyTorch.
+at::Tensor sdpa(const Inputs& in, bool causal, bool enable_gqa);
+
+using Work = std::function<void()>;
+
+/// Wall times [ms] of each piece of work: after one run of each that is not counted, `rounds` times all of them in turn, from another one on in
+/// each round, so that a slow moment of the machine hits all alike. CUDA: synchronized around each.
+std::vector<std::vector<double>> interleaved_ms(const std::vector<Work>& work, int64_t rounds, at::Device device);
+double median(std::vector<double> values);
+
+/// The most memory that `work` held at any moment beyond what was held before it, in bytes: resident memory of the process on a CPU, PyTorch's
+/// allocator on CUDA. Nothing where the system does not tell.
+std::optional<int64_t> peak_bytes(const Work& work, at::Device device);
+
+/// ||a - b||_F / ||b||_F, in double.
+double relative_error(const at::Tensor& a, const at::Tensor& b);
+
+/// Columns aligned to the right, the first row above a rule.
+void print_table(std::ostream& out, const std::vector<std::vector<std::string>>& rows);
+
+/// printf into a string.
+std::string format(const char* pattern, double value);
+
+/// Flat objects with the same keys as CSV with a header; null is an empty cell.
+std::string to_csv(const nlohmann::ordered_json& rows);
+
+/// What any result should say about its origin: versions, threads, device, the time, every option.
+nlohmann::ordered_json provenance(const char* benchmark);
+
+}  // namespace drrl::bench

@@ -1,0 +1,399 @@
+// drrl-bench attention: time, memory and error of low-rank attention over sequence lengths, against PyTorch's SDPA in the same run.
+
+#include "core/attention_part.h"
+#include "core/error.h"
+#include "core/gram.h"
+#include "core/rows.h"
+#include "core/storage.h"
+#include "launch/bench.h"
+#include "launch/bench_flags.h"
+#include "launch/console.h"
+#include "launch/flags.h"
+#include "launch/policy_flags.h"
+#include "launch/program.h"
+#include "launch/svg_plot.h"
+
+#include <ATen/Parallel.h>
+#include <gflags/gflags.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <algorithm>
+#include <iostream>
+#include <map>
+
+DEFINE_string(seq_lens, "1024,2048,4096,8192", "attention: sequence lengths, a comma list [tokens]");
+DEFINE_string(head_dims, "64", "attention: head dims, a comma list; item i goes with item i of --heads and --kv_groups");
+DEFINE_string(heads, "9", "attention: query heads, a comma list as long as --head_dims, or one number for all");
+DEFINE_string(kv_groups, "3", "attention: KV groups (key/value heads), likewise");
+DEFINE_bool(backward, true, "attention: measure forward + backward too");
+DEFINE_bool(parts, true, "attention: measure what the forward's time is spent on, each part on its own");
+DEFINE_int64(layer, 15, "attention: layer of --model whose queries, keys and values are used");
+DEFINE_string(csv, "", "attention: file for the results, as CSV");
+DEFINE_string(plot, "", "attention: file for a plot of the speed against SDPA over the sequence length, as SVG");
+
+namespace drrl::bench {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+struct Shape {
+  int64_t head_dim, heads, groups;
+};
+
+/// One way to compute attention.
+struct Competitor {
+  std::string name;
+  Ranks ranks;  ///< {0, 0} if it is exact
+  std::function<at::Tensor(const Inputs&)> run;
+
+  bool is_lowrank() const { return ranks.qk > 0; }
+};
+
+std::vector<Shape> shapes() {
+  const auto head_dims = parse_list("head_dims", FLAGS_head_dims, 1);
+  auto heads = parse_list("heads", FLAGS_heads, 1), groups = parse_list("kv_groups", FLAGS_kv_groups, 1);
+  for (auto* list : {&heads, &groups}) {
+    if (list->size() == 1) {
+      list->resize(head_dims.size(), list->front());
+    }
+    check(ErrorKind::kUsage, list->size() == head_dims.size(), "--head_dims=", FLAGS_head_dims, ", --heads=", FLAGS_heads, ", --kv_groups=",
+          FLAGS_kv_groups, ": the lists must be equally long, or one number for all");
+  }
+  std::vector<Shape> result;
+  for (size_t i = 0; i < head_dims.size(); ++i) {
+    check(ErrorKind::kUsage, heads[i] % groups[i] == 0, heads[i], " heads cannot be dealt out to ", groups[i], " KV groups evenly");
+    result.push_back({head_dims[i], heads[i], groups[i]});
+  }
+  return result;
+}
+
+/// The sequence of --model and --data if they are given, else random ones: of `length` tokens, one for each shape.
+std::vector<Inputs> make_inputs(int64_t length) {
+  if (FLAGS_model.empty()) {
+    std::vector<Inputs> result;
+    for (const Shape& s : shapes()) {
+      result.push_back(random_inputs(s.heads, s.groups, length, s.head_dim, FLAGS_seed));
+    }
+    return result;
+  }
+  for (const char* flag : {"head_dims", "heads", "kv_groups"}) {
+    check(ErrorKind::kUsage, google::GetCommandLineFlagInfoOrDie(flag).is_default, "--", flag, " and --model exclude each other: the model has its own shape");
+  }
+  return captured_inputs({FLAGS_layer}, 0, length);
+}
+
+std::vector<Competitor> competitors(int64_t head_dim, Geometry geometry) {
+  std::vector<Competitor> result = {
+      {"sdpa (copied keys)", {0, 0}, [](const Inputs& in) { return sdpa(in, /*causal=*/true, /*enable_gqa=*/false); }},
+      {"sdpa (enable_gqa)", {0, 0}, [](const Inputs& in) { return sdpa(in, /*causal=*/true, /*enable_gqa=*/true); }},
+      {"drrl exact", {0, 0}, [](const Inputs& in) { return exact_attention(in.q, in.k, in.v); }}};
+  for (const Ranks& ranks : parse_ranks("ranks", FLAGS_ranks)) {
+    if (ranks.qk <= head_dim && ranks.v <= head_dim) {
+      result.push_back({"lowrank " + to_string(ranks), ranks, [=](const Inputs& in) { return lowrank(in, ranks, geometry); }});
+    }
+  }
+  check(ErrorKind::kUsage, result.back().is_lowrank(), "--ranks=", FLAGS_ranks, " holds no rank of at most ", head_dim, ", the head dim");
+  return result;
+}
+
+void forward(const Competitor& competitor, const Inputs& in) {
+  at::NoGradGuard no_grad;
+  competitor.run(in);
+}
+
+void forward_and_backward(const Competitor& competitor, const Inputs& in, const at::Tensor& grad) {
+  const auto leaf = [](const at::Tensor& x) { return x.detach().requires_grad_(true); };
+  const Inputs leaves{leaf(in.q), leaf(in.k), leaf(in.v), in.w_o};
+  torch::autograd::grad({competitor.run(leaves)}, {leaves.q, leaves.k, leaves.v}, {grad});
+}
+
+/// Milliseconds of the parts of one low-rank forward, each on its own on tensors of the right shapes. What the whole takes beyond their sum is
+/// merging, copying and bookkeeping.
+Json parts_ms(const Inputs& in, Ranks ranks, Geometry geometry) {
+  at::NoGradGuard no_grad;
+  const BlockTree tree(in.length(), geometry);
+  Json parts = {{"near", nullptr}, {"sinks", nullptr}, {"far", nullptr}, {"projections", nullptr}, {"grams", nullptr}, {"bases", nullptr}};
+  const int64_t d = in.head_dim();
+  if (tree.num_pairs() == 0 || (ranks.qk == d && ranks.v == d)) {
+    return parts;
+  }
+  const double scale = 1.0 / std::sqrt(static_cast<double>(d));
+  // q [N1, N2, g, Lq, .], k and v [N1, N2, Lk, .], as attention_part wants them
+  const auto part = [&](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) {
+    auto shape = q.sizes().vec();
+    shape.back() = v.size(-1);
+    const auto out = at::empty(shape, q.options());
+    shape.pop_back();
+    attention_part(q, k, v, causal, scale, out, at::empty(shape, q.options().dtype(at::kFloat)));
+  };
+  const auto near = [&] {
+    const auto blocks = [&](int64_t begin, int64_t count, int64_t rows) {
+      const auto of = [&](const at::Tensor& x) { return token_runs(x, in.groups(), begin, count, rows, rows).flatten(0, 1); };
+      part(of(in.q), of(in.k).squeeze(2), of(in.v).squeeze(2), /*causal=*/true);
+    };
+    blocks(tree.sinks(), tree.num_blocks() - 1, geometry.near_block);
+    blocks(tree.sinks() + (tree.num_blocks() - 1) * geometry.near_block, 1, tree.last_block_rows());
+  };
+  const auto sinks = [&] {
+    const auto of = [&](const at::Tensor& x, int64_t begin, int64_t count) {
+      return token_runs(x, in.groups(), begin, 1, count, count).flatten(0, 1);
+    };
+    if (tree.sinks() > 0) {
+      part(of(in.q, tree.sinks(), in.length() - tree.sinks()), of(in.k, 0, tree.sinks()).squeeze(2), of(in.v, 0, tree.sinks()).squeeze(2), false);
+    }
+  };
+  struct Run {
+    at::Tensor q, k, v, out;          // rows of one run of far pairs at full width; out at rank r_v
+    at::Tensor low_q, low_k, low_v;   // the same in their bases
+    at::Tensor p_qk, p_v;             // [n, d, r], [n, d, r_v]
+  };
+  std::vector<Run> runs;
+  for (const PairRun& run : tree.runs()) {
+    Run r{query_rows(in.q, in.groups(), run), key_rows(in.k, run), key_rows(in.v, run), {}, {}, {}, {}, {}, {}};
+    r.p_qk = at::randn({r.q.size(0), d, ranks.qk}, in.q.options()) / std::sqrt(static_cast<double>(d));
+    r.p_v = at::randn({r.q.size(0), d, ranks.v}, in.q.options()) / std::sqrt(static_cast<double>(d));
+    r.low_q = at::bmm(r.q, r.p_qk);
+    r.low_k = at::bmm(r.k, r.p_qk);
+    r.low_v = at::bmm(r.v, r.p_v);
+    r.out = at::bmm(r.q, r.p_v);
+    runs.push_back(std::move(r));
+  }
+  const auto far = [&] {
+    for (const Run& r : runs) {
+      part(r.low_q.unsqueeze(1).unsqueeze(1), r.low_k.unsqueeze(1), r.low_v.unsqueeze(1), /*causal=*/false);
+    }
+  };
+  const auto projections = [&] {
+    for (const Run& r : runs) {
+      if (ranks.qk < d) {
+        at::bmm(r.q, r.p_qk);
+        at::bmm(r.k, r.p_qk);
+      }
+      if (ranks.v < d) {
+        at::bmm(r.v, r.p_v);
+        at::bmm(r.out, r.p_v.transpose(1, 2));
+      }
+    }
+  };
+  const auto grams = [&] { pair_grams(in.q, in.k, in.v, tree); };
+  std::vector<double> basis_ms;  // Grams and bases together, as the controller itself reports them
+  const auto whole = [&] { lowrank(in, ranks, geometry, nullptr, &basis_ms.emplace_back()); };
+  const auto ms = interleaved_ms({near, sinks, far, projections, grams, whole}, FLAGS_repeats, in.q.device());
+  basis_ms.erase(basis_ms.begin());  // the run that is not counted
+  size_t i = 0;
+  for (const char* name : {"near", "sinks", "far", "projections", "grams"}) {
+    parts[name] = median(ms[i++]);
+  }
+  parts["bases"] = std::max(0.0, median(basis_ms) - parts["grams"].get<double>());
+  return parts;
+}
+
+/// All competitors on one shape: rows of flat results.
+std::vector<Json> measure(const Inputs& in, Geometry geometry) {
+  const at::Device device = in.q.device();
+  const auto all = competitors(in.head_dim(), geometry);
+  const auto grad = at::randn(in.q.sizes(), in.q.options());
+  std::vector<Work> work;
+  for (const Competitor& c : all) {
+    work.emplace_back([&] { forward(c, in); });
+  }
+  if (FLAGS_backward) {
+    for (const Competitor& c : all) {
+      work.emplace_back([&] { forward_and_backward(c, in, grad); });
+    }
+  }
+  const auto ms = interleaved_ms(work, FLAGS_repeats, device);
+  const size_t n = all.size();
+  const auto sdpa_ms = [&](size_t first) { return std::min(median(ms[first]), median(ms[first + 1])); };  // whichever is faster
+
+  at::Tensor exact;
+  {
+    at::NoGradGuard no_grad;
+    exact = all[2].run(in);
+  }
+  std::vector<Json> rows;
+  for (size_t i = 0; i < n; ++i) {
+    const Competitor& c = all[i];
+    double flops_fraction = 1;
+    at::NoGradGuard no_grad;
+    const at::Tensor out = c.is_lowrank() ? lowrank(in, c.ranks, geometry, &flops_fraction) : c.run(in);
+    Json row = {{"seq_len", in.length()}, {"head_dim", in.head_dim()}, {"heads", in.heads()}, {"kv_groups", in.groups()},
+                {"competitor", c.name}, {"rank_qk", c.is_lowrank() ? Json(c.ranks.qk) : Json()}, {"rank_v", c.is_lowrank() ? Json(c.ranks.v) : Json()},
+                {"forward_ms", median(ms[i])}, {"forward_speedup", sdpa_ms(0) / median(ms[i])},
+                {"forward_backward_ms", nullptr}, {"forward_backward_speedup", nullptr},
+                {"flops_fraction", flops_fraction}, {"error", relative_error(out, exact)}, {"peak_bytes", nullptr}};
+    if (FLAGS_backward) {
+      row["forward_backward_ms"] = median(ms[n + i]);
+      row["forward_backward_speedup"] = sdpa_ms(n) / median(ms[n + i]);
+    }
+    rows.push_back(std::move(row));
+  }
+  for (size_t i = 0; i < n; ++i) {  // what is asked last disturbs no measurement
+    const auto peak = peak_bytes(work[FLAGS_backward ? n + i : i], device);
+    rows[i]["peak_bytes"] = peak ? Json(*peak) : Json();
+    const Json parts = FLAGS_parts && all[i].is_lowrank() ? parts_ms(in, all[i].ranks, geometry) : Json();
+    for (const char* name : {"near", "sinks", "far", "projections", "grams", "bases"}) {
+      rows[i][std::string(name) + "_ms"] = parts.is_null() ? Json() : parts[name];
+    }
+  }
+  return rows;
+}
+
+std::string shape_name(const Json& row) {
+  return c10::str("d = ", row["head_dim"].get<int64_t>(), ", ", row["heads"].get<int64_t>(), "/", row["kv_groups"].get<int64_t>());
+}
+
+std::string cell(const Json& value, const char* pattern, double factor = 1) {
+  return value.is_null() ? "-" : format(pattern, value.get<double>() * factor);
+}
+
+void print_results(const Json& rows, bool real) {
+  std::vector<std::vector<std::string>> table = {
+      {"L", "d, heads/groups", "attention", "forward ms", "speed", "fwd+bwd ms", "speed", "FLOPs", "error", "peak MiB"}};
+  for (const Json& row : rows) {
+    table.push_back({cell(row["seq_len"], "%.0f"), shape_name(row), row["competitor"], cell(row["forward_ms"], "%.2f"),
+                     cell(row["forward_speedup"], "%.2f"), cell(row["forward_backward_ms"], "%.2f"), cell(row["forward_backward_speedup"], "%.2f"),
+                     cell(row["flops_fraction"], "%.3f"), cell(row["error"], "%.1e"), cell(row["peak_bytes"], "%.1f", 1.0 / (1 << 20))});
+  }
+  std::cout << "\nspeed: times as fast as the faster of the two SDPAs; FLOPs: of exact attention, forward; peak: of "
+            << (FLAGS_backward ? "forward + backward" : "forward")
+            << (real ? "\n" : "\nerror: of random inputs, whose spectra are flat: it says nothing about a model\n");
+  print_table(std::cout, table);
+}
+
+void print_parts(const Json& rows) {
+  std::vector<std::vector<std::string>> table = {
+      {"L", "d, heads/groups", "attention", "near", "sinks", "far", "projections", "Grams", "bases", "rest", "Grams + bases"}};
+  for (const Json& row : rows) {
+    if (row["near_ms"].is_null()) {
+      continue;
+    }
+    double sum = 0;
+    std::vector<std::string> line = {cell(row["seq_len"], "%.0f"), shape_name(row), row["competitor"]};
+    for (const char* part : {"near_ms", "sinks_ms", "far_ms", "projections_ms", "grams_ms", "bases_ms"}) {
+      sum += row[part].get<double>();
+      line.push_back(cell(row[part], "%.2f"));
+    }
+    const double whole = row["forward_ms"].get<double>();
+    line.push_back(format("%.2f", whole - sum));
+    line.push_back(format("%.1f %%", 100 * (row["grams_ms"].get<double>() + row["bases_ms"].get<double>()) / whole));
+    table.push_back(std::move(line));
+  }
+  if (table.size() > 1) {
+    std::cout << "\nwhere the forward's time goes [ms], each part measured on its own; rest: merging, copies, bookkeeping\n";
+    print_table(std::cout, table);
+  }
+}
+
+/// Per shape and low-rank competitor the smallest length from which on it was faster than SDPA at every measured length; null: not at the longest.
+Json crossovers(const Json& rows) {
+  std::map<std::string, Json> found;
+  std::vector<std::string> order;
+  for (const Json& row : rows) {  // by ascending length
+    if (row["rank_qk"].is_null()) {
+      continue;
+    }
+    const std::string key = shape_name(row) + ", " + row["competitor"].get<std::string>();
+    if (found.try_emplace(key, Json{{"competitor", key}, {"forward", nullptr}, {"forward_backward", nullptr}}).second) {
+      order.push_back(key);
+    }
+    for (const char* pass : {"forward", "forward_backward"}) {
+      const Json& speed = row[std::string(pass) + "_speedup"];
+      Json& length = found[key][pass];
+      if (speed.is_null() || speed.get<double>() <= 1) {
+        length = nullptr;
+      } else if (length.is_null()) {
+        length = row["seq_len"];
+      }
+    }
+  }
+  Json result = Json::array();
+  for (const std::string& key : order) {
+    result.push_back(found[key]);
+  }
+  return result;
+}
+
+void print_crossovers(const Json& crossovers) {
+  std::vector<std::vector<std::string>> table = {{"faster than SDPA from L =", "forward", "forward + backward"}};
+  for (const Json& c : crossovers) {
+    table.push_back({c["competitor"], cell(c["forward"], "%.0f"), cell(c["forward_backward"], "%.0f")});
+  }
+  std::cout << "\nthe smallest measured length from which on low rank is faster (-: not at the longest)\n";
+  print_table(std::cout, table);
+}
+
+std::string plot(const Json& rows) {
+  const char* speed = FLAGS_backward ? "forward_backward_speedup" : "forward_speedup";
+  std::vector<PlotLine> lines;
+  for (const Json& row : rows) {
+    const std::string competitor = row["competitor"];
+    if (competitor.starts_with("sdpa")) {
+      continue;  // the dashed line
+    }
+    const std::string label = competitor + ", d = " + std::to_string(row["head_dim"].get<int64_t>());
+    auto line = std::find_if(lines.begin(), lines.end(), [&](const PlotLine& l) { return l.label == label; });
+    if (line == lines.end()) {
+      line = lines.insert(line, {label, {}});
+    }
+    line->points.emplace_back(row["seq_len"].get<double>(), row[speed].get<double>());
+  }
+  return svg_plot(c10::str("Causal attention, ", FLAGS_backward ? "forward + backward" : "forward", ", ", FLAGS_device, " ", FLAGS_dtype),
+                  "sequence length L", "times as fast as PyTorch SDPA", lines);
+}
+
+}  // namespace
+
+ExitCode attention(const Environment& environment) {
+  auto lengths = parse_list("seq_lens", FLAGS_seq_lens, 1);
+  std::sort(lengths.begin(), lengths.end());
+  const at::Device device = device_flag(environment);
+  const at::ScalarType dtype = dtype_flag("dtype", FLAGS_dtype);
+  const Geometry geometry = geometry_flags();
+  const bool real = !FLAGS_model.empty();
+
+  std::vector<Inputs> longest = make_inputs(lengths.back());
+  for (Inputs& in : longest) {
+    competitors(in.head_dim(), geometry);  // refuses ranks before anything is measured
+    in = in.to(device, dtype);
+  }
+  const std::string source =
+      real ? c10::str("layer ", FLAGS_layer, " of ", FLAGS_model, " on the first tokens of ", FLAGS_data)
+           : std::string("random normal; their spectra are flat, so their errors say nothing about a model: give --model and --data for that");
+  print_banner(std::cout, "drrl-bench attention",
+               {{"inputs", source}, {"threads", std::to_string(at::get_num_threads())}, {"versions", version_line()}});
+
+  Json rows = Json::array();
+  for (const Inputs& in : longest) {
+    for (const int64_t length : lengths) {
+      std::cerr << "L = " << length << ", d = " << in.head_dim() << "\n";
+      for (Json& row : measure(in.prefix(length), geometry)) {
+        rows.push_back(std::move(row));
+      }
+    }
+  }
+  const Json crossover = crossovers(rows);
+  print_results(rows, real);
+  print_parts(rows);
+  print_crossovers(crossover);
+
+  if (!FLAGS_json.empty()) {
+    Json json = provenance("attention");
+    json["dtype"] = FLAGS_dtype;
+    json["inputs"] = source;
+    json["errors_are_meaningful"] = real;
+    json["repeats"] = FLAGS_repeats;
+    json["results"] = rows;
+    json["crossover"] = crossover;
+    write_text(FLAGS_json, json.dump(2) + "\n");
+  }
+  if (!FLAGS_csv.empty()) {
+    write_text(FLAGS_csv, to_csv(rows));
+  }
+  if (!FLAGS_plot.empty()) {
+    write_text(FLAGS_plot, plot(rows));
+  }
+  return ExitCode::kSuccess;
+}
+
+}  // namespace drrl::bench

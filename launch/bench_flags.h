@@ -1,0 +1,7 @@
+#pragma once
+
+#include <gflags/gflags_declare.h>
+
+// Options that several subcommands of drrl-bench share, defined in drrl_bench.cpp.
+DECLARE_string(ranks);
+DECLARE_int64(repeats);

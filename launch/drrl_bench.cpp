@@ -1,0 +1,61 @@
+// drrl-bench: what attention costs, measured. Options: drrl-bench --help.
+
+#include "core/error.h"
+#include "launch/bench.h"
+#include "launch/bench_flags.h"
+#include "launch/program.h"
+
+#include <gflags/gflags.h>
+
+#include <cstdio>
+#include <cstring>
+#include <string>
+
+DEFINE_string(ranks, "16,32,48", "ranks of far tokens, a comma list; 32 is r = r_v = 32, 48/16 is r = 48 and r_v = 16");
+DEFINE_int64(repeats, 5, "measurements of each competitor, at least 5, of which the median is reported");
+
+namespace drrl::bench {
+namespace {
+
+struct Command {
+  const char* name;
+  const char* purpose;
+  ExitCode (*run)(const Environment&);
+};
+
+constexpr Command kCommands[] = {
+    {"attention", "time, memory and error of low-rank attention over sequence lengths, against PyTorch's SDPA", &attention},
+    {"peers", "error and time of low-rank attention and of other ways to compress it, on a real model and text", &peers},
+};
+
+std::string summary() {
+  std::string text = "usage: drrl-bench COMMAND [options]";
+  for (const Command& command : kCommands) {
+    text += std::string("\n  ") + command.name + std::string(11 - std::strlen(command.name), ' ') + command.purpose;
+  }
+  return text;
+}
+
+}  // namespace
+}  // namespace drrl::bench
+
+int main(int argc, char** argv) {
+  using namespace drrl;
+  const std::string word = argc > 1 ? argv[1] : "";
+  for (const bench::Command& command : bench::kCommands) {
+    if (word == command.name) {
+      argv[1] = argv[0];
+      return run_program(argc - 1, argv + 1, bench::summary(), [&](const Environment& environment) {
+        check(ErrorKind::kUsage, environment.world_size == 1, "drrl-bench ", command.name, " measures one process, this job has ",
+              environment.world_size);
+        check(ErrorKind::kUsage, FLAGS_repeats >= 5, "--repeats must be at least 5, got ", FLAGS_repeats);
+        return command.run(environment);
+      });
+    }
+  }
+  if (word == "--help" || word == "-help" || word == "-h") {
+    return run_program(argc, argv, bench::summary(), [](const Environment&) { return ExitCode::kSuccess; });
+  }
+  std::fprintf(stderr, "%s\n", bench::summary().c_str());
+  return static_cast<int>(ExitCode::kUsage);
+}
