@@ -143,18 +143,21 @@ std::pair<at::Tensor, at::Tensor> CausalLM::norm(const at::Tensor& h, int64_t we
   return bias < 0 ? rms_norm(h, value(weight), config_.norm_eps) : layer_norm(h, value(weight), value(bias), config_.norm_eps);
 }
 
-at::Tensor CausalLM::layer(int64_t index, const at::Tensor& h, int64_t batch, std::shared_ptr<LayerPlan>& plan) {
+at::Tensor CausalLM::layer(int64_t index, const at::Tensor& h, int64_t batch, std::shared_ptr<LayerPlan>& plan, KvCache* cache) {
   const LayerParameters& p = layers_[static_cast<size_t>(index)];
   const int64_t tokens = h.size(0);
   const int64_t length = tokens / batch;
+  const int64_t first = cache == nullptr ? 0 : cache->layer(index).length();  // position of the first token
 
   const auto [residual, x] = norm(h, p.input_norm, p.input_norm_bias);
   const at::Tensor qkv = column_parallel_linear(x, value(p.qkv), optional_value(p.qkv_bias), tp_);
-  auto [q, k, v] = rope_split(qkv, cos_.narrow(0, 0, length), sin_.narrow(0, 0, length), batch, heads_, groups_);
+  auto [q, k, v] = rope_split(qkv, cos_.narrow(0, first, length), sin_.narrow(0, first, length), batch, heads_, groups_);
   if (const double factor = config_.score_factor(index); factor != 1.0) {
     q = q * factor;
   }
-  const at::Tensor attended = attention_->attend(index, q, k, v, value(p.o).detach(), plan);  // [B, H, L, d]
+  const at::Tensor w_o = value(p.o).detach();
+  const at::Tensor attended =  // [B, H, L, d]
+      cache == nullptr ? attention_->attend(index, q, k, v, w_o, plan) : attention_->extend(index, q, k, v, w_o, *cache);
   const at::Tensor flat = attended.transpose(1, 2).reshape({tokens, heads_ * config_.head_dim});
   const at::Tensor middle = row_parallel_linear(flat, value(p.o), optional_value(p.o_bias), residual, tp_);
 
@@ -163,13 +166,14 @@ at::Tensor CausalLM::layer(int64_t index, const at::Tensor& h, int64_t batch, st
   return row_parallel_linear(wide, value(p.down), optional_value(p.down_bias), residual_mlp, tp_, config_.activation);
 }
 
-at::Tensor CausalLM::forward(const at::Tensor& tokens) {
+at::Tensor CausalLM::forward(const at::Tensor& tokens, KvCache* cache) {
   const int64_t batch = tokens.size(0);
-  prepare_angles(tokens.size(1));
+  const int64_t first = cache == nullptr ? 0 : cache->length();
+  prepare_angles(cache == nullptr ? tokens.size(1) : cache->horizon());
   at::Tensor h =
       vocabulary_parallel_embedding(tokens.reshape({-1}), value(embedding_), first_vocabulary_row_, options_.dtype, tp_);
   if (positions_ >= 0) {
-    h = add_positions(h, value(positions_), 0, batch);
+    h = add_positions(h, value(positions_), first, batch);
   }
   const bool checkpoint = options_.activation_checkpoint && at::GradMode::is_enabled();
   for (int64_t i = 0; i < config_.num_hidden_layers; ++i) {
@@ -179,7 +183,7 @@ at::Tensor CausalLM::forward(const at::Tensor& tokens) {
           [this, first = layers_[static_cast<size_t>(i)].input_norm](const at::Tensor&) { gradients_complete_(first); });
     }
     std::shared_ptr<LayerPlan> plan;
-    h = checkpoint ? CheckpointedLayer::apply(h, this, i, batch) : layer(i, h, batch, plan);
+    h = checkpoint ? CheckpointedLayer::apply(h, this, i, batch) : layer(i, h, batch, plan, cache);
   }
   return norm(h, final_norm_, final_norm_bias_).second;
 }
@@ -229,11 +233,28 @@ at::Tensor CausalLM::token_nll(const at::Tensor& tokens, const at::Tensor& label
 
 at::Tensor CausalLM::logits(const at::Tensor& tokens) {
   at::NoGradGuard no_grad;
-  const at::Tensor x = forward(check_tokens(tokens));
+  return head(forward(check_tokens(tokens))).view({tokens.size(0), tokens.size(1), config_.vocab_size});
+}
+
+at::Tensor CausalLM::head(const at::Tensor& x) const {
   const at::Tensor local =
       at::mm(x, value(head_).to(x.scalar_type()).t()).to(options_.dtype == at::kDouble ? at::kDouble : at::kFloat);
-  const at::Tensor all = tp_.size() == 1 ? local : tp_.all_gather_uneven(local.t().contiguous()).t().contiguous();
-  return all.view({tokens.size(0), tokens.size(1), config_.vocab_size});
+  return tp_.size() == 1 ? local : tp_.all_gather_uneven(local.t().contiguous()).t().contiguous();
+}
+
+std::unique_ptr<KvCache> CausalLM::make_cache(int64_t horizon) const {
+  check(ErrorKind::kUsage, horizon >= 1 && horizon <= config_.max_position_embeddings, "a cache for ", horizon,
+        " tokens; expected 1 to the model's max_position_embeddings, ", config_.max_position_embeddings);
+  return attention_->make_cache(config_.num_hidden_layers, horizon);
+}
+
+at::Tensor CausalLM::extend(const at::Tensor& tokens, KvCache& cache) {
+  at::NoGradGuard no_grad;
+  const at::Tensor checked = check_tokens(tokens);
+  check(ErrorKind::kUsage, cache.length() + tokens.size(1) <= cache.horizon(), "a cache for ", cache.horizon(), " tokens holds ",
+        cache.length(), " and cannot take ", tokens.size(1), " more");
+  const at::Tensor x = forward(checked, &cache).view({tokens.size(0), tokens.size(1), config_.hidden_size});
+  return head(x.select(1, tokens.size(1) - 1));
 }
 
 void CausalLM::initialize(uint64_t seed) {

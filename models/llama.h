@@ -3,6 +3,7 @@
 #include "distributed/group.h"
 #include "models/config.h"
 #include "policy/attention.h"
+#include "policy/kv_cache.h"
 
 #include <ATen/ATen.h>
 
@@ -99,6 +100,14 @@ class CausalLM {
   /// [B, L, vocabulary] fp32 gathered over `tp`. Builds no graph. For tests and short inputs.
   at::Tensor logits(const at::Tensor& tokens);
 
+  /// An empty cache for `extend`, of sequences that will not exceed `horizon` tokens. Errors: Error(kUsage) unless 1 <= horizon <=
+  /// max_position_embeddings.
+  std::unique_ptr<KvCache> make_cache(int64_t horizon) const;
+
+  /// Appends tokens [B, L] to the sequences in `cache` (of this model; earlier calls had the same B) -> logits of what follows, [B, vocabulary] fp32,
+  /// those of the last position. Equal up to rounding to `logits` on the whole sequences, under every rank policy. Builds no graph.
+  at::Tensor extend(const at::Tensor& tokens, KvCache& cache);
+
   /// Calls `callback(first)` during every backward pass, layer by layer from the last, as soon as the gradients of the
   /// parameters from index `first` on are complete, so that their reduction over data-parallel ranks can overlap the rest.
   /// Never called for the embeddings (the first parameters), which are complete when the backward pass returns. Not collective. Empty: none.
@@ -117,9 +126,12 @@ class CausalLM {
   /// (h, norm(h)): RMSNorm, or LayerNorm where there is a bias.
   std::pair<at::Tensor, at::Tensor> norm(const at::Tensor& h, int64_t weight, int64_t bias) const;
   /// h [B L, hidden] -> the same after layer `index`. `plan` as in AttentionController::attend.
-  at::Tensor layer(int64_t index, const at::Tensor& h, int64_t batch, std::shared_ptr<LayerPlan>& plan);
+  /// With a cache, the tokens follow those in it.
+  at::Tensor layer(int64_t index, const at::Tensor& h, int64_t batch, std::shared_ptr<LayerPlan>& plan, KvCache* cache = nullptr);
   /// checked tokens [B, L] -> [B L, hidden] after the final norm
-  at::Tensor forward(const at::Tensor& tokens);
+  at::Tensor forward(const at::Tensor& tokens, KvCache* cache = nullptr);
+  /// x [N, hidden] after the final norm -> [N, vocabulary] fp32 (fp64 with fp64) gathered over `tp`
+  at::Tensor head(const at::Tensor& x) const;
   at::Tensor check_tokens(const at::Tensor& tokens) const;
   at::Tensor check_labels(const at::Tensor& tokens, const at::Tensor& labels) const;
   void prepare_angles(int64_t length);

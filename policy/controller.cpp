@@ -51,14 +51,17 @@ at::Tensor relative_loss(const at::Tensor& singular_values) {
 
 FarBases solve_far_bases(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o, const BlockTree& tree,
                          bool scores, bool values) {
+  return solve_far_bases(pair_grams(q.detach(), k.detach(), v.detach(), tree), w_o, scores, values);
+}
+
+FarBases solve_far_bases(const PairGrams& grams, const at::Tensor& w_o, bool scores, bool values) {
   at::NoGradGuard no_grad;
-  const PairGrams grams = pair_grams(q.detach(), k.detach(), v.detach(), tree);
   FarBases bases;
   if (scores) {
     bases.scores = solve_basis(grams.queries.flatten(0, 2), grams.keys.flatten(0, 2));
   }
   if (values) {
-    const auto weight = output_gram(w_o, k.size(1), k.size(3)).unsqueeze(1).expand_as(grams.values);
+    const auto weight = output_gram(w_o, grams.values.size(1), grams.values.size(4)).unsqueeze(1).expand_as(grams.values);
     bases.values = solve_basis(grams.values.flatten(0, 2), weight.flatten(0, 2));
   }
   return bases;
@@ -134,6 +137,62 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
   statistics_.solve_ms += solve_ms;
   statistics_.attention_ms += total.ms();
   return out;
+}
+
+std::unique_ptr<KvCache> LowRankController::make_cache(int64_t layers, int64_t horizon) const {
+  return policy_->exact() ? AttentionController::make_cache(layers, horizon) : std::make_unique<KvCache>(layers, horizon, geometry_);
+}
+
+at::Tensor LowRankController::extend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
+                                     KvCache& cache) {
+  const Stopwatch total(timing_, q.device());
+  LayerCache& mine = cache.layer(layer);
+  auto out = mine.extend(q, k, v, [&](int64_t level, int64_t pair, const PairGrams& grams) {
+    return decide_node(layer, mine.horizon(), level, pair, grams, w_o);
+  });
+  statistics_.calls += 1;
+  statistics_.attention_ms += total.ms();
+  return out;
+}
+
+NodeFactors LowRankController::decide_node(int64_t layer, const BlockTree& horizon, int64_t level, int64_t pair, const PairGrams& grams,
+                                           const at::Tensor& w_o) {
+  const Stopwatch watch(timing_, w_o.device());
+  const int64_t batch = grams.keys.size(0), groups = grams.keys.size(1), d = grams.keys.size(4);
+  const int64_t items = batch * groups;
+  // Policies without spectra decide for a whole tree; those with spectra look at each pair alone, so a tree of this one serves.
+  const BlockTree alone(2, {1, 0});
+  const bool spectra = policy_->needs_spectra();
+  LayerObservation observation{layer, batch, groups, d, spectra ? alone : horizon, {}, {}};
+  FarBases bases;
+  if (spectra) {
+    bases = solve_far_bases(grams, w_o, true, true);
+    observation.score_loss = relative_loss(bases.scores.singular_values);
+    observation.value_loss = relative_loss(bases.values.singular_values);
+  }
+  const std::vector<Ranks> decided = policy_->decide(observation);
+  const int64_t pairs = observation.tree.num_pairs();
+  TORCH_CHECK(static_cast<int64_t>(decided.size()) == items * pairs, "rank policy '", policy_->describe(), "' returned ", decided.size(),
+              " decisions for layer ", layer, ", expected ", items * pairs);
+  NodeFactors factors;
+  bool low_scores = false, low_values = false;
+  for (int64_t item = 0; item < items; ++item) {
+    const Ranks& ranks = decided[static_cast<size_t>(item * pairs + (spectra ? 0 : horizon.pair_index(level, pair)))];
+    factors.ranks.push_back(ranks);
+    low_scores = low_scores || ranks.qk < d;
+    low_values = low_values || ranks.v < d;
+    statistics_.rank_qk += static_cast<double>(ranks.qk);
+    statistics_.rank_v += static_cast<double>(ranks.v);
+  }
+  statistics_.decisions += items;
+  if (!spectra) {
+    bases = solve_far_bases(grams, w_o, low_scores, low_values);
+  }
+  statistics_.solves += items * ((spectra || low_scores ? 1 : 0) + (spectra || low_values ? 1 : 0));
+  statistics_.solve_ms += watch.ms();
+  factors.scores = std::move(bases.scores);
+  factors.values = std::move(bases.values);
+  return factors;
 }
 
 std::string LowRankController::describe() const {

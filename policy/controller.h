@@ -9,12 +9,13 @@
 #include "core/cost.h"
 #include "core/lowrank_attention.h"
 #include "policy/attention.h"
+#include "policy/kv_cache.h"
 #include "policy/rank_policy.h"
 #include "policy/statistics.h"
 
 namespace drrl {
 
-/// Bases of all far pairs of one layer, [B G pairs, d, d] each, pair innermost.
+/// Bases of far pairs of one layer, [B G pairs, d, d] each, pair innermost.
 struct FarBases {
   Basis scores;
   Basis values;
@@ -24,6 +25,9 @@ struct FarBases {
 /// Solves only for what is asked for. Shapes as in lowrank_attention.
 FarBases solve_far_bases(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o, const BlockTree& tree,
                          bool scores, bool values);
+
+/// The same from Grams that are there already.
+FarBases solve_far_bases(const PairGrams& grams, const at::Tensor& w_o, bool scores, bool values);
 
 struct LayerPlan {
   c10::intrusive_ptr<LowRankPlan> lowrank;  ///< null: exact attention
@@ -37,6 +41,10 @@ class LowRankController final : public AttentionController {
   at::Tensor attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
                     std::shared_ptr<LayerPlan>& plan) override;
 
+  /// A cache that holds far tokens at the policy's ranks; under an exact policy a plain one.
+  std::unique_ptr<KvCache> make_cache(int64_t layers, int64_t horizon) const override;
+  at::Tensor extend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o, KvCache& cache) override;
+
   /// Wall time of forward calls, on CUDA with a synchronization around each: for evaluation, not for training.
   void set_timing(bool on) { timing_ = on; }
 
@@ -49,6 +57,9 @@ class LowRankController final : public AttentionController {
   std::string describe() const;
 
  private:
+  /// Ranks and bases of one far pair of the cache's horizon: what `attend` decides for it when it sees the whole sequence.
+  NodeFactors decide_node(int64_t layer, const BlockTree& horizon, int64_t level, int64_t pair, const PairGrams& grams, const at::Tensor& w_o);
+
   std::shared_ptr<RankPolicy> policy_;
   Geometry geometry_;
   bool timing_ = false;
