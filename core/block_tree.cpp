@@ -36,4 +36,14 @@ BlockTree::BlockTree(int64_t sequence_length, Geometry geometry) : sequence_leng
   }
 }
 
+int64_t BlockTree::pair_index(int64_t level, int64_t i) const {
+  const auto first = std::find_if(runs_.begin(), runs_.end(), [&](const PairRun& run) { return run.level == level; });
+  int64_t count = 0;
+  for (auto run = first; run != runs_.end() && run->level == level; ++run) {
+    count += run->count;
+  }
+  TORCH_CHECK(i >= 0 && i < count, "BlockTree: no pair ", i, " on level ", level, " of ", num_blocks_, " blocks");
+  return first->first_pair + i;
+}
+
 }  // namespace drrl

@@ -5,12 +5,11 @@
 namespace drrl {
 namespace {
 
-// x [B, H, L, d] -> [B, G, blocks, d, d]: X^T X of each of the first `blocks` complete blocks, summed over a group's heads.
-at::Tensor block_grams(const at::Tensor& x, int64_t groups, const BlockTree& tree, int64_t blocks) {
-  const int64_t rows = tree.geometry().near_block;
+// x [B, H, L, d] -> [B, G, blocks, d, d]: X^T X of each of `blocks` blocks of `rows` tokens from token `begin` on, summed over a group's heads.
+at::Tensor block_grams(const at::Tensor& x, int64_t groups, int64_t begin, int64_t blocks, int64_t rows) {
   const int64_t d = x.size(3);
   const int64_t heads = x.size(1) / groups;
-  auto stacked = token_runs(x, groups, tree.sinks(), blocks, rows, rows).reshape({-1, heads * rows, d});
+  auto stacked = token_runs(x, groups, begin, blocks, rows, rows).reshape({-1, heads * rows, d});
   if (stacked.scalar_type() == at::kBFloat16 || stacked.scalar_type() == at::kHalf) {
     stacked = stacked.to(at::kFloat);
   }
@@ -45,8 +44,17 @@ PairGrams pair_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   const int64_t groups = k.size(1);
   // The last block is never on the left of a pair, so every block used here is complete.
   const int64_t blocks = tree.num_blocks() - 1;
-  return {sum_up_tree(block_grams(q, groups, tree, blocks), tree), sum_up_tree(block_grams(k, groups, tree, blocks), tree),
-          sum_up_tree(block_grams(v, groups, tree, blocks), tree)};
+  const auto of_pairs = [&](const at::Tensor& x) {
+    return sum_up_tree(block_grams(x, groups, tree.sinks(), blocks, tree.geometry().near_block), tree);
+  };
+  return {of_pairs(q), of_pairs(k), of_pairs(v)};
+}
+
+at::Tensor token_gram(const at::Tensor& x, int64_t groups, int64_t rows) {
+  TORCH_CHECK(x.dim() == 4 && groups > 0 && x.size(1) % groups == 0 && rows > 0 && x.size(2) % rows == 0, "token_gram: x ", x.sizes(), " for ",
+              groups, " groups and runs of ", rows, " tokens");
+  at::NoGradGuard no_grad;
+  return block_grams(x, groups, 0, x.size(2) / rows, rows).sum(2);
 }
 
 at::Tensor output_gram(const at::Tensor& w_o, int64_t groups, int64_t head_dim) {

@@ -21,6 +21,10 @@ struct PairGrams {
 /// Errors: c10::Error if a shape disagrees with the tree or with another.
 PairGrams pair_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const BlockTree& tree);
 
+/// X^T X of all rows of x, summed over the heads of each of `groups` groups: one product for each run of `rows` tokens, which L is a multiple of, summed
+/// in float64, as pair_grams does. x [B, H, L, d] -> float64 [B, groups, d, d].
+at::Tensor token_gram(const at::Tensor& x, int64_t groups, int64_t rows);
+
 /// G_o = sum over the heads of each KV group of W_O^T W_O: how much a direction of the attention output weighs in the layer's output.
 /// w_o [hidden, H d] -> float64 [G, d, d].
 at::Tensor output_gram(const at::Tensor& w_o, int64_t groups, int64_t head_dim);

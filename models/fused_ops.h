@@ -7,7 +7,7 @@
 
 namespace drrl {
 
-/// The element-wise operators of a Llama layer, each one pass over memory in either direction, next to the matrix products they
+/// The element-wise operators of a decoder layer, each one pass over memory in either direction, next to the matrix products they
 /// serve. Computed in fp32 (double for double) whatever the dtype of the activations: fp32, bf16, double.
 ///
 /// Two implementations with the same results: kLoops (cpu_loops.h, vectorized, multi-threaded) on CPU tensors, kComposed (ATen
@@ -20,6 +20,15 @@ Implementation implementation_for(const at::Tensor& x);
 /// h is passed through, so that the backward pass adds the gradient of the residual path while it writes the gradient of the
 /// norm. weight [n], fp32 (double with double), a leaf; its gradient is added in place (gradients.h).
 std::pair<at::Tensor, at::Tensor> rms_norm(const at::Tensor& h, const at::Tensor& weight, double eps);
+
+/// LayerNorm in front of a branch of a residual network, by ATen's kernels.
+///   h [N, n] -> (h, (h - mean(h)) (var(h) + eps)^-1/2 weight + bias)
+/// As rms_norm otherwise; bias like weight.
+std::pair<at::Tensor, at::Tensor> layer_norm(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, double eps);
+
+/// Learned positions: h [B L, n] + rows [first, first + L) of `weight` [positions, n] (fp32; fp64 with fp64), for each of `batch` sequences.
+/// The gradient of `weight`, a leaf, is added in place.
+at::Tensor add_positions(const at::Tensor& h, const at::Tensor& weight, int64_t first, int64_t batch);
 
 /// Queries, keys and values out of one product, rotated by their positions, contiguous as attention wants them.
 ///   qkv [B L, (H + 2 G) d], rows [q heads | k heads | v heads]; cos, sin [L, d / 2] fp32

@@ -13,6 +13,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>
 
+#include <cmath>
 #include <exception>
 #include <map>
 #include <set>
@@ -95,21 +96,28 @@ CausalLM::CausalLM(const ModelConfig& config, const Group& tp, std::shared_ptr<A
     const auto found = index.find(name);
     return found == index.end() ? -1 : found->second;
   };
+  const ParameterNames& names = parameter_names(config_);
   for (int64_t i = 0; i < config_.num_hidden_layers; ++i) {
-    const std::string layer = "model.layers." + std::to_string(i) + ".";
-    layers_.push_back({.input_norm = find(layer + "input_layernorm.weight"),
-                       .qkv = find(layer + "self_attn.qkv_proj.weight"),
-                       .qkv_bias = find(layer + "self_attn.qkv_proj.bias"),
-                       .o = find(layer + "self_attn.o_proj.weight"),
-                       .o_bias = find(layer + "self_attn.o_proj.bias"),
-                       .post_norm = find(layer + "post_attention_layernorm.weight"),
-                       .gate_up = find(layer + "mlp.gate_up_proj.weight"),
-                       .gate_up_bias = find(layer + "mlp.gate_up_proj.bias"),
-                       .down = find(layer + "mlp.down_proj.weight"),
-                       .down_bias = find(layer + "mlp.down_proj.bias")});
+    const std::string layer = names.layers + std::to_string(i) + ".";
+    const auto weight = [&](const char* name) { return find(layer + name + ".weight"); };
+    const auto bias = [&](const char* name) { return find(layer + name + ".bias"); };
+    layers_.push_back({.input_norm = weight(names.input_norm),
+                       .input_norm_bias = bias(names.input_norm),
+                       .qkv = weight(names.qkv),
+                       .qkv_bias = bias(names.qkv),
+                       .o = weight(names.o),
+                       .o_bias = bias(names.o),
+                       .post_norm = weight(names.post_norm),
+                       .post_norm_bias = bias(names.post_norm),
+                       .into_mlp = weight(names.into_mlp),
+                       .into_mlp_bias = bias(names.into_mlp),
+                       .down = weight(names.down),
+                       .down_bias = bias(names.down)});
   }
-  embedding_ = find("model.embed_tokens.weight");
-  final_norm_ = find("model.norm.weight");
+  embedding_ = find(names.embedding + std::string(".weight"));
+  positions_ = names.positions == nullptr ? -1 : find(names.positions + std::string(".weight"));
+  final_norm_ = find(names.final_norm + std::string(".weight"));
+  final_norm_bias_ = find(names.final_norm + std::string(".bias"));
   head_ = config_.tie_word_embeddings ? embedding_ : find("lm_head.weight");
   groups_ = partition(config_.num_key_value_heads, tp_.size(), tp_.rank()).count;
   heads_ = groups_ * config_.heads_per_group();
@@ -131,29 +139,42 @@ void CausalLM::prepare_angles(int64_t length) {
   sin_ = angles.sin().to(options_.device);
 }
 
-at::Tensor CausalLM::layer(int64_t index, const at::Tensor& h, int64_t batch, std::shared_ptr<LayerPlan>& plan) {
+std::pair<at::Tensor, at::Tensor> CausalLM::norm(const at::Tensor& h, int64_t weight, int64_t bias) const {
+  return bias < 0 ? rms_norm(h, value(weight), config_.norm_eps) : layer_norm(h, value(weight), value(bias), config_.norm_eps);
+}
+
+at::Tensor CausalLM::layer(int64_t index, const at::Tensor& h, int64_t batch, std::shared_ptr<LayerPlan>& plan, KvCache* cache) {
   const LayerParameters& p = layers_[static_cast<size_t>(index)];
   const int64_t tokens = h.size(0);
   const int64_t length = tokens / batch;
-  const double eps = config_.rms_norm_eps;
+  const int64_t first = cache == nullptr ? 0 : cache->layer(index).length();  // position of the first token
 
-  const auto [residual, x] = rms_norm(h, value(p.input_norm), eps);
+  const auto [residual, x] = norm(h, p.input_norm, p.input_norm_bias);
   const at::Tensor qkv = column_parallel_linear(x, value(p.qkv), optional_value(p.qkv_bias), tp_);
-  const auto [q, k, v] = rope_split(qkv, cos_.narrow(0, 0, length), sin_.narrow(0, 0, length), batch, heads_, groups_);
-  const at::Tensor attended = attention_->attend(index, q, k, v, value(p.o).detach(), plan);  // [B, H, L, d]
+  auto [q, k, v] = rope_split(qkv, cos_.narrow(0, first, length), sin_.narrow(0, first, length), batch, heads_, groups_);
+  if (const double factor = config_.score_factor(index); factor != 1.0) {
+    q = q * factor;
+  }
+  const at::Tensor w_o = value(p.o).detach();
+  const at::Tensor attended =  // [B, H, L, d]
+      cache == nullptr ? attention_->attend(index, q, k, v, w_o, plan) : attention_->extend(index, q, k, v, w_o, *cache);
   const at::Tensor flat = attended.transpose(1, 2).reshape({tokens, heads_ * config_.head_dim});
   const at::Tensor middle = row_parallel_linear(flat, value(p.o), optional_value(p.o_bias), residual, tp_);
 
-  const auto [residual_mlp, y] = rms_norm(middle, value(p.post_norm), eps);
-  const at::Tensor gate_up = column_parallel_linear(y, value(p.gate_up), optional_value(p.gate_up_bias), tp_);
-  return row_parallel_linear(gate_up, value(p.down), optional_value(p.down_bias), residual_mlp, tp_, InputActivation::kSwiglu);
+  const auto [residual_mlp, y] = norm(middle, p.post_norm, p.post_norm_bias);
+  const at::Tensor wide = column_parallel_linear(y, value(p.into_mlp), optional_value(p.into_mlp_bias), tp_);
+  return row_parallel_linear(wide, value(p.down), optional_value(p.down_bias), residual_mlp, tp_, config_.activation);
 }
 
-at::Tensor CausalLM::forward(const at::Tensor& tokens) {
+at::Tensor CausalLM::forward(const at::Tensor& tokens, KvCache* cache) {
   const int64_t batch = tokens.size(0);
-  prepare_angles(tokens.size(1));
+  const int64_t first = cache == nullptr ? 0 : cache->length();
+  prepare_angles(cache == nullptr ? tokens.size(1) : cache->horizon());
   at::Tensor h =
       vocabulary_parallel_embedding(tokens.reshape({-1}), value(embedding_), first_vocabulary_row_, options_.dtype, tp_);
+  if (positions_ >= 0) {
+    h = add_positions(h, value(positions_), first, batch);
+  }
   const bool checkpoint = options_.activation_checkpoint && at::GradMode::is_enabled();
   for (int64_t i = 0; i < config_.num_hidden_layers; ++i) {
     if (gradients_complete_ && h.requires_grad()) {
@@ -162,9 +183,9 @@ at::Tensor CausalLM::forward(const at::Tensor& tokens) {
           [this, first = layers_[static_cast<size_t>(i)].input_norm](const at::Tensor&) { gradients_complete_(first); });
     }
     std::shared_ptr<LayerPlan> plan;
-    h = checkpoint ? CheckpointedLayer::apply(h, this, i, batch) : layer(i, h, batch, plan);
+    h = checkpoint ? CheckpointedLayer::apply(h, this, i, batch) : layer(i, h, batch, plan, cache);
   }
-  return rms_norm(h, value(final_norm_), config_.rms_norm_eps).second;
+  return norm(h, final_norm_, final_norm_bias_).second;
 }
 
 at::Tensor CausalLM::check_tokens(const at::Tensor& tokens) const {
@@ -212,11 +233,28 @@ at::Tensor CausalLM::token_nll(const at::Tensor& tokens, const at::Tensor& label
 
 at::Tensor CausalLM::logits(const at::Tensor& tokens) {
   at::NoGradGuard no_grad;
-  const at::Tensor x = forward(check_tokens(tokens));
+  return head(forward(check_tokens(tokens))).view({tokens.size(0), tokens.size(1), config_.vocab_size});
+}
+
+at::Tensor CausalLM::head(const at::Tensor& x) const {
   const at::Tensor local =
       at::mm(x, value(head_).to(x.scalar_type()).t()).to(options_.dtype == at::kDouble ? at::kDouble : at::kFloat);
-  const at::Tensor all = tp_.size() == 1 ? local : tp_.all_gather_uneven(local.t().contiguous()).t().contiguous();
-  return all.view({tokens.size(0), tokens.size(1), config_.vocab_size});
+  return tp_.size() == 1 ? local : tp_.all_gather_uneven(local.t().contiguous()).t().contiguous();
+}
+
+std::unique_ptr<KvCache> CausalLM::make_cache(int64_t horizon) const {
+  check(ErrorKind::kUsage, horizon >= 1 && horizon <= config_.max_position_embeddings, "a cache for ", horizon,
+        " tokens; expected 1 to the model's max_position_embeddings, ", config_.max_position_embeddings);
+  return attention_->make_cache(config_.num_hidden_layers, horizon);
+}
+
+at::Tensor CausalLM::extend(const at::Tensor& tokens, KvCache& cache) {
+  at::NoGradGuard no_grad;
+  const at::Tensor checked = check_tokens(tokens);
+  check(ErrorKind::kUsage, cache.length() + tokens.size(1) <= cache.horizon(), "a cache for ", cache.horizon(), " tokens holds ",
+        cache.length(), " and cannot take ", tokens.size(1), " more");
+  const at::Tensor x = forward(checked, &cache).view({tokens.size(0), tokens.size(1), config_.hidden_size});
+  return head(x.select(1, tokens.size(1) - 1));
 }
 
 void CausalLM::initialize(uint64_t seed) {
@@ -234,7 +272,9 @@ void CausalLM::initialize(uint64_t seed) {
       } else {
         auto generator = at::make_generator<at::CPUGeneratorImpl>(seed * 0x9e3779b97f4a7c15ull + draw);
         const at::Tensor whole = at::empty(part.shape, at::kFloat).normal_(0.0, config_.initializer_range, generator);
-        to.copy_(whole.narrow(part.dim, part.start, part.length));
+        // GPT-2 draws what is added to the residual stream, 2 matrices a layer, so that their sum keeps its size.
+        const double depth = config_.is_gpt2() && part.name.ends_with("c_proj.weight") ? std::sqrt(2.0 * config_.num_hidden_layers) : 1.0;
+        to.copy_(whole.narrow(part.dim, part.start, part.length).div(depth));
       }
     }
   }
@@ -245,23 +285,29 @@ void CausalLM::load(const std::filesystem::path& hf_dir) {
   const auto layouts = parameter_layouts(config_, tp_.size(), tp_.rank());
   all_or_none(tp_, options_.device, ErrorKind::kModel, "loading the model", [&] {
     const WeightStore store = WeightStore::open(hf_dir);
+    // The files of a bare base model, GPT-2's original ones among them, leave its prefix out.
+    const std::string base = parameter_names(config_).base;
+    const auto stored_name = [&](const std::string& name) {
+      return !store.contains(name) && name.starts_with(base) && store.contains(name.substr(base.size())) ? name.substr(base.size()) : name;
+    };
     std::set<std::string> used;
     for (size_t i = 0; i < layouts.size(); ++i) {
       for (const WeightPart& part : layouts[i].parts) {
-        check(ErrorKind::kModel, store.contains(part.name), hf_dir.string(), ": no tensor ", part.name,
+        const std::string name = stored_name(part.name);
+        check(ErrorKind::kModel, store.contains(name), hf_dir.string(), ": no tensor ", part.name,
               ", which config.json calls for");
-        check(ErrorKind::kModel, store.shape(part.name) == part.shape, hf_dir.string(), ": tensor ", part.name, " has shape ",
-              at::IntArrayRef(store.shape(part.name)), ", config.json says ", at::IntArrayRef(part.shape));
+        check(ErrorKind::kModel, store.shape(name) == part.shape, hf_dir.string(), ": tensor ", name, " has shape ",
+              at::IntArrayRef(store.shape(name)), ", config.json says ", at::IntArrayRef(part.shape));
         region(parameters_[i].value, part)
-            .copy_(store.slice(part.name, part.dim, part.start, part.length, parameters_[i].value.scalar_type()));
-        used.insert(part.name);
+            .copy_(store.slice(name, part.dim, part.start, part.length, parameters_[i].value.scalar_type()));
+        used.insert(name);
       }
     }
     for (const std::string& name : store.names()) {
-      const bool known = used.contains(name) || name.ends_with(".rotary_emb.inv_freq") ||
-                         (name == "lm_head.weight" && config_.tie_word_embeddings);
-      check(ErrorKind::kModel, known, hf_dir.string(), ": tensor ", name,
-            " has no place in the model that config.json describes");
+      const bool constant = name.ends_with(".rotary_emb.inv_freq") ||  // tables that old exports hold
+                            (config_.is_gpt2() && (name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias")));
+      check(ErrorKind::kModel, used.contains(name) || constant || (name == "lm_head.weight" && config_.tie_word_embeddings),
+            hf_dir.string(), ": tensor ", name, " has no place in the model that config.json describes");
     }
   });
   source_ = hf_dir;

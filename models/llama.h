@@ -3,6 +3,7 @@
 #include "distributed/group.h"
 #include "models/config.h"
 #include "policy/attention.h"
+#include "policy/kv_cache.h"
 
 #include <ATen/ATen.h>
 
@@ -22,7 +23,7 @@ namespace drrl {
 /// product wants it, and says so in its name (the way Phi-3 does):
 ///   model.layers.N.self_attn.qkv_proj.{weight,bias}   rows [q_proj; k_proj; v_proj] of this rank's heads
 ///   model.layers.N.mlp.gate_up_proj.{weight,bias}     rows [gate_proj; up_proj] of this rank's columns
-/// Loading and saving stack and split them; files only ever hold Hugging Face's own names.
+/// All matrices are [out, in], GPT-2's too, whose files hold [in, out]. Loading and saving stack, split and turn them; files only ever hold Hugging Face's own names.
 struct Parameter {
   std::string name;
   at::Tensor value;  ///< fp32 master copy, a leaf that requires grad; the local shard
@@ -45,10 +46,11 @@ struct LossResult {
 /// The label of a position that does not count.
 inline constexpr int64_t kIgnoredLabel = -100;
 
-/// A decoder-only transformer of the Llama family, computed as Hugging Face Transformers computes it, tensor-parallel over
+/// A decoder-only transformer of the Llama family or GPT-2, computed as Hugging Face Transformers computes it, tensor-parallel over
 /// `tp`.
 ///
-/// tokens [B, L] int64 -> embedding [B, L, hidden] -> layers of (RMSNorm, attention, RMSNorm, SwiGLU) -> RMSNorm -> head.
+/// tokens [B, L] int64 -> embedding [B, L, hidden] -> layers of (norm, attention, norm, MLP) -> norm -> head. The families differ
+/// in the norm (RMSNorm, LayerNorm), the positions (rotated queries and keys, a learned embedding) and the MLP's activation.
 /// Rank t of T owns whole KV groups with their query heads, MLP columns and vocabulary rows, each split by
 /// `partition()` (tensor_parallel.h): 3 groups on 2 ranks are 2 + 1.
 ///
@@ -98,9 +100,17 @@ class CausalLM {
   /// [B, L, vocabulary] fp32 gathered over `tp`. Builds no graph. For tests and short inputs.
   at::Tensor logits(const at::Tensor& tokens);
 
+  /// An empty cache for `extend`, of sequences that will not exceed `horizon` tokens. Errors: Error(kUsage) unless 1 <= horizon <=
+  /// max_position_embeddings.
+  std::unique_ptr<KvCache> make_cache(int64_t horizon) const;
+
+  /// Appends tokens [B, L] to the sequences in `cache` (of this model; earlier calls had the same B) -> logits of what follows, [B, vocabulary] fp32,
+  /// those of the last position. Equal up to rounding to `logits` on the whole sequences, under every rank policy. Builds no graph.
+  at::Tensor extend(const at::Tensor& tokens, KvCache& cache);
+
   /// Calls `callback(first)` during every backward pass, layer by layer from the last, as soon as the gradients of the
   /// parameters from index `first` on are complete, so that their reduction over data-parallel ranks can overlap the rest.
-  /// Never called for the embedding (index 0), which is complete when the backward pass returns. Not collective. Empty: none.
+  /// Never called for the embeddings (the first parameters), which are complete when the backward pass returns. Not collective. Empty: none.
   void on_gradients_complete(std::function<void(int64_t first)> callback) { gradients_complete_ = std::move(callback); }
 
  private:
@@ -108,15 +118,20 @@ class CausalLM {
 
   /// Indices into parameters_; -1 where the model has no such parameter.
   struct LayerParameters {
-    int64_t input_norm, qkv, qkv_bias, o, o_bias, post_norm, gate_up, gate_up_bias, down, down_bias;
+    int64_t input_norm, input_norm_bias, qkv, qkv_bias, o, o_bias, post_norm, post_norm_bias, into_mlp, into_mlp_bias, down, down_bias;
   };
 
   const at::Tensor& value(int64_t index) const { return parameters_[static_cast<size_t>(index)].value; }
   std::optional<at::Tensor> optional_value(int64_t index) const;
+  /// (h, norm(h)): RMSNorm, or LayerNorm where there is a bias.
+  std::pair<at::Tensor, at::Tensor> norm(const at::Tensor& h, int64_t weight, int64_t bias) const;
   /// h [B L, hidden] -> the same after layer `index`. `plan` as in AttentionController::attend.
-  at::Tensor layer(int64_t index, const at::Tensor& h, int64_t batch, std::shared_ptr<LayerPlan>& plan);
+  /// With a cache, the tokens follow those in it.
+  at::Tensor layer(int64_t index, const at::Tensor& h, int64_t batch, std::shared_ptr<LayerPlan>& plan, KvCache* cache = nullptr);
   /// checked tokens [B, L] -> [B L, hidden] after the final norm
-  at::Tensor forward(const at::Tensor& tokens);
+  at::Tensor forward(const at::Tensor& tokens, KvCache* cache = nullptr);
+  /// x [N, hidden] after the final norm -> [N, vocabulary] fp32 (fp64 with fp64) gathered over `tp`
+  at::Tensor head(const at::Tensor& x) const;
   at::Tensor check_tokens(const at::Tensor& tokens) const;
   at::Tensor check_labels(const at::Tensor& tokens, const at::Tensor& labels) const;
   void prepare_angles(int64_t length);
@@ -127,7 +142,7 @@ class CausalLM {
   ModelOptions options_;
   std::vector<Parameter> parameters_;
   std::vector<LayerParameters> layers_;
-  int64_t embedding_ = -1, final_norm_ = -1, head_ = -1;
+  int64_t embedding_ = -1, positions_ = -1, final_norm_ = -1, final_norm_bias_ = -1, head_ = -1;
   int64_t heads_ = 0, groups_ = 0, first_vocabulary_row_ = 0;  // of this rank
   at::Tensor cos_, sin_;                                       // [longest L seen, d / 2] fp32
   std::function<void(int64_t)> gradients_complete_;

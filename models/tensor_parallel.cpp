@@ -55,13 +55,40 @@ struct ColumnParallel : torch::autograd::Function<ColumnParallel> {
   }
 };
 
+constexpr int64_t kNoActivation = -1;
+
+// What a row-parallel layer multiplies, and its adjoint: (activation(x), the gradient of x given that of activation(x)).
+at::Tensor activate(const at::Tensor& x, std::optional<Activation> activation) {
+  if (!activation) {
+    return x;
+  }
+  switch (*activation) {
+    case Activation::kSwiglu: return raw::swiglu_forward(x, implementation_for(x));
+    case Activation::kGeluTanh: return at::gelu(x, "tanh");
+    case Activation::kGelu: return at::gelu(x);
+  }
+  return x;
+}
+
+std::pair<at::Tensor, at::Tensor> activate_backward(const at::Tensor& x, const at::Tensor& dy, std::optional<Activation> activation) {
+  if (!activation) {
+    return {x, dy};
+  }
+  if (*activation == Activation::kSwiglu) {
+    auto gradients = raw::swiglu_backward(x, dy, implementation_for(x));
+    return {std::move(gradients.y), std::move(gradients.gate_up)};
+  }
+  return {activate(x, activation), at::gelu_backward(dy, x, *activation == Activation::kGeluTanh ? "tanh" : "none")};
+}
+
 struct RowParallel : torch::autograd::Function<RowParallel> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias, const at::Tensor& residual, const Group& tp, bool swiglu) {
+                            const std::optional<at::Tensor>& bias, const at::Tensor& residual, const Group& tp,
+                            std::optional<Activation> activation) {
     const at::Tensor cast = weight.to(x.scalar_type());
     ctx->save_for_backward({x, cast, weight, bias.value_or(at::Tensor())});
-    ctx->saved_data["swiglu"] = swiglu;
-    at::Tensor y = at::mm(swiglu ? raw::swiglu_forward(x, implementation_for(x)) : x, cast.t());
+    ctx->saved_data["activation"] = activation ? static_cast<int64_t>(*activation) : kNoActivation;
+    at::Tensor y = at::mm(activate(x, activation), cast.t());
     tp.all_reduce(y);
     if (bias) {
       y.add_(*bias);
@@ -72,13 +99,9 @@ struct RowParallel : torch::autograd::Function<RowParallel> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const at::Tensor dy = grads[0].contiguous();
-    at::Tensor dx = at::mm(dy, saved[1]);
-    at::Tensor input = saved[0];
-    if (ctx->saved_data["swiglu"].toBool()) {
-      auto gradients = raw::swiglu_backward(input, dx, implementation_for(input));
-      dx = std::move(gradients.gate_up);
-      input = std::move(gradients.y);
-    }
+    const int64_t number = ctx->saved_data["activation"].toInt();
+    const auto activation = number == kNoActivation ? std::nullopt : std::optional(static_cast<Activation>(number));
+    const auto [input, dx] = activate_backward(saved[0], at::mm(dy, saved[1]), activation);
     add_product_gradient(saved[2], dy.t(), input);
     if (saved[3].defined()) {
       add_gradient(saved[3], dy.sum(0, /*keepdim=*/false, saved[3].scalar_type()));
@@ -134,14 +157,14 @@ at::Tensor column_parallel_linear(const at::Tensor& x, const at::Tensor& weight,
 }
 
 at::Tensor row_parallel_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                               const at::Tensor& residual, const Group& tp, InputActivation activation) {
-  const bool swiglu = activation == InputActivation::kSwiglu;
+                               const at::Tensor& residual, const Group& tp, std::optional<Activation> activation) {
+  const bool swiglu = activation == Activation::kSwiglu;
   TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.is_contiguous() && x.size(1) == weight.size(1) * (swiglu ? 2 : 1),
               "row_parallel_linear: x ", x.sizes(), " and weight ", weight.sizes(), " must be [N, ", swiglu ? "2 in" : "in",
               "] contiguous and [out, in]");
   TORCH_CHECK(residual.dim() == 2 && residual.size(0) == x.size(0) && residual.size(1) == weight.size(0),
               "row_parallel_linear: residual must be [", x.size(0), ", ", weight.size(0), "], not ", residual.sizes());
-  return RowParallel::apply(x, weight, bias, residual, tp, swiglu);
+  return RowParallel::apply(x, weight, bias, residual, tp, activation);
 }
 
 at::Tensor vocabulary_parallel_embedding(const at::Tensor& tokens, const at::Tensor& weight, int64_t first_row,

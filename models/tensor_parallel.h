@@ -1,6 +1,7 @@
 #pragma once
 
 #include "distributed/group.h"
+#include "models/config.h"
 
 #include <ATen/ATen.h>
 
@@ -24,18 +25,12 @@ Share partition(int64_t n, int64_t parts, int64_t index);
 at::Tensor column_parallel_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                                   const Group& tp);
 
-/// What a row-parallel layer does with its input first.
-enum class InputActivation {
-  kNone,
-  kSwiglu,  ///< x is [gate | up]; its product is recomputed in the backward pass instead of being kept
-};
-
-/// Rows: x [N, in_local] (kSwiglu: [N, 2 in_local]), weight [out, in_local], bias [out] and residual [N, out] (the same on all
-/// ranks and added once)
-/// -> residual + sum over ranks of activation(x) weight^T + bias [N, out], the same on all ranks.
+/// Rows: x [N, in_local] (kSwiglu: [gate | up], [N, 2 in_local]), weight [out, in_local], bias [out] and residual [N, out] (the
+/// same on all ranks and added once)
+/// -> residual + sum over ranks of activation(x) weight^T + bias [N, out], the same on all ranks. activation(x) is computed
+/// once more in the backward pass instead of being kept; none: the identity.
 at::Tensor row_parallel_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                               const at::Tensor& residual, const Group& tp,
-                               InputActivation activation = InputActivation::kNone);
+                               const at::Tensor& residual, const Group& tp, std::optional<Activation> activation = std::nullopt);
 
 /// tokens [N] int64 (checked by the caller) -> rows of the table in `dtype`, [N, hidden], the same on all ranks. weight
 /// [rows_local, hidden] holds the vocabulary rows from `first_row` on.

@@ -17,7 +17,15 @@ struct WeightPart {
   std::vector<int64_t> shape;
   int64_t dim, start, length;
   int64_t row;
+  bool transposed = false;  ///< the file holds [in, out] (Conv1D of GPT-2), the parameter [out, in]
 };
+
+/// Names of a family's parameters, without ".weight" and ".bias": those of a layer after "<layers>N.".
+struct ParameterNames {
+  const char* base;  ///< prefix of all but the head; the files of a bare base model leave it out
+  const char *embedding, *positions, *layers, *input_norm, *qkv, *o, *post_norm, *into_mlp, *down, *final_norm;
+};
+const ParameterNames& parameter_names(const ModelConfig& config);
 
 /// One parameter of the model as rank `tp_rank` of `tp_size` holds it: its name (llama.h), its local shape, and its parts in
 /// the file, more than one where matrices are stacked.
@@ -32,7 +40,7 @@ struct ParameterLayout {
 /// Errors: Error(kUsage) when there are more ranks than KV groups, MLP columns or vocabulary rows; it names both numbers.
 std::vector<ParameterLayout> parameter_layouts(const ModelConfig& config, int64_t tp_size, int64_t tp_rank);
 
-/// The region of a parameter's local tensor that a part fills: [length or all, ...], a view.
+/// The region of a parameter's local tensor that a part fills, a view laid out as the part is in the file.
 at::Tensor region(const at::Tensor& parameter, const WeightPart& part);
 
 }  // namespace drrl

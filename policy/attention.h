@@ -10,6 +10,8 @@ namespace drrl {
 /// model, which only keeps it between a forward and its recomputation under activation checkpointing.
 struct LayerPlan;
 
+class KvCache;
+
 /// The seam between a model and the rank policy: a model computes queries, keys and values and asks the controller for
 /// attention; which ranks are used, and whether any are, is the controller's business.
 class AttentionController {
@@ -27,6 +29,14 @@ class AttentionController {
   /// returns [B, H, L, d], differentiable in q, k and v. The dtype is that of q. Strides are unspecified.
   virtual at::Tensor attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
                             std::shared_ptr<LayerPlan>& plan) = 0;
+
+  /// An empty cache of `layers` layers for sequences that will not exceed `horizon` tokens. The default one is plain: exact keys and values.
+  virtual std::unique_ptr<KvCache> make_cache(int64_t layers, int64_t horizon) const;
+
+  /// The same attention for sequences that grow: q, k and v are those of the next L tokens (a prompt or a part of it, or one token), positions
+  /// included; earlier ones are in `cache`, which a make_cache of this controller made. Returns [B, H, L, d], equal up to rounding to those rows of
+  /// `attend` on the whole sequence. Builds no graph. The default is exact attention.
+  virtual at::Tensor extend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o, KvCache& cache);
 };
 
 /// Exact attention in every layer, nothing decided and nothing counted.

@@ -130,7 +130,8 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
     grams_[layer].select(1, i) += grams[static_cast<size_t>(i)];
   }
 
-  FarBases bases = solve_far_bases(q, k, v, w_o, tree, /*scores=*/true, /*values=*/true);
+  const PairGrams far_grams = pair_grams(q, k, v, tree);
+  FarBases bases = solve_far_bases(far_grams, w_o, /*scores=*/true, /*values=*/true);
   const int64_t pairs = tree.num_pairs();
   for (int64_t level = 0; level < tree.num_levels(); ++level) {
     for (int64_t kind = 0; kind < 2; ++kind) {
@@ -142,7 +143,7 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
             (kind == 0 ? r.qk : r.v) = ranks_[i];
           }
         }
-        const auto plan = make_plan(tree, std::move(ranks), bases);
+        const auto plan = make_plan(tree, std::move(ranks), far_grams, bases);
         const auto error = lowrank_attention(q, k, v, plan) - exact;
         // [B, H, L, d] -> one number a group and token: how far this error moves the log-likelihood there
         const auto moved = (error * grad).sum(3, /*keepdim=*/false, at::kDouble).unflatten(1, {groups, -1}).sum(2);

@@ -76,15 +76,19 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
 
   LayerObservation observation{layer, batch, heads, groups, first_group_, d, tree, {}, {}};
   FarBases bases;
+  PairGrams grams;
   double basis_ms = 0;
   const int64_t items = batch * groups * tree.num_pairs();
   const auto timed = [&](auto&& make) {
     const Stopwatch watch(timing_, q.device());
-    bases = make();
-    basis_ms = watch.ms();
+    make();
+    basis_ms += watch.ms();
   };
   if (policy_->needs_spectra()) {
-    timed([&] { return solve_far_bases(q, k, v, w_o, tree, true, true); });
+    timed([&] {
+      grams = pair_grams(q.detach(), k.detach(), v.detach(), tree);
+      bases = solve_far_bases(grams, w_o, true, true);
+    });
     observation.score_loss = relative_loss(bases.scores.singular_values);
     observation.value_loss = relative_loss(bases.values.singular_values);
   }
@@ -102,14 +106,14 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
   at::Tensor out;
   double flops = exact_flops + bases.flops;
   if (low_scores || low_values) {
-    if (!policy_->needs_spectra()) {
-      timed([&] {
-        return bases_.update_steps == BasisOptions::kSolve
-                   ? solve_far_bases(q, k, v, w_o, tree, low_scores, low_values)
-                   : update_far_bases(q, k, v, w_o, tree, ranks, bases_.start.defined() ? bases_.start[layer] : at::Tensor(), bases_.update_steps);
-      });
-    }
-    plan->lowrank = make_plan(tree, std::move(ranks), bases);
+    timed([&] {
+      if (!policy_->needs_spectra()) {
+        grams = pair_grams(q.detach(), k.detach(), v.detach(), tree);
+        at::Tensor start;
+        bases = make_bases(layer, grams, w_o, ranks, start);
+      }
+      plan->lowrank = make_plan(tree, std::move(ranks), grams, bases);
+    });
     out = lowrank_attention(q, k, v, plan->lowrank);
     flops = lowrank_attention_flops(*plan->lowrank, batch, heads, groups, d, bases.flops, with_backward).total();
   } else {
@@ -121,6 +125,82 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
   statistics_.solve_ms += basis_ms;
   statistics_.attention_ms += total.ms();
   return out;
+}
+
+std::unique_ptr<KvCache> LowRankController::make_cache(int64_t layers, int64_t horizon) const {
+  return policy_->exact() ? AttentionController::make_cache(layers, horizon) : std::make_unique<KvCache>(layers, horizon, geometry_);
+}
+
+at::Tensor LowRankController::extend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
+                                     KvCache& cache) {
+  const Stopwatch total(timing_, q.device());
+  LayerCache& mine = cache.layer(layer);
+  auto out = mine.extend(q, k, v, [&](int64_t level, int64_t pair, const PairGrams& grams) {
+    return decide_node(layer, mine, level, pair, grams, w_o);
+  });
+  statistics_.calls += 1;
+  statistics_.attention_ms += total.ms();
+  return out;
+}
+
+FarBases LowRankController::make_bases(int64_t layer, const PairGrams& grams, const at::Tensor& w_o, const std::vector<Ranks>& ranks,
+                                       at::Tensor& start) const {
+  const int64_t batch = grams.keys.size(0), d = grams.keys.size(4);
+  if (bases_.update_steps == BasisOptions::kSolve) {
+    const auto any = [&](auto&& low) { return std::any_of(ranks.begin(), ranks.end(), low); };
+    return solve_far_bases(grams, w_o, any([&](const Ranks& r) { return r.qk < d; }), any([&](const Ranks& r) { return r.v < d; }));
+  }
+  int64_t solves = 0;
+  if (!start.defined() && bases_.start.defined()) {
+    start = bases_.start[layer].unsqueeze(0).expand({batch, -1, -1, -1, -1}).flatten(0, 1);
+  } else if (!start.defined()) {
+    start = first_pair_bases(grams, w_o);
+    solves = 2 * start.size(0);
+  }
+  FarBases bases = update_far_bases(grams, w_o, ranks, start, bases_.update_steps);
+  bases.solves += solves;
+  bases.flops += static_cast<double>(solves) * basis_solve_flops(d);
+  return bases;
+}
+
+NodeFactors LowRankController::decide_node(int64_t layer, LayerCache& cache, int64_t level, int64_t pair, const PairGrams& grams,
+                                           const at::Tensor& w_o) {
+  const BlockTree& horizon = cache.horizon();
+  const Stopwatch watch(timing_, w_o.device());
+  const int64_t batch = grams.keys.size(0), groups = grams.keys.size(1), d = grams.keys.size(4);
+  const int64_t items = batch * groups;
+  // Policies without spectra decide for a whole tree; those with spectra look at each pair alone, so a tree of this one serves.
+  const BlockTree alone(2, {1, 0});
+  const bool spectra = policy_->needs_spectra();
+  LayerObservation observation{layer, batch, w_o.size(1) / d, groups, first_group_, d, spectra ? alone : horizon, {}, {}};
+  FarBases bases;
+  if (spectra) {
+    bases = solve_far_bases(grams, w_o, true, true);
+    observation.score_loss = relative_loss(bases.scores.singular_values);
+    observation.value_loss = relative_loss(bases.values.singular_values);
+  }
+  const std::vector<Ranks> decided = policy_->decide(observation);
+  const int64_t pairs = observation.tree.num_pairs();
+  TORCH_CHECK(static_cast<int64_t>(decided.size()) == items * pairs, "rank policy '", policy_->describe(), "' returned ", decided.size(),
+              " decisions for layer ", layer, ", expected ", items * pairs);
+  NodeFactors factors;
+  for (int64_t item = 0; item < items; ++item) {
+    const Ranks& ranks = decided[static_cast<size_t>(item * pairs + (spectra ? 0 : horizon.pair_index(level, pair)))];
+    factors.ranks.push_back(ranks);
+    statistics_.rank_qk += static_cast<double>(ranks.qk);
+    statistics_.rank_v += static_cast<double>(ranks.v);
+  }
+  statistics_.decisions += items;
+  if (!spectra) {
+    bases = make_bases(layer, grams, w_o, factors.ranks, cache.start());
+  }
+  factors.residual = residual_forms(grams, bases.scores, factors.ranks, {horizon.geometry().near_block << level});
+  statistics_.solves += bases.solves;
+  statistics_.updates += bases.updates;
+  statistics_.solve_ms += watch.ms();
+  factors.scores = std::move(bases.scores);
+  factors.values = std::move(bases.values);
+  return factors;
 }
 
 std::string LowRankController::describe() const {

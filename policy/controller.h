@@ -10,6 +10,7 @@
 #include "core/lowrank_attention.h"
 #include "policy/attention.h"
 #include "policy/far_bases.h"
+#include "policy/kv_cache.h"
 #include "policy/rank_policy.h"
 #include "policy/statistics.h"
 
@@ -38,6 +39,10 @@ class LowRankController final : public AttentionController {
   at::Tensor attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
                     std::shared_ptr<LayerPlan>& plan) override;
 
+  /// A cache that holds far tokens at the policy's ranks; under an exact policy a plain one.
+  std::unique_ptr<KvCache> make_cache(int64_t layers, int64_t horizon) const override;
+  at::Tensor extend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o, KvCache& cache) override;
+
   /// Wall time of forward calls, on CUDA with a synchronization around each: for evaluation, not for training.
   void set_timing(bool on) { timing_ = on; }
 
@@ -50,6 +55,13 @@ class LowRankController final : public AttentionController {
   std::string describe() const;
 
  private:
+  /// Bases as the options say. `start` [B G, 2, d, d] is where updates start from; if it is undefined it becomes the calibration's, or made from the
+  /// first of these pairs.
+  FarBases make_bases(int64_t layer, const PairGrams& grams, const at::Tensor& w_o, const std::vector<Ranks>& ranks, at::Tensor& start) const;
+
+  /// Ranks and bases of one far pair of the cache's horizon: what `attend` decides for it when it sees the whole sequence.
+  NodeFactors decide_node(int64_t layer, LayerCache& cache, int64_t level, int64_t pair, const PairGrams& grams, const at::Tensor& w_o);
+
   std::shared_ptr<RankPolicy> policy_;
   Geometry geometry_;
   BasisOptions bases_;

@@ -6,33 +6,38 @@
 
 #include "core/basis.h"
 #include "core/block_tree.h"
+#include "core/gram.h"
 #include "core/lowrank_attention.h"
 
 namespace drrl {
 
-/// Bases of all far pairs of one layer, [B G pairs, d, columns] each, pair innermost, strictly causal: made from the Grams of each pair's left node, that
-/// is from the very keys that they compress. And what it took to make them.
+/// Bases of far pairs of one layer, [B G pairs, d, columns] each, pair innermost, and what it took to make them. Made from the Grams of each pair's left
+/// node alone, that is from the very keys that they compress, they are strictly causal.
 struct FarBases {
   Basis scores;
   Basis values;
-  at::Tensor key_grams;  ///< G_k of each pair, [B G pairs, d, d] float64
   int64_t solves = 0;   ///< full decompositions
   int64_t updates = 0;  ///< rounds of update_basis, summed over pairs
-  double flops = 0;     ///< of solves, updates and the output Gram
+  double flops = 0;     ///< of solves, updates, residual forms and the output Gram
 };
 
-/// The best bases of every pair at all ranks at once (d columns): one full decomposition each. Only for what is asked for. Shapes as in
-/// lowrank_attention.
-FarBases solve_far_bases(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o, const BlockTree& tree,
-                         bool scores, bool values);
+/// The best bases of every pair at all ranks at once (d columns), one full decomposition each; only of what is asked for.
+/// grams [B, G, pairs, d, d]; w_o [hidden, H d].
+FarBases solve_far_bases(const PairGrams& grams, const at::Tensor& w_o, bool scores, bool values);
 
 /// Bases of the given ranks (one entry a pair; rank d makes none; columns beyond a pair's rank are not defined), by `steps` rounds of `update_basis`
-/// each. All start from `start` [G, 2, d, d] (Calibration::bases of the layer), or where that is undefined from a full decomposition for the sequence's
-/// first block, one for each KV group and kind.
-FarBases update_far_bases(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o, const BlockTree& tree,
-                          const std::vector<Ranks>& ranks, const at::Tensor& start, int64_t steps);
+/// each. All pairs of a KV group start from its `start` [B G, 2, d, d]: right factors of scores and values.
+FarBases update_far_bases(const PairGrams& grams, const at::Tensor& w_o, const std::vector<Ranks>& ranks, const at::Tensor& start, int64_t steps);
+
+/// Where updates start without a calibration: right factors [B G, 2, d, d] of full decompositions for the first pair, which is older than all others'
+/// queries; one for each (sequence, KV group) and kind.
+at::Tensor first_pair_bases(const PairGrams& grams, const at::Tensor& w_o);
+
+/// residual_form of each pair's score basis at its rank: [B G pairs, d, d] float32, of pairs with `keys[pair]` keys. Undefined if every rank is d; not
+/// defined for items whose rank is d.
+at::Tensor residual_forms(const PairGrams& grams, const Basis& scores, const std::vector<Ranks>& ranks, const std::vector<int64_t>& keys);
 
 /// A plan of these bases at these ranks, with the residual forms of its scores. Adds the operations of the latter to bases.flops.
-c10::intrusive_ptr<LowRankPlan> make_plan(const BlockTree& tree, std::vector<Ranks> ranks, FarBases& bases);
+c10::intrusive_ptr<LowRankPlan> make_plan(const BlockTree& tree, std::vector<Ranks> ranks, const PairGrams& grams, FarBases& bases);
 
 }  // namespace drrl

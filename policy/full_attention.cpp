@@ -1,6 +1,7 @@
 
 #include "core/attention_part.h"
 #include "policy/attention.h"
+#include "policy/kv_cache.h"
 
 namespace drrl {
 namespace {
@@ -14,6 +15,15 @@ class FullAttention final : public AttentionController {
 };
 
 }  // namespace
+
+std::unique_ptr<KvCache> AttentionController::make_cache(int64_t layers, int64_t horizon) const {
+  return std::make_unique<KvCache>(layers, horizon, Geometry{horizon, 0});
+}
+
+at::Tensor AttentionController::extend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& /*w_o*/,
+                                       KvCache& cache) {
+  return cache.layer(layer).extend(q, k, v, /*decide=*/nullptr);
+}
 
 std::shared_ptr<AttentionController> make_full_attention() { return std::make_shared<FullAttention>(); }
 

@@ -19,6 +19,7 @@ class FullPolicy final : public RankPolicy {
   std::vector<Ranks> decide(const LayerObservation& o) override {
     return std::vector<Ranks>(items(o), Ranks{o.head_dim, o.head_dim});
   }
+  bool exact() const override { return true; }
   std::string describe() const override { return "full"; }
 };
 

@@ -54,6 +54,8 @@ class RankPolicy {
   virtual ~RankPolicy() = default;
   virtual std::vector<Ranks> decide(const LayerObservation& observation) = 0;
   virtual bool needs_spectra() const { return false; }
+  /// Whether every rank is the head dim, whatever the layer.
+  virtual bool exact() const { return false; }
   /// One line for banners and for comparing runs: the name and whatever shapes the decisions.
   virtual std::string describe() const = 0;
 };

@@ -44,7 +44,7 @@ TEST(ModelConfig, ReadsAndDerives) {
   EXPECT_EQ(config.head_dim, 8);
   EXPECT_EQ(config.heads_per_group(), 2);
   EXPECT_EQ(config.max_position_embeddings, 512);
-  EXPECT_DOUBLE_EQ(config.rms_norm_eps, 1e-5);
+  EXPECT_DOUBLE_EQ(config.norm_eps, 1e-5);
   EXPECT_TRUE(config.tie_word_embeddings);
   EXPECT_FALSE(config.qkv_bias || config.attention_output_bias || config.mlp_bias);
   EXPECT_EQ(config.dtype, "bfloat16");
@@ -81,6 +81,7 @@ TEST(ModelConfig, RefusesByName) {
     value["architectures"] = {"Qwen2ForCausalLM"};
     return value;
   }();
+  const json gpt2 = {{"model_type", "gpt2"}, {"vocab_size", 100}, {"n_embd", 48}, {"n_layer", 2}, {"n_head", 3}};
   const auto without = [](const char* field) {
     json value = small_llama();
     value.erase(field);
@@ -135,6 +136,14 @@ TEST(ModelConfig, RefusesByName) {
       {with("mlp_bias", true, qwen2), {"mlp_bias is true"}},
       {with("use_sliding_window", true, with("sliding_window", 128, qwen2)), {"sliding_window is 128"}},
       {with("layer_types", {"full_attention", "sliding_attention"}, qwen2), {"layer_types", "full_attention"}},
+      {with("n_head", 5, gpt2), {"n_embd is 48", "n_head, 5"}},
+      {with("n_head", 16, gpt2), {"n_embd / n_head is 3", "even"}},
+      {with("n_embd", nullptr, gpt2), {"\"n_embd\""}},
+      {with("hidden_size", 48, gpt2), {"hidden_size is 48", "n_embd"}},
+      {with("activation_function", "relu", gpt2), {"activation_function is \"relu\"", "gelu_new"}},
+      {with("scale_attn_weights", 1, gpt2), {"scale_attn_weights is 1"}},
+      {with("add_cross_attention", true, gpt2), {"add_cross_attention is true"}},
+      {with("attn_pdrop", "0.1", gpt2), {"attn_pdrop"}},
   };
   for (const Case& item : cases) {
     SCOPED_TRACE(item.config.dump());
@@ -144,6 +153,39 @@ TEST(ModelConfig, RefusesByName) {
   }
   expect_error(ErrorKind::kModel, {"test/config.json", "not valid JSON"},
                [] { ModelConfig::parse("{\"a\":", "test/config.json"); });
+}
+
+json small_gpt2() {
+  return {{"architectures", {"GPT2LMHeadModel"}}, {"model_type", "gpt2"}, {"vocab_size", 100}, {"n_embd", 48}, {"n_layer", 2}, {"n_head", 3}};
+}
+
+TEST(ModelConfig, ReadsGpt2) {
+  const ModelConfig config = parse(small_gpt2());
+  EXPECT_EQ(config.architecture, Architecture::kGpt2);
+  EXPECT_EQ(config.head_dim, 16);
+  EXPECT_EQ(config.num_key_value_heads, 3);
+  EXPECT_EQ(config.intermediate_size, 4 * 48);
+  EXPECT_EQ(config.max_position_embeddings, 1024);
+  EXPECT_DOUBLE_EQ(config.norm_eps, 1e-5);
+  EXPECT_TRUE(config.tie_word_embeddings && config.qkv_bias && config.attention_output_bias && config.mlp_bias);
+  EXPECT_EQ(config.activation, Activation::kGeluTanh);
+  EXPECT_EQ(config.score_factor(0), 1.0);
+  EXPECT_EQ(config.score_factor(1), 1.0);
+  EXPECT_EQ(config.inverse_frequencies().abs().max().item<float>(), 0.0F);
+  ASSERT_EQ(config.warnings.size(), 1U);  // dropouts of 0.1 by default
+  EXPECT_NE(config.warnings[0].find("resid_pdrop 0.1"), std::string::npos);
+
+  json other = small_gpt2();
+  other.update({{"n_inner", 60}, {"n_positions", 32}, {"n_ctx", 32}, {"activation_function", "gelu"}, {"scale_attn_weights", false},
+                {"scale_attn_by_inverse_layer_idx", true}, {"tie_word_embeddings", false}, {"layer_norm_epsilon", 1e-6},
+                {"resid_pdrop", 0}, {"embd_pdrop", 0.0}, {"attn_pdrop", 0}, {"summary_type", "cls_index"}});
+  const ModelConfig changed = parse(other);
+  EXPECT_EQ(changed.intermediate_size, 60);
+  EXPECT_EQ(changed.max_position_embeddings, 32);
+  EXPECT_EQ(changed.activation, Activation::kGelu);
+  EXPECT_DOUBLE_EQ(changed.score_factor(1), 4.0 / 2);
+  EXPECT_FALSE(changed.tie_word_embeddings);
+  EXPECT_TRUE(changed.warnings.empty()) << changed.warnings.front();
 }
 
 TEST(ModelConfig, NotesWhatItCannotJudge) {
@@ -200,7 +242,7 @@ TEST(ModelConfig, AgreesWithTransformers) {
     EXPECT_EQ(config.num_key_value_heads, truth.at("num_key_value_heads"));
     EXPECT_EQ(config.head_dim, truth.at("head_dim"));
     EXPECT_EQ(config.max_position_embeddings, truth.at("max_position_embeddings"));
-    EXPECT_EQ(config.rms_norm_eps, truth.at("rms_norm_eps"));
+    EXPECT_EQ(config.norm_eps, truth.at("rms_norm_eps"));
     EXPECT_EQ(config.initializer_range, truth.at("initializer_range"));
     EXPECT_EQ(config.tie_word_embeddings, truth.at("tie_word_embeddings"));
     EXPECT_EQ(config.rope.theta, truth.at("rope_theta"));

@@ -31,6 +31,14 @@ const Variant kVariants[] = {
        c.rope.factor = 4.0;
        c.rope.original_max_position_embeddings = 16;
      }},
+    {"gpt2", [](ModelConfig& c) { c = small_gpt2_config(); }},
+    {"gpt2_every_option",
+     [](ModelConfig& c) {
+       c = small_gpt2_config();
+       c.tie_word_embeddings = c.scale_attention = false;
+       c.scale_attention_by_layer = true;
+       c.activation = Activation::kGelu;
+     }},
 };
 
 class Llama : public testing::TestWithParam<Variant> {};
@@ -86,8 +94,14 @@ std::vector<at::Tensor> gradients_of(const ModelConfig& config, const Weights& w
   return gradients;
 }
 
-TEST(LlamaTest, CheckpointingChangesNoBit) {
-  ModelConfig config = small_config();
+class Families : public testing::TestWithParam<bool> {
+ protected:
+  ModelConfig config_ = GetParam() ? small_gpt2_config() : small_config();
+};
+INSTANTIATE_TEST_SUITE_P(Both, Families, testing::Bool(), [](const auto& test) { return test.param ? "gpt2" : "llama"; });
+
+TEST_P(Families, CheckpointingChangesNoBit) {
+  ModelConfig config = config_;
   config.qkv_bias = config.mlp_bias = true;
   const Weights weights = random_weights(config, 1);
   const Text text = random_text(config, 2, 33);
@@ -132,8 +146,8 @@ TEST(LlamaTest, RecomputationReplaysThePlanOfEachLayer) {
   EXPECT_EQ(controller->replayed, 2);
 }
 
-TEST(LlamaTest, Bfloat16IsCloseAndKeepsFp32Masters) {
-  const ModelConfig config = small_config();
+TEST_P(Families, Bfloat16IsCloseAndKeepsFp32Masters) {
+  const ModelConfig& config = config_;
   const Weights weights = random_weights(config, 1);
   const Text text = random_text(config, 2, 40);
   CausalLM exact(config, Group(), make_full_attention());
@@ -176,8 +190,8 @@ TEST(LlamaTest, GradientsAccumulateInPlace) {
   }
 }
 
-TEST(LlamaTest, TellsWhichGradientsAreComplete) {
-  const ModelConfig config = small_config();
+TEST_P(Families, TellsWhichGradientsAreComplete) {
+  const ModelConfig& config = config_;
   for (const bool checkpoint : {false, true}) {
     CausalLM model(config, Group(), make_full_attention(), {.activation_checkpoint = checkpoint});
     model.initialize(3);
@@ -198,8 +212,11 @@ TEST(LlamaTest, TellsWhichGradientsAreComplete) {
     });
     model.loss(text.tokens, text.labels).loss_sum.backward();
     ASSERT_EQ(calls.size(), 2u);
-    EXPECT_EQ(model.parameters()[static_cast<size_t>(calls[0])].name, "model.layers.1.input_layernorm.weight");
-    EXPECT_EQ(model.parameters()[static_cast<size_t>(calls[1])].name, "model.layers.0.input_layernorm.weight");
+    for (const size_t i : {0, 1}) {
+      const std::string layer = std::to_string(1 - i);
+      EXPECT_EQ(model.parameters()[static_cast<size_t>(calls[i])].name,
+                GetParam() ? "transformer.h." + layer + ".ln_1.weight" : "model.layers." + layer + ".input_layernorm.weight");
+    }
   }
 }
 
@@ -244,6 +261,71 @@ TEST(LlamaTest, ParametersSayWhatTheyAre) {
   }
   EXPECT_EQ(total, config.parameter_count());
   EXPECT_EQ(total, model.parameter_count());
+}
+
+TEST(Gpt2Test, ParametersSayWhatTheyAre) {
+  for (const bool tied : {true, false}) {
+    ModelConfig config = small_gpt2_config();
+    config.tie_word_embeddings = tied;
+    const CausalLM model(config, Group(), make_full_attention());
+    int64_t total = 0;
+    for (const Parameter& parameter : model.parameters()) {
+      const std::string& name = parameter.name;
+      total += parameter.value.numel();
+      EXPECT_EQ(parameter.decay, name.ends_with(".weight") && name.find(".ln_") == std::string::npos) << name;
+      EXPECT_EQ(parameter.sharded, name.find("ln_") == std::string::npos && !name.ends_with("c_proj.bias") && !name.ends_with("wpe.weight"))
+          << name;
+    }
+    EXPECT_EQ(total, config.parameter_count());
+  }
+}
+
+ModelConfig written_gpt2_config() {
+  return ModelConfig::parse(R"({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 53, "n_embd": 48, "n_layer": 2,
+                                "n_head": 3, "n_inner": 37, "n_positions": 64, "torch_dtype": "float32"})",
+                            "test");
+}
+
+TEST(Gpt2Test, ExportsAndReloadsWithAndWithoutThePrefix) {
+  const ModelConfig config = written_gpt2_config();
+  const Text text = random_text(config, 1, 20);
+  CausalLM model(config, Group(), make_full_attention());
+  set_weights(model, random_weights(config, 1), Group());
+  const at::Tensor logits = model.logits(text.tokens);
+  const TemporaryDirectory folder;
+  model.save(folder / "model");
+  const SafetensorsFile file(folder / "model/model.safetensors");
+  EXPECT_EQ(file.entry("transformer.h.1.attn.c_attn.weight").shape, (std::vector<int64_t>{48, 144}));
+  EXPECT_EQ(file.entry("transformer.h.0.mlp.c_proj.weight").shape, (std::vector<int64_t>{37, 48}));
+  EXPECT_FALSE(file.contains("lm_head.weight"));
+  const ModelConfig reread = ModelConfig::load(folder / "model");
+  CausalLM again(reread, Group(), make_full_attention());
+  again.load(folder / "model");
+  EXPECT_TRUE(again.logits(text.tokens).equal(logits));
+
+  // The original release: no prefix, and the causal masks as tensors.
+  std::vector<NamedTensor> bare;
+  for (const auto& [name, entry] : file.entries()) {
+    bare.push_back({name.substr(std::string("transformer.").size()), file.tensor(name)});
+  }
+  bare.push_back({"h.0.attn.bias", at::ones({1, 1, 64, 64}).tril()});
+  bare.push_back({"h.0.attn.masked_bias", at::full({}, -1e4)});
+  write_safetensors(folder / "model/model.safetensors", bare);
+  CausalLM original(reread, Group(), make_full_attention());
+  original.load(folder / "model");
+  EXPECT_TRUE(original.logits(text.tokens).equal(logits));
+}
+
+TEST(Gpt2Test, DrawsResidualWeightsSmaller) {
+  const ModelConfig config = written_gpt2_config();
+  CausalLM model(config, Group(), make_full_attention());
+  model.initialize(3);
+  for (const Parameter& parameter : model.parameters()) {
+    if (parameter.decay) {
+      const double expected = config.initializer_range / (parameter.name.ends_with("c_proj.weight") ? 2.0 : 1.0);  // sqrt(2 * 2 layers)
+      EXPECT_NEAR(parameter.value.std().item<double>(), expected, 0.1 * expected) << parameter.name;
+    }
+  }
 }
 
 TEST(LlamaTest, InitializationDependsOnTheSeedAlone) {

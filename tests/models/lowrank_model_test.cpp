@@ -97,6 +97,17 @@ TEST_F(LowRankModel, LayoutsAgree) {
   }
 }
 
+TEST_F(LowRankModel, LayoutsOfGpt2Agree) {
+  config_ = small_gpt2_config();
+  const Text text = random_text(config_, 2, kLength);
+  for (const auto& policy : policies()) {
+    SCOPED_TRACE(policy->describe());
+    CausalLM alone = model(policy, Group());
+    CausalLM shared = model(policy, tp_);
+    EXPECT_LE(relative_error(shared.loss(text.tokens, text.labels).loss_sum, alone.loss(text.tokens, text.labels).loss_sum), 1e-5);
+  }
+}
+
 TEST_F(LowRankModel, LowRankReallyIsAtWork) {
   const Text text = random_text(config_, 1, kLength);
   CausalLM exact = model(make_full_policy(), tp_);

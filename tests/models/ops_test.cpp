@@ -184,6 +184,20 @@ TEST(OperatorsTest, NormGradients) {
       {random({5, 9}), random({9})});
 }
 
+TEST(OperatorsTest, LayerNormGradients) {
+  expect_finite_differences(
+      [](const Tensors& in) {
+        const auto [h, y] = layer_norm(in[0] * 1.0, in[1], in[2], 1e-5);
+        return Tensors{h, y};
+      },
+      {random({5, 6}), random({6}), random({6})});
+}
+
+TEST(OperatorsTest, PositionGradients) {
+  expect_finite_differences([](const Tensors& in) { return Tensors{add_positions(in[0] * 1.0, in[1], 2, 2)}; },
+                            {random({8, 3}), random({7, 3})});
+}
+
 TEST(OperatorsTest, RopeGradients) {
   const at::Tensor angle = random({7, 3}, at::kFloat, 10.0);
   expect_finite_differences(
@@ -203,9 +217,16 @@ TEST(OperatorsTest, LinearGradients) {
       {random({5, 4}), random({6, 4}), random({6}), random({5, 6})});
   expect_finite_differences(
       [](const Tensors& in) {
-        return Tensors{row_parallel_linear(in[0] * 1.0, in[1], in[2], in[3] * 1.0, Group(), InputActivation::kSwiglu)};
+        return Tensors{row_parallel_linear(in[0] * 1.0, in[1], in[2], in[3] * 1.0, Group(), Activation::kSwiglu)};
       },
       {random({5, 8}), random({6, 4}), random({6}), random({5, 6})});
+  for (const Activation activation : {Activation::kGelu, Activation::kGeluTanh}) {
+    expect_finite_differences(
+        [&](const Tensors& in) {
+          return Tensors{row_parallel_linear(in[0] * 1.0, in[1], in[2], in[3] * 1.0, Group(), activation)};
+        },
+        {random({5, 4}), random({6, 4}), random({6}), random({5, 6})});
+  }
 }
 
 TEST(OperatorsTest, EmbeddingGradients) {

@@ -24,6 +24,7 @@ class TensorParallel : public MpiTest {
     config.qkv_bias = config.attention_output_bias = config.mlp_bias = true;
     return config;
   }
+  std::vector<ModelConfig> configs() const { return {config(), small_gpt2_config(size_ < 4 ? 3 : 5)}; }
 
   // A folder that all ranks know; rank 0 made it and removes it.
   std::filesystem::path shared_folder() {
@@ -43,9 +44,8 @@ class TensorParallel : public MpiTest {
 };
 
 TEST_F(TensorParallel, LossAndEveryGradientEqualTheReference) {
-  for (const bool tied : {true, false}) {
-    for (const bool checkpoint : {false, true}) {
-      ModelConfig whole = config();
+  for (const auto& [tied, checkpoint] : {std::pair(true, false), {true, true}, {false, false}, {false, true}}) {
+    for (ModelConfig whole : configs()) {
       whole.tie_word_embeddings = tied;
       const Weights weights = random_weights(whole, 1);
       const Text text = random_text(whole, 2, 19);
@@ -70,20 +70,23 @@ TEST_F(TensorParallel, LossAndEveryGradientEqualTheReference) {
 }
 
 TEST_F(TensorParallel, ReplicatedParametersHaveTheSameGradientBitForBit) {
-  CausalLM model(config(), tp_, make_full_attention());
-  model.initialize(4);
-  const Text text = random_text(config(), 2, 19);
-  model.loss(text.tokens, text.labels).loss_sum.backward();
-  int64_t replicated = 0;
-  for (const Parameter& parameter : model.parameters()) {
-    if (!parameter.sharded) {
-      ++replicated;
-      at::Tensor first = parameter.value.grad().clone();
-      tp_.broadcast(first);
-      EXPECT_TRUE(first.equal(parameter.value.grad())) << parameter.name;
+  for (const ModelConfig& whole : configs()) {
+    CausalLM model(whole, tp_, make_full_attention());
+    model.initialize(4);
+    const Text text = random_text(whole, 2, 19);
+    model.loss(text.tokens, text.labels).loss_sum.backward();
+    int64_t replicated = 0;
+    for (const Parameter& parameter : model.parameters()) {
+      if (!parameter.sharded) {
+        ++replicated;
+        at::Tensor first = parameter.value.grad().clone();
+        tp_.broadcast(first);
+        EXPECT_TRUE(first.equal(parameter.value.grad())) << parameter.name;
+      }
     }
+    // Llama: two norms, o_proj.bias and down_proj.bias a layer; the final norm. GPT-2: biases of norms as well, and the positions.
+    EXPECT_EQ(replicated, whole.is_gpt2() ? 2 * 6 + 3 : 2 * 4 + 1);
   }
-  EXPECT_EQ(replicated, 2 * 4 + 1);  // two norms, o_proj.bias and down_proj.bias a layer; the final norm
 }
 
 TEST_F(TensorParallel, Bfloat16IsCloseToOneProcess) {
@@ -97,36 +100,43 @@ TEST_F(TensorParallel, Bfloat16IsCloseToOneProcess) {
 }
 
 TEST_F(TensorParallel, InitializesShardsOfOneModel) {
-  CausalLM one(config(), Group(), make_full_attention());
-  CausalLM many(config(), tp_, make_full_attention());
-  one.initialize(9);
-  many.initialize(9);
-  const Text text = random_text(config(), 1, 19);
-  EXPECT_LE(relative_error(many.logits(text.tokens), one.logits(text.tokens)), 1e-5);
+  for (const ModelConfig& whole : configs()) {
+    CausalLM one(whole, Group(), make_full_attention());
+    CausalLM many(whole, tp_, make_full_attention());
+    one.initialize(9);
+    many.initialize(9);
+    const Text text = random_text(whole, 1, 19);
+    EXPECT_LE(relative_error(many.logits(text.tokens), one.logits(text.tokens)), 1e-5);
+  }
 }
 
 TEST_F(TensorParallel, SavesOneModelAndLoadsItsShards) {
-  const ModelConfig parsed = ModelConfig::parse(
-      c10::str(
-          R"({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "vocab_size": 53, "hidden_size": 40,
+  const int64_t groups = size_ < 4 ? 3 : 5;
+  const std::string llama = c10::str(
+      R"({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "vocab_size": 53, "hidden_size": 40,
                "intermediate_size": 37, "num_hidden_layers": 2, "head_dim": 16, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
                "rope_theta": 1000.0, "attention_bias": true, "mlp_bias": true, "tie_word_embeddings": false, "num_attention_heads": )",
-          size_ < 4 ? 6 : 10, R"(, "num_key_value_heads": )", size_ < 4 ? 3 : 5, "}"),
-      "test");
-  const Weights weights = random_weights(parsed, 1);
+      2 * groups, R"(, "num_key_value_heads": )", groups, "}");
+  const std::string gpt2 = c10::str(R"({"model_type": "gpt2", "vocab_size": 53, "n_inner": 37, "n_layer": 2, "n_positions": 64, "n_head": )",
+                                    groups, R"(, "n_embd": )", 16 * groups, "}");
   const std::filesystem::path folder = shared_folder();
-  CausalLM saved(parsed, tp_, make_full_attention());
-  set_weights(saved, weights, tp_);
-  saved.save(folder / "model");
-  const Text text = random_text(parsed, 1, 19);
+  for (const std::string& json : {llama, gpt2}) {
+    const ModelConfig parsed = ModelConfig::parse(json, "test");
+    const std::filesystem::path to = folder / name(parsed.architecture);
+    const Weights weights = random_weights(parsed, 1);
+    CausalLM saved(parsed, tp_, make_full_attention());
+    set_weights(saved, weights, tp_);
+    saved.save(to);
+    const Text text = random_text(parsed, 1, 19);
 
-  CausalLM one(parsed, Group(), make_full_attention());
-  one.load(folder / "model");
-  EXPECT_LE(relative_error(one.logits(text.tokens), reference_logits(parsed, weights, text.tokens)), 1e-5);
-  CausalLM many(parsed, tp_, make_full_attention());
-  many.load(folder / "model");
-  for (size_t i = 0; i < many.parameters().size(); ++i) {
-    EXPECT_TRUE(many.parameters()[i].value.equal(saved.parameters()[i].value)) << many.parameters()[i].name;
+    CausalLM one(parsed, Group(), make_full_attention());
+    one.load(to);
+    EXPECT_LE(relative_error(one.logits(text.tokens), reference_logits(parsed, weights, text.tokens)), 1e-5);
+    CausalLM many(parsed, tp_, make_full_attention());
+    many.load(to);
+    for (size_t i = 0; i < many.parameters().size(); ++i) {
+      EXPECT_TRUE(many.parameters()[i].value.equal(saved.parameters()[i].value)) << many.parameters()[i].name;
+    }
   }
 }
 

@@ -286,7 +286,7 @@ TEST(Controller, ReplaysAPlanBitForBitAndCountsItOnce) {
 TEST(Controller, EnergyKeepsWhatItPromises) {
   const Rig rig;
   const BlockTree tree(rig.length, rig.geometry);
-  const FarBases bases = solve_far_bases(rig.q, rig.k, rig.v, rig.w_o, tree, true, true);
+  const FarBases bases = solve_far_bases(pair_grams(rig.q, rig.k, rig.v, tree), rig.w_o, true, true);
   const auto energy = bases.scores.singular_values.pow(2);
   for (const double keep : {0.5, 0.9, 0.999}) {
     LowRankController controller(make_energy_policy(keep, rank_buckets(at::kCPU, rig.d)), rig.geometry);
@@ -327,7 +327,8 @@ TEST(CalibrationController, MeasuresHalfTheSquaredMovementOfEachPosition) {
   const auto out = controller.attend(1, q, rig.k, rig.v, rig.w_o, plan);
   torch::autograd::backward({(out * g).sum()});
   const BlockTree tree(rig.length, rig.geometry);
-  FarBases bases = solve_far_bases(rig.q, rig.k, rig.v, rig.w_o, tree, true, true);
+  const PairGrams grams = pair_grams(rig.q, rig.k, rig.v, tree);
+  FarBases bases = solve_far_bases(grams, rig.w_o, true, true);
   ASSERT_EQ(controller.damage().sizes(), at::IntArrayRef({2, rig.groups, 2, tree.num_levels(), 2}));
   for (int kind = 0; kind < 2; ++kind) {
     for (int64_t level = 0; level < tree.num_levels(); ++level) {
@@ -336,7 +337,7 @@ TEST(CalibrationController, MeasuresHalfTheSquaredMovementOfEachPosition) {
         (kind == 0 ? table.at(0, group, level).qk : table.at(0, group, level).v) = 16;
       }
       auto ranks = make_table_policy(table, "one level")->decide({0, 1, rig.heads, rig.groups, 0, rig.d, tree, {}, {}});
-      const auto error = lowrank_attention(rig.q, rig.k, rig.v, make_plan(tree, std::move(ranks), bases)) - exact_attention(rig.q, rig.k, rig.v);
+      const auto error = lowrank_attention(rig.q, rig.k, rig.v, make_plan(tree, std::move(ranks), grams, bases)) - exact_attention(rig.q, rig.k, rig.v);
       const auto expected = 0.5 * (error * g).unflatten(1, {rig.groups, -1}).sum(at::IntArrayRef{2, 4}).pow(2).sum(at::IntArrayRef{0, 2});  // [G]
       const auto got = controller.damage()[1].select(1, kind).select(1, level).select(1, 1);
       EXPECT_TRUE(at::allclose(got, expected.to(at::kDouble), 1e-3)) << got << expected;
@@ -352,20 +353,20 @@ TEST(FarBases, UpdatesComeCloseToSolutions) {
   const auto exact = exact_attention(rig.q, rig.k, rig.v);
   const int64_t items = rig.groups * tree.num_pairs();
   const std::vector<Ranks> ranks(static_cast<size_t>(items), Ranks{16, 16});
+  const PairGrams grams = pair_grams(rig.q, rig.k, rig.v, tree);
   const auto error_of_bases = [&](FarBases bases) {
-    return (lowrank_attention(rig.q, rig.k, rig.v, make_plan(tree, ranks, bases)) - exact).norm().item<double>() / exact.norm().item<double>();
+    return (lowrank_attention(rig.q, rig.k, rig.v, make_plan(tree, ranks, grams, bases)) - exact).norm().item<double>() / exact.norm().item<double>();
   };
-  FarBases solved = solve_far_bases(rig.q, rig.k, rig.v, rig.w_o, tree, true, true);
+  const FarBases solved = solve_far_bases(grams, rig.w_o, true, true);
   EXPECT_EQ(solved.solves, 2 * items);
   const double best = error_of_bases(solved);
   at::manual_seed(3);
   const auto noise = at::randn({rig.groups, 2, rig.d, rig.d});
-  const FarBases from_noise = update_far_bases(rig.q, rig.k, rig.v, rig.w_o, tree, ranks, noise, 0);
+  const FarBases from_noise = update_far_bases(grams, rig.w_o, ranks, noise, 0);
   EXPECT_EQ(from_noise.solves, 0);
   EXPECT_GT(error_of_bases(from_noise), 1.3 * best) << "a random start must leave something to do";
-  EXPECT_LT(error_of_bases(update_far_bases(rig.q, rig.k, rig.v, rig.w_o, tree, ranks, noise, 8)), 1.1 * best);
-  const FarBases from_first = update_far_bases(rig.q, rig.k, rig.v, rig.w_o, tree, ranks, {}, 2);
-  EXPECT_EQ(from_first.solves, 2 * rig.groups);
+  EXPECT_LT(error_of_bases(update_far_bases(grams, rig.w_o, ranks, noise, 8)), 1.1 * best);
+  const FarBases from_first = update_far_bases(grams, rig.w_o, ranks, first_pair_bases(grams, rig.w_o), 2);
   EXPECT_EQ(from_first.updates, 2 * 2 * items);
   EXPECT_LT(error_of_bases(from_first), 1.1 * best);
 }

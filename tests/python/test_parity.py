@@ -48,16 +48,20 @@ def script(name, *arguments):
 
 def small_model(folder, kind="llama", **changes):
     """A random model with three KV groups, large enough in its weights that a wrong detail shows."""
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from transformers import (GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config,
+                              Qwen2ForCausalLM)
 
     config_class, model_class = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM),
-                                 "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[kind]
+                                 "qwen2": (Qwen2Config, Qwen2ForCausalLM), "gpt2": (GPT2Config, GPT2LMHeadModel)}[kind]
     settings = dict(vocab_size=VOCABULARY, hidden_size=96, intermediate_size=200, num_hidden_layers=3, num_attention_heads=6,
                     num_key_value_heads=3, max_position_embeddings=512, rms_norm_eps=1e-5, initializer_range=0.08,
                     bos_token_id=0, eos_token_id=0, tie_word_embeddings=True,
                     rope_parameters={"rope_type": "default", "rope_theta": 20000.0})
     if kind == "mistral":
         settings["sliding_window"] = None
+    if kind == "gpt2":  # heads of 64, and no dropout: drrl trains without
+        settings = dict(vocab_size=VOCABULARY, n_embd=192, n_layer=3, n_head=3, n_inner=200, n_positions=512, initializer_range=0.08,
+                        bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     torch.manual_seed(1)
     model = model_class(config_class(**{**settings, **changes}))
     for name, parameter in model.named_parameters():  # biases and norms must matter as well
@@ -99,21 +103,35 @@ class SmallModelTest(unittest.TestCase):
                 ("llama", {}), ("llama", {"tie_word_embeddings": False}), ("llama", {"attention_bias": True, "mlp_bias": True}),
                 ("llama", {"head_dim": 32}), ("llama", {"rope_parameters": llama3}),
                 ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
-                ("mistral", {}), ("qwen2", {})]):
+                ("mistral", {}), ("qwen2", {}),
+                ("gpt2", {}), ("gpt2", {"tie_word_embeddings": False, "n_inner": None, "activation_function": "gelu"}),
+                ("gpt2", {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True})]):
             with self.subTest(kind=kind, **changes):
                 self.assert_same_logits(small_model(self.folder / f"model{number}", kind, **changes))
 
     def test_perplexity(self):
-        model = small_model(self.folder / "model")
-        script("hf_perplexity.py", "--model", model, "--data", self.data, "--seq_len", 200, "--json", self.folder / "hf.json")
-        expected = json.loads((self.folder / "hf.json").read_text())
-        for tp in (1, 2, 3):
-            with self.subTest(tp=tp):
-                run([BIN / "drrl-eval", "--model", model, "--data", self.data, "--seq_len=200", f"--tp={tp}", "--attention=full",
-                     "--json", self.folder / "drrl.json"], ranks=tp)
-                ours = json.loads((self.folder / "drrl.json").read_text())
-                self.assertEqual(ours["tokens"], expected["tokens"])
-                self.assertLess(abs(ours["perplexity"] / expected["perplexity"] - 1), PERPLEXITY_TOLERANCE)
+        for kind in ("llama", "gpt2"):
+            model = small_model(self.folder / kind, kind)
+            script("hf_perplexity.py", "--model", model, "--data", self.data, "--seq_len", 200, "--json", self.folder / "hf.json")
+            expected = json.loads((self.folder / "hf.json").read_text())
+            for tp in (1, 2, 3):
+                with self.subTest(kind=kind, tp=tp):
+                    run([BIN / "drrl-eval", "--model", model, "--data", self.data, "--seq_len=200", f"--tp={tp}", "--attention=full",
+                         "--json", self.folder / "drrl.json"], ranks=tp)
+                    ours = json.loads((self.folder / "drrl.json").read_text())
+                    self.assertEqual(ours["tokens"], expected["tokens"])
+                    self.assertLess(abs(ours["perplexity"] / expected["perplexity"] - 1), PERPLEXITY_TOLERANCE)
+
+    def test_a_calibrated_policy_serves_gpt2(self):
+        model = small_model(self.folder / "model", "gpt2")
+        common = ["--model", model, "--data", self.data, "--seq_len=200", "--near_block=16", "--policy", self.folder / "ranks.json"]
+        run([BIN / "drrl-policy", "calibrate", *common, "--calibration_tokens=400"])
+        run([BIN / "drrl-eval", *common, "--attention=lowrank", "--rank_policy=dp", "--rank_budget=0.5", "--compare_full",
+             "--json", self.folder / "drrl.json"])
+        result = json.loads((self.folder / "drrl.json").read_text())
+        self.assertLessEqual(result["mean_rank_qk"] + result["mean_rank_v"], 64)
+        self.assertGreater(abs(result["perplexity"] / result["full_perplexity"] - 1), 1e-7)  # low rank really was at work
+        self.assertLess(result["perplexity"] / result["full_perplexity"], 1.2)
 
     def train(self, model, out, ranks, *flags):
         run([BIN / "drrl-train", "--model", model, "--data", self.data, "--output", out, *self.SETTINGS, *flags], ranks=ranks)
@@ -124,14 +142,20 @@ class SmallModelTest(unittest.TestCase):
                 "--valid_fraction=0"]
 
     def test_ten_steps_on_several_layouts(self):
-        model = small_model(self.folder / "model")
+        self.assert_same_steps("llama", [("one", 1, ["--tp=1"]), ("tp2", 2, ["--tp=2"]), ("tp3", 3, ["--tp=3"]), ("dp2", 2, ["--tp=1"]),
+                                         ("tp2dp2", 4, ["--tp=2"]), ("checkpointed", 1, ["--activation_checkpoint=true"])])
+
+    def test_ten_steps_of_gpt2(self):
+        self.assert_same_steps("gpt2", [("one", 1, ["--tp=1"]), ("tp2", 2, ["--tp=2"]), ("tp3", 3, ["--tp=3"])])
+
+    def assert_same_steps(self, kind, layouts):
+        model = small_model(self.folder / "model", kind)
         same = [f for f in self.SETTINGS if f.split("=")[0] not in ("--micro_batch", "--attention", "--valid_fraction")]
         script("hf_train_steps.py", "--model", model, "--data", self.data, *same, "--json", self.folder / "hf.jsonl")
         expected = [json.loads(line)["loss"] for line in (self.folder / "hf.jsonl").read_text().splitlines()]
         self.assertLess(expected[-1], 0.9 * expected[0])  # there was something to learn
         losses = {}
-        for name, ranks, flags in [("one", 1, ["--tp=1"]), ("tp2", 2, ["--tp=2"]), ("tp3", 3, ["--tp=3"]), ("dp2", 2, ["--tp=1"]),
-                                   ("tp2dp2", 4, ["--tp=2"]), ("checkpointed", 1, ["--activation_checkpoint=true"])]:
+        for name, ranks, flags in layouts:
             with self.subTest(layout=name):
                 losses[name] = self.train(model, self.folder / name, ranks, *flags)
                 print(f"{name}: largest relative difference to Transformers {numpy.max(numpy.abs(numpy.divide(losses[name], expected) - 1)):.1e}, "

@@ -37,6 +37,67 @@ def byte_tokenizer(directory, vocab_size=300):
     return tokenizer
 
 
+class RandomModelTest(unittest.TestCase):
+    CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
+              "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64,
+              "tie_word_embeddings": True}
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.config = self.folder / "config.json"
+        self.config.write_text(json.dumps(self.CONFIG))
+
+    def make(self, name, seed):
+        result = run("random", "--config", self.config, "--out", self.folder / name, "--seed", seed)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        return (self.folder / name / "model.safetensors").read_bytes(), result.stdout
+
+    def test_the_seed_decides_the_weights(self):
+        first, said = self.make("a", 1)
+        self.assertIn("random", said)
+        self.assertEqual(self.make("b", 1)[0], first)
+        self.assertNotEqual(self.make("c", 2)[0], first)
+        self.assertIn("already there", self.make("a", 1)[1])
+        self.assertNotEqual(self.make("a", 3)[0], first)
+        written = json.loads((self.folder / "a/config.json").read_text())
+        for field, value in self.CONFIG.items():
+            self.assertEqual(written[field], value, field)
+        self.assertIn("never for quality", json.loads((self.folder / "a/provenance.json").read_text())["note"])
+
+    def test_refuses_what_is_no_config(self):
+        self.config.write_text("[]")
+        result = run("random", "--config", self.config, "--out", self.folder / "a")
+        self.assertEqual(result.returncode, 3)
+        self.assertIn("model_type", result.stderr)
+
+    def test_the_configs_of_the_repository_are_models(self):
+        from transformers import AutoConfig
+
+        files = sorted((ROOT / "configs/models").glob("*.json"))
+        self.assertGreaterEqual(len(files), 2)
+        for file in files:
+            fields = json.loads(file.read_text())
+            config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+            self.assertEqual(config.hidden_size % config.num_attention_heads, 0, file)
+
+
+class DecodeTest(unittest.TestCase):
+    def test_ids_become_text(self):
+        with tempfile.TemporaryDirectory() as folder:
+            model, file = Path(folder) / "model", Path(folder) / "out.json"
+            tokenizer = byte_tokenizer(model)
+            ids = tokenizer.encode("Grüß Gott").ids
+            for content in (ids, [ids, ids], {"generated": ids}):
+                file.write_text(json.dumps(content))
+                result = run("decode", "--model", model, "--input", file)
+                self.assertEqual(result.returncode, 0, result.stderr)
+                self.assertEqual(set(result.stdout.splitlines()), {"Grüß Gott"})
+            file.write_text('{"perplexity": 3}')
+            self.assertEqual(run("decode", "--model", model, "--input", file).returncode, 3)
+
+
 class TextTest(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
