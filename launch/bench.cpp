@@ -11,6 +11,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
+#include <ATen/SDPBackend.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <malloc.h>
@@ -173,6 +174,12 @@ at::Tensor sdpa(const Inputs& in, bool causal, bool enable_gqa) {
   const auto for_heads = [&](const at::Tensor& x) { return enable_gqa || copies == 1 ? x : x.repeat_interleave(copies, 1); };
   return at::scaled_dot_product_attention(in.q, for_heads(in.k), for_heads(in.v), /*attn_mask=*/{}, /*dropout_p=*/0.0, causal,
                                           /*scale=*/std::nullopt, enable_gqa && copies > 1);
+}
+
+bool gqa_is_fused(const Inputs& in) {
+  const int64_t kernel = at::_fused_sdp_choice(in.q, in.k, in.v, /*attn_mask=*/{}, /*dropout_p=*/0.0, /*is_causal=*/true,
+                                               /*scale=*/std::nullopt, /*enable_gqa=*/in.heads() != in.groups());
+  return kernel != static_cast<int64_t>(at::SDPBackend::math);
 }
 
 std::vector<std::vector<double>> interleaved_ms(const std::vector<Work>& work, int64_t rounds, at::Device device) {

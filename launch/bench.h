@@ -7,7 +7,9 @@
 #include <ATen/ATen.h>
 #include <nlohmann/json.hpp>
 
+#include <array>
 #include <functional>
+#include <map>
 #include <optional>
 #include <ostream>
 #include <string>
@@ -58,6 +60,8 @@ at::Tensor lowrank(const Inputs& in, Ranks ranks, Geometry geometry, double* flo
 
 /// PyTorch's scaled_dot_product_attention, causal or not. Keys are copied for each head, or `enable_gqa` leaves that to PyTorch.
 at::Tensor sdpa(const Inputs& in, bool causal, bool enable_gqa);
+/// Whether PyTorch has a fused kernel for enable_gqa here; without one it would compute an L x L matrix for each head.
+bool gqa_is_fused(const Inputs& in);
 
 using Work = std::function<void()>;
 
@@ -65,6 +69,12 @@ using Work = std::function<void()>;
 /// each round, so that a slow moment of the machine hits all alike. CUDA: synchronized around each.
 std::vector<std::vector<double>> interleaved_ms(const std::vector<Work>& work, int64_t rounds, at::Device device);
 double median(std::vector<double> values);
+
+inline constexpr std::array<const char*, 6> kParts = {"near", "sinks", "far", "projections", "grams", "bases"};
+
+/// Milliseconds of the parts of one low-rank forward by their names in kParts, each measured on its own on tensors of the right shapes; Grams and
+/// bases together are what the controller reports. Nothing where there are no far pairs.
+std::map<std::string, double> parts_ms(const Inputs& in, Ranks ranks, Geometry geometry, int64_t repeats);
 
 /// The most memory that `work` held at any moment beyond what was held before it, in bytes: resident memory of the process on a CPU, PyTorch's
 /// allocator on CUDA. Nothing where the system does not tell.

@@ -2,8 +2,6 @@
 
 #include "core/attention_part.h"
 #include "core/error.h"
-#include "core/gram.h"
-#include "core/rows.h"
 #include "core/storage.h"
 #include "launch/bench.h"
 #include "launch/bench_flags.h"
@@ -18,6 +16,7 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <iostream>
 #include <map>
 
@@ -47,6 +46,7 @@ struct Competitor {
   std::function<at::Tensor(const Inputs&)> run;
 
   bool is_lowrank() const { return ranks.qk > 0; }
+  bool is_sdpa() const { return name.starts_with("sdpa"); }
 };
 
 std::vector<Shape> shapes() {
@@ -77,16 +77,21 @@ std::vector<Inputs> make_inputs(int64_t length) {
     return result;
   }
   for (const char* flag : {"head_dims", "heads", "kv_groups"}) {
-    check(ErrorKind::kUsage, google::GetCommandLineFlagInfoOrDie(flag).is_default, "--", flag, " and --model exclude each other: the model has its own shape");
+    check(ErrorKind::kUsage, google::GetCommandLineFlagInfoOrDie(flag).is_default, "--", flag,
+          " and --model exclude each other: the model has its own shape");
   }
   return captured_inputs({FLAGS_layer}, 0, length);
 }
 
-std::vector<Competitor> competitors(int64_t head_dim, Geometry geometry) {
+/// drrl's exact attention, SDPA in one or two ways, low rank.
+std::vector<Competitor> competitors(const Inputs& inputs, Geometry geometry) {
+  const int64_t head_dim = inputs.head_dim();
   std::vector<Competitor> result = {
-      {"sdpa (copied keys)", {0, 0}, [](const Inputs& in) { return sdpa(in, /*causal=*/true, /*enable_gqa=*/false); }},
-      {"sdpa (enable_gqa)", {0, 0}, [](const Inputs& in) { return sdpa(in, /*causal=*/true, /*enable_gqa=*/true); }},
-      {"drrl exact", {0, 0}, [](const Inputs& in) { return exact_attention(in.q, in.k, in.v); }}};
+      {"drrl exact", {0, 0}, [](const Inputs& in) { return exact_attention(in.q, in.k, in.v); }},
+      {"sdpa (copied keys)", {0, 0}, [](const Inputs& in) { return sdpa(in, /*causal=*/true, /*enable_gqa=*/false); }}};
+  if (gqa_is_fused(inputs)) {
+    result.push_back({"sdpa (enable_gqa)", {0, 0}, [](const Inputs& in) { return sdpa(in, /*causal=*/true, /*enable_gqa=*/true); }});
+  }
   for (const Ranks& ranks : parse_ranks("ranks", FLAGS_ranks)) {
     if (ranks.qk <= head_dim && ranks.v <= head_dim) {
       result.push_back({"lowrank " + to_string(ranks), ranks, [=](const Inputs& in) { return lowrank(in, ranks, geometry); }});
@@ -107,91 +112,10 @@ void forward_and_backward(const Competitor& competitor, const Inputs& in, const 
   torch::autograd::grad({competitor.run(leaves)}, {leaves.q, leaves.k, leaves.v}, {grad});
 }
 
-/// Milliseconds of the parts of one low-rank forward, each on its own on tensors of the right shapes. What the whole takes beyond their sum is
-/// merging, copying and bookkeeping.
-Json parts_ms(const Inputs& in, Ranks ranks, Geometry geometry) {
-  at::NoGradGuard no_grad;
-  const BlockTree tree(in.length(), geometry);
-  Json parts = {{"near", nullptr}, {"sinks", nullptr}, {"far", nullptr}, {"projections", nullptr}, {"grams", nullptr}, {"bases", nullptr}};
-  const int64_t d = in.head_dim();
-  if (tree.num_pairs() == 0 || (ranks.qk == d && ranks.v == d)) {
-    return parts;
-  }
-  const double scale = 1.0 / std::sqrt(static_cast<double>(d));
-  // q [N1, N2, g, Lq, .], k and v [N1, N2, Lk, .], as attention_part wants them
-  const auto part = [&](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) {
-    auto shape = q.sizes().vec();
-    shape.back() = v.size(-1);
-    const auto out = at::empty(shape, q.options());
-    shape.pop_back();
-    attention_part(q, k, v, causal, scale, out, at::empty(shape, q.options().dtype(at::kFloat)));
-  };
-  const auto near = [&] {
-    const auto blocks = [&](int64_t begin, int64_t count, int64_t rows) {
-      const auto of = [&](const at::Tensor& x) { return token_runs(x, in.groups(), begin, count, rows, rows).flatten(0, 1); };
-      part(of(in.q), of(in.k).squeeze(2), of(in.v).squeeze(2), /*causal=*/true);
-    };
-    blocks(tree.sinks(), tree.num_blocks() - 1, geometry.near_block);
-    blocks(tree.sinks() + (tree.num_blocks() - 1) * geometry.near_block, 1, tree.last_block_rows());
-  };
-  const auto sinks = [&] {
-    const auto of = [&](const at::Tensor& x, int64_t begin, int64_t count) {
-      return token_runs(x, in.groups(), begin, 1, count, count).flatten(0, 1);
-    };
-    if (tree.sinks() > 0) {
-      part(of(in.q, tree.sinks(), in.length() - tree.sinks()), of(in.k, 0, tree.sinks()).squeeze(2), of(in.v, 0, tree.sinks()).squeeze(2), false);
-    }
-  };
-  struct Run {
-    at::Tensor q, k, v, out;          // rows of one run of far pairs at full width; out at rank r_v
-    at::Tensor low_q, low_k, low_v;   // the same in their bases
-    at::Tensor p_qk, p_v;             // [n, d, r], [n, d, r_v]
-  };
-  std::vector<Run> runs;
-  for (const PairRun& run : tree.runs()) {
-    Run r{query_rows(in.q, in.groups(), run), key_rows(in.k, run), key_rows(in.v, run), {}, {}, {}, {}, {}, {}};
-    r.p_qk = at::randn({r.q.size(0), d, ranks.qk}, in.q.options()) / std::sqrt(static_cast<double>(d));
-    r.p_v = at::randn({r.q.size(0), d, ranks.v}, in.q.options()) / std::sqrt(static_cast<double>(d));
-    r.low_q = at::bmm(r.q, r.p_qk);
-    r.low_k = at::bmm(r.k, r.p_qk);
-    r.low_v = at::bmm(r.v, r.p_v);
-    r.out = at::bmm(r.q, r.p_v);
-    runs.push_back(std::move(r));
-  }
-  const auto far = [&] {
-    for (const Run& r : runs) {
-      part(r.low_q.unsqueeze(1).unsqueeze(1), r.low_k.unsqueeze(1), r.low_v.unsqueeze(1), /*causal=*/false);
-    }
-  };
-  const auto projections = [&] {
-    for (const Run& r : runs) {
-      if (ranks.qk < d) {
-        at::bmm(r.q, r.p_qk);
-        at::bmm(r.k, r.p_qk);
-      }
-      if (ranks.v < d) {
-        at::bmm(r.v, r.p_v);
-        at::bmm(r.out, r.p_v.transpose(1, 2));
-      }
-    }
-  };
-  const auto grams = [&] { pair_grams(in.q, in.k, in.v, tree); };
-  std::vector<double> basis_ms;  // Grams and bases together, as the controller itself reports them
-  const auto whole = [&] { lowrank(in, ranks, geometry, nullptr, &basis_ms.emplace_back()); };
-  const auto ms = interleaved_ms({near, sinks, far, projections, grams, whole}, FLAGS_repeats, in.q.device());
-  basis_ms.erase(basis_ms.begin());  // the run that is not counted
-  size_t i = 0;
-  for (const char* name : {"near", "sinks", "far", "projections", "grams"}) {
-    parts[name] = median(ms[i++]);
-  }
-  parts["bases"] = std::max(0.0, median(basis_ms) - parts["grams"].get<double>());
-  return parts;
-}
-
 /// All competitors on one shape: rows of flat results.
 std::vector<Json> measure(const Inputs& in, Geometry geometry) {
   const at::Device device = in.q.device();
-  const auto all = competitors(in.head_dim(), geometry);
+  const auto all = competitors(in, geometry);
   const auto grad = at::randn(in.q.sizes(), in.q.options());
   std::vector<Work> work;
   for (const Competitor& c : all) {
@@ -204,12 +128,18 @@ std::vector<Json> measure(const Inputs& in, Geometry geometry) {
   }
   const auto ms = interleaved_ms(work, FLAGS_repeats, device);
   const size_t n = all.size();
-  const auto sdpa_ms = [&](size_t first) { return std::min(median(ms[first]), median(ms[first + 1])); };  // whichever is faster
+  const auto sdpa_ms = [&](size_t first) {  // whichever is faster
+    double fastest = HUGE_VAL;
+    for (size_t i = 0; i < n; ++i) {
+      fastest = all[i].is_sdpa() ? std::min(fastest, median(ms[first + i])) : fastest;
+    }
+    return fastest;
+  };
 
   at::Tensor exact;
   {
     at::NoGradGuard no_grad;
-    exact = all[2].run(in);
+    exact = all[0].run(in);
   }
   std::vector<Json> rows;
   for (size_t i = 0; i < n; ++i) {
@@ -218,7 +148,8 @@ std::vector<Json> measure(const Inputs& in, Geometry geometry) {
     at::NoGradGuard no_grad;
     const at::Tensor out = c.is_lowrank() ? lowrank(in, c.ranks, geometry, &flops_fraction) : c.run(in);
     Json row = {{"seq_len", in.length()}, {"head_dim", in.head_dim()}, {"heads", in.heads()}, {"kv_groups", in.groups()},
-                {"competitor", c.name}, {"rank_qk", c.is_lowrank() ? Json(c.ranks.qk) : Json()}, {"rank_v", c.is_lowrank() ? Json(c.ranks.v) : Json()},
+                {"competitor", c.name}, {"rank_qk", c.is_lowrank() ? Json(c.ranks.qk) : Json()},
+                {"rank_v", c.is_lowrank() ? Json(c.ranks.v) : Json()},
                 {"forward_ms", median(ms[i])}, {"forward_speedup", sdpa_ms(0) / median(ms[i])},
                 {"forward_backward_ms", nullptr}, {"forward_backward_speedup", nullptr},
                 {"flops_fraction", flops_fraction}, {"error", relative_error(out, exact)}, {"peak_bytes", nullptr}};
@@ -231,9 +162,10 @@ std::vector<Json> measure(const Inputs& in, Geometry geometry) {
   for (size_t i = 0; i < n; ++i) {  // what is asked last disturbs no measurement
     const auto peak = peak_bytes(work[FLAGS_backward ? n + i : i], device);
     rows[i]["peak_bytes"] = peak ? Json(*peak) : Json();
-    const Json parts = FLAGS_parts && all[i].is_lowrank() ? parts_ms(in, all[i].ranks, geometry) : Json();
-    for (const char* name : {"near", "sinks", "far", "projections", "grams", "bases"}) {
-      rows[i][std::string(name) + "_ms"] = parts.is_null() ? Json() : parts[name];
+    const bool split = FLAGS_parts && all[i].is_lowrank() && std::min(all[i].ranks.qk, all[i].ranks.v) < in.head_dim();
+    const auto parts = split ? parts_ms(in, all[i].ranks, geometry, FLAGS_repeats) : std::map<std::string, double>();
+    for (const char* name : kParts) {
+      rows[i][std::string(name) + "_ms"] = parts.contains(name) ? Json(parts.at(name)) : Json();
     }
   }
   return rows;
@@ -252,10 +184,11 @@ void print_results(const Json& rows, bool real) {
       {"L", "d, heads/groups", "attention", "forward ms", "speed", "fwd+bwd ms", "speed", "FLOPs", "error", "peak MiB"}};
   for (const Json& row : rows) {
     table.push_back({cell(row["seq_len"], "%.0f"), shape_name(row), row["competitor"], cell(row["forward_ms"], "%.2f"),
-                     cell(row["forward_speedup"], "%.2f"), cell(row["forward_backward_ms"], "%.2f"), cell(row["forward_backward_speedup"], "%.2f"),
-                     cell(row["flops_fraction"], "%.3f"), cell(row["error"], "%.1e"), cell(row["peak_bytes"], "%.1f", 1.0 / (1 << 20))});
+                     cell(row["forward_speedup"], "%.2f"), cell(row["forward_backward_ms"], "%.2f"),
+                     cell(row["forward_backward_speedup"], "%.2f"), cell(row["flops_fraction"], "%.3f"), cell(row["error"], "%.1e"),
+                     cell(row["peak_bytes"], "%.1f", 1.0 / (1 << 20))});
   }
-  std::cout << "\nspeed: times as fast as the faster of the two SDPAs; FLOPs: of exact attention, forward; peak: of "
+  std::cout << "\nspeed: times as fast as PyTorch's SDPA, the faster way; FLOPs: of exact attention, forward; peak: of "
             << (FLAGS_backward ? "forward + backward" : "forward")
             << (real ? "\n" : "\nerror: of random inputs, whose spectra are flat: it says nothing about a model\n");
   print_table(std::cout, table);
@@ -270,9 +203,10 @@ void print_parts(const Json& rows) {
     }
     double sum = 0;
     std::vector<std::string> line = {cell(row["seq_len"], "%.0f"), shape_name(row), row["competitor"]};
-    for (const char* part : {"near_ms", "sinks_ms", "far_ms", "projections_ms", "grams_ms", "bases_ms"}) {
-      sum += row[part].get<double>();
-      line.push_back(cell(row[part], "%.2f"));
+    for (const char* part : kParts) {
+      const Json& ms = row[std::string(part) + "_ms"];
+      sum += ms.get<double>();
+      line.push_back(cell(ms, "%.2f"));
     }
     const double whole = row["forward_ms"].get<double>();
     line.push_back(format("%.2f", whole - sum));
@@ -280,7 +214,8 @@ void print_parts(const Json& rows) {
     table.push_back(std::move(line));
   }
   if (table.size() > 1) {
-    std::cout << "\nwhere the forward's time goes [ms], each part measured on its own; rest: merging, copies, bookkeeping\n";
+    std::cout << "\nwhere the forward's time goes [ms], each part measured on its own; rest: merging and copies, less what\n"
+                 "parts that run as one save\n";
     print_table(std::cout, table);
   }
 }
@@ -354,7 +289,7 @@ ExitCode attention(const Environment& environment) {
 
   std::vector<Inputs> longest = make_inputs(lengths.back());
   for (Inputs& in : longest) {
-    competitors(in.head_dim(), geometry);  // refuses ranks before anything is measured
+    competitors(in, geometry);  // refuses ranks before anything is measured
     in = in.to(device, dtype);
   }
   const std::string source =

@@ -94,7 +94,7 @@ std::vector<Method> methods(Geometry geometry) {
     };
   };
   std::vector<Method> result = {
-      {"SDPA", std::nullopt, exact([](const Inputs& in) { return sdpa(in, /*causal=*/true, /*enable_gqa=*/true); })},
+      {"SDPA", std::nullopt, exact([](const Inputs& in) { return sdpa(in, /*causal=*/true, gqa_is_fused(in)); })},
       {"drrl exact", std::nullopt, exact([](const Inputs& in) { return exact_attention(in.q, in.k, in.v); })}};
   for (const Ranks& ranks : parse_ranks("ranks", FLAGS_ranks)) {
     result.push_back({"static bases", ranks, [=](const Layer& layer, double* flops_fraction) {
@@ -105,7 +105,9 @@ std::vector<Method> methods(Geometry geometry) {
     result.push_back({"key-only PCA", ranks, [=](const Layer& layer, double* flops_fraction) {
                         return key_only_pca(layer.in, ranks, geometry, flops_fraction);
                       }});
-    result.push_back({"drrl", ranks, [=](const Layer& layer, double* flops_fraction) { return lowrank(layer.in, ranks, geometry, flops_fraction); }});
+    result.push_back({"drrl", ranks, [=](const Layer& layer, double* flops_fraction) {
+                        return lowrank(layer.in, ranks, geometry, flops_fraction);
+                      }});
   }
   return result;
 }
@@ -137,8 +139,8 @@ ExitCode peers(const Environment& environment) {
   check(ErrorKind::kUsage, BlockTree(FLAGS_seq_len, geometry).num_pairs() > 0, "--seq_len=", FLAGS_seq_len, " has no far tokens at --near_block=",
         geometry.near_block);
   check(ErrorKind::kUsage, FLAGS_static_tokens > geometry.sink_tokens && FLAGS_static_tokens <= config.max_position_embeddings,
-        "--static_tokens=", FLAGS_static_tokens, " must be more than --sink_tokens and at most ", config.max_position_embeddings, ", the positions of ",
-        FLAGS_model);
+        "--static_tokens=", FLAGS_static_tokens, " must be more than --sink_tokens and at most ", config.max_position_embeddings,
+        ", the positions of ", FLAGS_model);
   const auto all = methods(geometry);
   for (const Method& method : all) {
     check(ErrorKind::kUsage, !method.ranks || std::max(method.ranks->qk, method.ranks->v) < config.head_dim, "--ranks=", FLAGS_ranks,
@@ -200,12 +202,15 @@ ExitCode peers(const Environment& environment) {
     }
     const std::string rank = all[m].ranks ? to_string(*all[m].ranks) : "-";
     const double speed = median(ms[0]) / median(ms[m]);
-    rows.push_back({{"method", all[m].name}, {"causal", true}, {"size", all[m].ranks ? Json(rank) : Json()}, {"flops_fraction", flops_fraction},
-                    {"error", mean}, {"worst_error", worst}, {"layer_error", mean_after}, {"ms", median(ms[m])}, {"speedup", speed}});
-    table.push_back({all[m].name, rank, format("%.3f", flops_fraction), format("%.2e", mean), format("%.2e", worst), format("%.2e", mean_after), format("%.1f", median(ms[m])),
-                     format("%.2f", speed)});
+    rows.push_back({{"method", all[m].name}, {"causal", true},
+                    {"size", all[m].ranks ? Json(rank) : Json()}, {"flops_fraction", flops_fraction},
+                    {"error", mean}, {"worst_error", worst}, {"layer_error", mean_after},
+                    {"ms", median(ms[m])}, {"speedup", speed}});
+    table.push_back({all[m].name, rank, format("%.3f", flops_fraction), format("%.2e", mean), format("%.2e", worst),
+                     format("%.2e", mean_after), format("%.1f", median(ms[m])), format("%.2f", speed)});
   }
-  std::cout << "\nforward, " << source << "\nerror: ||O' - O||_F / ||O||_F against exact attention, mean over the layers; after W_O: the same of the layers' outputs;\n"
+  std::cout << "\nforward, " << source
+            << "\nerror: ||O' - O||_F / ||O||_F against exact attention, mean over the layers; after W_O: the same of the layers' outputs\n"
                "ms: of all layers\n";
   print_table(std::cout, table);
   if (!FLAGS_json.empty()) {

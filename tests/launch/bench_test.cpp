@@ -91,8 +91,8 @@ TEST(BenchOutput, CsvAndTable) {
 }
 
 void expect_well_formed(const std::filesystem::path& svg) {
-  const Ended run = shell(std::string("'") + DRRL_PYTHON + "' -c 'import sys, xml.dom.minidom as x; print(x.parse(sys.argv[1]).documentElement.tagName)' '" +
-                          svg.string() + "'");
+  const std::string script = "import sys, xml.dom.minidom as x; print(x.parse(sys.argv[1]).documentElement.tagName)";
+  const Ended run = shell(std::string(DRRL_PYTHON) + " -c '" + script + "' '" + svg.string() + "'");
   EXPECT_EQ(run.output, "svg\n");
 }
 
@@ -181,6 +181,7 @@ TEST_F(BenchProgram, AttentionMeasuresAndReports) {
     EXPECT_EQ(row["near_ms"].is_null(), exact) << row;
   }
   const auto first = json["results"][0];
+  EXPECT_EQ(first["competitor"], "drrl exact");
   EXPECT_EQ(first["seq_len"], 20);
   EXPECT_EQ(first["heads"], 4);
   EXPECT_EQ(first["kv_groups"], 2);
