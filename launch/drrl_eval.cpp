@@ -1,14 +1,16 @@
-// drrl-eval: perplexity of a language model under a rank policy, and what its attention cost. Options: drrl-eval --help.
+// drrl-eval: perplexity of a language model under a rank policy, and what its attention cost; or text that it generates. Options: drrl-eval --help.
 
 #include "core/error.h"
 #include "distributed/mesh.h"
 #include "launch/console.h"
 #include "launch/flags.h"
+#include "launch/log.h"
 #include "launch/options.h"
 #include "launch/policy_flags.h"
 #include "launch/program.h"
 #include "models/config.h"
 #include "models/data.h"
+#include "models/generate.h"
 #include "models/llama.h"
 #include "core/storage.h"
 #include "models/token_file.h"
@@ -19,9 +21,15 @@
 
 #include <cmath>
 #include <iostream>
+#include <optional>
+#include <vector>
 
 DEFINE_int64(max_tokens, 0, "stop after this many predicted tokens, rounded up to whole sequences; 0: all of --data [tokens]");
 DEFINE_bool(compare_full, false, "evaluate every sequence with exact attention too, in turn, and report both");
+DEFINE_int64(generate, 0, "instead of evaluating, continue the first --prompt_tokens of --data by this many; 0: evaluate [tokens]");
+DEFINE_int64(prompt_tokens, 64, "length of the prompt of --generate [tokens]");
+DEFINE_double(temperature, 0, "of the draws of --generate, which --seed decides; 0: always the most likely token");
+DEFINE_int64(top_k, 0, "draw only from this many most likely tokens; 0: from all [tokens]");
 
 namespace drrl {
 namespace {
@@ -61,10 +69,13 @@ Totals reduce(const Totals& mine, const Mesh& mesh) {
   return all;
 }
 
+double mean_rank(double sum, const AttentionStatistics& a, int64_t head_dim) {
+  return a.decisions > 0 ? sum / static_cast<double>(a.decisions) : static_cast<double>(head_dim);
+}
+
 nlohmann::ordered_json result_json(const Totals& t, int64_t head_dim) {
   const double nll = t.nll / static_cast<double>(t.tokens);
   const AttentionStatistics& a = t.attention;
-  const auto mean_rank = [&](double sum) { return a.decisions > 0 ? sum / static_cast<double>(a.decisions) : static_cast<double>(head_dim); };
   return {{"perplexity", std::exp(nll)},
           {"nll", nll},
           {"tokens", t.tokens},
@@ -74,23 +85,133 @@ nlohmann::ordered_json result_json(const Totals& t, int64_t head_dim) {
           {"refreshes", a.solves},
           {"basis_updates", a.updates},
           {"solves_ms", a.solve_ms},
-          {"mean_rank_qk", mean_rank(a.rank_qk)},
-          {"mean_rank_v", mean_rank(a.rank_v)}};
+          {"mean_rank_qk", mean_rank(a.rank_qk, a, head_dim)},
+          {"mean_rank_v", mean_rank(a.rank_v, a, head_dim)}};
+}
+
+std::vector<int64_t> to_vector(const at::Tensor& ids) { return {ids.const_data_ptr<int64_t>(), ids.const_data_ptr<int64_t>() + ids.numel()}; }
+
+/// --generate: tokens, speed, and the bytes of the cache over all tensor-parallel ranks against those of a cache of exact keys and values.
+nlohmann::ordered_json generation(CausalLM& model, LowRankController& controller, const TokenFile& file, const Mesh& mesh) {
+  const at::Tensor prompt = file.read(0, FLAGS_prompt_tokens).contiguous();
+  controller.take_statistics();
+  const Generation made =
+      generate(model, prompt, {.tokens = FLAGS_generate, .temperature = FLAGS_temperature, .top_k = FLAGS_top_k, .seed = FLAGS_seed});
+  const AttentionStatistics a = reduce({.attention = controller.take_statistics()}, mesh).attention;
+  auto bytes = at::tensor({made.cache_bytes, made.peak_cache_bytes}, at::kLong);
+  mesh.tp().all_reduce(bytes);
+  auto seconds = at::tensor({made.prefill_seconds, made.decode_seconds}, at::kDouble);
+  mesh.tp().all_reduce(seconds, ReduceOp::kMax);
+  const ModelConfig& config = model.config();
+  const auto element = static_cast<int64_t>(c10::elementSize(model.options().dtype));
+  const double prefill_s = seconds[0].item<double>(), decode_s = seconds[1].item<double>();
+  nlohmann::ordered_json json = {
+      {"prompt", to_vector(prompt)},
+      {"generated", to_vector(made.tokens)},
+      {"prompt_tokens", FLAGS_prompt_tokens},
+      {"generated_tokens", FLAGS_generate},
+      {"prefill_tokens_per_second", static_cast<double>(FLAGS_prompt_tokens) / prefill_s},
+      {"decode_tokens_per_second", nullptr},
+      {"kv_cache_bytes", bytes[0].item<int64_t>()},
+      {"kv_cache_bytes_peak", bytes[1].item<int64_t>()},
+      {"full_kv_cache_bytes", 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element * made.cached_tokens},
+      {"refreshes", a.solves},
+      {"solves_ms", a.solve_ms},
+      {"attention_ms", a.attention_ms},
+      {"mean_rank_qk", mean_rank(a.rank_qk, a, config.head_dim)},
+      {"mean_rank_v", mean_rank(a.rank_v, a, config.head_dim)}};
+  if (FLAGS_generate > 1) {
+    json["decode_tokens_per_second"] = static_cast<double>(FLAGS_generate - 1) / decode_s;
+  }
+  return json;
+}
+
+void print_generation(const nlohmann::ordered_json& json) {
+  std::cout << "tokens " << json["generated"].dump() << "\n"
+            << "prefill " << json["prefill_tokens_per_second"].get<double>() << " tokens/s";
+  if (!json["decode_tokens_per_second"].is_null()) {
+    std::cout << ", decode " << json["decode_tokens_per_second"].get<double>() << " tokens/s";
+  }
+  const double full = json["full_kv_cache_bytes"].get<double>();
+  std::cout << ", KV cache " << json["kv_cache_bytes"] << " bytes, " << json["kv_cache_bytes"].get<double>() / full << " of exact keys and values ("
+            << json["kv_cache_bytes_peak"].get<double>() / full << " at most), mean ranks " << json["mean_rank_qk"].get<double>() << " / "
+            << json["mean_rank_v"].get<double>() << "\n";
+}
+
+/// Mean loss over windows of the data under the chosen policy, and under exact attention as well if asked for.
+nlohmann::ordered_json evaluation(CausalLM& model, LowRankController& controller, const SequenceDataset& data, int64_t windows, const Mesh& mesh) {
+  const std::shared_ptr<RankPolicy> chosen = controller.policy();
+  const std::shared_ptr<RankPolicy> full = make_full_policy();
+  Totals policy_totals, full_totals;
+  const auto run = [&](const Batch& batch, const std::shared_ptr<RankPolicy>& policy, Totals& totals) {
+    controller.set_policy(policy);
+    controller.take_statistics();
+    const at::Tensor nll = model.token_nll(batch.tokens, batch.labels);
+    totals.attention += controller.take_statistics();
+    totals.nll += nll.sum(at::kDouble).item<double>();
+    totals.tokens += batch.labels.numel();
+  };
+  for (int64_t window = mesh.dp().rank(); window < windows; window += mesh.dp().size()) {
+    const Batch batch = data.ordered(window, 1);
+    // Exact attention first in every other sequence, so that neither profits from a warm cache.
+    if (FLAGS_compare_full && window % 2 == 1) {
+      run(batch, full, full_totals);
+    }
+    run(batch, chosen, policy_totals);
+    if (FLAGS_compare_full && window % 2 == 0) {
+      run(batch, full, full_totals);
+    }
+  }
+  nlohmann::ordered_json json = result_json(reduce(policy_totals, mesh), model.config().head_dim);
+  if (FLAGS_compare_full) {
+    const nlohmann::ordered_json exact = result_json(reduce(full_totals, mesh), model.config().head_dim);
+    json["full_perplexity"] = exact["perplexity"];
+    json["full_nll"] = exact["nll"];
+    json["full_attention_ms"] = exact["attention_ms"];
+  }
+  json["guard_violations"] = nullptr;  // no guard is part of these policies
+  return json;
+}
+
+void print_evaluation(const nlohmann::ordered_json& json) {
+  std::cout << "perplexity " << json["perplexity"].get<double>() << " (" << json["tokens"] << " tokens), attention FLOPs "
+            << json["attention_flops_fraction"].get<double>() << " of exact, mean ranks " << json["mean_rank_qk"].get<double>() << " / "
+            << json["mean_rank_v"].get<double>() << ", attention " << json["attention_ms"].get<double>() << " ms of which solves "
+            << json["solves_ms"].get<double>() << " ms\n";
+  if (FLAGS_compare_full) {
+    const double full_ppl = json["full_perplexity"].get<double>();
+    std::cout << "exact attention: perplexity " << full_ppl << ", " << json["full_attention_ms"].get<double>() << " ms; this policy: perplexity "
+              << std::showpos << 100 * (json["perplexity"].get<double>() / full_ppl - 1) << std::noshowpos << " %, "
+              << json["full_attention_ms"].get<double>() / json["attention_ms"].get<double>() << " times as fast\n";
+  }
 }
 
 ExitCode evaluate(const Environment& environment) {
   require("model", FLAGS_model);
   require("data", FLAGS_data);
   check(ErrorKind::kUsage, FLAGS_max_tokens >= 0, "--max_tokens must not be negative, got ", FLAGS_max_tokens);
+  check(ErrorKind::kUsage, FLAGS_generate >= 0, "--generate must not be negative, got ", FLAGS_generate);
   const MeshShape shape = mesh_flags(environment);
   const at::Device device = device_flag(environment);
   const ModelConfig config = ModelConfig::load(FLAGS_model);
-  check_seq_len(config);
-  const auto file = std::make_shared<const TokenFile>(TokenFile::open(FLAGS_data));
-  const SequenceDataset data(file, 0, file->tokens(), FLAGS_seq_len, FLAGS_seed);
-  int64_t windows = data.windows();
-  if (FLAGS_max_tokens > 0) {
-    windows = std::min(windows, (FLAGS_max_tokens + FLAGS_seq_len - 1) / FLAGS_seq_len);
+  const auto file = open_token_file(FLAGS_data, config, environment);
+  std::optional<SequenceDataset> data;
+  int64_t windows = 0;
+  if (FLAGS_generate > 0) {
+    check(ErrorKind::kUsage, shape.dp == 1, "--generate continues one sequence, --dp=", shape.dp, " processes cannot share it");
+    check(ErrorKind::kUsage, FLAGS_prompt_tokens >= 1 && FLAGS_prompt_tokens <= file->tokens(), "--prompt_tokens=", FLAGS_prompt_tokens,
+          " must lie in [1, ", file->tokens(), "], the tokens of ", FLAGS_data);
+    check(ErrorKind::kUsage, FLAGS_prompt_tokens + FLAGS_generate <= config.max_position_embeddings, "--prompt_tokens=", FLAGS_prompt_tokens,
+          " and --generate=", FLAGS_generate, " are more than ", config.max_position_embeddings, ", the positions of ", FLAGS_model);
+    check(ErrorKind::kUsage, FLAGS_temperature >= 0 && FLAGS_top_k >= 0, "--temperature and --top_k must not be negative, got ", FLAGS_temperature,
+          " and ", FLAGS_top_k);
+  } else {
+    check_seq_len(config);
+    data.emplace(file, 0, file->tokens(), FLAGS_seq_len, FLAGS_seed);
+    windows = data->windows();
+    if (FLAGS_max_tokens > 0) {
+      windows = std::min(windows, (FLAGS_max_tokens + FLAGS_seq_len - 1) / FLAGS_seq_len);
+    }
   }
 
   const Mesh mesh = Mesh::create(environment, shape, device, std::chrono::seconds(FLAGS_timeout_s));
@@ -104,43 +225,18 @@ ExitCode evaluate(const Environment& environment) {
     if (leader) {
       print_banner(std::cout, "drrl-eval",
                    {{"model", FLAGS_model},
-                    {"data", c10::str(FLAGS_data, ": ", windows, " sequences of ", FLAGS_seq_len)},
+                    {"data", FLAGS_generate > 0 ? c10::str(FLAGS_data, ": the first ", FLAGS_prompt_tokens, " tokens")
+                                                : c10::str(FLAGS_data, ": ", windows, " sequences of ", FLAGS_seq_len)},
                     {"parallel", c10::str("tensor ", shape.tp, " x data ", shape.dp)},
                     {"attention", description},
                     {"versions", version_line()}});
-    }
-
-    const std::shared_ptr<RankPolicy> chosen = attention.controller->policy();
-    const std::shared_ptr<RankPolicy> full = make_full_policy();
-    Totals policy_totals, full_totals;
-    const auto run = [&](const Batch& batch, const std::shared_ptr<RankPolicy>& policy, Totals& totals) {
-      attention.controller->set_policy(policy);
-      attention.controller->take_statistics();
-      const at::Tensor nll = model.token_nll(batch.tokens, batch.labels);
-      totals.attention += attention.controller->take_statistics();
-      totals.nll += nll.sum(at::kDouble).item<double>();
-      totals.tokens += batch.labels.numel();
-    };
-    for (int64_t window = mesh.dp().rank(); window < windows; window += mesh.dp().size()) {
-      const Batch batch = data.ordered(window, 1);
-      // Exact attention first in every other sequence, so that neither profits from a warm cache.
-      if (FLAGS_compare_full && window % 2 == 1) {
-        run(batch, full, full_totals);
-      }
-      run(batch, chosen, policy_totals);
-      if (FLAGS_compare_full && window % 2 == 0) {
-        run(batch, full, full_totals);
+      for (const std::string& warning : config.warnings) {
+        log_warning(warning);
       }
     }
 
-    nlohmann::ordered_json json = result_json(reduce(policy_totals, mesh), config.head_dim);
-    if (FLAGS_compare_full) {
-      const nlohmann::ordered_json exact = result_json(reduce(full_totals, mesh), config.head_dim);
-      json["full_perplexity"] = exact["perplexity"];
-      json["full_nll"] = exact["nll"];
-      json["full_attention_ms"] = exact["attention_ms"];
-    }
-    json["guard_violations"] = nullptr;  // no guard is part of these policies
+    nlohmann::ordered_json json = data ? evaluation(model, *attention.controller, *data, windows, mesh)
+                                       : generation(model, *attention.controller, *file, mesh);
     json["attention"] = description;
     json["dtype"] = FLAGS_dtype;
     json["device"] = FLAGS_device;
@@ -153,16 +249,7 @@ ExitCode evaluate(const Environment& environment) {
       json["options"][option.name] = option.value;
     }
     if (leader) {
-      std::cout << "perplexity " << json["perplexity"].get<double>() << " (" << json["tokens"] << " tokens), attention FLOPs "
-                << json["attention_flops_fraction"].get<double>() << " of exact, mean ranks " << json["mean_rank_qk"].get<double>() << " / "
-                << json["mean_rank_v"].get<double>() << ", attention " << json["attention_ms"].get<double>() << " ms of which solves "
-                << json["solves_ms"].get<double>() << " ms\n";
-      if (FLAGS_compare_full) {
-        const double full_ppl = json["full_perplexity"].get<double>();
-        std::cout << "exact attention: perplexity " << full_ppl << ", " << json["full_attention_ms"].get<double>() << " ms; this policy: perplexity "
-                  << std::showpos << 100 * (json["perplexity"].get<double>() / full_ppl - 1) << std::noshowpos << " %, "
-                  << json["full_attention_ms"].get<double>() / json["attention_ms"].get<double>() << " times as fast\n";
-      }
+      (data ? print_evaluation : print_generation)(json);
       std::cout << std::flush;
       if (!FLAGS_json.empty()) {
         write_text(FLAGS_json, json.dump(2) + "\n");
@@ -177,5 +264,5 @@ ExitCode evaluate(const Environment& environment) {
 }  // namespace drrl
 
 int main(int argc, char** argv) {
-  return drrl::run_program(argc, argv, "drrl-eval: perplexity under a rank policy, and what attention cost.", &drrl::evaluate);
+  return drrl::run_program(argc, argv, "drrl-eval: perplexity under a rank policy, and what attention cost; with --generate, text.", &drrl::evaluate);
 }

@@ -4,6 +4,7 @@
 #include "distributed/mesh.h"
 #include "launch/console.h"
 #include "launch/flags.h"
+#include "launch/log.h"
 #include "launch/policy_flags.h"
 #include "launch/program.h"
 #include "models/config.h"
@@ -91,7 +92,7 @@ ExitCode calibrate(const Environment& environment) {
   check(ErrorKind::kUsage, FLAGS_seq_len > geometry.near_block + geometry.sink_tokens && FLAGS_seq_len <= config.max_position_embeddings,
         "--seq_len=", FLAGS_seq_len, " must be more than --near_block + --sink_tokens = ", geometry.near_block + geometry.sink_tokens,
         " and at most ", config.max_position_embeddings, ", the positions of ", FLAGS_model);
-  const auto file = std::make_shared<const TokenFile>(TokenFile::open(FLAGS_data));
+  const auto file = open_token_file(FLAGS_data, config, environment);
   const SequenceDataset data(file, 0, file->tokens(), FLAGS_seq_len, FLAGS_seed);
   const int64_t windows = std::min(data.windows(), (FLAGS_calibration_tokens + FLAGS_seq_len - 1) / FLAGS_seq_len);
 
@@ -111,6 +112,9 @@ ExitCode calibrate(const Environment& environment) {
       print_banner(std::cout, "drrl-policy calibrate",
                    {{"model", FLAGS_model}, {"data", c10::str(FLAGS_data, ": ", windows, " sequences of ", FLAGS_seq_len)},
                     {"ranks", c10::str(c10::IntArrayRef(ranks))}, {"versions", version_line()}});
+      for (const std::string& warning : config.warnings) {
+        log_warning(warning);
+      }
     }
     // All ranks of a tensor-parallel group must draw the same labels.
     at::Generator generator = at::detail::getDefaultCPUGenerator();

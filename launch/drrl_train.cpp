@@ -52,9 +52,6 @@ DEFINE_string(export_dtype, "fp32", "precision of the exported model: fp32 or bf
 namespace drrl {
 namespace {
 
-/// Above this, scanning the whole token file for bad tokens would delay the start; each batch is checked in any case.
-constexpr int64_t kScanTokens = int64_t{1} << 28;
-
 struct Data {
   std::shared_ptr<const SequenceDataset> train, valid;
 };
@@ -62,18 +59,11 @@ struct Data {
 Data open_data(const Environment& environment, const ModelConfig& config) {
   check(ErrorKind::kUsage, FLAGS_valid_fraction >= 0 && FLAGS_valid_fraction < 1, "--valid_fraction must lie in [0, 1), got ",
         FLAGS_valid_fraction);
-  const auto open = [&](const std::string& prefix) {
-    auto file = std::make_shared<const TokenFile>(TokenFile::open(prefix));
-    if (environment.world_rank == 0 && file->tokens() <= kScanTokens) {
-      file->check_vocabulary(config.vocab_size);
-    }
-    return file;
-  };
-  const auto file = open(FLAGS_data);
+  const auto file = open_token_file(FLAGS_data, config, environment);
   Data data;
   int64_t train_end = file->tokens();
   if (!FLAGS_valid_data.empty()) {
-    const auto valid = open(FLAGS_valid_data);
+    const auto valid = open_token_file(FLAGS_valid_data, config, environment);
     data.valid = std::make_shared<SequenceDataset>(valid, 0, valid->tokens(), FLAGS_seq_len, FLAGS_seed);
   } else if (FLAGS_valid_fraction > 0) {
     const auto held_out = static_cast<int64_t>(std::llround(FLAGS_valid_fraction * static_cast<double>(file->tokens())));

@@ -4,6 +4,7 @@
 #include "distributed/environment.h"
 #include "distributed/mesh.h"
 #include "models/config.h"
+#include "models/token_file.h"
 
 #include <gflags/gflags.h>
 
@@ -61,6 +62,15 @@ MeshShape mesh_flags(const Environment& environment) {
 void check_seq_len(const ModelConfig& config) {
   check(ErrorKind::kUsage, FLAGS_seq_len >= 1 && FLAGS_seq_len <= config.max_position_embeddings, "--seq_len=", FLAGS_seq_len,
         " must lie in [1, ", config.max_position_embeddings, "], the positions of ", FLAGS_model);
+}
+
+std::shared_ptr<const TokenFile> open_token_file(const std::string& prefix, const ModelConfig& config, const Environment& environment) {
+  constexpr int64_t kScanTokens = int64_t{1} << 28;  // read in about a second
+  auto file = std::make_shared<const TokenFile>(TokenFile::open(prefix));
+  if (environment.world_rank == 0 && file->tokens() <= kScanTokens) {
+    file->check_vocabulary(config.vocab_size);
+  }
+  return file;
 }
 
 void require(const char* flag, const std::string& value) {

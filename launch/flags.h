@@ -4,6 +4,9 @@
 
 #include <ATen/ATen.h>
 
+#include <memory>
+#include <string>
+
 // The options that several programs share. launch/flags.cpp says what they mean.
 DECLARE_string(model);
 DECLARE_string(data);
@@ -44,6 +47,11 @@ MeshShape mesh_flags(const Environment& environment);
 /// Errors: Error(kUsage) unless 1 <= --seq_len <= the model's positions.
 struct ModelConfig;
 void check_seq_len(const ModelConfig& config);
+
+/// The token file --data or --valid_data names. World rank 0 compares all of its tokens with the model's vocabulary, unless there are so many that this
+/// would delay the start; whoever reads a batch checks that again. Errors: Error(kData).
+class TokenFile;
+std::shared_ptr<const TokenFile> open_token_file(const std::string& prefix, const ModelConfig& config, const Environment& environment);
 
 /// Errors: Error(kUsage) naming the flag when `value` is empty.
 void require(const char* flag, const std::string& value);

@@ -133,6 +133,28 @@ class SmallModelTest(unittest.TestCase):
         self.assertGreater(abs(result["perplexity"] / result["full_perplexity"] - 1), 1e-7)  # low rank really was at work
         self.assertLess(result["perplexity"] / result["full_perplexity"], 1.2)
 
+    def generate(self, model, tp, *flags):
+        run([BIN / "drrl-eval", "--model", model, "--data", self.data, "--generate=70", "--prompt_tokens=45", f"--tp={tp}", *flags,
+             "--json", self.folder / "generated.json"], ranks=tp)
+        return json.loads((self.folder / "generated.json").read_text())
+
+    def test_generation(self):
+        for kind in ("llama", "gpt2"):
+            model = small_model(self.folder / kind, kind)
+            theirs = load_model(model).eval()
+            theirs.generation_config.eos_token_id = None
+            for tp in (1, 2):
+                with self.subTest(kind=kind, tp=tp):
+                    ours = self.generate(model, tp, "--attention=full")
+                    prompt = torch.tensor([ours["prompt"]])
+                    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=70, do_sample=False, pad_token_id=0)
+                    self.assertEqual(ours["generated"], expected[0, 45:].tolist())
+                    self.assertGreater(len(set(ours["generated"])), 5)  # more than one token over and over
+                    low = self.generate(model, tp, "--attention=lowrank", "--rank=4", "--near_block=8")
+                    self.assertEqual(low["mean_rank_qk"], 4)
+                    self.assertLess(low["kv_cache_bytes"], low["full_kv_cache_bytes"])
+                    self.assertLessEqual(low["kv_cache_bytes"], low["kv_cache_bytes_peak"])
+
     def train(self, model, out, ranks, *flags):
         run([BIN / "drrl-train", "--model", model, "--data", self.data, "--output", out, *self.SETTINGS, *flags], ranks=ranks)
         return [json.loads(line)["loss"] for line in (out / "metrics/metrics.jsonl").read_text().splitlines()]
