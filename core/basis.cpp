@@ -173,4 +173,11 @@ at::Tensor residual_form(const Basis& basis, const at::Tensor& gram, const at::T
   return form;
 }
 
+at::Tensor residual_correction(const at::Tensor& rows, const at::Tensor& form) {
+  const auto flat = rows.flatten(1, -2);  // [N, m, d]
+  const auto wide = rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto squares = (at::bmm(flat, form.to(rows.scalar_type())) * flat).sum(2, /*keepdim=*/false, wide);
+  return at::log1p(squares.clamp_min(0)).view(rows.sizes().slice(0, static_cast<size_t>(rows.dim() - 1)));
+}
+
 }  // namespace drrl

@@ -50,10 +50,14 @@ at::Tensor tail_loss(const Basis& basis, const at::Tensor& gram_x, const at::Ten
 
 /// What a projection leaves of the scores of a set of keys, as a quadratic form in the query: with e_j = (q . k_j - (q P_q) . (k_j P_k)) / sqrt(d),
 ///   q^T C q = 1/2 mean_j e_j^2,   C = M (G_k / n) M^T / (2 d),   M = I - left right^T.
-/// To second order in e (the second cumulant, the mean being small), log sum_j exp(s_j) exceeds the log-sum-exp of the projected scores by that
-/// much, for each query by its own. Without it low rank takes weight from far keys.
+/// sum_j exp(s_j) is sum_j exp(projected s_j) (1 + e_j + e_j^2 / 2) to second order; with e small in the mean and independent of the projected scores, its
+/// logarithm exceeds the log-sum-exp of the projected scores by log(1 + q^T C q), for each query by its own. Without it low rank takes weight from far
+/// keys.
 ///
 /// basis [N, d, r]; gram [N, d, d] float64 of `keys` [N] keys each (float64). returns [N, d, d] float32.
 at::Tensor residual_form(const Basis& basis, const at::Tensor& gram, const at::Tensor& keys);
+
+/// log(1 + q^T C q) of each row: rows [N, .., d], form [N, d, d] -> [N, ..], at least float32.
+at::Tensor residual_correction(const at::Tensor& rows, const at::Tensor& form);
 
 }  // namespace drrl

@@ -75,9 +75,9 @@ struct Projections {
     }
   }
 
-  // The correction q^T C q of each row's log-sum-exp: rows [n, m, d] -> [n, m]; undefined if there is none.
+  // The correction log(1 + q^T C q) of each row's log-sum-exp: rows [n, m, d] -> [n, m]; undefined if there is none.
   at::Tensor correction(const at::Tensor& rows, const at::TensorOptions& options) const {
-    return residual.defined() ? (at::bmm(rows, residual) * rows).sum(2, /*keepdim=*/false, options.dtype().toScalarType()) : at::Tensor();
+    return residual.defined() ? residual_correction(rows, residual).to(options.dtype()) : at::Tensor();
   }
 
   static at::Tensor down(const at::Tensor& x, const at::Tensor& p) { return p.defined() ? at::bmm(x, p) : x; }

@@ -13,6 +13,7 @@
 #include "models/tensor_parallel.h"
 #include "models/token_file.h"
 #include "policy/calibration.h"
+#include "policy/controller.h"
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <gflags/gflags.h>
@@ -58,6 +59,18 @@ Calibration gathered(const CalibrationController& mine, const ModelConfig& confi
   result.damage = whole(mine.damage()) / counted;
   result.bases = starting_bases(whole(mine.grams()));
   return result;
+}
+
+/// KL(exact || low rank) of the next-token distributions of some sequences, summed over their positions [nats].
+double divergence(CausalLM& exact, CausalLM& low, const at::Tensor& tokens) {
+  at::NoGradGuard no_grad;
+  const at::Tensor p = exact.logits(tokens).flatten(0, 1), q = low.logits(tokens).flatten(0, 1);
+  double sum = 0;
+  for (int64_t row = 0; row < p.size(0); row += 256) {
+    const auto log_p = at::log_softmax(p.slice(0, row, row + 256), 1), log_q = at::log_softmax(q.slice(0, row, row + 256), 1);
+    sum += (log_p.exp() * (log_p - log_q)).sum(at::kDouble).item<double>();
+  }
+  return sum;
 }
 
 /// Each layer's damage at each rank, over its KV groups and levels.
@@ -130,16 +143,44 @@ ExitCode calibrate(const Environment& environment) {
         std::cout << "sequence " << i + 1 << " of " << windows << std::endl;
       }
     }
-    const Calibration result = gathered(*controller, config, mesh, tokens);
+    Calibration result = gathered(*controller, config, mesh, tokens);
+    result.geometry = geometry;
+    result.seq_len = FLAGS_seq_len;
+    result.model = FLAGS_model;
+    result.data = FLAGS_data;
+    result.ranks = ranks;
+
+    // The damages are those of one item at a time. Errors of many layers do not add up independently, those of values less so than those of scores, so
+    // each kind is scaled to what is measured when all its items have the middle rank at once.
+    const size_t middle = (ranks.size() - 1) / 2;
+    const Share groups = partition(config.num_key_value_heads, mesh.tp().size(), mesh.tp().rank());
+    const BasisOptions bases{.update_steps = FLAGS_basis_updates, .start = result.bases.narrow(1, groups.begin, groups.count).to(device)};
+    const auto low_controller = std::make_shared<LowRankController>(make_full_policy(), geometry, bases, groups.begin);
+    CausalLM low(config, mesh.tp(), low_controller, {.dtype = dtype_flag("dtype", FLAGS_dtype), .device = device});
+    low.load(FLAGS_model);
+    for (int64_t kind = 0; kind < 2; ++kind) {
+      const Ranks chosen = kind == 0 ? Ranks{ranks[middle], config.head_dim} : Ranks{config.head_dim, ranks[middle]};
+      low_controller->set_policy(make_table_policy(
+          RankTable(config.num_hidden_layers, config.num_key_value_heads, BlockTree(FLAGS_seq_len, geometry).num_levels(), chosen), "middle rank"));
+      double nats = 0;
+      for (int64_t i = mesh.dp().rank(); i < windows; i += mesh.dp().size()) {
+        nats += divergence(model, low, data.ordered(i * data.windows() / windows, 1).tokens);
+      }
+      auto together = at::tensor({nats}, at::kDouble);
+      mesh.dp().all_reduce(together);
+      const double measured = together[0].item<double>() / static_cast<double>(result.tokens);
+      const double summed = result.damage.select(2, kind).select(3, static_cast<int64_t>(middle)).sum().item<double>();
+      if (leader) {
+        std::cout << (kind == 0 ? "scores" : "values") << " of all layers at rank " << ranks[middle] << ": " << measured << " nats per token, " << summed
+                  << " summed over layers" << std::endl;
+      }
+      if (summed > 0) {
+        result.damage.select(2, kind) *= measured / summed;
+      }
+    }
     if (leader) {
-      Calibration named = result;
-      named.geometry = geometry;
-      named.seq_len = FLAGS_seq_len;
-      named.model = FLAGS_model;
-      named.data = FLAGS_data;
-      named.ranks = ranks;
-      named.save(FLAGS_policy);
-      print_damage(named);
+      result.save(FLAGS_policy);
+      print_damage(result);
       std::cout << "wrote " << FLAGS_policy << std::endl;
     }
     mesh.world().barrier();

@@ -23,7 +23,7 @@ class Calibration {
   std::string model;  ///< as the user named it, for messages
   std::string data;
   std::vector<int64_t> ranks;  ///< ascending, below head_dim
-  /// Expected KL(full || low rank) in nats per token if only the pairs of this layer, KV group, kind (0 scores, 1 values) and tree level have rank
+  /// Expected KL(full || low rank) in nats per token that the pairs of this layer, KV group, kind (0 scores, 1 values) and tree level add at rank
   /// `ranks[i]`: [layers, groups, 2, levels, ranks] float64.
   at::Tensor damage;
   /// Right factors (P_k for scores, P_o for values) of the best bases for all of the calibration text at once, [layers, groups, 2, d, d] float32: where

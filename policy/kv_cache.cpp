@@ -126,7 +126,7 @@ void LayerCache::attend(const at::Tensor& q, const at::Tensor& k, const at::Tens
         const auto mine = f.items.defined() ? queries.index_select(0, f.items) : queries;
         Part p = part(project(mine, f.p_q), f.keys, f.values, /*causal=*/false, scale);
         if (f.residual.defined()) {
-          p.logsumexp += (project(mine, f.residual) * mine).sum(3, /*keepdim=*/false, p.logsumexp.scalar_type());
+          p.logsumexp += residual_correction(mine, f.residual);
         }
         p.out = project(p.out, f.p_o.defined() ? f.p_o.transpose(1, 2) : at::Tensor());
         if (!f.items.defined()) {

@@ -210,7 +210,7 @@ void corrections(int64_t rows, int64_t d, const float* q, int64_t q_stride, cons
     for (int64_t j = 0; j < d; j += 8) {
       sum = _mm256_fmadd_ps(_mm256_loadu_ps(scratch + i * d + j), _mm256_loadu_ps(q + i * q_stride + j), sum);
     }
-    correction[i] = sum_of(sum);
+    correction[i] = std::log1p(std::max(0.0f, sum_of(sum)));
   }
 }
 
