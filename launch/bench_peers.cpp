@@ -14,7 +14,7 @@
 #include "launch/policy_flags.h"
 #include "launch/program.h"
 #include "models/config.h"
-#include "models/safetensors.h"
+#include "core/safetensors.h"
 #include "policy/controller.h"
 
 #include <ATen/Parallel.h>

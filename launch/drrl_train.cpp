@@ -230,6 +230,7 @@ void print_summary(const TrainResult& result, const TrainerOptions& options) {
 }
 
 ExitCode train(const Environment& environment) {
+  watch_stop_signals();
   require("model", FLAGS_model);
   require("data", FLAGS_data);
   const MeshShape shape = mesh_flags(environment);

@@ -38,17 +38,6 @@ void on_stop_signal(int signal) {
   }
 }
 
-void install_signal_handlers() {
-  for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) {
-    struct sigaction action {};
-    action.sa_handler = on_stop_signal;
-    action.sa_flags = SA_RESTART;
-    sigaction(signal, &action, nullptr);
-  }
-  // A write beyond the file size limit is an error like a full disk, not a death.
-  std::signal(SIGXFSZ, SIG_IGN);
-}
-
 /// Keeps big tensors on the heap: by default glibc maps and unmaps each one, and the kernel clears every page anew.
 void keep_big_blocks() {
   mallopt(M_MMAP_THRESHOLD, 1 << 30);  // the largest glibc takes is about 2 GiB
@@ -145,6 +134,15 @@ bool stdout_is_terminal(const Environment& environment) {
   return target.starts_with("/dev/pts/") || target.starts_with("/dev/tty");
 }
 
+void watch_stop_signals() noexcept {
+  for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) {
+    struct sigaction action {};
+    action.sa_handler = on_stop_signal;
+    action.sa_flags = SA_RESTART;
+    sigaction(signal, &action, nullptr);
+  }
+}
+
 bool stop_requested() noexcept {
   return stop_signals.load() > 0;
 }
@@ -157,7 +155,7 @@ int run_program(int argc, char** argv, const std::string& summary, const std::fu
     environment = Environment::detect();
     parse_options(argc, argv, summary);
     start_logging(argv[0]);
-    install_signal_handlers();
+    std::signal(SIGXFSZ, SIG_IGN);  // a write beyond the file size limit is an error like a full disk, not a death
     set_threads(environment);
     if (needs_mpi(environment)) {
       start_mpi(&argc, &argv);

@@ -28,7 +28,10 @@ void guarded(const Environment& environment, const std::function<void()>& work);
 /// Whether stdout ends on a terminal. mpirun gives its processes a terminal of its own, so there its own stdout is what counts.
 bool stdout_is_terminal(const Environment& environment);
 
-/// Whether SIGTERM, SIGINT or SIGUSR1 has asked this process to stop. The third such signal kills.
+/// For programs that save before they stop: from now on SIGTERM, SIGINT and SIGUSR1 no longer end the process at once; the third one does.
+void watch_stop_signals() noexcept;
+
+/// Whether such a signal has come since.
 /// To stop a job under mpirun send SIGUSR1 to mpirun, which passes it on. After a SIGTERM, mpirun kills its processes within
 /// two seconds; with
 /// --mca odls_base_sigkill_timeout 60 it waits 60 s, sends them SIGTERM, waits again, and ends with a code of its own.

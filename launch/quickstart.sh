@@ -26,7 +26,7 @@ out=out/quickstart
 bin=build/$DRRL_PRESET/bin
 mpirun=("${DRRL_MPIRUN[@]}" -np 2 -x OMP_NUM_THREADS=$(($(nproc) > 1 ? $(nproc) / 2 : 1)))
 common=(--model "$DRRL_MODEL" --flagfile=configs/quickstart.flags)
-ranks=$DRRL_CACHE/ranks/SmolLM2-135M-Instruct.json
+ranks=$DRRL_CACHE/ranks/SmolLM2-135M-Instruct.safetensors
 lowrank=(--attention=lowrank --rank_policy=dp --policy "$ranks")
 rm -rf "$out"
 mkdir -p "$out"

@@ -7,7 +7,7 @@
 #include "launch/flags.h"
 #include "launch/svg_plot.h"
 #include "models/llama.h"
-#include "models/safetensors.h"
+#include "core/safetensors.h"
 #include "models/token_file.h"
 #include "policy/attention.h"
 #include "tests/launch/shell.h"

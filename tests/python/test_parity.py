@@ -122,11 +122,11 @@ class SmallModelTest(unittest.TestCase):
                     self.assertEqual(ours["tokens"], expected["tokens"])
                     self.assertLess(abs(ours["perplexity"] / expected["perplexity"] - 1), PERPLEXITY_TOLERANCE)
 
-    def test_a_calibrated_policy_serves_gpt2(self):
+    def test_calibrated_bases_serve_gpt2(self):
         model = small_model(self.folder / "model", "gpt2")
-        common = ["--model", model, "--data", self.data, "--seq_len=200", "--near_block=16", "--policy", self.folder / "ranks.json"]
+        common = ["--model", model, "--data", self.data, "--seq_len=200", "--near_block=16", "--policy", self.folder / "ranks.safetensors"]
         run([BIN / "drrl-policy", "calibrate", *common, "--calibration_tokens=400"])
-        run([BIN / "drrl-eval", *common, "--attention=lowrank", "--rank_policy=dp", "--rank_budget=0.5", "--compare_full",
+        run([BIN / "drrl-eval", *common, "--attention=lowrank", "--rank_policy=fixed", "--rank=32", "--compare_full",
              "--json", self.folder / "drrl.json"])
         result = json.loads((self.folder / "drrl.json").read_text())
         self.assertLessEqual(result["mean_rank_qk"] + result["mean_rank_v"], 64)
