@@ -4,7 +4,6 @@
 #include <cmath>
 #include <limits>
 #include <map>
-#include <set>
 #include <utility>
 
 #include "core/attention_part.h"
@@ -39,11 +38,22 @@ Part part(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool ca
   return {at::bmm(weights, v).view({n, heads, rows, v.size(2)}), std::move(logsumexp)};
 }
 
-// One softmax over the keys of both.
-Part merged(const Part& a, const Part& b) {
-  auto logsumexp = at::logaddexp(a.logsumexp, b.logsumexp);
-  const auto share = [&](const Part& p) { return p.out * (p.logsumexp - logsumexp).exp_().unsqueeze(3).to(p.out.scalar_type()); };
-  return {share(a) + share(b), std::move(logsumexp)};
+// One softmax over the keys of all parts.
+at::Tensor merged(const std::vector<Part>& parts) {
+  if (parts.size() == 1) {
+    return parts.front().out;
+  }
+  std::vector<at::Tensor> logsumexps;
+  for (const Part& p : parts) {
+    logsumexps.push_back(p.logsumexp);
+  }
+  const auto stacked = at::stack(logsumexps);
+  const auto shares = (stacked - at::logsumexp(stacked, 0)).exp_().unsqueeze(4).to(parts.front().out.scalar_type());
+  auto out = parts.front().out * shares[0];
+  for (size_t i = 1; i < parts.size(); ++i) {
+    out.addcmul_(parts[i].out, shares[static_cast<int64_t>(i)]);
+  }
+  return out;
 }
 
 // x [N, .., d] times p [N, d, r]
@@ -65,9 +75,7 @@ at::Tensor LayerCache::extend(const at::Tensor& q, const at::Tensor& k, const at
   const int64_t block = tree_.geometry().near_block;
   if (!near_keys_.defined()) {
     const auto room = [&](int64_t rows) { return at::empty({k.size(0), k.size(1), rows, k.size(3)}, k.options()); };
-    const int64_t near = std::min(block, tree_.sequence_length() - tree_.sinks());
-    sink_keys_ = room(tree_.sinks());
-    sink_values_ = room(tree_.sinks());
+    const int64_t near = std::min(tree_.sinks() + block, tree_.sequence_length());
     near_keys_ = room(near);
     near_values_ = room(near);
     if (tree_.num_pairs() > 0) {
@@ -100,54 +108,51 @@ void LayerCache::attend(const at::Tensor& q, const at::Tensor& k, const at::Tens
   const auto by_group = [&](const at::Tensor& x) { return x.unflatten(1, {groups, -1}).flatten(0, 1); };  // [B, H, ..] -> [B G, g, ..]
   const auto queries = by_group(q);
 
-  const bool among_sinks = length_ < tree_.sinks();
-  const int64_t before = among_sinks ? length_ : near_length_;
-  at::Tensor& keys = among_sinks ? sink_keys_ : near_keys_;
-  at::Tensor& values = among_sinks ? sink_values_ : near_values_;
-  keys.narrow(2, before, rows).copy_(k);
-  values.narrow(2, before, rows).copy_(v);
-  const auto stored = [&](const at::Tensor& x, int64_t begin, int64_t count) { return x.narrow(2, begin, count).flatten(0, 1); };
-  Part all;
+  const bool after_sinks = length_ >= tree_.sinks();
+  const int64_t before = std::min(length_, tree_.sinks()) + near_length_;
+  near_keys_.narrow(2, before, rows).copy_(k);
+  near_values_.narrow(2, before, rows).copy_(v);
+  std::vector<Part> parts;
+  const auto exact = [&](int64_t begin, int64_t count, bool causal) {
+    parts.push_back(part(queries, near_keys_.narrow(2, begin, count).flatten(0, 1), near_values_.narrow(2, begin, count).flatten(0, 1), causal, scale));
+  };
   if (rows == 1) {
-    all = part(queries, stored(keys, 0, before + 1), stored(values, 0, before + 1), /*causal=*/false, scale);
+    exact(0, before + 1, /*causal=*/false);
   } else {
-    all = part(queries, stored(keys, before, rows), stored(values, before, rows), /*causal=*/true, scale);
+    exact(before, rows, /*causal=*/true);
     if (before > 0) {
-      all = merged(all, part(queries, stored(keys, 0, before), stored(values, 0, before), /*causal=*/false, scale));
+      exact(0, before, /*causal=*/false);
     }
   }
-  if (!among_sinks) {
-    if (tree_.sinks() > 0) {
-      all = merged(all, part(queries, sink_keys_.flatten(0, 1), sink_values_.flatten(0, 1), /*causal=*/false, scale));
-    }
-    for (const Node& node : nodes_) {
-      Part far;
-      for (const FarPart& f : node.parts) {
-        const auto mine = f.items.defined() ? queries.index_select(0, f.items) : queries;
-        Part p = part(project(mine, f.p_q), f.keys, f.values, /*causal=*/false, scale);
-        if (f.residual.defined()) {
-          p.logsumexp += residual_correction(mine, f.residual);
-        }
-        p.out = project(p.out, f.p_o.defined() ? f.p_o.transpose(1, 2) : at::Tensor());
-        if (!f.items.defined()) {
-          far = std::move(p);
-          break;
-        }
-        if (!far.out.defined()) {
-          far = {at::empty_like(all.out), at::empty_like(all.logsumexp)};
-        }
-        far.out.index_copy_(0, f.items, p.out);
-        far.logsumexp.index_copy_(0, f.items, p.logsumexp);
+  for (const Node& node : nodes_) {
+    Part whole;
+    for (const FarPart& f : node.parts) {
+      const auto mine = f.items.defined() ? queries.index_select(0, f.items) : queries;
+      Part p = part(project(mine, f.p_q), f.keys, f.values, /*causal=*/false, scale);
+      if (f.residual.defined()) {
+        p.logsumexp += residual_correction(mine, f.residual);
       }
-      all = merged(all, far);
+      p.out = project(p.out, f.p_o.defined() ? f.p_o.transpose(1, 2) : at::Tensor());
+      if (!f.items.defined()) {
+        whole = std::move(p);
+        break;
+      }
+      if (!whole.out.defined()) {
+        whole = {at::empty_like(parts.front().out), at::empty_like(parts.front().logsumexp)};
+      }
+      whole.out.index_copy_(0, f.items, p.out);
+      whole.logsumexp.index_copy_(0, f.items, p.logsumexp);
     }
+    parts.push_back(std::move(whole));
+  }
+  if (after_sinks) {
     if (near_query_gram_.defined()) {
       near_query_gram_.add_(token_gram(q, groups, rows));
     }
     near_length_ += rows;
   }
   length_ += rows;
-  by_group(out).copy_(all.out);
+  by_group(out).copy_(merged(parts));
 }
 
 // Whether a left node is part of a larger one before the horizon: of the first of its ancestors that is a left node itself.
@@ -168,26 +173,68 @@ void LayerCache::finish_block(const DecideNode& decide) {
   std::vector<at::Tensor> keys, values;
   at::Tensor query_gram = near_query_gram_.clone();
   for (size_t i = nodes_.size() - static_cast<size_t>(level); i < nodes_.size(); ++i) {
-    check(ErrorKind::kInternal, nodes_[i].exact_keys.defined(), "block ", begun, ": a node that is merged has no exact keys");
-    keys.push_back(nodes_[i].exact_keys);
-    values.push_back(nodes_[i].exact_values);
+    check(ErrorKind::kInternal, nodes_[i].query_gram.defined(), "block ", begun, ": a final node cannot be merged");
+    keys.push_back(nodes_[i].parts.front().keys);
+    values.push_back(nodes_[i].parts.front().values);
     query_gram.add_(nodes_[i].query_gram);
   }
-  keys.push_back(near_keys_);
-  values.push_back(near_values_);
-  const auto k = at::cat(keys, 2);  // a copy even of one
-  const auto v = at::cat(values, 2);
-  const int64_t groups = k.size(1), d = k.size(3);
-  const NodeFactors factors = decide(level, node / 2, {query_gram.unsqueeze(2), token_gram(k, groups, block).unsqueeze(2), token_gram(v, groups, block).unsqueeze(2)});
-  const int64_t items = k.size(0) * groups;
-  TORCH_CHECK(static_cast<int64_t>(factors.ranks.size()) == items, "LayerCache: ", factors.ranks.size(), " decisions for ", items,
+  keys.push_back(near_keys_.narrow(2, tree_.sinks(), block).flatten(0, 1));
+  values.push_back(near_values_.narrow(2, tree_.sinks(), block).flatten(0, 1));
+  const auto k = at::cat(keys, 1);  // [B G, rows, d]; a copy even of one
+  const auto v = at::cat(values, 1);
+  const int64_t batch = near_keys_.size(0), groups = near_keys_.size(1);
+  const auto gram = [&](const at::Tensor& x) { return token_gram(x.unflatten(0, {batch, groups}), groups, block).unsqueeze(2); };
+  const NodeFactors factors = decide(level, node / 2, {query_gram.unsqueeze(2), gram(k), gram(v)});
+  TORCH_CHECK(static_cast<int64_t>(factors.ranks.size()) == batch * groups, "LayerCache: ", factors.ranks.size(), " decisions for ", batch * groups,
               " (sequence, KV group)");
+  nodes_.resize(nodes_.size() - static_cast<size_t>(level));
+  nodes_.push_back(merges_again(level, node) ? Node{through_projections(k, v, factors), query_gram} : Node{at_ranks(k, v, factors), {}});
+  near_length_ = 0;
+  near_query_gram_.zero_();
+}
 
-  std::map<Ranks, std::vector<int64_t>> items_of;
-  for (int64_t i = 0; i < items; ++i) {
-    items_of[factors.ranks[static_cast<size_t>(i)]].push_back(i);
+std::vector<LayerCache::FarPart> LayerCache::through_projections(const at::Tensor& k, const at::Tensor& v, const NodeFactors& factors) {
+  const int64_t d = k.size(2);
+  const auto wide = k.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  // [B G, d, d]: a b^T of each item at its rank, the identity at rank d; undefined if that is all.
+  const auto products = [&](const at::Tensor& a, const at::Tensor& b, int64_t Ranks::* rank) {
+    at::Tensor result;
+    for (size_t i = 0; i < factors.ranks.size(); ++i) {
+      const int64_t columns = factors.ranks[i].*rank;
+      if (columns < d) {
+        if (!result.defined()) {
+          result = at::eye(d, k.options()).repeat({k.size(0), 1, 1});
+        }
+        const auto item = static_cast<int64_t>(i);
+        const auto basis = [&](const at::Tensor& x) { return x[item].narrow(1, 0, columns).to(wide); };
+        result[item].copy_(at::mm(basis(a), basis(b).t()));
+      }
+    }
+    return result;
+  };
+  FarPart f;
+  f.p_q = products(factors.scores.left, factors.scores.right, &Ranks::qk);
+  f.p_o = products(factors.values.right, factors.values.left, &Ranks::v);
+  if (factors.residual.defined()) {
+    f.residual = factors.residual.clone();
+    for (size_t i = 0; i < factors.ranks.size(); ++i) {
+      if (factors.ranks[i].qk == k.size(2)) {
+        f.residual[static_cast<int64_t>(i)].zero_();
+      }
+    }
   }
-  Node made;
+  f.keys = k;
+  f.values = v;
+  return {f};
+}
+
+std::vector<LayerCache::FarPart> LayerCache::at_ranks(const at::Tensor& k, const at::Tensor& v, const NodeFactors& factors) {
+  const int64_t d = k.size(2);
+  std::map<Ranks, std::vector<int64_t>> items_of;
+  for (size_t i = 0; i < factors.ranks.size(); ++i) {
+    items_of[factors.ranks[i]].push_back(static_cast<int64_t>(i));
+  }
+  std::vector<FarPart> parts;
   for (const auto& [ranks, which] : items_of) {
     FarPart f;
     if (items_of.size() > 1) {
@@ -195,8 +242,8 @@ void LayerCache::finish_block(const DecideNode& decide) {
     }
     const auto take = [&](const at::Tensor& x) { return f.items.defined() ? x.index_select(0, f.items) : x; };
     const auto columns = [&](const at::Tensor& basis, int64_t rank) { return take(basis.narrow(2, 0, rank)).to(k.scalar_type()).contiguous(); };
-    f.keys = take(k.flatten(0, 1));
-    f.values = take(v.flatten(0, 1));
+    f.keys = take(k);
+    f.values = take(v);
     if (ranks.qk < d) {
       f.p_q = columns(factors.scores.left, ranks.qk);
       f.residual = factors.residual.defined() ? columns(factors.residual, d) : at::Tensor();
@@ -206,34 +253,19 @@ void LayerCache::finish_block(const DecideNode& decide) {
       f.p_o = columns(factors.values.right, ranks.v);
       f.values = at::bmm(f.values, columns(factors.values.left, ranks.v));
     }
-    made.parts.push_back(std::move(f));
+    parts.push_back(std::move(f));
   }
-  if (merges_again(level, node)) {
-    made.exact_keys = k;
-    made.exact_values = v;
-    made.query_gram = query_gram;
-  }
-  nodes_.resize(nodes_.size() - static_cast<size_t>(level));
-  nodes_.push_back(std::move(made));
-  near_length_ = 0;
-  near_query_gram_.zero_();
+  return parts;
 }
 
 int64_t LayerCache::bytes() const {
-  std::set<const void*> counted;  // a node at full rank shares its exact keys
   int64_t sum = 0;
-  const auto add = [&](const at::Tensor& x) {
-    if (x.defined() && counted.insert(x.storage().unsafeGetStorageImpl()).second) {
-      sum += static_cast<int64_t>(x.storage().nbytes());
-    }
-  };
-  for (const auto& x : {sink_keys_, sink_values_, near_keys_, near_values_, near_query_gram_, start_}) {
-    add(x);
-  }
+  const auto add = [&](const at::Tensor& x) { sum += x.defined() ? static_cast<int64_t>(x.storage().nbytes()) : 0; };
+  add(near_keys_);
+  add(near_values_);
+  add(near_query_gram_);
   for (const Node& node : nodes_) {
-    for (const auto& x : {node.exact_keys, node.exact_values, node.query_gram}) {
-      add(x);
-    }
+    add(node.query_gram);
     for (const FarPart& f : node.parts) {
       for (const auto& x : {f.items, f.p_q, f.p_o, f.residual, f.keys, f.values}) {
         add(x);

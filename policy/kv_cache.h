@@ -18,7 +18,7 @@ struct NodeFactors {
   std::vector<Ranks> ranks;
   Basis scores;
   Basis values;
-  at::Tensor residual;  ///< residual_form of each item's scores, [B G, d, d]; undefined: no correction
+  at::Tensor residual;  ///< residual_form of each item's scores, [B G, d, d], not read where the rank is d; undefined: no correction
 };
 
 /// Decides the factors of the pair number `pair` of `level` (BlockTree) from the Grams of its left node, [B, G, 1, d, d] each.
@@ -28,13 +28,15 @@ using DecideNode = std::function<NodeFactors(int64_t level, int64_t pair, const 
 /// other.
 ///
 /// A query of block n sees sinks and its own block exactly and, for every bit that is set in n, the node of 2^bit blocks to the left of its own
-/// (popcount(n) nodes that tile the past, as a binary counter does). A node is held at its ranks, (rows (r + r_v)) numbers with its bases d (r + r_v).
+/// (popcount(n) nodes that tile the past, as a binary counter does).
 ///
 /// When block n begins, the nodes of the low bits of n - 1 and the finished block become one node of 2^ctz(n) blocks, with bases of its own. They must
-/// see the keys themselves, or the result would not be that of a pass over the whole sequence. So a node keeps exact keys, values and the Gram of its
-/// queries for as long as it will be merged once more; the *horizon*, the length that the sequence will not exceed, tells which ones. With H blocks,
-/// nothing left of the largest power of two below H is held exactly once that many blocks are there. That is the least that this operator allows:
-/// whatever is dropped earlier is needed again.
+/// see the keys themselves, or the result would not be that of a pass over the whole sequence. So a node is held in one of two forms. One that will be
+/// merged again keeps its exact keys and values and the Gram of its queries, and is read through d x d projections: (q P_q)(k P_k)^T =
+/// (q P_q P_k^T) k^T. One that will not is final: rows (r + r_v) numbers, with bases of d (r + r_v).
+///
+/// The *horizon*, the length that the sequence will not exceed, tells them apart: with H blocks, all that lies left of the largest power of two below H
+/// is final once that many blocks are there, and so on to the right. Nothing is held twice, and nothing is held that will not be needed.
 class LayerCache {
  public:
   /// horizon: the tree of the longest sequence. One block and no sinks make a plain cache of exact keys and values.
@@ -46,34 +48,34 @@ class LayerCache {
 
   int64_t length() const noexcept { return length_; }
   const BlockTree& horizon() const noexcept { return tree_; }
-  /// Where the decider's updates of bases start from, kept for it from node to node.
+  /// Where the decider's updates of bases start from, kept for it from node to node; not part of bytes().
   at::Tensor& start() noexcept { return start_; }
   /// Memory of all tensors that are held: sinks, near block (room for a whole one), nodes, bases, Grams [bytes].
   int64_t bytes() const;
 
  private:
-  // The items (sequence, KV group) of a node that share their ranks. Projections are undefined where the rank is d.
+  // The items (sequence, KV group) of a node that are held alike: of a final node those that share their ranks, of another one all, at r = r_v = d.
   struct FarPart {
     at::Tensor items;         // [n] int64; undefined: all
-    at::Tensor p_q, p_o;      // [n, d, r], [n, d, r_v]
-    at::Tensor residual;      // [n, d, d]
+    at::Tensor p_q, p_o;      // [n, d, r], [n, d, r_v]; undefined: the identity
+    at::Tensor residual;      // [n, d, d]; undefined: no correction
     at::Tensor keys, values;  // [n, rows, r], [n, rows, r_v]
   };
   struct Node {
     std::vector<FarPart> parts;
-    // Only of nodes that will be merged again: [B, G, rows, d] and [B, G, d, d].
-    at::Tensor exact_keys, exact_values, query_gram;
+    at::Tensor query_gram;  // [B, G, d, d] float64; undefined in a final node
   };
 
   bool merges_again(int64_t level, int64_t node) const;
   void finish_block(const DecideNode& decide);
+  static std::vector<FarPart> through_projections(const at::Tensor& k, const at::Tensor& v, const NodeFactors& factors);
+  static std::vector<FarPart> at_ranks(const at::Tensor& k, const at::Tensor& v, const NodeFactors& factors);
   void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor out);
 
   BlockTree tree_;
   int64_t length_ = 0;
   int64_t near_length_ = 0;
-  at::Tensor sink_keys_, sink_values_;  // [B, G, s, d]
-  at::Tensor near_keys_, near_values_;  // [B, G, block, d], the first near_length_ rows are filled
+  at::Tensor near_keys_, near_values_;  // [B, G, s + block, d]: the sinks, then near_length_ rows of the block
   at::Tensor near_query_gram_;          // [B, G, d, d] float64, of the block's queries so far; undefined in a plain cache
   at::Tensor start_;
   std::vector<Node> nodes_;             // from the oldest and largest to the newest

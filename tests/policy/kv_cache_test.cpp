@@ -28,15 +28,16 @@ std::vector<int64_t> bytes_by_length(int64_t horizon, const std::shared_ptr<Rank
 // Floats of one (sequence, KV group): sinks, a block, its Gram in double.
 constexpr int64_t kFixed = (kSinks + kBlock) * 2 * kDim + 2 * kDim * kDim;
 int64_t node_floats(int64_t blocks, int64_t rank) { return (blocks * kBlock + kDim) * 2 * rank; }  // rows and the two bases that stay
-int64_t exact_floats(int64_t blocks) { return blocks * kBlock * 2 * kDim + 2 * kDim * kDim; }      // and the queries' Gram in double
+// Keys and values, two projections d x d, and the queries' Gram in double.
+int64_t exact_floats(int64_t blocks) { return blocks * kBlock * 2 * kDim + 2 * kDim * kDim + 2 * kDim * kDim; }
 constexpr int64_t kBytes = kBatch * kGroups * 4;
 
 TEST(KvCacheTest, HoldsExactlyWhatWillBeNeeded) {
   constexpr int64_t kRank = 6;
   const std::vector<int64_t> bytes = bytes_by_length(kSinks + 8 * kBlock, make_fixed_policy(kRank, kDim));  // eight blocks
-  // Nodes, in blocks, while block n is being filled, and those of them that a larger one will be made of.
+  // Final nodes, in blocks, while block n is being filled, and those that a larger one will be made of.
   const std::vector<std::pair<std::vector<int64_t>, std::vector<int64_t>>> nodes = {
-      {{}, {}}, {{1}, {1}}, {{2}, {2}}, {{2, 1}, {2, 1}}, {{4}, {}}, {{4, 1}, {1}}, {{4, 2}, {}}, {{4, 2, 1}, {}}};
+      {{}, {}}, {{}, {1}}, {{}, {2}}, {{}, {2, 1}}, {{4}, {}}, {{4}, {1}}, {{4, 2}, {}}, {{4, 2, 1}, {}}};
   for (size_t n = 0; n < nodes.size(); ++n) {
     int64_t floats = kFixed;
     for (const int64_t blocks : nodes[n].first) {
@@ -65,7 +66,7 @@ TEST(KvCacheTest, FallsWithTheRank) {
   EXPECT_LT(last, full / 6);
 }
 
-TEST(KvCacheTest, SharesExactKeysOfNodesAtFullRank) {
+TEST(KvCacheTest, HoldsNodesAtFullRankAsTheyAre) {
   class FullButCounted final : public RankPolicy {
     std::vector<Ranks> decide(const LayerObservation& o) override {
       return std::vector<Ranks>(static_cast<size_t>(o.batch * o.groups * o.tree.num_pairs()), Ranks{kDim, kDim});
@@ -73,7 +74,8 @@ TEST(KvCacheTest, SharesExactKeysOfNodesAtFullRank) {
     std::string describe() const override { return "full ranks"; }
   };
   const std::vector<int64_t> bytes = bytes_by_length(kSinks + 4 * kBlock, std::make_shared<FullButCounted>());
-  EXPECT_EQ(bytes[kSinks + kBlock], (kFixed + exact_floats(1)) * kBytes);
+  EXPECT_EQ(bytes[kSinks + kBlock], (kFixed + exact_floats(1) - 2 * kDim * kDim) * kBytes);  // no projections
+  EXPECT_EQ(bytes.back(), (kFixed + 3 * kBlock * 2 * kDim) * kBytes);
 }
 
 TEST(KvCacheTest, RefusesOtherShapes) {

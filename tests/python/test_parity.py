@@ -140,7 +140,8 @@ class SmallModelTest(unittest.TestCase):
 
     def test_generation(self):
         for kind in ("llama", "gpt2"):
-            model = small_model(self.folder / kind, kind)
+            # Untied and with large weights, or it says one thing over and over.
+            model = small_model(self.folder / kind, kind, tie_word_embeddings=False, initializer_range=0.3)
             theirs = load_model(model).eval()
             theirs.generation_config.eos_token_id = None
             for tp in (1, 2):
@@ -149,7 +150,7 @@ class SmallModelTest(unittest.TestCase):
                     prompt = torch.tensor([ours["prompt"]])
                     expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=70, do_sample=False, pad_token_id=0)
                     self.assertEqual(ours["generated"], expected[0, 45:].tolist())
-                    self.assertGreater(len(set(ours["generated"])), 5)  # more than one token over and over
+                    self.assertGreater(len(set(ours["generated"])), 10)
                     low = self.generate(model, tp, "--attention=lowrank", "--rank=4", "--near_block=8")
                     self.assertEqual(low["mean_rank_qk"], 4)
                     self.assertLess(low["kv_cache_bytes"], low["full_kv_cache_bytes"])
