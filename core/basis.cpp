@@ -152,32 +152,47 @@ at::Tensor tail_loss(const Basis& basis, const at::Tensor& gram_x, const at::Ten
   return at::cat({total, total - 2 * cross + square}, 1).clamp_min(0);
 }
 
-at::Tensor residual_form(const Basis& basis, const at::Tensor& gram, const at::Tensor& keys) {
+at::Tensor residual_factor(const Basis& basis, const at::Tensor& gram, const at::Tensor& keys) {
   TORCH_CHECK(basis.left.dim() == 3 && basis.left.sizes() == basis.right.sizes() && basis.left.size(0) == gram.size(0) &&
                   basis.left.size(1) == gram.size(1) && keys.sizes() == gram.sizes().slice(0, 1),
-              "residual_form: bases ", basis.left.sizes(), ", Grams ", gram.sizes(), ", keys ", keys.sizes());
+              "residual_factor: bases ", basis.left.sizes(), ", Grams ", gram.sizes(), ", keys ", keys.sizes());
   at::NoGradGuard no_grad;
-  auto form = at::empty(gram.sizes(), gram.options().dtype(at::kFloat));
+  const int64_t d = gram.size(1), m = std::min(kResidualColumns, d);
+  // Deterministic, and the same on every device and process: signs from a multiplicative hash.
+  std::vector<double> signs;
+  for (int64_t i = 0; i < d * m; ++i) {
+    signs.push_back((static_cast<uint64_t>(i + 1) * 0x9e3779b97f4a7c15ULL) >> 63 != 0 ? 1.0 : -1.0);
+  }
+  const auto random = at::tensor(signs, gram.options()).view({d, m});
+  auto factor = at::empty({gram.size(0), d, m}, gram.options().dtype(at::kFloat));
   const auto fill = [&](int64_t begin, int64_t end) {
     const auto share = [&](const at::Tensor& x) { return x.slice(0, begin, end).to(at::kDouble); };
-    const auto g = share(gram) / (share(keys) * 2.0 * static_cast<double>(gram.size(1))).view({-1, 1, 1});
+    const auto g = share(gram) / (share(keys) * 2.0 * static_cast<double>(d)).view({-1, 1, 1});
     const auto left = share(basis.left), right = share(basis.right);
-    const auto m_g = g - at::matmul(left, at::matmul(right.transpose(1, 2), g));  // M G
-    form.slice(0, begin, end).copy_(m_g - at::matmul(at::matmul(m_g, right), left.transpose(1, 2)));
+    const auto times_c = [&](const at::Tensor& x) {  // M G M^T x
+      const auto y = at::matmul(g, x - at::matmul(right, at::matmul(left.transpose(1, 2), x)));
+      return y - at::matmul(left, at::matmul(right.transpose(1, 2), y));
+    };
+    auto range = times_c(random.unsqueeze(0).expand({end - begin, d, m}));
+    range = range / at::linalg_vector_norm(range, 2, {1}, /*keepdim=*/true).clamp_min(1e-300);
+    const auto c_range = times_c(range);
+    const auto root = shifted_cholesky(at::matmul(range.transpose(1, 2), c_range));  // range^T C range = root root^T
+    // F = C range root^-T
+    factor.slice(0, begin, end).copy_(at::linalg_solve_triangular(root, c_range.transpose(1, 2), /*upper=*/false).transpose(1, 2));
   };
   if (gram.is_cuda()) {
     fill(0, gram.size(0));
   } else {
     for_each_share(gram.size(0), fill);
   }
-  return form;
+  return factor;
 }
 
-at::Tensor residual_correction(const at::Tensor& rows, const at::Tensor& form) {
-  const auto flat = rows.flatten(1, -2);  // [N, m, d]
+at::Tensor residual_correction(const at::Tensor& rows, const at::Tensor& factor) {
+  const auto flat = rows.flatten(1, -2);  // [N, k, d]
   const auto wide = rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const auto squares = (at::bmm(flat, form.to(rows.scalar_type())) * flat).sum(2, /*keepdim=*/false, wide);
-  return at::log1p(squares.clamp_min(0)).view(rows.sizes().slice(0, static_cast<size_t>(rows.dim() - 1)));
+  const auto squares = at::bmm(flat, factor.to(rows.scalar_type())).to(wide).pow(2).sum(2);
+  return squares.view(rows.sizes().slice(0, static_cast<size_t>(rows.dim() - 1)));
 }
 
 }  // namespace drrl

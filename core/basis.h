@@ -48,16 +48,20 @@ Basis update_basis(const at::Tensor& right, const at::Tensor& gram_x, const at::
 /// returns [N, d + 1] float64; column r is the loss at rank r, column 0 is `total` = tr(G_x G_y) = ||X Y^T||_F^2.
 at::Tensor tail_loss(const Basis& basis, const at::Tensor& gram_x, const at::Tensor& gram_y);
 
-/// What a projection leaves of the scores of a set of keys, as a quadratic form in the query: with e_j = (q . k_j - (q P_q) . (k_j P_k)) / sqrt(d),
-///   q^T C q = 1/2 mean_j e_j^2,   C = M (G_k / n) M^T / (2 d),   M = I - left right^T.
-/// sum_j exp(s_j) is sum_j exp(projected s_j) (1 + e_j + e_j^2 / 2) to second order; with e small in the mean and independent of the projected scores, its
-/// logarithm exceeds the log-sum-exp of the projected scores by log(1 + q^T C q), for each query by its own. Without it low rank takes weight from far
-/// keys.
-///
-/// basis [N, d, r]; gram [N, d, d] float64 of `keys` [N] keys each (float64). returns [N, d, d] float32.
-at::Tensor residual_form(const Basis& basis, const at::Tensor& gram, const at::Tensor& keys);
+/// Columns of residual_factor: enough for most of what a projection drops, few enough to cost little.
+inline constexpr int64_t kResidualColumns = 16;
 
-/// log(1 + q^T C q) of each row: rows [N, .., d], form [N, d, d] -> [N, ..], at least float32.
-at::Tensor residual_correction(const at::Tensor& rows, const at::Tensor& form);
+/// What a projection drops from the scores of a set of keys, as a quadratic form in the query: with e_j = (q . k_j - (q P_q) . (k_j P_k)) / sqrt(d),
+///   q^T C q = 1/2 mean_j e_j^2,   C = M (G_k / n) M^T / (2 d),   M = I - left right^T.
+/// To second order in e (its second cumulant; its mean is small, and it hardly depends on the projected scores) log sum_j exp(s_j) exceeds the
+/// log-sum-exp of the projected scores by that much, for each query by its own. Without it low rank takes weight from far keys.
+///
+/// Returns F [N, d, m], m = min(kResidualColumns, d), float32, with F F^T the Nystrom approximation of C on the range of C times fixed random
+/// columns: below C, close to its leading part, products and a Cholesky factorization of size m only (Halko et al., arXiv 0909.4061, section 5.5).
+/// basis [N, d, r]; gram [N, d, d] float64 of `keys` [N] keys each (float64).
+at::Tensor residual_factor(const Basis& basis, const at::Tensor& gram, const at::Tensor& keys);
+
+/// || q F ||^2 of each row: rows [N, .., d], factor [N, d, m] -> [N, ..], at least float32.
+at::Tensor residual_correction(const at::Tensor& rows, const at::Tensor& factor);
 
 }  // namespace drrl

@@ -33,7 +33,10 @@ double basis_update_flops(int64_t d, int64_t rank, int64_t steps) {
   return (2.0 * static_cast<double>(steps) + 1) * (2 * n * n * r + 4 * n * r * r + r * r * r / 3);
 }
 
-double residual_form_flops(int64_t d, int64_t rank) { return 8.0 * static_cast<double>(d) * static_cast<double>(d) * static_cast<double>(rank); }
+double residual_factor_flops(int64_t d, int64_t rank) {
+  const double n = static_cast<double>(d), r = static_cast<double>(rank), m = static_cast<double>(std::min(kResidualColumns, d));
+  return 2 * (8 * n * r * m + 2 * n * n * m) + 3 * n * m * m + m * m * m / 3;
+}
 
 AttentionFlops far_pair_flops(const PairRun& run, FarKind kind, int64_t rank, int64_t heads_per_group, int64_t head_dim, bool with_backward) {
   const double r = static_cast<double>(rank);
@@ -47,8 +50,9 @@ AttentionFlops far_pair_flops(const PairRun& run, FarKind kind, int64_t rank, in
     const double backward = kind == FarKind::kScores ? 2 * (queries + keys) : queries + 2 * keys;
     const double d = static_cast<double>(head_dim);
     flops.projections = 2 * d * r * (forward + (with_backward ? backward : 0));
-    if (kind == FarKind::kScores) {  // q^T C q, in both directions
-      flops.projections += 2 * d * (d + 1) * queries * (with_backward ? 2 : 1);
+    if (kind == FarKind::kScores) {  // || q F ||^2, in both directions
+      const double columns = static_cast<double>(std::min(kResidualColumns, head_dim));
+      flops.projections += 2 * (d + 1) * columns * queries * (with_backward ? 2 : 1);
     }
   }
   return flops;

@@ -49,7 +49,7 @@ double basis_solve_flops(int64_t d);
 /// triangular solves 2 d r^2.
 double basis_update_flops(int64_t d, int64_t rank, int64_t steps);
 
-/// Operations of residual_form: four products 2 d^2 r.
-double residual_form_flops(int64_t d, int64_t rank);
+/// Operations of residual_factor: C applied twice to m columns (8 d r m + 2 d^2 m each), a product, a Cholesky factorization and a triangular solve.
+double residual_factor_flops(int64_t d, int64_t rank);
 
 }  // namespace drrl

@@ -55,7 +55,7 @@ std::vector<Bucket> buckets_of(const PairRun& run, const LowRankPlan& plan) {
 struct Projections {
   at::Tensor p_q, p_k;  // [n, d, r]
   at::Tensor p_v, p_o;  // [n, d, r_v]
-  at::Tensor residual;  // [n, d, d]
+  at::Tensor residual;  // [n, d, m]
 
   Projections(const Bucket& bucket, const LowRankPlan& plan, const Shape& shape, const at::TensorOptions& options) {
     const auto index = at::tensor(bucket.within_plan, at::kLong).to(options.device());
@@ -66,7 +66,7 @@ struct Projections {
       p_q = columns(plan.scores.left, bucket.ranks.qk);
       p_k = columns(plan.scores.right, bucket.ranks.qk);
       if (plan.residual.defined()) {
-        residual = columns(plan.residual, shape.d);
+        residual = columns(plan.residual, plan.residual.size(2));
       }
     }
     if (bucket.ranks.v < shape.d) {
@@ -75,7 +75,7 @@ struct Projections {
     }
   }
 
-  // The correction log(1 + q^T C q) of each row's log-sum-exp: rows [n, m, d] -> [n, m]; undefined if there is none.
+  // The correction || q F ||^2 of each row's log-sum-exp: rows [n, m, d] -> [n, m]; undefined if there is none.
   at::Tensor correction(const at::Tensor& rows, const at::TensorOptions& options) const {
     return residual.defined() ? residual_correction(rows, residual).to(options.dtype()) : at::Tensor();
   }
@@ -366,8 +366,8 @@ at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at:
   if (score_columns > 0) {
     check_basis(plan->scores, "score", score_columns);
   }
-  TORCH_CHECK(!plan->residual.defined() || plan->residual.sizes() == at::IntArrayRef({items, d, d}), "lowrank_attention: the plan's residual forms are ",
-              plan->residual.sizes(), ", expected [", items, ", ", d, ", ", d, "]");
+  TORCH_CHECK(!plan->residual.defined() || plan->residual.sizes() == at::IntArrayRef({items, d, std::min(kResidualColumns, d)}), "lowrank_attention: the plan's residual factors are ",
+              plan->residual.sizes(), ", expected [", items, ", ", d, ", ", std::min(kResidualColumns, d), "]");
   if (value_columns > 0) {
     check_basis(plan->values, "value", value_columns);
   }

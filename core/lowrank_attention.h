@@ -32,18 +32,18 @@ struct LowRankPlan : torch::CustomClassHolder {
   /// qk is d, `values` if every rank v is d.
   Basis scores;
   Basis values;
-  /// residual_form of each pair's score basis at its rank, [B G pairs, d, d] float32, not read where the rank is d; undefined: no correction.
+  /// residual_factor of each pair's score basis at its rank, [B G pairs, d, m] float32, not read where the rank is d; undefined: no correction.
   at::Tensor residual;
 };
 
 /// Near + sinks + far attention of one layer, one softmax over all three.
 ///
 ///   near   softmax-terms of q k^T / sqrt(d) over each token's own block (causal) and the sinks, exact
-///   far    scores (q P_q)(k P_k)^T / sqrt(d) + log(1 + q^T C q) at rank r, values v P_v at rank r_v, expanded once per row by P_o^T
+///   far    scores (q P_q)(k P_k)^T / sqrt(d) + || q F ||^2 at rank r, values v P_v at rank r_v, expanded once per row by P_o^T
 ///
-/// C is the pair's residual form (basis.h): what the projected scores lack in the softmax' denominator, to second order.
+/// F is the pair's residual factor (basis.h): what the projected scores lack in the softmax' denominator, to second order.
 /// The parts are merged by their log-sum-exp; the backward hands the merged log-sum-exp and rowsum(grad * out) to each part
-/// (attention_part.h). Ranks, bases and the correction by C are constants: no gradient flows through them.
+/// (attention_part.h). Ranks, bases and the correction by F are constants: no gradient flows through them.
 ///
 /// q [B, H, L, d], k and v [B, G, L, d], L = plan.tree.sequence_length(); float32, float64 (CPU), bfloat16.
 /// returns [B, H, L, d] of q's dtype, differentiable in q, k, v. With all ranks d it is exact_attention, at its cost.

@@ -38,7 +38,7 @@ at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at:
           auto far = at::matmul(at::matmul(q_rows, p_q), at::matmul(k_h.index_select(0, columns), p_k).t());
           if (plan.residual.defined()) {
             const auto fixed = q_rows.detach();
-            far = far + at::log1p((at::matmul(fixed, plan.residual[item].to(q.scalar_type())) * fixed).sum(1, /*keepdim=*/true).clamp_min(0)) / scale;
+            far = far + at::matmul(fixed, plan.residual[item].to(q.scalar_type())).pow(2).sum(1, /*keepdim=*/true) / scale;
           }
           scores = scores.index_put({rows.unsqueeze(1), columns.unsqueeze(0)}, far);
         }

@@ -43,7 +43,7 @@ RankTable allocate(const Calibration& calibration, double budget, const BlockTre
   for (const PairRun& run : tree.runs()) {
     for (size_t kind = 0; kind < 2; ++kind) {
       for (size_t c = 0; c < choices; ++c) {
-        const double form = kind == 0 ? residual_form_flops(d, ranks[c]) : 0;
+        const double form = kind == 0 ? residual_factor_flops(d, ranks[c]) : 0;
         const double basis = ranks[c] == d ? 0 : form + (update_steps >= 0 ? basis_update_flops(d, ranks[c], update_steps) : basis_solve_flops(d));
         const double one = far_pair_flops(run, static_cast<FarKind>(kind), ranks[c], heads_per_group, d, /*with_backward=*/false).total() + basis;
         operations[(static_cast<size_t>(run.level) * 2 + kind) * choices + c] += one * static_cast<double>(run.count);

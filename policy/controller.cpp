@@ -194,7 +194,7 @@ NodeFactors LowRankController::decide_node(int64_t layer, LayerCache& cache, int
   if (!spectra) {
     bases = make_bases(layer, grams, w_o, factors.ranks, cache.start());
   }
-  factors.residual = residual_forms(grams, bases.scores, factors.ranks, {horizon.geometry().near_block << level});
+  factors.residual = residual_factors(grams, bases.scores, factors.ranks, {horizon.geometry().near_block << level});
   statistics_.solves += bases.solves;
   statistics_.updates += bases.updates;
   statistics_.solve_ms += watch.ms();

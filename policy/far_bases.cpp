@@ -96,7 +96,7 @@ at::Tensor first_pair_bases(const PairGrams& grams, const at::Tensor& w_o) {
   return at::stack({bases.scores.right, bases.values.right}, 1);
 }
 
-at::Tensor residual_forms(const PairGrams& grams, const Basis& scores, const std::vector<Ranks>& ranks, const std::vector<int64_t>& keys) {
+at::Tensor residual_factors(const PairGrams& grams, const Basis& scores, const std::vector<Ranks>& ranks, const std::vector<int64_t>& keys) {
   at::NoGradGuard no_grad;
   const int64_t d = grams.keys.size(4);
   const auto key_grams = grams.keys.flatten(0, 2);
@@ -108,12 +108,12 @@ at::Tensor residual_forms(const PairGrams& grams, const Basis& scores, const std
     }
     const auto index = index_of(items, key_grams);
     const auto of = [&, columns = rank](const at::Tensor& basis) { return basis.narrow(2, 0, columns).index_select(0, index); };
-    const auto forms = residual_form({of(scores.left), of(scores.right), {}}, key_grams.index_select(0, index),
+    const auto factors = residual_factor({of(scores.left), of(scores.right), {}}, key_grams.index_select(0, index),
                                      at::tensor(counts, at::kDouble).to(key_grams.device()));
     if (!residual.defined()) {
-      residual = at::empty(key_grams.sizes(), forms.options());
+      residual = at::empty({key_grams.size(0), d, factors.size(2)}, factors.options());
     }
-    residual.index_copy_(0, index, forms);
+    residual.index_copy_(0, index, factors);
   }
   return residual;
 }
@@ -125,9 +125,9 @@ c10::intrusive_ptr<LowRankPlan> make_plan(const BlockTree& tree, std::vector<Ran
   }
   const int64_t d = grams.keys.size(4);
   for (const Ranks& r : ranks) {
-    bases.flops += r.qk < d ? residual_form_flops(d, r.qk) : 0;
+    bases.flops += r.qk < d ? residual_factor_flops(d, r.qk) : 0;
   }
-  auto residual = residual_forms(grams, bases.scores, ranks, keys);
+  auto residual = residual_factors(grams, bases.scores, ranks, keys);
   return c10::make_intrusive<LowRankPlan>(tree, std::move(ranks), bases.scores, bases.values, std::move(residual));
 }
 

@@ -18,7 +18,7 @@ struct FarBases {
   Basis values;
   int64_t solves = 0;   ///< full decompositions
   int64_t updates = 0;  ///< rounds of update_basis, summed over pairs
-  double flops = 0;     ///< of solves, updates, residual forms and the output Gram
+  double flops = 0;     ///< of solves, updates, residual factors and the output Gram
 };
 
 /// The best bases of every pair at all ranks at once (d columns), one full decomposition each; only of what is asked for.
@@ -33,11 +33,11 @@ FarBases update_far_bases(const PairGrams& grams, const at::Tensor& w_o, const s
 /// queries; one for each (sequence, KV group) and kind.
 at::Tensor first_pair_bases(const PairGrams& grams, const at::Tensor& w_o);
 
-/// residual_form of each pair's score basis at its rank: [B G pairs, d, d] float32, of pairs with `keys[pair]` keys. Undefined if every rank is d; not
+/// residual_factor of each pair's score basis at its rank: [B G pairs, d, m] float32, of pairs with `keys[pair]` keys. Undefined if every rank is d; not
 /// defined for items whose rank is d.
-at::Tensor residual_forms(const PairGrams& grams, const Basis& scores, const std::vector<Ranks>& ranks, const std::vector<int64_t>& keys);
+at::Tensor residual_factors(const PairGrams& grams, const Basis& scores, const std::vector<Ranks>& ranks, const std::vector<int64_t>& keys);
 
-/// A plan of these bases at these ranks, with the residual forms of its scores. Adds the operations of the latter to bases.flops.
+/// A plan of these bases at these ranks, with the residual factors of its scores. Adds the operations of the latter to bases.flops.
 c10::intrusive_ptr<LowRankPlan> make_plan(const BlockTree& tree, std::vector<Ranks> ranks, const PairGrams& grams, FarBases& bases);
 
 }  // namespace drrl

@@ -246,7 +246,7 @@ std::vector<LayerCache::FarPart> LayerCache::at_ranks(const at::Tensor& k, const
     f.values = take(v);
     if (ranks.qk < d) {
       f.p_q = columns(factors.scores.left, ranks.qk);
-      f.residual = factors.residual.defined() ? columns(factors.residual, d) : at::Tensor();
+      f.residual = factors.residual.defined() ? columns(factors.residual, factors.residual.size(2)) : at::Tensor();
       f.keys = at::bmm(f.keys, columns(factors.scores.right, ranks.qk));
     }
     if (ranks.v < d) {

@@ -18,7 +18,7 @@ struct NodeFactors {
   std::vector<Ranks> ranks;
   Basis scores;
   Basis values;
-  at::Tensor residual;  ///< residual_form of each item's scores, [B G, d, d], not read where the rank is d; undefined: no correction
+  at::Tensor residual;  ///< residual_factor of each item's scores, [B G, d, m], not read where the rank is d; undefined: no correction
 };
 
 /// Decides the factors of the pair number `pair` of `level` (BlockTree) from the Grams of its left node, [B, G, 1, d, d] each.
@@ -58,7 +58,7 @@ class LayerCache {
   struct FarPart {
     at::Tensor items;         // [n] int64; undefined: all
     at::Tensor p_q, p_o;      // [n, d, r], [n, d, r_v]; undefined: the identity
-    at::Tensor residual;      // [n, d, d]; undefined: no correction
+    at::Tensor residual;      // [n, d, m]; undefined: no correction
     at::Tensor keys, values;  // [n, rows, r], [n, rows, r_v]
   };
   struct Node {

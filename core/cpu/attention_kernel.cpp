@@ -203,14 +203,15 @@ void add_rows(int64_t rows, int64_t columns, const float* x, int64_t x_stride, f
   }
 }
 
-void corrections(int64_t rows, int64_t d, const float* q, int64_t q_stride, const float* panels, float* correction, float* scratch) {
-  product<false, false>(rows, d, d, q, q_stride, panels, d, scratch, d);
+void corrections(int64_t rows, int64_t d, int64_t columns, const float* q, int64_t q_stride, const float* panels, float* correction, float* scratch) {
+  product<false, false>(rows, columns, d, q, q_stride, panels, d, scratch, columns);
   for (int64_t i = 0; i < rows; ++i) {
     __m256 sum = _mm256_setzero_ps();
-    for (int64_t j = 0; j < d; j += 8) {
-      sum = _mm256_fmadd_ps(_mm256_loadu_ps(scratch + i * d + j), _mm256_loadu_ps(q + i * q_stride + j), sum);
+    for (int64_t j = 0; j < columns; j += 8) {
+      const __m256 x = _mm256_loadu_ps(scratch + i * columns + j);
+      sum = _mm256_fmadd_ps(x, x, sum);
     }
-    correction[i] = std::log1p(std::max(0.0f, sum_of(sum)));
+    correction[i] = sum_of(sum);
   }
 }
 
@@ -243,7 +244,7 @@ void forward_rows(int64_t rows, int64_t d, float scale_factor, const float* q, i
     int64_t queries_stride = q_stride;
     std::fill(correction, correction + rows, 0.0f);
     if (part->correct != nullptr) {
-      corrections(rows, d, q, q_stride, part->correct, correction, projected);
+      corrections(rows, d, part->correct_columns, q, q_stride, part->correct, correction, projected);
     }
     if (part->project != nullptr) {
       product<false, false>(rows, part->qk, d, q, q_stride, part->project, d, projected, part->qk);
@@ -420,6 +421,7 @@ void forward_rows(int64_t, int64_t, float, const float*, int64_t, const Part*, i
 void pack_matrix(const float*, int64_t, int64_t, int64_t, float*) {}
 void pack_transposed(const float*, int64_t, int64_t, int64_t, float*) {}
 void multiply(int64_t, int64_t, int64_t, const float*, int64_t, const float*, float*, int64_t, bool) {}
+void corrections(int64_t, int64_t, int64_t, const float*, int64_t, const float*, float*, float*) {}
 void add_rows(int64_t, int64_t, const float*, int64_t, float*, int64_t) {}
 int64_t key_chunk_rows() { return 1; }
 void pack_chunk(const Shape&, const float*, int64_t, const float*, int64_t, int64_t, float*) {}

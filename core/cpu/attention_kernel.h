@@ -55,7 +55,8 @@ struct Part {
   int64_t keys;
   int64_t qk, v;             ///< widths of the packed keys and values
   int64_t visible;           ///< keys that the first row sees, each later row one more; kAll: every row sees all
-  const float* correct = nullptr;  ///< panels of C [d, d]: log(1 + q^T C q) is added to a row's scaled scores
+  const float* correct = nullptr;  ///< panels of F [d, correct_columns]: || q F ||^2 is added to a row's scaled scores
+  int64_t correct_columns = 0;
   const float* project = nullptr;  ///< panels of P [d, qk] that queries are multiplied with first, if qk is not their width
   const float* expand = nullptr;   ///< panels of P^T [v, d] that the part's output is multiplied with
 };
@@ -74,8 +75,8 @@ void pack_matrix(const float* p, int64_t stride, int64_t rows, int64_t columns, 
 void pack_transposed(const float* p, int64_t stride, int64_t rows, int64_t columns, float* panels);
 /// to[rows, columns] = x [rows, depth] times the matrix [depth, columns] of the panels; add: += instead.
 void multiply(int64_t rows, int64_t columns, int64_t depth, const float* x, int64_t x_stride, const float* panels, float* to, int64_t to_stride, bool add);
-/// correction[i] = log(1 + q_i^T C q_i) for the panels of C [d, d]; scratch: rows d floats.
-void corrections(int64_t rows, int64_t d, const float* q, int64_t q_stride, const float* panels, float* correction, float* scratch);
+/// correction[i] = || q_i F ||^2 for the panels of F [d, columns]; scratch: rows columns floats.
+void corrections(int64_t rows, int64_t d, int64_t columns, const float* q, int64_t q_stride, const float* panels, float* correction, float* scratch);
 void add_rows(int64_t rows, int64_t columns, const float* x, int64_t x_stride, float* to, int64_t to_stride);
 
 /// Rows of keys in one chunk of the packed layout, and chunk `chunk` of `pack`: all its rows belong to keys [chunk key_chunk_rows(), ...).

@@ -54,11 +54,11 @@ Item item_of(const PairRun& run, int64_t i, int64_t sequence, const LowRankPlan&
 class BasisPanels {
  public:
   // Packs, for each item, the given factors; a rank of d packs nothing.
-  BasisPanels(const std::vector<Item>& items, const LowRankPlan& plan, int64_t d, bool backward) : d_(d), corrected_(plan.residual.defined()) {
+  BasisPanels(const std::vector<Item>& items, const LowRankPlan& plan, int64_t d, bool backward) : d_(d), residual_columns_(plan.residual.defined() ? plan.residual.size(2) : 0) {
     int64_t size = 0;
     for (const Item& item : items) {
       begin_.push_back(size);
-      size += (item.ranks.qk < d ? 4 * d * item.ranks.qk + d * d : 0) + (item.ranks.v < d ? 4 * d * item.ranks.v : 0);
+      size += (item.ranks.qk < d ? d * (4 * item.ranks.qk + residual_columns_) : 0) + (item.ranks.v < d ? 4 * d * item.ranks.v : 0);
     }
     storage_ = at::empty({size}, at::kFloat);
     for_each_task(static_cast<int64_t>(items.size()), 0, [&](int64_t i, float*) {
@@ -77,8 +77,9 @@ class BasisPanels {
       };
       if (item.ranks.qk < d) {
         pack(plan.scores, item.ranks.qk, at(i));
-        if (corrected_) {
-          pack_matrix(plan.residual.const_data_ptr<float>() + item.index * d * d, d, d, d, at(i) + 4 * d * item.ranks.qk);
+        if (residual_columns_ > 0) {
+          pack_matrix(plan.residual.const_data_ptr<float>() + item.index * d * residual_columns_, residual_columns_, d, residual_columns_,
+                      at(i) + 4 * d * item.ranks.qk);
         }
       }
       if (item.ranks.v < d) {
@@ -95,16 +96,17 @@ class BasisPanels {
   const float* values(int64_t i, const Item& item, int factor) const {
     return item.ranks.v < d_ ? values_at(i, item) + factor * d_ * item.ranks.v : nullptr;
   }
-  // The residual form of item i; null if there is none.
-  const float* residual(int64_t i, const Item& item) const { return corrected_ ? scores(i, item, 4) : nullptr; }
+  // The residual factor of item i; null if there is none.
+  const float* residual(int64_t i, const Item& item) const { return residual_columns_ > 0 ? scores(i, item, 4) : nullptr; }
+  int64_t residual_columns() const { return residual_columns_; }
   static constexpr int kLeft = 0, kRight = 1, kLeftTransposed = 2, kRightTransposed = 3;
 
  private:
   float* at(int64_t i) const { return storage_.data_ptr<float>() + begin_[static_cast<size_t>(i)]; }
-  float* values_at(int64_t i, const Item& item) const { return at(i) + (item.ranks.qk < d_ ? (4 * item.ranks.qk + d_) * d_ : 0); }
+  float* values_at(int64_t i, const Item& item) const { return at(i) + (item.ranks.qk < d_ ? (4 * item.ranks.qk + residual_columns_) * d_ : 0); }
 
   int64_t d_;
-  bool corrected_;
+  int64_t residual_columns_;
   std::vector<int64_t> begin_;
   at::Tensor storage_;
 };
@@ -125,7 +127,7 @@ void cut(std::vector<Piece>& pieces, int64_t owner, int64_t head, int64_t total,
 bool lowrank_available(const at::Tensor& q, const LowRankPlan& plan) {
   static const bool available = kernel_available();
   const auto fits = [](int64_t width) { return width % kWidth == 0; };
-  return available && q.is_cpu() && q.scalar_type() == at::kFloat && fits(q.size(3)) &&
+  return available && (!plan.residual.defined() || fits(plan.residual.size(2))) && q.is_cpu() && q.scalar_type() == at::kFloat && fits(q.size(3)) &&
          std::all_of(plan.ranks.begin(), plan.ranks.end(), [&](const Ranks& r) { return fits(r.qk) && fits(r.v); });
 }
 
@@ -225,7 +227,7 @@ std::tuple<at::Tensor, at::Tensor> lowrank_forward(const at::Tensor& q, const at
     if (n >= 0) {
       for (const int64_t i : seen_by[static_cast<size_t>(sequence * blocks + n)]) {
         const Item& item = items[static_cast<size_t>(i)];
-        parts.push_back({packed_of(first_item + i), item.keys, item.ranks.qk, item.ranks.v, Part::kAll, panels.residual(i, item),
+        parts.push_back({packed_of(first_item + i), item.keys, item.ranks.qk, item.ranks.v, Part::kAll, panels.residual(i, item), panels.residual_columns(),
                          panels.scores(i, item, BasisPanels::kLeft), panels.values(i, item, BasisPanels::kRightTransposed)});
       }
     }
@@ -352,7 +354,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
       }
       cut(pieces, static_cast<int64_t>(i), g, items[i].keys, key_chunk_rows());
     }
-    for_each_task(static_cast<int64_t>(pieces.size()), key_chunk_rows() * d, [&](int64_t task, float* scratch) {
+    for_each_task(static_cast<int64_t>(pieces.size()), key_chunk_rows() * kResidualColumns, [&](int64_t task, float* scratch) {
       const auto& [i, head, first, rows] = pieces[static_cast<size_t>(task)];
       const Item& item = items[static_cast<size_t>(i)];
       const Low& to = low[static_cast<size_t>(i)];
@@ -364,8 +366,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
           std::fill_n(to.grad_q.at(head, first), rows * item.ranks.qk, 0.0f);
           float* own = to.logsumexp.at(head, first);
           const float* merged = layout.query_numbers(sums, item.sequence, token).at(head, 0);
-          if (const float* form = panels.residual(i, item); form != nullptr) {
-            corrections(rows, d, layout.query_rows(queries, item.sequence, token).at(head, 0), d, form, own, scratch);
+          if (const float* factor = panels.residual(i, item); factor != nullptr) {
+            corrections(rows, d, panels.residual_columns(), layout.query_rows(queries, item.sequence, token).at(head, 0), d, factor, own, scratch);
             std::transform(merged, merged + rows, own, own, std::minus<>());
           } else {
             std::copy_n(merged, rows, own);

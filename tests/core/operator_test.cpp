@@ -56,9 +56,8 @@ c10::intrusive_ptr<LowRankPlan> make_plan(const Case& c, const Inputs& in) {
     }
   }
   at::Tensor residual;
-  if (tree.num_pairs() > 0) {  // any positive form: that it is the right one is the basis' test
-    const auto root = at::randn({static_cast<int64_t>(ranks.size()), c.d, c.d}) * (0.3 / static_cast<double>(c.d));
-    residual = at::bmm(root, root.transpose(1, 2));
+  if (tree.num_pairs() > 0) {  // any factor: that it is the right one is the basis' test
+    residual = at::randn({static_cast<int64_t>(ranks.size()), c.d, std::min(kResidualColumns, c.d)}) * (0.3 / static_cast<double>(c.d));
   }
   return c10::make_intrusive<LowRankPlan>(tree, ranks, scores, values, residual);
 }

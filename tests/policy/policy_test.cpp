@@ -77,7 +77,7 @@ double operations_of(const RankTable& table, const BlockTree& tree, int64_t head
         for (int64_t i = 0; i < run.count; ++i) {
           flops += far_pair_flops(run, FarKind::kScores, r.qk, heads_per_group, d, false);
           flops += far_pair_flops(run, FarKind::kValues, r.v, heads_per_group, d, false);
-          flops.solves += r.qk < d ? basis_update_flops(d, r.qk, kSteps) + residual_form_flops(d, r.qk) : 0;
+          flops.solves += r.qk < d ? basis_update_flops(d, r.qk, kSteps) + residual_factor_flops(d, r.qk) : 0;
           flops.solves += r.v < d ? basis_update_flops(d, r.v, kSteps) : 0;
         }
       }
