@@ -176,7 +176,10 @@ at::Tensor residual_factor(const Basis& basis, const at::Tensor& gram, const at:
     auto range = times_c(random.unsqueeze(0).expand({end - begin, d, m}));
     range = range / at::linalg_vector_norm(range, 2, {1}, /*keepdim=*/true).clamp_min(1e-300);
     const auto c_range = times_c(range);
-    const auto root = shifted_cholesky(at::matmul(range.transpose(1, 2), c_range));  // range^T C range = root root^T
+    auto inner = at::matmul(range.transpose(1, 2), c_range);
+    // Where nothing is dropped C is rounding: kept far above that, and far below what matters.
+    inner.diagonal(0, 1, 2).add_(g.diagonal(0, 1, 2).mean(1, /*keepdim=*/true) * 1e-10 + 1e-300);
+    const auto root = shifted_cholesky(inner);  // range^T C range = root root^T
     // F = C range root^-T
     factor.slice(0, begin, end).copy_(at::linalg_solve_triangular(root, c_range.transpose(1, 2), /*upper=*/false).transpose(1, 2));
   };

@@ -27,9 +27,11 @@ std::vector<int64_t> bytes_by_length(int64_t horizon, const std::shared_ptr<Rank
 
 // Floats of one (sequence, KV group): sinks, a block, its Gram in double.
 constexpr int64_t kFixed = (kSinks + kBlock) * 2 * kDim + 2 * kDim * kDim;
-int64_t node_floats(int64_t blocks, int64_t rank) { return (blocks * kBlock + kDim) * 2 * rank; }  // rows and the two bases that stay
-// Keys and values, two projections d x d, and the queries' Gram in double.
-int64_t exact_floats(int64_t blocks) { return blocks * kBlock * 2 * kDim + 2 * kDim * kDim + 2 * kDim * kDim; }
+constexpr int64_t kFactor = kDim * std::min(kResidualColumns, kDim);
+// Rows, the two bases that stay, and the residual factor.
+int64_t node_floats(int64_t blocks, int64_t rank) { return (blocks * kBlock + kDim) * 2 * rank + kFactor; }
+// Keys and values, two projections d x d, the queries' Gram in double, and the residual factor.
+int64_t exact_floats(int64_t blocks) { return blocks * kBlock * 2 * kDim + 2 * kDim * kDim + 2 * kDim * kDim + kFactor; }
 constexpr int64_t kBytes = kBatch * kGroups * 4;
 
 TEST(KvCacheTest, HoldsExactlyWhatWillBeNeeded) {
@@ -74,7 +76,7 @@ TEST(KvCacheTest, HoldsNodesAtFullRankAsTheyAre) {
     std::string describe() const override { return "full ranks"; }
   };
   const std::vector<int64_t> bytes = bytes_by_length(kSinks + 4 * kBlock, std::make_shared<FullButCounted>());
-  EXPECT_EQ(bytes[kSinks + kBlock], (kFixed + exact_floats(1) - 2 * kDim * kDim) * kBytes);  // no projections
+  EXPECT_EQ(bytes[kSinks + kBlock], (kFixed + exact_floats(1) - 2 * kDim * kDim - kFactor) * kBytes);  // no projections, nothing dropped
   EXPECT_EQ(bytes.back(), (kFixed + 3 * kBlock * 2 * kDim) * kBytes);
 }
 
