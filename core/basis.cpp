@@ -9,6 +9,7 @@ namespace drrl {
 namespace {
 
 constexpr double kNegligible = 1e-7;      // relative singular value below which a direction is noise of the float32 Grams
+constexpr double kNoEnergy = 1e-12;       // p^T G p below this part of tr(G) |p|^2 is rounding
 constexpr double kFirstJitter = 1e-12;    // relative to the mean diagonal
 constexpr double kLargestJitter = 1e-2;
 
@@ -52,10 +53,12 @@ Basis solve_batch(const at::Tensor& gram_x, const at::Tensor& gram_y) {
 }
 
 // G p (p^T G p)^-1: the partner of p that minimizes || Y^T - p' p^T Y^T ||_F for Y^T Y = G. Columns of p are scaled first, so that the jitter
-// of the factorization means the same for each of them.
+// of the factorization means the same for each of them; one that G does not see at all gets a partner of zero.
 at::Tensor partner(const at::Tensor& p, const at::Tensor& gram) {
   auto gram_p = at::matmul(gram, p);
-  const auto scale = (p * gram_p).sum(1, /*keepdim=*/true).clamp_min(1e-300).rsqrt();  // [N, 1, r]
+  const auto energy = (p * gram_p).sum(1, /*keepdim=*/true);  // p_i^T G p_i, [N, 1, r]
+  const auto largest = gram.diagonal(0, 1, 2).sum(-1).view({-1, 1, 1}) * p.pow(2).sum(1, /*keepdim=*/true);
+  const auto scale = at::where(energy > largest * kNoEnergy, energy.rsqrt(), at::zeros({}, energy.options()));
   const auto scaled = p * scale;
   gram_p = gram_p * scale;
   const auto factor = shifted_cholesky(at::matmul(scaled.transpose(1, 2), gram_p));
@@ -177,11 +180,11 @@ at::Tensor residual_factor(const Basis& basis, const at::Tensor& gram, const at:
     range = range / at::linalg_vector_norm(range, 2, {1}, /*keepdim=*/true).clamp_min(1e-300);
     const auto c_range = times_c(range);
     auto inner = at::matmul(range.transpose(1, 2), c_range);
-    // Where nothing is dropped C is rounding: kept far above that, and far below what matters.
     inner.diagonal(0, 1, 2).add_(g.diagonal(0, 1, 2).mean(1, /*keepdim=*/true) * 1e-10 + 1e-300);
-    const auto root = shifted_cholesky(inner);  // range^T C range = root root^T
-    // F = C range root^-T
-    factor.slice(0, begin, end).copy_(at::linalg_solve_triangular(root, c_range.transpose(1, 2), /*upper=*/false).transpose(1, 2));
+    const auto [root, info] = at::linalg_cholesky_ex(inner);  // range^T C range = root root^T
+    const auto f = at::linalg_solve_triangular(root, c_range.transpose(1, 2), /*upper=*/false).transpose(1, 2);  // C range root^-T
+    // Where nothing is dropped C is rounding and may have no root: then nothing is to be corrected.
+    factor.slice(0, begin, end).copy_(at::where(info.view({-1, 1, 1}) == 0, f, at::zeros({}, f.options())));
   };
   if (gram.is_cuda()) {
     fill(0, gram.size(0));
