@@ -9,9 +9,9 @@ namespace drrl {
 namespace {
 
 constexpr double kNegligible = 1e-7;      // relative singular value below which a direction is noise of the float32 Grams
-constexpr double kNoEnergy = 1e-12;       // p^T G p below this part of tr(G) |p|^2 is rounding
+constexpr double kNoEnergy = 1e-6;        // p^T G p below this part of tr(G) |p|^2 is rounding of the float32 Grams
 constexpr double kFirstJitter = 1e-12;    // relative to the mean diagonal
-constexpr double kLargestJitter = 1e-2;
+constexpr double kLargestJitter = 1;
 
 // Lower Cholesky factors of G + jitter I, for each matrix with the smallest jitter that works (a Gram of fewer rows than columns, or
 // one rounded in float32, is only semidefinite). Matrix by matrix: what one pair needs must not touch another's basis.
