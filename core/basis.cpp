@@ -9,7 +9,7 @@ namespace drrl {
 namespace {
 
 constexpr double kNegligible = 1e-7;      // relative singular value below which a direction is noise of the float32 Grams
-constexpr double kNoEnergy = 1e-6;        // p^T G p below this part of tr(G) |p|^2 is rounding of the float32 Grams
+constexpr double kNoEnergy = 1e-12;       // p^T G p below this part of tr(G) |p|^2 is rounding
 constexpr double kFirstJitter = 1e-12;    // relative to the mean diagonal
 constexpr double kLargestJitter = 1;
 

@@ -65,7 +65,7 @@ TEST(KvCacheTest, FallsWithTheRank) {
     EXPECT_LT(bytes, last) << "rank " << rank;
     last = bytes;
   }
-  EXPECT_LT(last, full / 6);
+  EXPECT_LT(last, full / 5);  // a good part of it residual factors, which do not fall
 }
 
 TEST(KvCacheTest, HoldsNodesAtFullRankAsTheyAre) {
