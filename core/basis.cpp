@@ -67,10 +67,12 @@ at::Tensor partner(const at::Tensor& p, const at::Tensor& gram) {
 }
 
 Basis update_batch(const at::Tensor& start, const at::Tensor& gram_x, const at::Tensor& gram_y, int64_t steps) {
-  auto right = start.to(at::kDouble);
+  // Columns of length one before each half: their partners' lengths follow, and none grows from round to round where a Gram is deficient.
+  const auto unit = [](const at::Tensor& p) { return p / at::linalg_vector_norm(p, 2, {1}, /*keepdim=*/true).clamp_min(1e-300); };
+  auto right = unit(start.to(at::kDouble));
   auto left = partner(right, gram_y);
   for (int64_t step = 0; step < steps; ++step) {
-    right = partner(left, gram_x);
+    right = unit(partner(unit(left), gram_x));
     left = partner(right, gram_y);
   }
   // Columns of equal length on both sides, so that neither projection leaves the range of a half-precision float.
