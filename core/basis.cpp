@@ -9,9 +9,9 @@ namespace drrl {
 namespace {
 
 constexpr double kNegligible = 1e-7;      // relative singular value below which a direction is noise of the float32 Grams
-constexpr double kNoEnergy = 1e-12;       // p^T G p below this part of tr(G) |p|^2 is rounding
+constexpr double kRounding = 1e-6;        // of float32 Grams, relative to the mean diagonal
 constexpr double kFirstJitter = 1e-12;    // relative to the mean diagonal
-constexpr double kLargestJitter = 1;
+constexpr double kLargestJitter = 1e-2;
 
 // Lower Cholesky factors of G + jitter I, for each matrix with the smallest jitter that works (a Gram of fewer rows than columns, or
 // one rounded in float32, is only semidefinite). Matrix by matrix: what one pair needs must not touch another's basis.
@@ -33,7 +33,8 @@ at::Tensor shifted_cholesky(const at::Tensor& gram) {
     }
   }
   raise(ErrorKind::kNumerics, "basis: Cholesky factorization of a Gram matrix failed for every jitter up to ", kLargestJitter,
-        " of its mean diagonal; the matrix is not positive semidefinite");
+        " of its mean diagonal; the matrix is not positive semidefinite: its smallest diagonal entry is ", gram.index_select(0, pending).diagonal(0, 1, 2).min().item<double>(),
+        ", its largest entry ", gram.index_select(0, pending).abs().max().item<double>());
 }
 
 Basis solve_batch(const at::Tensor& gram_x, const at::Tensor& gram_y) {
@@ -53,12 +54,13 @@ Basis solve_batch(const at::Tensor& gram_x, const at::Tensor& gram_y) {
 }
 
 // G p (p^T G p)^-1: the partner of p that minimizes || Y^T - p' p^T Y^T ||_F for Y^T Y = G. Columns of p are scaled first, so that the jitter
-// of the factorization means the same for each of them; one that G does not see at all gets a partner of zero.
+// of the factorization means the same for each of them; one of zeros gets a partner of zeros. G is lifted above
+// its own rounding, so that directions without rows do not turn into noise.
 at::Tensor partner(const at::Tensor& p, const at::Tensor& gram) {
-  auto gram_p = at::matmul(gram, p);
+  const auto floor = gram.diagonal(0, 1, 2).mean(-1).view({-1, 1, 1}) * kRounding;
+  auto gram_p = at::matmul(gram, p) + floor * p;
   const auto energy = (p * gram_p).sum(1, /*keepdim=*/true);  // p_i^T G p_i, [N, 1, r]
-  const auto largest = gram.diagonal(0, 1, 2).sum(-1).view({-1, 1, 1}) * p.pow(2).sum(1, /*keepdim=*/true);
-  const auto scale = at::where(energy > largest * kNoEnergy, energy.rsqrt(), at::zeros({}, energy.options()));
+  const auto scale = at::where(energy > 0, energy.rsqrt(), at::zeros({}, energy.options()));
   const auto scaled = p * scale;
   gram_p = gram_p * scale;
   const auto factor = shifted_cholesky(at::matmul(scaled.transpose(1, 2), gram_p));
