@@ -2,7 +2,6 @@
 #include "models/generate.h"
 #include "core/error.h"
 #include "distributed/mpi_group.h"
-#include "policy/calibration.h"
 #include "policy/controller.h"
 #include "tests/distributed/mpi_test.h"
 #include "tests/models/io_support.h"
@@ -13,18 +12,20 @@ namespace {
 
 constexpr int64_t kLength = 91;
 
-Calibration calibration() {
-  Calibration c;
-  c.head_dim = 16;
-  c.ranks = {4, 8, 12};
-  c.score_damage = {{3, 2, 1}, {30, 2, 0.1}};
-  c.value_damage = {{1, 0.5, 0.2}, {9, 8, 7}};
-  return c;
+// Every layer, group and level its own ranks.
+RankTable unequal_ranks() {
+  constexpr int64_t kGroups = 8, kLevels = 8;  // at least those of any model and length here
+  RankTable table(2, kGroups, kLevels, {4, 8});
+  const Ranks choices[] = {{4, 8}, {16, 4}, {12, 16}, {8, 8}, {16, 16}};
+  for (int64_t i = 0; i < 2 * kGroups * kLevels; ++i) {
+    table.at(i / (kGroups * kLevels), i / kLevels % kGroups, i % kLevels) = choices[i % 5];
+  }
+  return table;
 }
 
 std::vector<std::shared_ptr<RankPolicy>> policies() {
-  const auto buckets = rank_buckets(at::kCPU, 16);
-  return {make_full_policy(), make_fixed_policy(6, 16), make_energy_policy(0.95, buckets), make_dp_policy(calibration(), 0.5, 2, 16, buckets)};
+  return {make_full_policy(), make_fixed_policy(6, 16), make_energy_policy(0.95, rank_buckets(at::kCPU, 16)),
+          make_table_policy(unequal_ranks(), "table")};
 }
 
 class GenerationTest : public MpiTest {

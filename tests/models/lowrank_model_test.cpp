@@ -16,10 +16,11 @@ constexpr int64_t kLength = 61;  // eight blocks, the last one short
 
 // Every layer, group and level its own ranks.
 RankTable unequal_ranks() {
-  RankTable table(2, 3, 3, {4, 8});
+  constexpr int64_t kGroups = 8, kLevels = 3;  // at least those of any model and length here
+  RankTable table(2, kGroups, kLevels, {4, 8});
   const Ranks choices[] = {{4, 8}, {16, 4}, {12, 16}, {8, 8}, {16, 16}};
-  for (int64_t i = 0; i < 18; ++i) {
-    table.at(i / 9, i / 3 % 3, i % 3) = choices[i % 5];
+  for (int64_t i = 0; i < 2 * kGroups * kLevels; ++i) {
+    table.at(i / (kGroups * kLevels), i / kLevels % kGroups, i % kLevels) = choices[i % 5];
   }
   return table;
 }
