@@ -146,7 +146,8 @@ at::Tensor LowRankController::extend(int64_t layer, const at::Tensor& q, const a
 FarBases LowRankController::make_bases(int64_t layer, const PairGrams& grams, const at::Tensor& w_o, const std::vector<Ranks>& ranks,
                                        at::Tensor& start) const {
   const int64_t batch = grams.keys.size(0), d = grams.keys.size(4);
-  if (bases_.update_steps == BasisOptions::kSolve) {
+  // A first block of fewer tokens than d has no basis of full rank to start from: what is missing would be rounding.
+  if (bases_.update_steps == BasisOptions::kSolve || (!bases_.start.defined() && geometry_.near_block < d)) {
     const auto any = [&](auto&& low) { return std::any_of(ranks.begin(), ranks.end(), low); };
     return solve_far_bases(grams, w_o, any([&](const Ranks& r) { return r.qk < d; }), any([&](const Ranks& r) { return r.v < d; }));
   }

@@ -24,7 +24,8 @@ struct LayerPlan {
 struct BasisOptions {
   /// Rounds of `update_basis` from the starting bases; kSolve: a full decomposition for each pair instead.
   int64_t update_steps = 2;
-  /// Starting bases, [layers, G, 2, d, d] of this process' KV groups (Calibration::bases); undefined: from each sequence's first block.
+  /// Starting bases, [layers, G, 2, d, d] of this process' KV groups (Calibration::bases); undefined: from each sequence's first block, or
+  /// solved in full if that has fewer tokens than d.
   at::Tensor start;
 
   static constexpr int64_t kSolve = -1;
