@@ -18,7 +18,7 @@ constexpr int64_t kLength = 61;  // eight blocks, the last one short
 RankTable unequal_ranks() {
   constexpr int64_t kGroups = 8, kLevels = 3;  // at least those of any model and length here
   RankTable table(2, kGroups, kLevels, {4, 8});
-  const Ranks choices[] = {{4, 8}, {16, 4}, {12, 16}, {8, 8}, {16, 16}};
+  const Ranks choices[] = {{4, 8}, {16, 4}, {6, 16}, {8, 8}, {16, 16}};  // none below d beyond the tokens of a block: it would be rounding
   for (int64_t i = 0; i < 2 * kGroups * kLevels; ++i) {
     table.at(i / (kGroups * kLevels), i / kLevels % kGroups, i % kLevels) = choices[i % 5];
   }
