@@ -79,8 +79,7 @@ at::Tensor key_only_pca(const Inputs& in, Ranks ranks, Geometry geometry, double
 /// Bases of the best approximation of another text, without its sinks.
 void calibrate_static(Layer& layer, const Inputs& other, const Geometry& geometry) {
   const auto gram = [&](const at::Tensor& x) {  // [G, d, d]
-    const auto rows = x.narrow(2, geometry.sink_tokens, x.size(2) - geometry.sink_tokens)[0].unflatten(0, {other.groups(), -1}).flatten(1, 2);
-    return at::bmm(rows.transpose(1, 2), rows).to(at::kDouble);
+    return token_gram(x.slice(2, geometry.sink_tokens), other.groups(), x.size(2) - geometry.sink_tokens)[0];
   };
   layer.static_scores = solve_basis(gram(other.q), gram(other.k));
   layer.static_values = solve_basis(gram(other.v), output_gram(other.w_o, other.groups(), other.head_dim()));

@@ -6,6 +6,8 @@
 #include "models/tensor_parallel.h"
 #include "policy/calibration.h"
 
+#include <optional>
+
 namespace drrl {
 
 Geometry geometry_flags() {
@@ -14,7 +16,24 @@ Geometry geometry_flags() {
   return {FLAGS_near_block, FLAGS_sink_tokens};
 }
 
-std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const at::Device& device) {
+namespace {
+
+/// The --policy file, read when it is first asked for.
+class CalibrationFlag {
+ public:
+  const Calibration& get() {
+    if (!calibration_) {
+      calibration_ = Calibration::load(FLAGS_policy);
+    }
+    return *calibration_;
+  }
+
+ private:
+  std::optional<Calibration> calibration_;
+};
+
+/// The rank policy that --attention, --rank_policy, --rank, --energy, --rank_budget and --policy describe; --attention=full is the policy "full".
+std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const at::Device& device, CalibrationFlag& calibration) {
   check(ErrorKind::kUsage, FLAGS_attention == "full" || FLAGS_attention == "lowrank", "--attention must be full or lowrank, got '",
         FLAGS_attention, "'");
   if (FLAGS_attention == "full" || FLAGS_rank_policy == "full") {
@@ -29,17 +48,15 @@ std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const a
   }
   check(ErrorKind::kUsage, FLAGS_rank_policy == "dp", "--rank_policy must be full, fixed, energy or dp, got '", FLAGS_rank_policy, "'");
   check(ErrorKind::kUsage, !FLAGS_policy.empty(), "--rank_policy=dp needs --policy=FILE, made by drrl-policy calibrate");
-  return make_dp_policy(Calibration::load(FLAGS_policy), FLAGS_rank_budget, buckets, FLAGS_basis_updates);
+  return make_dp_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates);
 }
 
-namespace {
-
 // Where bases start from: this process' KV groups of the calibration, if one is named.
-BasisOptions basis_flags(const ModelConfig& config, const Share& groups, const at::Device& device) {
+BasisOptions basis_flags(const ModelConfig& config, const Share& groups, const at::Device& device, CalibrationFlag& file) {
   check(ErrorKind::kUsage, FLAGS_basis_updates >= BasisOptions::kSolve, "--basis_updates must be at least -1, got ", FLAGS_basis_updates);
   BasisOptions options{.update_steps = FLAGS_basis_updates, .start = {}};
   if (!FLAGS_policy.empty() && FLAGS_attention == "lowrank") {
-    const Calibration calibration = Calibration::load(FLAGS_policy);
+    const Calibration& calibration = file.get();
     check(ErrorKind::kUsage,
           calibration.layers() == config.num_hidden_layers && calibration.groups() == config.num_key_value_heads &&
               calibration.head_dim() == config.head_dim,
@@ -54,11 +71,12 @@ BasisOptions basis_flags(const ModelConfig& config, const Share& groups, const a
 }  // namespace
 
 AttentionSetup attention_flags(const ModelConfig& config, const Mesh& mesh, const at::Device& device) {
-  const std::shared_ptr<RankPolicy> policy = rank_policy_flags(config, device);
+  CalibrationFlag calibration;
+  const std::shared_ptr<RankPolicy> policy = rank_policy_flags(config, device, calibration);
   check_agreement(mesh.world(), hash_bytes(policy->describe()), "the rank policy");
   AttentionSetup setup;
   const Share groups = partition(config.num_key_value_heads, mesh.tp().size(), mesh.tp().rank());
-  setup.controller = std::make_shared<LowRankController>(policy, geometry_flags(), basis_flags(config, groups, device), groups.begin);
+  setup.controller = std::make_shared<LowRankController>(policy, geometry_flags(), basis_flags(config, groups, device, calibration), groups.begin);
   const auto controller = setup.controller;
   setup.hooks.begin_step = [controller](int64_t) { controller->take_statistics(); };
   setup.hooks.end_step = [controller]() { return controller->take_statistics(); };

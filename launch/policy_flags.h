@@ -13,11 +13,9 @@ namespace drrl {
 /// --near_block and --sink_tokens. Errors: Error(kUsage).
 Geometry geometry_flags();
 
-/// The rank policy that --attention, --rank_policy, --rank, --energy, --rank_budget and --policy describe; --attention=full is the policy "full".
+/// A controller with the rank policy and bases that --attention, --rank_policy, --rank, --energy, --rank_budget, --policy and --basis_updates
+/// describe, checked to be the same on all ranks of the mesh (collective), and its figures for the trainer.
 /// Errors: Error(kUsage) for values that do not fit each other or the model; Error(kModel) for a damaged --policy file.
-std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const at::Device& device);
-
-/// A controller with that policy, checked to be the same on all ranks of the mesh (collective), and its figures for the trainer.
 struct AttentionSetup {
   std::shared_ptr<LowRankController> controller;
   PolicyHooks hooks;

@@ -122,8 +122,7 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
   TORCH_CHECK(damage_.size(3) == tree.num_levels(), "calibration on a sequence of ", q.size(2), " tokens with ", tree.num_levels(),
               " levels after others with ", damage_.size(3));
   const auto after_sinks = [&](const at::Tensor& x) {  // Gram of all rows of a group: [B, H or G, L, d] -> [G, d, d]
-    const auto rows = x.slice(2, tree.sinks()).unflatten(1, {groups, -1}).transpose(0, 1).reshape({groups, -1, d}).to(at::kFloat);
-    return at::bmm(rows.transpose(1, 2), rows).to(at::kCPU, at::kDouble);
+    return token_gram(x.slice(2, tree.sinks()), groups, x.size(2) - tree.sinks()).sum(0).to(at::kCPU);
   };
   const std::array grams = {after_sinks(q), after_sinks(k), after_sinks(v), output_gram(w_o, groups, d).to(at::kCPU)};
   for (int64_t i = 0; i < 4; ++i) {

@@ -154,6 +154,11 @@ inline int64_t visible(const Shape& shape, int64_t i, int64_t begin, int64_t cou
   return shape.causal ? std::clamp<int64_t>(shape.offset + i + 1 - begin, 0, count) : count;
 }
 
+// First query block that key block `block` is visible to.
+int64_t first_query_block(const Shape& shape, int64_t block) {
+  return shape.causal ? std::max<int64_t>(0, block * kKeyBlock - shape.offset) / kQueryBlock : 0;
+}
+
 }  // namespace
 
 bool kernel_available() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
@@ -344,10 +349,6 @@ int64_t backward_scratch_size(const Shape& shape) {
   return kKeyBlock * (3 * shape.qk + 2 * shape.v) + 2 * kQueryBlock * kScoreStride;
 }
 
-int64_t first_query_block(const Shape& shape, int64_t block) {
-  return shape.causal ? std::max<int64_t>(0, block * kKeyBlock - shape.offset) / kQueryBlock : 0;
-}
-
 void backward_block(const Shape& shape, const BackwardOperands& x, const float* packed_queries, int64_t block, const Order& order,
                     float* scratch) {
   const int64_t begin = block * kKeyBlock;
@@ -429,7 +430,6 @@ int64_t packed_queries_size(const Shape&) { return 0; }
 void pack_queries(const Shape&, const BackwardOperands&, int64_t, float*) {}
 int64_t backward_scratch_size(const Shape&) { return 0; }
 void backward_block(const Shape&, const BackwardOperands&, const float*, int64_t, const Order&, float*) {}
-int64_t first_query_block(const Shape&, int64_t) { return 0; }
 }  // namespace drrl::cpu
 
 #endif

@@ -109,7 +109,4 @@ struct Order {
 void backward_block(const Shape& shape, const BackwardOperands& x, const float* packed_queries, int64_t block, const Order& order,
                     float* scratch);
 
-/// First query block that key block `block` is visible to.
-int64_t first_query_block(const Shape& shape, int64_t block);
-
 }  // namespace drrl::cpu

@@ -9,7 +9,7 @@ namespace {
 // is always running.
 class Turns {
  public:
-  explicit Turns(const Shape& shape) : blocks_(shape.query_blocks()), shape_(shape), next_(static_cast<size_t>(shape.heads * blocks_)) {}
+  explicit Turns(const Shape& shape) : blocks_(shape.query_blocks()), next_(static_cast<size_t>(shape.heads * blocks_)) {}
 
   Order order(int64_t key_block) {
     return {this, key_block, [](void* self, int64_t mine, int64_t head, int64_t block) { static_cast<Turns*>(self)->wait(mine, head, block); },
@@ -29,7 +29,6 @@ class Turns {
   }
 
   int64_t blocks_;
-  Shape shape_;
   std::vector<std::atomic<int64_t>> next_;
 };
 

@@ -1,42 +1,19 @@
 // Token-by-token generation on 1, 2 and 3 tensor-parallel ranks, against passes over the whole sequence.
 #include "models/generate.h"
 #include "core/error.h"
-#include "distributed/mpi_group.h"
 #include "policy/controller.h"
-#include "tests/distributed/mpi_test.h"
 #include "tests/models/io_support.h"
 #include "tests/models/reference_llama.h"
+#include "tests/models/tensor_parallel_fixture.h"
 
 namespace drrl::test {
 namespace {
 
 constexpr int64_t kLength = 91;
+constexpr int64_t kLevels = 8;  // at least those of any length here
 
-// Every layer, group and level its own ranks.
-RankTable unequal_ranks() {
-  constexpr int64_t kGroups = 8, kLevels = 8;  // at least those of any model and length here
-  RankTable table(2, kGroups, kLevels, {4, 8});
-  const Ranks choices[] = {{4, 8}, {16, 4}, {6, 16}, {8, 8}, {16, 16}};  // none below d beyond the tokens of a block: it would be rounding
-  for (int64_t i = 0; i < 2 * kGroups * kLevels; ++i) {
-    table.at(i / (kGroups * kLevels), i / kLevels % kGroups, i % kLevels) = choices[i % 5];
-  }
-  return table;
-}
-
-std::vector<std::shared_ptr<RankPolicy>> policies() {
-  return {make_full_policy(), make_fixed_policy(6, 16), make_energy_policy(0.95, rank_buckets(at::kCPU, 16)),
-          make_table_policy(unequal_ranks(), "table")};
-}
-
-class GenerationTest : public MpiTest {
+class GenerationTest : public TensorParallelTest {
  protected:
-  void SetUp() override {
-    MpiTest::SetUp();
-    tp_ = make_mpi_group("tp", MPI_COMM_WORLD, std::chrono::seconds(30));
-    ASSERT_EQ(tp_.size(), size_);
-  }
-  void TearDown() override { MPI_Barrier(MPI_COMM_WORLD); }
-
   static std::vector<ModelConfig> configs() {
     std::vector<ModelConfig> both = {small_config(), small_gpt2_config()};
     for (ModelConfig& config : both) {
@@ -49,8 +26,6 @@ class GenerationTest : public MpiTest {
     set_weights(result, random_weights(config, 1), tp_);
     return result;
   }
-
-  Group tp_;
 };
 
 TEST_F(GenerationTest, EveryStepEqualsThePassOverTheWholeSequence) {
@@ -59,7 +34,7 @@ TEST_F(GenerationTest, EveryStepEqualsThePassOverTheWholeSequence) {
   for (const ModelConfig& config : configs()) {
     const Text text = random_text(config, 2, kLength);
     for (const Geometry geometry : size_ == 1 ? std::vector<Geometry>{{8, 2}, {16, 0}} : std::vector<Geometry>{{8, 2}}) {
-      for (const auto& policy : policies()) {
+      for (const auto& policy : rank_policies(kLevels)) {
         CausalLM m = model(config, std::make_shared<LowRankController>(policy, geometry));
         const at::Tensor whole = m.logits(text.tokens);
         for (const std::vector<int64_t>& prompt : prompts) {

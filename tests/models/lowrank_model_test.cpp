@@ -1,44 +1,21 @@
 // The model under every rank policy, on 1, 2 and 3 tensor-parallel ranks: strictly causal, one sequence at a time, the same on every layout,
 // and checkpointing changes no bit.
 #include "core/error.h"
-#include "distributed/mpi_group.h"
 #include "models/llama.h"
 #include "models/tensor_parallel.h"
 #include "policy/controller.h"
-#include "tests/distributed/mpi_test.h"
 #include "tests/models/reference_llama.h"
+#include "tests/models/tensor_parallel_fixture.h"
 
 namespace drrl::test {
 namespace {
 
 constexpr Geometry kGeometry{8, 2};
 constexpr int64_t kLength = 61;  // eight blocks, the last one short
+constexpr int64_t kLevels = 3;
 
-// Every layer, group and level its own ranks.
-RankTable unequal_ranks() {
-  constexpr int64_t kGroups = 8, kLevels = 3;  // at least those of any model and length here
-  RankTable table(2, kGroups, kLevels, {4, 8});
-  const Ranks choices[] = {{4, 8}, {16, 4}, {6, 16}, {8, 8}, {16, 16}};  // none below d beyond the tokens of a block: it would be rounding
-  for (int64_t i = 0; i < 2 * kGroups * kLevels; ++i) {
-    table.at(i / (kGroups * kLevels), i / kLevels % kGroups, i % kLevels) = choices[i % 5];
-  }
-  return table;
-}
-
-std::vector<std::shared_ptr<RankPolicy>> policies() {
-  return {make_full_policy(), make_fixed_policy(6, 16), make_energy_policy(0.95, rank_buckets(at::kCPU, 16)),
-          make_table_policy(unequal_ranks(), "table")};
-}
-
-class LowRankModel : public MpiTest {
+class LowRankModel : public TensorParallelTest {
  protected:
-  void SetUp() override {
-    MpiTest::SetUp();
-    tp_ = make_mpi_group("tp", MPI_COMM_WORLD, std::chrono::seconds(30));
-    ASSERT_EQ(tp_.size(), size_);
-  }
-  void TearDown() override { MPI_Barrier(MPI_COMM_WORLD); }
-
   CausalLM model(const std::shared_ptr<RankPolicy>& policy, const Group& tp, ModelOptions options = {}) const {
     const int64_t first_group = partition(config_.num_key_value_heads, tp.size(), tp.rank()).begin;
     CausalLM result(config_, tp, std::make_shared<LowRankController>(policy, kGeometry, BasisOptions{}, first_group), options);
@@ -46,13 +23,12 @@ class LowRankModel : public MpiTest {
     return result;
   }
 
-  Group tp_;
   ModelConfig config_ = small_config();
 };
 
 TEST_F(LowRankModel, TheFutureChangesNothingBeforeIt) {
   const Text text = random_text(config_, 2, kLength);
-  for (const auto& policy : policies()) {
+  for (const auto& policy : rank_policies(kLevels)) {
     SCOPED_TRACE(policy->describe());
     CausalLM m = model(policy, tp_);
     const at::Tensor before = m.logits(text.tokens);
@@ -68,7 +44,7 @@ TEST_F(LowRankModel, TheFutureChangesNothingBeforeIt) {
 
 TEST_F(LowRankModel, ASequenceDoesNotSeeItsNeighboursInTheBatch) {
   const Text text = random_text(config_, 3, kLength);
-  for (const auto& policy : policies()) {
+  for (const auto& policy : rank_policies(kLevels)) {
     SCOPED_TRACE(policy->describe());
     CausalLM m = model(policy, tp_);
     const at::Tensor together = m.logits(text.tokens);
@@ -80,7 +56,7 @@ TEST_F(LowRankModel, ASequenceDoesNotSeeItsNeighboursInTheBatch) {
 
 TEST_F(LowRankModel, LayoutsAgree) {
   const Text text = random_text(config_, 2, kLength);
-  for (const auto& policy : policies()) {
+  for (const auto& policy : rank_policies(kLevels)) {
     SCOPED_TRACE(policy->describe());
     CausalLM alone = model(policy, Group());
     CausalLM shared = model(policy, tp_);
@@ -101,7 +77,7 @@ TEST_F(LowRankModel, LayoutsAgree) {
 TEST_F(LowRankModel, LayoutsOfGpt2Agree) {
   config_ = small_gpt2_config();
   const Text text = random_text(config_, 2, kLength);
-  for (const auto& policy : policies()) {
+  for (const auto& policy : rank_policies(kLevels)) {
     SCOPED_TRACE(policy->describe());
     CausalLM alone = model(policy, Group());
     CausalLM shared = model(policy, tp_);
@@ -121,7 +97,7 @@ TEST_F(LowRankModel, LowRankReallyIsAtWork) {
 
 TEST_F(LowRankModel, CheckpointingChangesNoBit) {
   const Text text = random_text(config_, 2, kLength);
-  for (const auto& policy : policies()) {
+  for (const auto& policy : rank_policies(kLevels)) {
     SCOPED_TRACE(policy->describe());
     CausalLM kept = model(policy, tp_);
     CausalLM recomputed = model(policy, tp_, {.activation_checkpoint = true});
@@ -135,7 +111,7 @@ TEST_F(LowRankModel, CheckpointingChangesNoBit) {
 
 TEST_F(LowRankModel, Bfloat16IsClose) {
   const Text text = random_text(config_, 1, kLength);
-  for (const auto& policy : policies()) {
+  for (const auto& policy : rank_policies(kLevels)) {
     SCOPED_TRACE(policy->describe());
     const at::Tensor single = model(policy, tp_).loss(text.tokens, text.labels).loss_sum;
     const at::Tensor half = model(policy, tp_, {.dtype = at::kBFloat16}).loss(text.tokens, text.labels).loss_sum;

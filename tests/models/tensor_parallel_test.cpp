@@ -1,23 +1,16 @@
 // The model on 2, 3 and 4 tensor-parallel ranks, with uneven shares of everything, against the plain reference on the whole.
 #include "models/tensor_parallel.h"
 #include "core/error.h"
-#include "distributed/mpi_group.h"
 #include "models/llama.h"
-#include "tests/distributed/mpi_test.h"
 #include "tests/models/io_support.h"
 #include "tests/models/reference_llama.h"
+#include "tests/models/tensor_parallel_fixture.h"
 
 namespace drrl::test {
 namespace {
 
-class TensorParallel : public MpiTest {
+class TensorParallel : public TensorParallelTest {
  protected:
-  void SetUp() override {
-    MpiTest::SetUp();
-    tp_ = make_mpi_group("tp", MPI_COMM_WORLD, std::chrono::seconds(30));
-    ASSERT_EQ(tp_.size(), size_);
-  }
-
   // 3 groups on 2 ranks are 2 + 1, on 3 ranks 1 each; 4 ranks get 5 groups, 2 + 1 + 1 + 1.
   ModelConfig config() const {
     ModelConfig config = size_ < 4 ? small_config(6, 3) : small_config(10, 5);
@@ -37,9 +30,6 @@ class TensorParallel : public MpiTest {
     return path.data();
   }
 
-  void TearDown() override { MPI_Barrier(MPI_COMM_WORLD); }
-
-  Group tp_;
   std::unique_ptr<TemporaryDirectory> folder_;
 };
 
