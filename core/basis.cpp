@@ -159,6 +159,31 @@ at::Tensor tail_loss(const Basis& basis, const at::Tensor& gram_x, const at::Ten
   return at::cat({total, total - 2 * cross + square}, 1).clamp_min(0);
 }
 
+at::Tensor stale_loss(const at::Tensor& right, const at::Tensor& gram_x, const at::Tensor& gram_y) {
+  at::NoGradGuard no_grad;
+  check_grams("stale_loss", gram_x, gram_y);
+  TORCH_CHECK(right.sizes() == gram_x.sizes(), "stale_loss: a basis ", right.sizes(), " for Grams ", gram_x.sizes());
+  auto result = at::empty({right.size(0), right.size(1) + 1}, gram_x.options());
+  const auto fill = [&](int64_t begin, int64_t end) {
+    const auto x = gram_x.slice(0, begin, end), y = gram_y.slice(0, begin, end);
+    auto p = right.slice(0, begin, end).to(at::kDouble);
+    p = p / at::linalg_vector_norm(p, 2, {1}, /*keepdim=*/true).clamp_min(1e-300);
+    const auto y_p = at::matmul(y, p);
+    const auto factor = shifted_cholesky(at::matmul(p.transpose(1, 2), y_p));
+    // Columns w_i of Y^T Y p C^-T: Y^T times an orthonormal basis of the range of Y p, one vector after the other.
+    const auto w = at::linalg_solve_triangular(factor, y_p.transpose(1, 2), /*upper=*/false);  // [n, d rows, d]
+    const auto kept = (at::matmul(w, x) * w).sum(2).cumsum(1);
+    const auto total = (x * y).sum({1, 2}).unsqueeze(1);
+    result.slice(0, begin, end).copy_(at::cat({total, total - kept}, 1).clamp_min(0));
+  };
+  if (gram_x.is_cuda()) {
+    fill(0, right.size(0));
+  } else {
+    for_each_share(right.size(0), fill);
+  }
+  return result;
+}
+
 at::Tensor residual_factor(const Basis& basis, const at::Tensor& gram, const at::Tensor& keys) {
   TORCH_CHECK(basis.left.dim() == 3 && basis.left.sizes() == basis.right.sizes() && basis.left.size(0) == gram.size(0) &&
                   basis.left.size(1) == gram.size(1) && keys.sizes() == gram.sizes().slice(0, 1),

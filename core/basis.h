@@ -48,6 +48,13 @@ Basis update_basis(const at::Tensor& right, const at::Tensor& gram_x, const at::
 /// returns [N, d + 1] float64; column r is the loss at rank r, column 0 is `total` = tr(G_x G_y) = ||X Y^T||_F^2.
 at::Tensor tail_loss(const Basis& basis, const at::Tensor& gram_x, const at::Tensor& gram_y);
 
+/// What `right` would lose at every rank on data with these Grams if only its partner were made anew: min over left of
+/// || X Y^T - X left right[:, :r]^T Y^T ||_F^2 for every r at once (Gram-Schmidt: one Cholesky factorization, no decomposition). `update_basis` from there
+/// never loses more, so this is the certificate of a basis before any work is put into it.
+///
+/// right [N, d, d]; Grams as for solve_basis. Returns [N, d + 1] float64, column 0 is ||X Y^T||_F^2.
+at::Tensor stale_loss(const at::Tensor& right, const at::Tensor& gram_x, const at::Tensor& gram_y);
+
 /// Columns of residual_factor: enough for most of what a projection drops, few enough to cost little.
 inline constexpr int64_t kResidualColumns = 16;
 

@@ -46,4 +46,13 @@ int64_t BlockTree::pair_index(int64_t level, int64_t i) const {
   return first->first_pair + i;
 }
 
+const PairRun& BlockTree::run_of(int64_t pair) const {
+  for (const PairRun& run : runs_) {
+    if (pair >= run.first_pair && pair < run.first_pair + run.count) {
+      return run;
+    }
+  }
+  TORCH_CHECK(false, "BlockTree: pair ", pair, " of ", num_pairs());
+}
+
 }  // namespace drrl

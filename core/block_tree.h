@@ -47,6 +47,8 @@ class BlockTree {
   int64_t num_pairs() const noexcept { return num_blocks_ > 0 ? num_blocks_ - 1 : 0; }
   /// Number of pair `i` of a level among all pairs. Errors: c10::Error if there is no such pair.
   int64_t pair_index(int64_t level, int64_t i) const;
+  /// The run that pair number `pair` of the tree is in. Errors: c10::Error if there is no such pair.
+  const PairRun& run_of(int64_t pair) const;
   int64_t num_levels() const noexcept { return num_levels_; }
   /// Level by level, from the shortest to the longest distance; at most two runs a level. Pairs are numbered in this order.
   const std::vector<PairRun>& runs() const noexcept { return runs_; }

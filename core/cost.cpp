@@ -33,6 +33,11 @@ double basis_update_flops(int64_t d, int64_t rank, int64_t steps) {
   return (2.0 * static_cast<double>(steps) + 1) * (2 * n * n * r + 4 * n * r * r + r * r * r / 3);
 }
 
+double stale_loss_flops(int64_t d) {
+  const double cube = static_cast<double>(d) * d * d;
+  return cube * (3 * 2 + 1.0 / 3 + 1);
+}
+
 double residual_factor_flops(int64_t d, int64_t rank) {
   const double n = static_cast<double>(d), r = static_cast<double>(rank), m = static_cast<double>(std::min(kResidualColumns, d));
   return 2 * (8 * n * r * m + 2 * n * n * m) + 3 * n * m * m + m * m * m / 3;
@@ -68,7 +73,7 @@ AttentionFlops exact_part_flops(const BlockTree& tree, int64_t batch, int64_t he
   AttentionFlops flops;
   flops.near = 4 * d * all_heads * passes * (complete * triangle(block) + triangle(static_cast<double>(tree.last_block_rows())));
   flops.sinks = 4 * d * all_heads * passes * (triangle(sinks) + sinks * static_cast<double>(tree.sequence_length() - tree.sinks()));
-  flops.grams = 2 * d * d * block * complete * (all_heads + 2.0 * static_cast<double>(batch * groups));
+  flops.grams = 2 * d * block * complete * (d * (all_heads + 2.0 * static_cast<double>(batch * groups)) + all_heads);  // and attention_mass
   return flops;
 }
 

@@ -49,6 +49,9 @@ double basis_solve_flops(int64_t d);
 /// triangular solves 2 d r^2.
 double basis_update_flops(int64_t d, int64_t rank, int64_t steps);
 
+/// Operations of stale_loss: three products 2 d^3, Cholesky d^3/3, a triangular solve d^3.
+double stale_loss_flops(int64_t d);
+
 /// Operations of residual_factor: C applied twice to m columns (8 d r m + 2 d^2 m each), a product, a Cholesky factorization and a triangular solve.
 double residual_factor_flops(int64_t d, int64_t rank);
 

@@ -1,17 +1,26 @@
 #include "core/gram.h"
 
+#include <cmath>
+
 #include "core/rows.h"
 
 namespace drrl {
 namespace {
 
+constexpr double kEvenShare = 0.1;  // of attention_mass
+
+at::Tensor at_least_float(const at::Tensor& x) {
+  return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf ? x.to(at::kFloat) : x;
+}
+
 // x [B, H, L, d] -> [B, G, blocks, d, d]: X^T X of each of `blocks` blocks of `rows` tokens from token `begin` on, summed over a group's heads.
-at::Tensor block_grams(const at::Tensor& x, int64_t groups, int64_t begin, int64_t blocks, int64_t rows) {
+// weights [B, G, blocks, rows] (one head a group), if any, weigh the rows.
+at::Tensor block_grams(const at::Tensor& x, int64_t groups, int64_t begin, int64_t blocks, int64_t rows, const at::Tensor& weights = {}) {
   const int64_t d = x.size(3);
   const int64_t heads = x.size(1) / groups;
-  auto stacked = token_runs(x, groups, begin, blocks, rows, rows).reshape({-1, heads * rows, d});
-  if (stacked.scalar_type() == at::kBFloat16 || stacked.scalar_type() == at::kHalf) {
-    stacked = stacked.to(at::kFloat);
+  auto stacked = at_least_float(token_runs(x, groups, begin, blocks, rows, rows).reshape({-1, heads * rows, d}));
+  if (weights.defined()) {
+    stacked = stacked * weights.reshape({-1, rows, 1}).sqrt();
   }
   return at::bmm(stacked.transpose(1, 2), stacked).view({x.size(0), groups, blocks, d, d}).to(at::kDouble);
 }
@@ -34,7 +43,21 @@ at::Tensor sum_up_tree(at::Tensor nodes, const BlockTree& tree) {
 
 }  // namespace
 
-PairGrams pair_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const BlockTree& tree) {
+at::Tensor attention_mass(const at::Tensor& mean_queries, const at::Tensor& keys) {
+  at::NoGradGuard no_grad;
+  const int64_t rows = keys.size(-2), d = keys.size(-1);
+  const auto scores = at::matmul(at_least_float(mean_queries), at_least_float(keys).transpose(-2, -1)) / std::sqrt(static_cast<double>(d));
+  return at::softmax(scores, -1).mean(-2) * ((1 - kEvenShare) * static_cast<double>(rows)) + kEvenShare;
+}
+
+at::Tensor attention_mass(const at::Tensor& q, const at::Tensor& k, const BlockTree& tree) {
+  at::NoGradGuard no_grad;
+  const int64_t groups = k.size(1), rows = tree.geometry().near_block, blocks = tree.num_blocks() - 1;
+  const auto blocks_of = [&](const at::Tensor& x) { return token_runs(x, groups, tree.sinks(), blocks, rows, rows); };  // [B, G, blocks, g, rows, d]
+  return attention_mass(at_least_float(blocks_of(q)).mean(4), blocks_of(k).squeeze(3));
+}
+
+PairGrams pair_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const BlockTree& tree, const at::Tensor& key_weights) {
   TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes(), "pair_grams: q ", q.sizes(), ", k ", k.sizes(), ", v ",
               v.sizes(), ", expected q [B, H, L, d] and k, v [B, G, L, d]");
   TORCH_CHECK(q.size(2) == tree.sequence_length() && k.size(2) == tree.sequence_length(), "pair_grams: q ", q.sizes(), ", k ",
@@ -44,17 +67,20 @@ PairGrams pair_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   const int64_t groups = k.size(1);
   // The last block is never on the left of a pair, so every block used here is complete.
   const int64_t blocks = tree.num_blocks() - 1;
-  const auto of_pairs = [&](const at::Tensor& x) {
-    return sum_up_tree(block_grams(x, groups, tree.sinks(), blocks, tree.geometry().near_block), tree);
+  const int64_t rows = tree.geometry().near_block;
+  TORCH_CHECK(!key_weights.defined() || key_weights.sizes() == at::IntArrayRef({k.size(0), groups, blocks, rows}), "pair_grams: weights ",
+              key_weights.sizes(), ", expected [", k.size(0), ", ", groups, ", ", blocks, ", ", rows, "]");
+  const auto of_pairs = [&](const at::Tensor& x, const at::Tensor& weights) {
+    return sum_up_tree(block_grams(x, groups, tree.sinks(), blocks, rows, weights), tree);
   };
-  return {of_pairs(q), of_pairs(k), of_pairs(v)};
+  return {of_pairs(q, {}), of_pairs(k, key_weights), of_pairs(v, key_weights)};
 }
 
-at::Tensor token_gram(const at::Tensor& x, int64_t groups, int64_t rows) {
+at::Tensor token_gram(const at::Tensor& x, int64_t groups, int64_t rows, const at::Tensor& weights) {
   TORCH_CHECK(x.dim() == 4 && groups > 0 && x.size(1) % groups == 0 && rows > 0 && x.size(2) % rows == 0, "token_gram: x ", x.sizes(), " for ",
               groups, " groups and runs of ", rows, " tokens");
   at::NoGradGuard no_grad;
-  return block_grams(x, groups, 0, x.size(2) / rows, rows).sum(2);
+  return block_grams(x, groups, 0, x.size(2) / rows, rows, weights).sum(2);
 }
 
 at::Tensor output_gram(const at::Tensor& w_o, int64_t groups, int64_t head_dim) {

@@ -59,7 +59,7 @@ class UniformPolicy final : public RankPolicy {
  public:
   explicit UniformPolicy(Ranks ranks) : ranks_(ranks) {}
   std::vector<Ranks> decide(const LayerObservation& o) override {
-    return std::vector<Ranks>(static_cast<size_t>(o.batch * o.groups * o.tree.num_pairs()), ranks_);
+    return std::vector<Ranks>(static_cast<size_t>(o.items()), ranks_);
   }
   std::string describe() const override { return "uniform " + to_string(ranks_); }
 

@@ -14,14 +14,23 @@
 #include "models/token_file.h"
 #include "policy/calibration.h"
 #include "policy/controller.h"
+#include "policy/agent_training.h"
+#include "policy/traces.h"
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <gflags/gflags.h>
 
 #include <cstdio>
-#include <cstring>
 #include <iostream>
+#include <map>
+#include <memory>
+#include <optional>
+#include <sstream>
 
+DEFINE_string(traces, "", "file that drrl-policy record writes and train reads, which takes several, with commas between");
+DEFINE_int64(held_out, 1, "sequences of each trace file that drrl-policy train does not learn from but judges by");
+DEFINE_int64(fit_steps, 300, "of drrl-policy train, value fit");
+DEFINE_int64(reward_steps, 300, "of drrl-policy train, policy gradient");
 DEFINE_int64(calibration_tokens, 8192, "text to calibrate on, from evenly spread sequences of --data, rounded up to whole ones [tokens]");
 
 namespace drrl {
@@ -93,36 +102,33 @@ void print_damage(const Calibration& c) {
   std::fflush(stdout);
 }
 
-ExitCode calibrate(const Environment& environment) {
-  require("model", FLAGS_model);
-  require("data", FLAGS_data);
-  require("policy", FLAGS_policy);
-  check(ErrorKind::kUsage, FLAGS_calibration_tokens >= 1, "--calibration_tokens must be at least 1, got ", FLAGS_calibration_tokens);
-  const MeshShape shape = mesh_flags(environment);
-  const at::Device device = device_flag(environment);
-  const ModelConfig config = ModelConfig::load(FLAGS_model);
-  const Geometry geometry = geometry_flags();
-  check(ErrorKind::kUsage, FLAGS_seq_len > geometry.near_block + geometry.sink_tokens && FLAGS_seq_len <= config.max_position_embeddings,
-        "--seq_len=", FLAGS_seq_len, " must be more than --near_block + --sink_tokens = ", geometry.near_block + geometry.sink_tokens,
-        " and at most ", config.max_position_embeddings, ", the positions of ", FLAGS_model);
-  const auto file = open_token_file(FLAGS_data, config, environment);
-  const SequenceDataset data(file, 0, file->tokens(), FLAGS_seq_len, FLAGS_seed);
-  const int64_t windows = std::min(data.windows(), (FLAGS_calibration_tokens + FLAGS_seq_len - 1) / FLAGS_seq_len);
-
-  const Mesh mesh = Mesh::create(environment, shape, device, std::chrono::seconds(FLAGS_timeout_s));
-  guarded(environment, [&] {
-    const bool leader = environment.world_rank == 0;
-    std::vector<int64_t> ranks = rank_buckets(device, config.head_dim);
+/// What both commands need: the model with exact attention that measures, and sequences of text evenly spread over --data.
+class Measurement {
+ public:
+  explicit Measurement(const Environment& environment)
+      : environment_(environment), shape_(mesh_flags(environment)), device(device_flag(environment)), config(ModelConfig::load(FLAGS_model)),
+        geometry(geometry_flags()), ranks(rank_buckets(device, config.head_dim)) {
+    check(ErrorKind::kUsage, FLAGS_calibration_tokens >= 1, "--calibration_tokens must be at least 1, got ", FLAGS_calibration_tokens);
+    check(ErrorKind::kUsage, FLAGS_seq_len > geometry.near_block + geometry.sink_tokens && FLAGS_seq_len <= config.max_position_embeddings,
+          "--seq_len=", FLAGS_seq_len, " must be more than --near_block + --sink_tokens = ", geometry.near_block + geometry.sink_tokens,
+          " and at most ", config.max_position_embeddings, ", the positions of ", FLAGS_model);
     ranks.pop_back();  // exact does no damage
     check(ErrorKind::kUsage, !ranks.empty(), "a head_dim of ", config.head_dim, " has no smaller ranks to calibrate");
-    const auto controller = std::make_shared<CalibrationController>(config.num_hidden_layers, geometry, ranks);
-    CausalLM model(config, mesh.tp(), controller, {.dtype = dtype_flag("dtype", FLAGS_dtype), .device = device, .activation_checkpoint = false});
-    model.load(FLAGS_model);
-    for (Parameter& parameter : model.parameters()) {  // only activations' gradients are wanted; the embedding starts the graph
-      parameter.value.requires_grad_(&parameter == &model.parameters().front());
+    const auto file = open_token_file(FLAGS_data, config, environment);
+    data_.emplace(file, 0, file->tokens(), FLAGS_seq_len, FLAGS_seed);
+    windows = std::min(data_->windows(), (FLAGS_calibration_tokens + FLAGS_seq_len - 1) / FLAGS_seq_len);
+    mesh_.emplace(Mesh::create(environment, shape_, device, std::chrono::seconds(FLAGS_timeout_s)));
+  }
+
+  /// Collective over the world.
+  void load(const char* program) {
+    controller = std::make_shared<CalibrationController>(config.num_hidden_layers, geometry, ranks);
+    model = new_model(controller);
+    for (Parameter& parameter : model->parameters()) {  // only activations' gradients are wanted; the embedding starts the graph
+      parameter.value.requires_grad_(&parameter == &model->parameters().front());
     }
-    if (leader) {
-      print_banner(std::cout, "drrl-policy calibrate",
+    if (leader()) {
+      print_banner(std::cout, program,
                    {{"model", FLAGS_model}, {"data", c10::str(FLAGS_data, ": ", windows, " sequences of ", FLAGS_seq_len)},
                     {"ranks", c10::str(c10::IntArrayRef(ranks))}, {"versions", version_line()}});
       for (const std::string& warning : config.warnings) {
@@ -130,21 +136,75 @@ ExitCode calibrate(const Environment& environment) {
       }
     }
     // All ranks of a tensor-parallel group must draw the same labels.
-    at::Generator generator = at::detail::getDefaultCPUGenerator();
-    generator.set_current_seed(FLAGS_seed * 1000003 + static_cast<uint64_t>(mesh.dp().rank()));
-    double tokens = 0;
-    for (int64_t i = mesh.dp().rank(); i < windows; i += mesh.dp().size()) {
-      const Batch batch = data.ordered(i * data.windows() / windows, 1);
-      const at::Tensor labels = sampled_labels(model, batch.tokens);
-      model.loss(batch.tokens, labels).loss_sum.backward();
-      model.parameters().front().value.mutable_grad().reset();
-      tokens += static_cast<double>(FLAGS_seq_len);
-      if (leader) {
-        std::cout << "sequence " << i + 1 << " of " << windows << std::endl;
-      }
+    generator_.set_current_seed(FLAGS_seed * 1000003 + static_cast<uint64_t>(mesh().dp().rank()));
+  }
+
+  std::unique_ptr<CausalLM> new_model(const std::shared_ptr<AttentionController>& attention) const {
+    auto result = std::make_unique<CausalLM>(config, mesh().tp(), attention,
+                                             ModelOptions{.dtype = dtype_flag("dtype", FLAGS_dtype), .device = device, .activation_checkpoint = false});
+    result->load(FLAGS_model);
+    return result;
+  }
+
+  bool leader() const { return environment_.world_rank == 0; }
+  const Mesh& mesh() const { return *mesh_; }
+  /// This process' KV groups of the model's.
+  Share groups() const { return partition(config.num_key_value_heads, mesh().tp().size(), mesh().tp().rank()); }
+  at::Tensor tokens(int64_t sequence) const { return data_->ordered(sequence * data_->windows() / windows, 1).tokens; }
+
+  /// Calls visit(sequence) for each of this data-parallel rank's sequences.
+  template <typename Visit>
+  void for_each_sequence(const Visit& visit) const {
+    for (int64_t i = mesh().dp().rank(); i < windows; i += mesh().dp().size()) {
+      visit(i);
     }
-    Calibration result = gathered(*controller, config, mesh, tokens);
-    result.geometry = geometry;
+  }
+
+  /// One backward pass over a sequence with labels of the model's own: adds to what the controller has measured.
+  void measure(int64_t sequence) {
+    const at::Tensor x = tokens(sequence);
+    model->loss(x, sampled_labels(*model, x)).loss_sum.backward();
+    model->parameters().front().value.mutable_grad().reset();
+  }
+
+ private:
+  const Environment& environment_;
+  MeshShape shape_;
+
+ public:
+  at::Device device;
+  ModelConfig config;
+  Geometry geometry;
+  std::vector<int64_t> ranks;
+  int64_t windows = 0;
+  std::shared_ptr<CalibrationController> controller;
+  std::unique_ptr<CausalLM> model;
+
+ private:
+  std::optional<SequenceDataset> data_;
+  std::optional<Mesh> mesh_;
+  at::Generator generator_ = at::detail::getDefaultCPUGenerator();
+};
+
+ExitCode calibrate(const Environment& environment) {
+  require("model", FLAGS_model);
+  require("data", FLAGS_data);
+  require("policy", FLAGS_policy);
+  Measurement m(environment);
+  const Mesh& mesh = m.mesh();
+  guarded(environment, [&] {
+    m.load("drrl-policy calibrate");
+    double tokens = 0;
+    m.for_each_sequence([&](int64_t sequence) {
+      m.measure(sequence);
+      tokens += static_cast<double>(FLAGS_seq_len);
+      if (m.leader()) {
+        std::cout << "sequence " << sequence + 1 << " of " << m.windows << std::endl;
+      }
+    });
+    const std::vector<int64_t>& ranks = m.ranks;
+    Calibration result = gathered(*m.controller, m.config, mesh, tokens);
+    result.geometry = m.geometry;
     result.seq_len = FLAGS_seq_len;
     result.model = FLAGS_model;
     result.data = FLAGS_data;
@@ -153,24 +213,22 @@ ExitCode calibrate(const Environment& environment) {
     // The damages are those of one item at a time. Errors of many layers do not add up independently, those of values less so than those of scores, so
     // each kind is scaled to what is measured when all its items have the middle rank at once.
     const size_t middle = (ranks.size() - 1) / 2;
-    const Share groups = partition(config.num_key_value_heads, mesh.tp().size(), mesh.tp().rank());
-    const BasisOptions bases{.update_steps = FLAGS_basis_updates, .start = result.bases.narrow(1, groups.begin, groups.count).to(device)};
-    const auto low_controller = std::make_shared<LowRankController>(make_full_policy(), geometry, bases, groups.begin);
-    CausalLM low(config, mesh.tp(), low_controller, {.dtype = dtype_flag("dtype", FLAGS_dtype), .device = device});
-    low.load(FLAGS_model);
+    const Share groups = m.groups();
+    const BasisOptions bases{.update_steps = FLAGS_basis_updates, .start = result.bases.narrow(1, groups.begin, groups.count).to(m.device)};
+    const auto low_controller = std::make_shared<LowRankController>(make_full_policy(), m.geometry, bases, groups.begin);
+    const auto low = m.new_model(low_controller);
+    const int64_t d = m.config.head_dim;
     for (int64_t kind = 0; kind < 2; ++kind) {
-      const Ranks chosen = kind == 0 ? Ranks{ranks[middle], config.head_dim} : Ranks{config.head_dim, ranks[middle]};
-      low_controller->set_policy(make_table_policy(
-          RankTable(config.num_hidden_layers, config.num_key_value_heads, BlockTree(FLAGS_seq_len, geometry).num_levels(), chosen), "middle rank"));
+      low_controller->set_policy(
+          make_table_policy(RankTable(result.layers(), result.groups(), result.levels(), kind == 0 ? Ranks{ranks[middle], d} : Ranks{d, ranks[middle]}),
+                            "middle rank"));
       double nats = 0;
-      for (int64_t i = mesh.dp().rank(); i < windows; i += mesh.dp().size()) {
-        nats += divergence(model, low, data.ordered(i * data.windows() / windows, 1).tokens);
-      }
+      m.for_each_sequence([&](int64_t sequence) { nats += divergence(*m.model, *low, m.tokens(sequence)); });
       auto together = at::tensor({nats}, at::kDouble);
       mesh.dp().all_reduce(together);
       const double measured = together[0].item<double>() / static_cast<double>(result.tokens);
       const double summed = result.damage.select(2, kind).select(3, static_cast<int64_t>(middle)).sum().item<double>();
-      if (leader) {
+      if (m.leader()) {
         std::cout << (kind == 0 ? "scores" : "values") << " of all layers at rank " << ranks[middle] << ": " << measured << " nats per token, " << summed
                   << " summed over layers" << std::endl;
       }
@@ -178,7 +236,7 @@ ExitCode calibrate(const Environment& environment) {
         result.damage.select(2, kind) *= measured / summed;
       }
     }
-    if (leader) {
+    if (m.leader()) {
       result.save(FLAGS_policy);
       print_damage(result);
       std::cout << "wrote " << FLAGS_policy << std::endl;
@@ -188,17 +246,103 @@ ExitCode calibrate(const Environment& environment) {
   return ExitCode::kSuccess;
 }
 
+/// Traces for the learned policy: of every sequence what each pair looked like and, for two independent draws of labels, what each rank would have
+/// cost it.
+ExitCode record(const Environment& environment) {
+  require("model", FLAGS_model);
+  require("data", FLAGS_data);
+  require("policy", FLAGS_policy);
+  require("traces", FLAGS_traces);
+  Measurement m(environment);
+  const Calibration calibration = Calibration::load(FLAGS_policy);
+  check_calibration(calibration, m.config);
+  check(ErrorKind::kUsage, calibration.ranks == m.ranks && calibration.geometry == m.geometry, "--policy=", FLAGS_policy, " is of ranks ",
+        c10::IntArrayRef(calibration.ranks), ", near_block ", calibration.geometry.near_block, " and sink_tokens ", calibration.geometry.sink_tokens,
+        ", the options say ", c10::IntArrayRef(m.ranks), ", ", m.geometry.near_block, " and ", m.geometry.sink_tokens);
+  guarded(environment, [&] {
+    m.load("drrl-policy record");
+    const Share groups = m.groups();
+    m.controller->record(calibration.bases.narrow(1, groups.begin, groups.count).to(m.device));
+    Traces traces(m.windows, m.config.num_hidden_layers, m.config.num_key_value_heads, BlockTree(FLAGS_seq_len, m.geometry).num_pairs(), m.ranks);
+    m.for_each_sequence([&](int64_t sequence) {
+      for (int64_t draw = 0; draw < Traces::kDraws; ++draw) {
+        m.measure(sequence);
+        traces.put(sequence, draw, groups.begin, m.controller->states(), m.controller->pair_damage());
+      }
+      if (m.leader()) {
+        std::cout << "sequence " << sequence + 1 << " of " << m.windows << std::endl;
+      }
+    });
+    m.mesh().world().all_reduce(traces.state);
+    m.mesh().world().all_reduce(traces.damage);
+    if (m.leader()) {
+      traces.seq_len = FLAGS_seq_len;
+      traces.geometry = m.geometry;
+      traces.heads_per_group = m.config.num_attention_heads / m.config.num_key_value_heads;
+      traces.calibration = calibration.digest();
+      traces.save(FLAGS_traces);
+      std::cout << "wrote " << FLAGS_traces << std::endl;
+    }
+    m.mesh().world().barrier();
+  });
+  return ExitCode::kSuccess;
+}
+
+std::vector<std::string> split(const std::string& list) {
+  std::vector<std::string> items;
+  std::istringstream stream(list);
+  for (std::string item; std::getline(stream, item, ',');) {
+    items.push_back(item);
+  }
+  return items;
+}
+
+/// The agent of --policy, from traces; written into the same file. One process: a few seconds to minutes of small matrices.
+ExitCode train(const Environment& environment) {
+  require("policy", FLAGS_policy);
+  require("traces", FLAGS_traces);
+  check(ErrorKind::kUsage, environment.world_size == 1, "drrl-policy train runs in one process, not in ", environment.world_size);
+  check(ErrorKind::kUsage, FLAGS_fit_steps >= 0 && FLAGS_reward_steps >= 0, "--fit_steps and --reward_steps must not be negative, got ", FLAGS_fit_steps,
+        " and ", FLAGS_reward_steps);
+  const Calibration calibration = Calibration::load(FLAGS_policy);
+  std::vector<Traces> traces;
+  for (const std::string& file : split(FLAGS_traces)) {
+    traces.push_back(Traces::load(file));
+  }
+  AgentTrainingOptions options;
+  options.fit_steps = FLAGS_fit_steps;
+  options.reward_steps = FLAGS_reward_steps;
+  options.held_out = FLAGS_held_out;
+  options.buckets = rank_buckets(device_flag(environment), calibration.head_dim());
+  options.update_steps = FLAGS_basis_updates;
+  options.seed = FLAGS_seed;
+  RankAgent agent(calibration.layers(), calibration.groups(), calibration.ranks, FLAGS_seed);
+  const auto reports = train_agent(agent, calibration, traces, options, [](const std::string& line) { std::cout << line << std::endl; });
+  std::printf("held-out damage in 1e-3 nats per token at equal operations:\n%6s %7s %9s %9s %9s %9s   %s\n", "L", "budget", "dp", "refitted", "agent", "oracle",
+              "agent's operations at its own price");
+  for (const BudgetReport& r : reports) {
+    std::printf("%6lld %7.3f %9.4f %9.4f %9.4f %9.4f   %.4f\n", static_cast<long long>(r.seq_len), r.budget, 1e3 * r.dp, 1e3 * r.refitted, 1e3 * r.agent,
+                1e3 * r.oracle, r.agent_operations);
+  }
+  agent.save(FLAGS_policy, calibration);
+  std::cout << "wrote " << FLAGS_policy << std::endl;
+  return ExitCode::kSuccess;
+}
+
 }  // namespace
 }  // namespace drrl
 
 int main(int argc, char** argv) {
-  const bool known = argc > 1 && (std::strcmp(argv[1], "calibrate") == 0 || argv[1][0] == '-');
-  if (!known) {
-    std::fprintf(stderr, "usage: drrl-policy calibrate --model DIR --data PREFIX --policy FILE [options] (--help lists them)\n");
+  using Command = drrl::ExitCode (*)(const drrl::Environment&);
+  const std::map<std::string, Command> commands = {{"calibrate", &drrl::calibrate}, {"record", &drrl::record}, {"train", &drrl::train}};
+  const auto command = commands.find(argc > 1 ? argv[1] : "");
+  if (command == commands.end() && (argc < 2 || argv[1][0] != '-')) {
+    std::fprintf(stderr, "usage: drrl-policy calibrate|record|train --policy FILE [options] (--help lists them)\n");
     return static_cast<int>(drrl::ExitCode::kUsage);
   }
-  const int skipped = argv[1][0] == '-' ? 0 : 1;
+  const int skipped = command == commands.end() ? 0 : 1;  // options alone: --help
   argv[skipped] = argv[0];
-  return drrl::run_program(argc - skipped, argv + skipped, "drrl-policy calibrate: measures how much each layer suffers at each rank.",
-                           &drrl::calibrate);
+  return drrl::run_program(argc - skipped, argv + skipped,
+                           "drrl-policy calibrate: measures how much each layer suffers at each rank; record: traces for a policy that learns; train: learns from them.",
+                           skipped == 0 ? &drrl::calibrate : command->second);
 }

@@ -4,6 +4,7 @@
 #include "distributed/agreement.h"
 #include "launch/flags.h"
 #include "models/tensor_parallel.h"
+#include "policy/agent.h"
 #include "policy/calibration.h"
 
 #include <optional>
@@ -14,6 +15,15 @@ Geometry geometry_flags() {
   check(ErrorKind::kUsage, FLAGS_near_block >= 1, "--near_block must be at least 1, got ", FLAGS_near_block);
   check(ErrorKind::kUsage, FLAGS_sink_tokens >= 0, "--sink_tokens must not be negative, got ", FLAGS_sink_tokens);
   return {FLAGS_near_block, FLAGS_sink_tokens};
+}
+
+void check_calibration(const Calibration& calibration, const ModelConfig& config) {
+  check(ErrorKind::kUsage,
+        calibration.layers() == config.num_hidden_layers && calibration.groups() == config.num_key_value_heads &&
+            calibration.head_dim() == config.head_dim,
+        "--policy=", FLAGS_policy, " is of a model with ", calibration.layers(), " layers, ", calibration.groups(), " KV groups and head_dim ",
+        calibration.head_dim(), " (", calibration.model, "), ", FLAGS_model, " has ", config.num_hidden_layers, ", ", config.num_key_value_heads,
+        " and ", config.head_dim);
 }
 
 namespace {
@@ -46,9 +56,14 @@ std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const a
   if (FLAGS_rank_policy == "energy") {
     return make_energy_policy(FLAGS_energy, buckets);
   }
-  check(ErrorKind::kUsage, FLAGS_rank_policy == "dp", "--rank_policy must be full, fixed, energy or dp, got '", FLAGS_rank_policy, "'");
-  check(ErrorKind::kUsage, !FLAGS_policy.empty(), "--rank_policy=dp needs --policy=FILE, made by drrl-policy calibrate");
-  return make_dp_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates);
+  check(ErrorKind::kUsage, FLAGS_rank_policy == "dp" || FLAGS_rank_policy == "rl", "--rank_policy must be full, fixed, energy, dp or rl, got '",
+        FLAGS_rank_policy, "'");
+  check(ErrorKind::kUsage, !FLAGS_policy.empty(), "--rank_policy=", FLAGS_rank_policy, " needs --policy=FILE, made by drrl-policy ",
+        FLAGS_rank_policy == "dp" ? "calibrate" : "train");
+  if (FLAGS_rank_policy == "dp") {
+    return make_dp_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates);
+  }
+  return make_rl_policy(calibration.get(), RankAgent::load(FLAGS_policy, calibration.get()), FLAGS_rank_budget, buckets, FLAGS_basis_updates);
 }
 
 // Where bases start from: this process' KV groups of the calibration, if one is named.
@@ -57,12 +72,7 @@ BasisOptions basis_flags(const ModelConfig& config, const Share& groups, const a
   BasisOptions options{.update_steps = FLAGS_basis_updates, .start = {}};
   if (!FLAGS_policy.empty() && FLAGS_attention == "lowrank") {
     const Calibration& calibration = file.get();
-    check(ErrorKind::kUsage,
-          calibration.layers() == config.num_hidden_layers && calibration.groups() == config.num_key_value_heads &&
-              calibration.head_dim() == config.head_dim,
-          "--policy=", FLAGS_policy, " is of a model with ", calibration.layers(), " layers, ", calibration.groups(), " KV groups and head_dim ",
-          calibration.head_dim(), " (", calibration.model, "), ", FLAGS_model, " has ", config.num_hidden_layers, ", ",
-          config.num_key_value_heads, " and ", config.head_dim);
+    check_calibration(calibration, config);
     options.start = calibration.bases.narrow(1, groups.begin, groups.count).to(device);
   }
   return options;

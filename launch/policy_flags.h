@@ -3,6 +3,7 @@
 #include "distributed/mesh.h"
 #include "models/config.h"
 #include "models/trainer.h"
+#include "policy/calibration.h"
 #include "policy/controller.h"
 
 #include <memory>
@@ -12,6 +13,9 @@ namespace drrl {
 
 /// --near_block and --sink_tokens. Errors: Error(kUsage).
 Geometry geometry_flags();
+
+/// Errors: Error(kUsage) unless the calibration, read from --policy, is of a model of this shape.
+void check_calibration(const Calibration& calibration, const ModelConfig& config);
 
 /// A controller with the rank policy and bases that --attention, --rank_policy, --rank, --energy, --rank_budget, --policy and --basis_updates
 /// describe, checked to be the same on all ranks of the mesh (collective), and its figures for the trainer.

@@ -47,7 +47,7 @@ evaluate() {
     --json "$out/$name.json" "$@" </dev/null
 }
 
-if [ ! -f "$ranks" ]; then
+if ! grep -aqs drrl-calibration-3 "$ranks"; then  # none, or one of an older version
   stage "how much low ranks hurt in each layer"
   mkdir -p "$(dirname "$ranks")"
   "${mpirun[@]}" "$bin/drrl-policy" calibrate "${common[@]}" --flagfile=configs/quickstart-calibrate.flags --data "$DRRL_DATA/kjv-train" \

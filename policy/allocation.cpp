@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "core/cost.h"
 #include "core/error.h"
@@ -17,18 +18,8 @@ struct Item {
 
 }  // namespace
 
-RankTable allocate(const Calibration& calibration, double budget, const BlockTree& tree, int64_t heads_per_group,
-                   const std::vector<int64_t>& buckets, int64_t update_steps) {
-  check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
-  const int64_t layers = calibration.layers(), groups = calibration.groups(), levels = tree.num_levels(), d = calibration.head_dim();
-  RankTable table(layers, groups, levels, {d, d});
-  if (levels == 0 || budget == 1) {
-    return table;
-  }
-
-  // Choices, exact last.
-  std::vector<int64_t> ranks;
-  std::vector<int64_t> columns;  // of the damages
+Choices::Choices(const Calibration& calibration, const BlockTree& tree, int64_t heads_per_group, const std::vector<int64_t>& buckets, int64_t update_steps) {
+  const int64_t d = calibration.head_dim();
   for (size_t i = 0; i < calibration.ranks.size(); ++i) {
     if (std::find(buckets.begin(), buckets.end(), calibration.ranks[i]) != buckets.end()) {
       ranks.push_back(calibration.ranks[i]);
@@ -36,6 +27,49 @@ RankTable allocate(const Calibration& calibration, double budget, const BlockTre
     }
   }
   ranks.push_back(d);
+  std::vector<double> queries(static_cast<size_t>(tree.num_levels()), 0.0);
+  for (size_t r = 0; r < tree.runs().size(); ++r) {
+    const PairRun& run = tree.runs()[r];
+    queries[static_cast<size_t>(run.level)] += static_cast<double>(run.count * run.query_rows);
+    for (int64_t kind = 0; kind < 2; ++kind) {
+      for (const int64_t rank : ranks) {
+        const double form = kind == 0 ? residual_factor_flops(d, rank) : 0;
+        const double basis = rank == d ? 0 : form + (update_steps >= 0 ? basis_update_flops(d, rank, update_steps) : basis_solve_flops(d));
+        costs.push_back(far_pair_flops(run, static_cast<FarKind>(kind), rank, heads_per_group, d, /*with_backward=*/false).total() + basis);
+      }
+    }
+  }
+  for (size_t r = 0; r < tree.runs().size(); ++r) {
+    const PairRun& run = tree.runs()[r];
+    run_of.insert(run_of.end(), static_cast<size_t>(run.count), static_cast<int64_t>(r));
+    level_of.insert(level_of.end(), static_cast<size_t>(run.count), run.level);
+    share_of.insert(share_of.end(), static_cast<size_t>(run.count), static_cast<double>(run.query_rows) / queries[static_cast<size_t>(run.level)]);
+  }
+}
+
+std::vector<double> Choices::damage(const Calibration& calibration, int64_t layer, int64_t group, int64_t kind, int64_t pair) const {
+  const auto at_pair = static_cast<size_t>(pair);
+  const auto table = calibration.damage.accessor<double, 5>()[layer][group][kind][std::min(level_of[at_pair], calibration.levels() - 1)];
+  std::vector<double> result;
+  for (const int64_t column : columns) {
+    result.push_back(table[column] * share_of[at_pair]);
+  }
+  result.push_back(0);
+  return result;
+}
+
+Allocation allocate(const Calibration& calibration, double budget, const BlockTree& tree, int64_t heads_per_group,
+                   const std::vector<int64_t>& buckets, int64_t update_steps) {
+  check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
+  const int64_t layers = calibration.layers(), groups = calibration.groups(), levels = tree.num_levels(), d = calibration.head_dim();
+  RankTable table(layers, groups, levels, {d, d});
+  if (levels == 0 || budget == 1) {
+    return {table, 0};
+  }
+
+  const Choices all(calibration, tree, heads_per_group, buckets, update_steps);
+  const std::vector<int64_t>& ranks = all.ranks;
+  const std::vector<int64_t>& columns = all.columns;
   const size_t choices = ranks.size();
 
   // Operations by level, kind and choice, of one layer and group.
@@ -43,10 +77,8 @@ RankTable allocate(const Calibration& calibration, double budget, const BlockTre
   for (const PairRun& run : tree.runs()) {
     for (size_t kind = 0; kind < 2; ++kind) {
       for (size_t c = 0; c < choices; ++c) {
-        const double form = kind == 0 ? residual_factor_flops(d, ranks[c]) : 0;
-        const double basis = ranks[c] == d ? 0 : form + (update_steps >= 0 ? basis_update_flops(d, ranks[c], update_steps) : basis_solve_flops(d));
-        const double one = far_pair_flops(run, static_cast<FarKind>(kind), ranks[c], heads_per_group, d, /*with_backward=*/false).total() + basis;
-        operations[(static_cast<size_t>(run.level) * 2 + kind) * choices + c] += one * static_cast<double>(run.count);
+        operations[(static_cast<size_t>(run.level) * 2 + kind) * choices + c] +=
+            all.operations(run.first_pair, static_cast<int64_t>(kind), c) * static_cast<double>(run.count);
       }
     }
   }
@@ -137,7 +169,7 @@ RankTable allocate(const Calibration& calibration, double budget, const BlockTre
       }
     }
   }
-  return table;
+  return {std::move(table), high};
 }
 
 }  // namespace drrl

@@ -1,39 +1,21 @@
 #include "policy/calibration.h"
 
 #include <array>
-#include <charconv>
-#include <sstream>
+#include <cmath>
 
 #include "core/attention_part.h"
 #include "core/error.h"
 #include "core/gram.h"
-#include "core/safetensors.h"
+#include "core/rows.h"
 #include "distributed/agreement.h"
 #include "policy/controller.h"
+#include "policy/policy_file.h"
+#include "policy/state.h"
 
 namespace drrl {
 namespace {
 
-constexpr const char* kFormat = "drrl-calibration-2";
-
-// An integer of the file's metadata. Error(kModel) unless it is one, and at least `least`.
-int64_t integer(const std::string& text, const std::string& what, int64_t least) {
-  int64_t value = 0;
-  const auto [end, problem] = std::from_chars(text.data(), text.data() + text.size(), value);
-  check(ErrorKind::kModel, problem == std::errc() && end == text.data() + text.size() && value >= least, what, " is ", quoted(text),
-        ", expected an integer from ", least);
-  return value;
-}
-
-at::Tensor checked_tensor(const SafetensorsFile& file, const std::string& name, at::ScalarType dtype, int64_t dims) {
-  const auto& entry = file.entry(name);
-  check(ErrorKind::kModel, entry.dtype == dtype && static_cast<int64_t>(entry.shape.size()) == dims, file.path(), ": \"", name, "\" is ",
-        c10::toString(entry.dtype), " ", at::IntArrayRef(entry.shape), ", expected ", c10::toString(dtype), " of ", dims, " dimensions");
-  auto tensor = file.tensor(name);
-  check(ErrorKind::kModel, tensor.numel() > 0 && at::isfinite(tensor).all().item<bool>(), file.path(), ": \"", name,
-        "\" is empty or not finite");
-  return tensor;
-}
+constexpr const char* kFormat = "drrl-calibration-3";
 
 }  // namespace
 
@@ -43,46 +25,34 @@ std::string Calibration::digest() const {
   return to_hex(hash_bytes(hashes.data(), sizeof(hashes)));
 }
 
-void Calibration::save(const std::filesystem::path& file) const {
-  std::ostringstream rank_list;
-  for (size_t i = 0; i < ranks.size(); ++i) {
-    rank_list << (i > 0 ? "," : "") << ranks[i];
-  }
-  write_safetensors(file, {{"damage", damage}, {"bases", bases}},
-                    {{"format", kFormat},
-                     {"model", model},
-                     {"data", data},
-                     {"seq_len", std::to_string(seq_len)},
-                     {"tokens", std::to_string(tokens)},
-                     {"near_block", std::to_string(geometry.near_block)},
-                     {"sink_tokens", std::to_string(geometry.sink_tokens)},
-                     {"ranks", rank_list.str()}});
+void Calibration::save(const std::filesystem::path& file) const { write_safetensors(file, tensors(), metadata()); }
+
+std::vector<NamedTensor> Calibration::tensors() const { return {{"damage", damage}, {"bases", bases}}; }
+
+std::map<std::string, std::string> Calibration::metadata() const {
+  return {{"format", kFormat},
+          {"model", model},
+          {"data", data},
+          {"seq_len", std::to_string(seq_len)},
+          {"tokens", std::to_string(tokens)},
+          {"near_block", std::to_string(geometry.near_block)},
+          {"sink_tokens", std::to_string(geometry.sink_tokens)},
+          {"ranks", to_list(ranks)}};
 }
 
 Calibration Calibration::load(const std::filesystem::path& path) {
   constexpr ErrorKind kind = ErrorKind::kModel;
   check(kind, path_exists(path, kind), "no calibration file ", path, " (drrl-policy calibrate makes one)");
-  const SafetensorsFile file(path, kind);
-  const auto field = [&](const std::string& name) {
-    const auto found = file.metadata().find(name);
-    check(kind, found != file.metadata().end(), path, " is not a calibration file: its metadata has no \"", name, "\"");
-    return found->second;
-  };
-  const auto number = [&](const std::string& name, int64_t least) { return integer(field(name), c10::str(path, ": \"", name, "\""), least); };
-  check(kind, field("format") == kFormat, path, ": \"format\" is ", quoted(field("format")), ", expected \"", kFormat,
-        "\"; calibrate again");
+  const PolicyFile file(path, "calibration", kFormat);
   Calibration c;
-  c.model = field("model");
-  c.data = field("data");
-  c.seq_len = number("seq_len", 1);
-  c.tokens = number("tokens", 1);
-  c.geometry = {number("near_block", 1), number("sink_tokens", 0)};
-  std::istringstream list(field("ranks"));
-  for (std::string item; std::getline(list, item, ',');) {
-    c.ranks.push_back(integer(item, c10::str(path, ": an entry of \"ranks\""), c.ranks.empty() ? 1 : c.ranks.back() + 1));
-  }
-  c.damage = checked_tensor(file, "damage", at::kDouble, 5);
-  c.bases = checked_tensor(file, "bases", at::kFloat, 5);
+  c.model = file.field("model");
+  c.data = file.field("data");
+  c.seq_len = file.integer("seq_len", 1);
+  c.tokens = file.integer("tokens", 1);
+  c.geometry = {file.integer("near_block", 1), file.integer("sink_tokens", 0)};
+  c.ranks = file.ranks();
+  c.damage = file.tensor("damage", at::kDouble, 5);
+  c.bases = file.tensor("bases", at::kFloat, 5);
   const bool fits = c.damage.sizes().slice(0, 3) == c.bases.sizes().slice(0, 3) && c.damage.size(2) == 2 &&
                     c.damage.size(4) == static_cast<int64_t>(c.ranks.size()) && c.bases.size(3) == c.bases.size(4) &&
                     c.ranks.back() < c.bases.size(4);
@@ -100,15 +70,15 @@ at::Tensor CalibrationController::attend(int64_t layer, const at::Tensor& q, con
   plan = std::make_shared<LayerPlan>();
   const auto out = exact_attention(q, k, v);
   if (out.requires_grad()) {
-    out.register_hook([this, layer, q = q.detach(), k = k.detach(), v = v.detach(), w_o, exact = out.detach()](const at::Tensor& grad) {
-      measure(layer, q, k, v, w_o, exact, grad);
+    out.register_hook([this, layer, q = q.detach(), k = k.detach(), v = v.detach(), w_o](const at::Tensor& grad) {
+      measure(layer, q, k, v, w_o, grad);
     });
   }
   return out;
 }
 
 void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
-                                    const at::Tensor& exact, const at::Tensor& grad) {
+                                    const at::Tensor& grad) {
   at::NoGradGuard no_grad;
   const BlockTree tree(q.size(2), geometry_);
   if (tree.num_pairs() == 0) {
@@ -121,34 +91,74 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
   }
   TORCH_CHECK(damage_.size(3) == tree.num_levels(), "calibration on a sequence of ", q.size(2), " tokens with ", tree.num_levels(),
               " levels after others with ", damage_.size(3));
-  const auto after_sinks = [&](const at::Tensor& x) {  // Gram of all rows of a group: [B, H or G, L, d] -> [G, d, d]
-    return token_gram(x.slice(2, tree.sinks()), groups, x.size(2) - tree.sinks()).sum(0).to(at::kCPU);
+  const auto mass = attention_mass(q, k, tree);
+  const auto of_blocks = [&](const at::Tensor& x, const at::Tensor& weights) {  // of all complete blocks: [B, H or G, L, d] -> [G, d, d]
+    const int64_t rows = tree.geometry().near_block;
+    return token_gram(x.narrow(2, tree.sinks(), tree.num_pairs() * rows), groups, rows, weights).sum(0).to(at::kCPU);
   };
-  const std::array grams = {after_sinks(q), after_sinks(k), after_sinks(v), output_gram(w_o, groups, d).to(at::kCPU)};
+  const std::array grams = {of_blocks(q, {}), of_blocks(k, mass), of_blocks(v, mass), output_gram(w_o, groups, d).to(at::kCPU)};
   for (int64_t i = 0; i < 4; ++i) {
     grams_[layer].select(1, i) += grams[static_cast<size_t>(i)];
   }
 
-  const PairGrams far_grams = pair_grams(q, k, v, tree);
-  FarBases bases = solve_far_bases(far_grams, w_o, /*scores=*/true, /*values=*/true);
-  const int64_t pairs = tree.num_pairs();
-  for (int64_t level = 0; level < tree.num_levels(); ++level) {
+  const PairGrams grams_of_pairs = pair_grams(q, k, v, tree, mass);
+  const FarBases bases = solve_far_bases(grams_of_pairs, w_o, /*scores=*/true, /*values=*/true);
+  const auto choices = static_cast<int64_t>(ranks_.size());
+  const auto of_pairs = at::zeros({batch, groups, 2, tree.num_pairs(), choices}, at::kDouble);
+  const double scale = 1.0 / std::sqrt(static_cast<double>(d));
+  // Exact attention again, for its log-sum-exp, by which parts are weighed.
+  const auto wide = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  auto whole = at::empty(q.sizes(), q.options()), logsumexp = at::empty({batch, groups, q.size(1) / groups, q.size(2)}, q.options().dtype(wide));
+  const auto by_group = [&](const at::Tensor& x) { return x.unflatten(1, {groups, -1}); };
+  attention_part(by_group(q), k, v, /*causal=*/true, scale, by_group(whole), logsumexp);
+
+  for (const PairRun& run : tree.runs()) {
+    const auto rows_of = [&](const at::Tensor& x) { return query_rows(x, groups, run); };  // [B G count, g rows, e]
+    const auto run_q = rows_of(q), run_k = key_rows(k, run), run_v = key_rows(v, run);
+    const auto run_exact = rows_of(whole), run_grad = rows_of(grad.contiguous());
+    const auto run_logsumexp = rows_of(logsumexp.flatten(1, 2).unsqueeze(3)).squeeze(2);
+    // The run's part of attention with these queries, keys and values, unnormalized over the whole row: its output and its share of the softmax.
+    const auto part = [&](const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& correction, const at::Tensor& up) {
+      auto out = at::empty({queries.size(0), queries.size(1), values.size(2)}, q.options());
+      auto sum = at::empty({queries.size(0), queries.size(1)}, q.options().dtype(wide));
+      attention_part(queries.unsqueeze(1).unsqueeze(1), keys.unsqueeze(1), values.unsqueeze(1), /*causal=*/false, scale, out.unsqueeze(1).unsqueeze(1),
+                     sum.unsqueeze(1).unsqueeze(1));
+      const auto share = ((correction.defined() ? sum + correction : sum) - run_logsumexp).exp().unsqueeze(2);
+      return std::pair((up.defined() ? at::bmm(out, up.transpose(1, 2)) : out) * share, share);
+    };
+    const auto pairs_of = [&](const at::Tensor& x) {  // [B G pairs, d, e] -> those of this run, [B G count, d, e]
+      return x.unflatten(0, {batch * groups, tree.num_pairs()}).narrow(1, run.first_pair, run.count).flatten(0, 1);
+    };
+    const auto [exact_out, exact_share] = part(run_q, run_k, run_v, {}, {});
+    const auto keys = at::full({run_q.size(0)}, static_cast<double>(run.key_rows), bases.scores.singular_values.options());
+    const auto key_grams = pairs_of(grams_of_pairs.keys.flatten(0, 2));
     for (int64_t kind = 0; kind < 2; ++kind) {
+      const Basis& all = kind == 0 ? bases.scores : bases.values;
       for (size_t i = 0; i < ranks_.size(); ++i) {
-        std::vector<Ranks> ranks(static_cast<size_t>(batch * groups * pairs), Ranks{d, d});
-        for (const PairRun& run : tree.runs()) {
-          for (int64_t item = 0; run.level == level && item < batch * groups * run.count; ++item) {
-            Ranks& r = ranks[static_cast<size_t>(item / run.count * pairs + run.first_pair + item % run.count)];
-            (kind == 0 ? r.qk : r.v) = ranks_[i];
-          }
-        }
-        const auto plan = make_plan(tree, std::move(ranks), far_grams, bases);
-        const auto error = lowrank_attention(q, k, v, plan) - exact;
-        // [B, H, L, d] -> one number a group and token: how far this error moves the log-likelihood there
-        const auto moved = (error * grad).sum(3, /*keepdim=*/false, at::kDouble).unflatten(1, {groups, -1}).sum(2);
-        damage_[layer].select(1, kind).select(1, level).select(1, static_cast<int64_t>(i)) += 0.5 * moved.pow(2).sum(at::IntArrayRef{0, 2}).to(at::kCPU);
+        const auto left = pairs_of(all.left).narrow(2, 0, ranks_[i]), right = pairs_of(all.right).narrow(2, 0, ranks_[i]);
+        const auto in_dtype = [&](const at::Tensor& x) { return x.to(q.scalar_type()); };
+        const auto [out, share] =
+            kind == 0 ? part(at::bmm(run_q, in_dtype(left)), at::bmm(run_k, in_dtype(right)), run_v,
+                             residual_correction(run_q, residual_factor({left, right, {}}, key_grams, keys)), {})
+                      : part(run_q, run_k, at::bmm(run_v, in_dtype(left)), {}, in_dtype(right));
+        const auto error = (run_exact - exact_out + out) / (1 - exact_share + share) - run_exact;
+        // [B G count, g rows, d] -> one number a pair and token: how far this error moves the log-likelihood there
+        const auto moved = (error * run_grad).sum(2, /*keepdim=*/false, at::kDouble).unflatten(1, {-1, run.query_rows}).sum(1);
+        const auto damage = 0.5 * moved.pow(2).sum(1).view({batch, groups, run.count});
+        of_pairs.select(2, kind).narrow(2, run.first_pair, run.count).select(3, static_cast<int64_t>(i)) += damage.to(at::kCPU);
       }
     }
+    damage_[layer].select(2, run.level) += of_pairs.narrow(3, run.first_pair, run.count).sum(at::IntArrayRef{0, 3});
+  }
+  if (start_.defined()) {
+    const auto state = pair_state(grams_of_pairs, w_o, start_[layer].repeat({batch, 1, 1, 1}), tree, 0, ranks_);
+    if (!states_.defined() || states_[layer].sizes() != state.sizes()) {
+      const auto all_layers = [&](const at::Tensor& x) { return at::zeros_like(x).unsqueeze(0).repeat_interleave(layers_, 0); };
+      states_ = all_layers(state);
+      pair_damage_ = all_layers(of_pairs);
+    }
+    states_[layer].copy_(state);
+    pair_damage_[layer].copy_(of_pairs);
   }
 }
 

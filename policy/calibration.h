@@ -3,11 +3,13 @@
 #include <ATen/ATen.h>
 
 #include <filesystem>
+#include <map>
 #include <string>
 #include <vector>
 
 #include "core/block_tree.h"
 #include "core/lowrank_attention.h"
+#include "core/safetensors.h"
 #include "policy/attention.h"
 #include "policy/rank_policy.h"
 
@@ -41,8 +43,36 @@ class Calibration {
   /// Writes atomically. Errors: Error(kStorage).
   void save(const std::filesystem::path& file) const;
 
+  /// What `save` writes.
+  std::vector<NamedTensor> tensors() const;
+  std::map<std::string, std::string> metadata() const;
+
   /// Errors: Error(kModel) that names the file and what is missing, malformed or out of range.
   static Calibration load(const std::filesystem::path& file);
+};
+
+/// What can be chosen for the far pairs of one tree, and what it costs and spoils.
+struct Choices {
+  /// `buckets` is the device's list; only those that were calibrated are choices, and head_dim itself, exact, the last one.
+  Choices(const Calibration& calibration, const BlockTree& tree, int64_t heads_per_group, const std::vector<int64_t>& buckets, int64_t update_steps);
+
+  /// Operations of one pair at choice i, everything that depends on it counted (core/cost.h, forward, bases updated in `update_steps` steps).
+  double operations(int64_t pair, int64_t kind, size_t i) const { return costs[(static_cast<size_t>(run_of[static_cast<size_t>(pair)]) * 2 + static_cast<size_t>(kind)) * ranks.size() + i]; }
+  /// One pair's share of its level's calibrated damage, by its queries, at each choice [nats per token of the sequence]; distances beyond the calibrated
+  /// levels are taken to suffer like the last one.
+  std::vector<double> damage(const Calibration& calibration, int64_t layer, int64_t group, int64_t kind, int64_t pair) const;
+
+  std::vector<int64_t> ranks;
+  std::vector<int64_t> columns;  ///< of Calibration::damage, for all but the last
+  std::vector<int64_t> run_of;   ///< of each pair
+  std::vector<int64_t> level_of;  ///< of each pair
+  std::vector<double> share_of;  ///< of each pair: its queries over those of its level
+  std::vector<double> costs;     ///< [runs, 2, choices]
+};
+
+struct Allocation {
+  RankTable table;
+  double price;  ///< of an operation, in nats per token: what its last ones bought
 };
 
 /// The ranks of least total damage whose attention, everything counted (core/cost.h, forward, bases updated in `update_steps` steps), takes at most
@@ -50,9 +80,8 @@ class Calibration {
 ///
 /// A Lagrangian relaxation of the knapsack: every choice minimizes damage + lambda x operations, with the smallest lambda that fits; what is left of
 /// the budget is spent on the best further steps. Optimal up to the last step (the choices are many and each is small).
-/// `buckets` is the device's list; only those that were calibrated, and head_dim itself at no damage, are used.
-/// Errors: Error(kUsage) if no allocation meets the budget.
-RankTable allocate(const Calibration& calibration, double budget, const BlockTree& tree, int64_t heads_per_group,
+/// Choices as above. Errors: Error(kUsage) if no allocation meets the budget.
+Allocation allocate(const Calibration& calibration, double budget, const BlockTree& tree, int64_t heads_per_group,
                    const std::vector<int64_t>& buckets, int64_t update_steps);
 
 /// Exact attention that measures, during a backward pass, how far each layer's output would move the model at each rank.
@@ -64,6 +93,13 @@ class CalibrationController final : public AttentionController {
  public:
   CalibrationController(int64_t layers, Geometry geometry, std::vector<int64_t> ranks);
 
+  /// From now on keeps, for every layer of the last backward pass, what a policy would have seen of each pair (pair_state, from these starting bases,
+  /// [layers, G, 2, d, d]) and each pair's damage.
+  void record(at::Tensor start) { start_ = std::move(start); }
+  /// [layers, B, groups, pairs, pair_features] float32 and [layers, B, groups, 2, pairs, ranks] float64 in nats, summed over a pair's queries.
+  const at::Tensor& states() const { return states_; }
+  const at::Tensor& pair_damage() const { return pair_damage_; }
+
   at::Tensor attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
                     std::shared_ptr<LayerPlan>& plan) override;
 
@@ -71,17 +107,17 @@ class CalibrationController final : public AttentionController {
   /// Undefined before the first far pair.
   const at::Tensor& damage() const { return damage_; }
 
-  /// G_q, G_k, G_v and G_o over the same text, sinks left out, [layers, groups, 4, d, d] float64.
+  /// G_q, G_k, G_v (weighted by attention_mass) and G_o over the complete blocks of the same text, sinks left out, [layers, groups, 4, d, d] float64.
   const at::Tensor& grams() const { return grams_; }
 
  private:
   void measure(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
-               const at::Tensor& exact, const at::Tensor& grad);
+               const at::Tensor& grad);
 
   int64_t layers_;
   Geometry geometry_;
   std::vector<int64_t> ranks_;
-  at::Tensor damage_, grams_;
+  at::Tensor damage_, grams_, start_, states_, pair_damage_;
 };
 
 /// The starting bases of a Calibration, from CalibrationController::grams() summed over all text: [layers, groups, 2, d, d] float32.

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "core/attention_part.h"
+#include "policy/state.h"
 
 namespace drrl {
 namespace {
@@ -78,39 +79,31 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
   FarBases bases;
   PairGrams grams;
   double basis_ms = 0;
-  const int64_t items = batch * groups * tree.num_pairs();
   const auto timed = [&](auto&& make) {
     const Stopwatch watch(timing_, q.device());
     make();
     basis_ms += watch.ms();
   };
-  if (policy_->needs_spectra()) {
-    timed([&] {
-      grams = pair_grams(q.detach(), k.detach(), v.detach(), tree);
-      bases = solve_far_bases(grams, w_o, true, true);
-    });
-    observation.score_loss = relative_loss(bases.scores.singular_values);
-    observation.value_loss = relative_loss(bases.values.singular_values);
+  const bool grams_first = policy_->needs_spectra() || !policy_->state_ranks().empty();
+  if (grams_first) {
+    timed([&] { grams = far_grams(q, k, v, tree); });
   }
-  std::vector<Ranks> ranks = policy_->decide(observation);
-  TORCH_CHECK(static_cast<int64_t>(ranks.size()) == items, "rank policy '", policy_->describe(), "' returned ", ranks.size(),
-              " decisions for layer ", layer, ", expected ", items);
-  const bool low_scores = std::any_of(ranks.begin(), ranks.end(), [&](const Ranks& r) { return r.qk < d; });
-  const bool low_values = std::any_of(ranks.begin(), ranks.end(), [&](const Ranks& r) { return r.v < d; });
-  for (const Ranks& r : ranks) {
-    statistics_.rank_qk += static_cast<double>(r.qk);
-    statistics_.rank_v += static_cast<double>(r.v);
-  }
-  statistics_.decisions += items;
+  std::vector<Ranks> ranks;
+  timed([&] { ranks = decide(observation, grams, w_o, bases); });
+  const bool low = std::any_of(ranks.begin(), ranks.end(), [&](const Ranks& r) { return r.qk < d || r.v < d; });
 
   at::Tensor out;
   double flops = exact_flops + bases.flops;
-  if (low_scores || low_values) {
+  if (low) {
     timed([&] {
+      if (!grams_first) {
+        grams = far_grams(q, k, v, tree);
+      }
       if (!policy_->needs_spectra()) {
-        grams = pair_grams(q.detach(), k.detach(), v.detach(), tree);
         at::Tensor start;
+        const double spent = bases.flops;
         bases = make_bases(layer, grams, w_o, ranks, start);
+        bases.flops += spent;
       }
       plan->lowrank = make_plan(tree, std::move(ranks), grams, bases);
     });
@@ -164,35 +157,41 @@ FarBases LowRankController::make_bases(int64_t layer, const PairGrams& grams, co
   return bases;
 }
 
+std::vector<Ranks> LowRankController::decide(LayerObservation& observation, const PairGrams& grams, const at::Tensor& w_o, FarBases& bases) {
+  const int64_t d = observation.head_dim;
+  if (policy_->needs_spectra()) {
+    bases = solve_far_bases(grams, w_o, true, true);
+    observation.score_loss = relative_loss(bases.scores.singular_values);
+    observation.value_loss = relative_loss(bases.values.singular_values);
+  }
+  if (const auto of = policy_->state_ranks(); !of.empty()) {
+    TORCH_CHECK(bases_.start.defined(), "rank policy '", policy_->describe(), "' needs the starting bases of a calibration");
+    observation.state = pair_state(grams, w_o, bases_.start[observation.layer].repeat({observation.batch, 1, 1, 1}), observation.tree, observation.first_pair, of);
+    bases.flops += static_cast<double>(observation.items()) * (pair_state_flops(d) + policy_->flops_per_pair());
+  }
+  std::vector<Ranks> ranks = policy_->decide(observation);
+  TORCH_CHECK(static_cast<int64_t>(ranks.size()) == observation.items(), "rank policy '", policy_->describe(), "' returned ", ranks.size(),
+              " decisions for layer ", observation.layer, ", expected ", observation.items());
+  for (const Ranks& r : ranks) {
+    statistics_.rank_qk += static_cast<double>(r.qk);
+    statistics_.rank_v += static_cast<double>(r.v);
+  }
+  statistics_.decisions += observation.items();
+  return ranks;
+}
+
 NodeFactors LowRankController::decide_node(int64_t layer, LayerCache& cache, int64_t level, int64_t pair, const PairGrams& grams,
                                            const at::Tensor& w_o) {
   const BlockTree& horizon = cache.horizon();
   const Stopwatch watch(timing_, w_o.device());
   const int64_t batch = grams.keys.size(0), groups = grams.keys.size(1), d = grams.keys.size(4);
-  const int64_t items = batch * groups;
-  // Policies without spectra decide for a whole tree; those with spectra look at each pair alone, so a tree of this one serves.
-  const BlockTree alone(2, {1, 0});
-  const bool spectra = policy_->needs_spectra();
-  LayerObservation observation{layer, batch, w_o.size(1) / d, groups, first_group_, d, spectra ? alone : horizon, {}, {}};
+  LayerObservation observation{layer, batch, w_o.size(1) / d, groups, first_group_, d, horizon, {}, {}};
+  observation.first_pair = horizon.pair_index(level, pair);
+  observation.pairs = 1;
   FarBases bases;
-  if (spectra) {
-    bases = solve_far_bases(grams, w_o, true, true);
-    observation.score_loss = relative_loss(bases.scores.singular_values);
-    observation.value_loss = relative_loss(bases.values.singular_values);
-  }
-  const std::vector<Ranks> decided = policy_->decide(observation);
-  const int64_t pairs = observation.tree.num_pairs();
-  TORCH_CHECK(static_cast<int64_t>(decided.size()) == items * pairs, "rank policy '", policy_->describe(), "' returned ", decided.size(),
-              " decisions for layer ", layer, ", expected ", items * pairs);
   NodeFactors factors;
-  for (int64_t item = 0; item < items; ++item) {
-    const Ranks& ranks = decided[static_cast<size_t>(item * pairs + (spectra ? 0 : horizon.pair_index(level, pair)))];
-    factors.ranks.push_back(ranks);
-    statistics_.rank_qk += static_cast<double>(ranks.qk);
-    statistics_.rank_v += static_cast<double>(ranks.v);
-  }
-  statistics_.decisions += items;
-  if (!spectra) {
+  factors.ranks = decide(observation, grams, w_o, bases);
+  if (!policy_->needs_spectra()) {
     bases = make_bases(layer, grams, w_o, factors.ranks, cache.start());
   }
   factors.residual = residual_factors(grams, bases.scores, factors.ranks, {horizon.geometry().near_block << level});

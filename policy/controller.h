@@ -60,6 +60,9 @@ class LowRankController final : public AttentionController {
   /// first of these pairs.
   FarBases make_bases(int64_t layer, const PairGrams& grams, const at::Tensor& w_o, const std::vector<Ranks>& ranks, at::Tensor& start) const;
 
+  /// Asks the policy, showing it what it wants to see, and counts its decisions. bases <- those that were made for it, if any, and the operations.
+  std::vector<Ranks> decide(LayerObservation& observation, const PairGrams& grams, const at::Tensor& w_o, FarBases& bases);
+
   /// Ranks and bases of one far pair of the cache's horizon: what `attend` decides for it when it sees the whole sequence.
   NodeFactors decide_node(int64_t layer, LayerCache& cache, int64_t level, int64_t pair, const PairGrams& grams, const at::Tensor& w_o);
 

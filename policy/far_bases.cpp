@@ -39,6 +39,11 @@ at::Tensor index_of(const std::vector<int64_t>& items, const at::Tensor& like) {
 
 }  // namespace
 
+PairGrams far_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const BlockTree& tree) {
+  at::NoGradGuard no_grad;
+  return pair_grams(q, k, v, tree, attention_mass(q, k, tree));
+}
+
 FarBases solve_far_bases(const PairGrams& grams, const at::Tensor& w_o, bool scores, bool values) {
   at::NoGradGuard no_grad;
   const int64_t d = grams.keys.size(4);

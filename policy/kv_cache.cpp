@@ -80,6 +80,7 @@ at::Tensor LayerCache::extend(const at::Tensor& q, const at::Tensor& k, const at
     near_values_ = room(near);
     if (tree_.num_pairs() > 0) {
       near_query_gram_ = at::zeros({k.size(0), k.size(1), k.size(3), k.size(3)}, k.options().dtype(at::kDouble));
+      near_query_sum_ = at::zeros({k.size(0), k.size(1), q.size(1) / k.size(1), k.size(3)}, k.options().dtype(at::kDouble));
     }
   }
   TORCH_CHECK(k.size(0) == near_keys_.size(0) && k.size(1) == near_keys_.size(1) && k.size(3) == near_keys_.size(3) &&
@@ -148,6 +149,7 @@ void LayerCache::attend(const at::Tensor& q, const at::Tensor& k, const at::Tens
   if (after_sinks) {
     if (near_query_gram_.defined()) {
       near_query_gram_.add_(token_gram(q, groups, rows));
+      near_query_sum_.add_(q.unflatten(1, {groups, -1}).sum(3, /*keepdim=*/false, at::kDouble));
     }
     near_length_ += rows;
   }
@@ -170,27 +172,33 @@ void LayerCache::finish_block(const DecideNode& decide) {
   const int64_t level = std::countr_zero(static_cast<uint64_t>(begun));
   const int64_t node = (begun >> level) - 1;
 
-  std::vector<at::Tensor> keys, values;
+  std::vector<at::Tensor> keys, values, weights;
   at::Tensor query_gram = near_query_gram_.clone();
   for (size_t i = nodes_.size() - static_cast<size_t>(level); i < nodes_.size(); ++i) {
     check(ErrorKind::kInternal, nodes_[i].query_gram.defined(), "block ", begun, ": a final node cannot be merged");
     keys.push_back(nodes_[i].parts.front().keys);
     values.push_back(nodes_[i].parts.front().values);
+    weights.push_back(nodes_[i].weights);
     query_gram.add_(nodes_[i].query_gram);
   }
-  keys.push_back(near_keys_.narrow(2, tree_.sinks(), block).flatten(0, 1));
+  const auto near_keys = near_keys_.narrow(2, tree_.sinks(), block);
+  keys.push_back(near_keys.flatten(0, 1));
   values.push_back(near_values_.narrow(2, tree_.sinks(), block).flatten(0, 1));
+  const auto wide = near_keys.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  weights.push_back(attention_mass((near_query_sum_ / static_cast<double>(block)).to(wide), near_keys).unsqueeze(2));
   const auto k = at::cat(keys, 1);  // [B G, rows, d]; a copy even of one
   const auto v = at::cat(values, 1);
+  const auto w = at::cat(weights, 2);
   const int64_t batch = near_keys_.size(0), groups = near_keys_.size(1);
-  const auto gram = [&](const at::Tensor& x) { return token_gram(x.unflatten(0, {batch, groups}), groups, block).unsqueeze(2); };
+  const auto gram = [&](const at::Tensor& x) { return token_gram(x.unflatten(0, {batch, groups}), groups, block, w).unsqueeze(2); };
   const NodeFactors factors = decide(level, node / 2, {query_gram.unsqueeze(2), gram(k), gram(v)});
   TORCH_CHECK(static_cast<int64_t>(factors.ranks.size()) == batch * groups, "LayerCache: ", factors.ranks.size(), " decisions for ", batch * groups,
               " (sequence, KV group)");
   nodes_.resize(nodes_.size() - static_cast<size_t>(level));
-  nodes_.push_back(merges_again(level, node) ? Node{through_projections(k, v, factors), query_gram} : Node{at_ranks(k, v, factors), {}});
+  nodes_.push_back(merges_again(level, node) ? Node{through_projections(k, v, factors), query_gram, w} : Node{at_ranks(k, v, factors), {}, {}});
   near_length_ = 0;
   near_query_gram_.zero_();
+  near_query_sum_.zero_();
 }
 
 std::vector<LayerCache::FarPart> LayerCache::through_projections(const at::Tensor& k, const at::Tensor& v, const NodeFactors& factors) {
@@ -264,8 +272,10 @@ int64_t LayerCache::bytes() const {
   add(near_keys_);
   add(near_values_);
   add(near_query_gram_);
+  add(near_query_sum_);
   for (const Node& node : nodes_) {
     add(node.query_gram);
+    add(node.weights);
     for (const FarPart& f : node.parts) {
       for (const auto& x : {f.items, f.p_q, f.p_o, f.residual, f.keys, f.values}) {
         add(x);

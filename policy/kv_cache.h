@@ -32,7 +32,7 @@ using DecideNode = std::function<NodeFactors(int64_t level, int64_t pair, const 
 ///
 /// When block n begins, the nodes of the low bits of n - 1 and the finished block become one node of 2^ctz(n) blocks, with bases of its own. They must
 /// see the keys themselves, or the result would not be that of a pass over the whole sequence. So a node is held in one of two forms. One that will be
-/// merged again keeps its exact keys and values and the Gram of its queries, and is read through d x d projections: (q P_q)(k P_k)^T =
+/// merged again keeps its exact keys and values, their weights and the Gram of its queries, and is read through d x d projections: (q P_q)(k P_k)^T =
 /// (q P_q P_k^T) k^T. One that will not is final: rows (r + r_v) numbers, with bases of d (r + r_v).
 ///
 /// The *horizon*, the length that the sequence will not exceed, tells them apart: with H blocks, all that lies left of the largest power of two below H
@@ -63,7 +63,8 @@ class LayerCache {
   };
   struct Node {
     std::vector<FarPart> parts;
-    at::Tensor query_gram;  // [B, G, d, d] float64; undefined in a final node
+    at::Tensor query_gram;  // [B, G, d, d] float64; undefined in a final node, like the next
+    at::Tensor weights;     // [B, G, blocks, block] attention_mass
   };
 
   bool merges_again(int64_t level, int64_t node) const;
@@ -76,7 +77,8 @@ class LayerCache {
   int64_t length_ = 0;
   int64_t near_length_ = 0;
   at::Tensor near_keys_, near_values_;  // [B, G, s + block, d]: the sinks, then near_length_ rows of the block
-  at::Tensor near_query_gram_;          // [B, G, d, d] float64, of the block's queries so far; undefined in a plain cache
+  at::Tensor near_query_gram_;          // [B, G, d, d] float64, of the block's queries so far; undefined in a plain cache, like the next
+  at::Tensor near_query_sum_;           // [B, G, g, d] float64
   at::Tensor start_;
   std::vector<Node> nodes_;             // from the oldest and largest to the newest
 };

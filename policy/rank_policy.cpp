@@ -7,17 +7,16 @@
 #include <utility>
 
 #include "core/error.h"
+#include "policy/agent.h"
 #include "policy/calibration.h"
 
 namespace drrl {
 namespace {
 
-int64_t items(const LayerObservation& o) { return o.batch * o.groups * o.tree.num_pairs(); }
-
 class FullPolicy final : public RankPolicy {
  public:
   std::vector<Ranks> decide(const LayerObservation& o) override {
-    return std::vector<Ranks>(items(o), Ranks{o.head_dim, o.head_dim});
+    return std::vector<Ranks>(static_cast<size_t>(o.items()), Ranks{o.head_dim, o.head_dim});
   }
   bool exact() const override { return true; }
   std::string describe() const override { return "full"; }
@@ -26,7 +25,7 @@ class FullPolicy final : public RankPolicy {
 class FixedPolicy final : public RankPolicy {
  public:
   explicit FixedPolicy(int64_t rank) : rank_(rank) {}
-  std::vector<Ranks> decide(const LayerObservation& o) override { return std::vector<Ranks>(items(o), Ranks{rank_, rank_}); }
+  std::vector<Ranks> decide(const LayerObservation& o) override { return std::vector<Ranks>(static_cast<size_t>(o.items()), Ranks{rank_, rank_}); }
   std::string describe() const override { return c10::str("fixed, rank ", rank_); }
 
  private:
@@ -50,7 +49,7 @@ class EnergyPolicy final : public RankPolicy {
       return o.head_dim;
     };
     std::vector<Ranks> ranks;
-    for (int64_t i = 0; i < items(o); ++i) {
+    for (int64_t i = 0; i < o.items(); ++i) {
       ranks.push_back({smallest(score_loss, i), smallest(value_loss, i)});
     }
     return ranks;
@@ -68,11 +67,11 @@ std::vector<Ranks> look_up(const RankTable& table, const LayerObservation& o) {
   TORCH_CHECK(o.layer < table.layers() && o.first_group + o.groups <= table.groups() && o.tree.num_levels() <= table.levels(), "a rank table of ",
               table.layers(), " layers, ", table.groups(), " groups and ", table.levels(), " levels for layer ", o.layer, ", groups ", o.first_group,
               " to ", o.first_group + o.groups - 1, " and ", o.tree.num_levels(), " levels");
-  std::vector<Ranks> ranks(static_cast<size_t>(items(o)));
+  std::vector<Ranks> ranks(static_cast<size_t>(o.items()));
+  size_t next = 0;
   for (int64_t sequence = 0; sequence < o.batch * o.groups; ++sequence) {
-    for (const PairRun& run : o.tree.runs()) {
-      std::fill_n(ranks.begin() + sequence * o.tree.num_pairs() + run.first_pair, run.count,
-                  table.at(o.layer, o.first_group + sequence % o.groups, run.level));
+    for (int64_t pair = o.first_pair; pair < o.first_pair + o.pair_count(); ++pair) {
+      ranks[next++] = table.at(o.layer, o.first_group + sequence % o.groups, o.tree.run_of(pair).level);
     }
   }
   return ranks;
@@ -89,21 +88,24 @@ class TablePolicy final : public RankPolicy {
   std::string description_;
 };
 
+void check_fits(const Calibration& c, const LayerObservation& o) {
+  check(ErrorKind::kUsage, o.layer < c.layers() && o.first_group + o.groups <= c.groups() && o.head_dim == c.head_dim(),
+        "the calibration is of a model with ", c.layers(), " layers, ", c.groups(), " KV groups and head_dim ", c.head_dim(), " (", c.model,
+        "), this one has layer ", o.layer, ", group ", o.first_group + o.groups - 1, " and head_dim ", o.head_dim);
+}
+
 class AllocatedPolicy final : public RankPolicy {
  public:
   AllocatedPolicy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps)
       : calibration_(std::move(calibration)), budget_(budget), buckets_(std::move(buckets)), update_steps_(update_steps) {}
 
   std::vector<Ranks> decide(const LayerObservation& o) override {
-    check(ErrorKind::kUsage, o.layer < calibration_.layers() && o.first_group + o.groups <= calibration_.groups() && o.head_dim == calibration_.head_dim(),
-          "the calibration is of a model with ", calibration_.layers(), " layers, ", calibration_.groups(), " KV groups and head_dim ",
-          calibration_.head_dim(), " (", calibration_.model, "), this one has layer ", o.layer, ", group ", o.first_group + o.groups - 1,
-          " and head_dim ", o.head_dim);
+    check_fits(calibration_, o);
     const int64_t heads_per_group = o.heads / o.groups;
     const auto key = std::pair(o.tree.sequence_length(), heads_per_group);
     auto found = tables_.find(key);
     if (found == tables_.end()) {
-      found = tables_.emplace(key, allocate(calibration_, budget_, o.tree, heads_per_group, buckets_, update_steps_)).first;
+      found = tables_.emplace(key, allocate(calibration_, budget_, o.tree, heads_per_group, buckets_, update_steps_).table).first;
     }
     return look_up(found->second, o);
   }
@@ -118,6 +120,78 @@ class AllocatedPolicy final : public RankPolicy {
   std::vector<int64_t> buckets_;
   int64_t update_steps_;
   std::map<std::pair<int64_t, int64_t>, RankTable> tables_;
+};
+
+class LearnedPolicy final : public RankPolicy {
+ public:
+  LearnedPolicy(Calibration calibration, RankAgent agent, double budget, std::vector<int64_t> buckets, int64_t update_steps)
+      : calibration_(std::move(calibration)), agent_(std::move(agent)), budget_(budget), buckets_(std::move(buckets)), update_steps_(update_steps) {}
+
+  std::vector<Ranks> decide(const LayerObservation& o) override {
+    at::NoGradGuard no_grad;
+    check_fits(calibration_, o);
+    const Prices& prices = prices_of(o);
+    // What the layers below saw of the same pairs.
+    if (o.layer == 0) {
+      memories_[o.first_pair] = {};
+    }
+    const auto group = (at::arange(o.items(), at::kLong).div(o.pair_count(), "floor").remainder(o.groups) + o.first_group);
+    const auto factors = agent_.forward(o.state.flatten(0, 2).unsqueeze(1), group, o.layer, &memories_[o.first_pair])
+                             .squeeze(1).exp().to(at::kDouble).contiguous();  // [items, 2, ranks]
+    const auto f = factors.accessor<double, 3>();
+    std::vector<Ranks> result;
+    for (int64_t item = 0; item < o.items(); ++item) {
+      const int64_t pair = o.first_pair + item % o.pair_count();
+      const int64_t g = o.first_group + item / o.pair_count() % o.groups;
+      Ranks ranks{};
+      for (int64_t kind = 0; kind < 2; ++kind) {
+        const auto damage = prices.choices.damage(calibration_, o.layer, g, kind, pair);
+        size_t best = damage.size() - 1;  // exact
+        const auto value = [&](size_t i) {
+          const double factor = i + 1 < damage.size() ? f[item][kind][prices.choices.columns[i]] : 0;
+          return factor * damage[i] + prices.operation * prices.choices.operations(pair, kind, i);
+        };
+        for (size_t i = 0; i + 1 < damage.size(); ++i) {
+          best = value(i) < value(best) ? i : best;
+        }
+        (kind == 0 ? ranks.qk : ranks.v) = prices.choices.ranks[best];
+      }
+      result.push_back(ranks);
+    }
+    return result;
+  }
+
+  std::vector<int64_t> state_ranks() const override { return calibration_.ranks; }
+  double flops_per_pair() const override { return agent_.flops(); }
+
+  std::string describe() const override {
+    return c10::str("rl, budget ", budget_, ", calibrated on ", calibration_.tokens, " tokens of ", calibration_.data, " (", calibration_.digest(), "), agent ",
+                    agent_.digest());
+  }
+
+ private:
+  struct Prices {
+    Choices choices;
+    double operation;
+  };
+
+  const Prices& prices_of(const LayerObservation& o) {
+    const auto key = std::pair(o.tree.sequence_length(), o.heads / o.groups);
+    auto found = prices_.find(key);
+    if (found == prices_.end()) {
+      const double price = allocate(calibration_, budget_, o.tree, key.second, buckets_, update_steps_).price * agent_.price_factor(budget_);
+      found = prices_.emplace(key, Prices{Choices(calibration_, o.tree, key.second, buckets_, update_steps_), price}).first;
+    }
+    return found->second;
+  }
+
+  Calibration calibration_;
+  RankAgent agent_;
+  double budget_;
+  std::vector<int64_t> buckets_;
+  int64_t update_steps_;
+  std::map<std::pair<int64_t, int64_t>, Prices> prices_;
+  std::map<int64_t, RankAgent::Memory> memories_;  // by first pair
 };
 
 }  // namespace
@@ -146,6 +220,11 @@ std::unique_ptr<RankPolicy> make_energy_policy(double energy, std::vector<int64_
 
 std::unique_ptr<RankPolicy> make_table_policy(RankTable table, std::string description) {
   return std::make_unique<TablePolicy>(std::move(table), std::move(description));
+}
+
+std::unique_ptr<RankPolicy> make_rl_policy(Calibration calibration, RankAgent agent, double budget, std::vector<int64_t> buckets, int64_t update_steps) {
+  check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
+  return std::make_unique<LearnedPolicy>(std::move(calibration), std::move(agent), budget, std::move(buckets), update_steps);
 }
 
 std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps) {

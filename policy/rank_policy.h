@@ -12,6 +12,7 @@
 namespace drrl {
 
 class Calibration;
+class RankAgent;
 
 /// Ranks for each layer, KV group of the model and tree level.
 class RankTable {
@@ -41,11 +42,17 @@ struct LayerObservation {
   int64_t groups;       ///< KV groups on this process
   int64_t first_group;  ///< the first of them among the model's
   int64_t head_dim;
-  const BlockTree& tree;
+  const BlockTree& tree;  ///< of the whole sequence, or of the longest that it may become
   /// Share of the energy ||X Y^T||_F^2 that is lost at rank r, column r of [B G pairs, d + 1] float64, from each pair's own spectrum: of the scores
   /// and of the values as W_O sees them. Defined only if the policy `needs_spectra()`.
   at::Tensor score_loss;
   at::Tensor value_loss;
+  at::Tensor state = {};  ///< pair_state, [B, G, pairs, features]; defined only if the policy has state_ranks()
+  int64_t first_pair = 0;  ///< the pairs of the tree to decide about are this one and those after it,
+  int64_t pairs = -1;      ///< so many; -1: all
+
+  int64_t pair_count() const { return pairs < 0 ? tree.num_pairs() : pairs; }
+  int64_t items() const { return batch * groups * pair_count(); }
 };
 
 /// Chooses the ranks of every far pair of a layer: one entry per (batch, KV group, pair), pair innermost. Deterministic.
@@ -54,6 +61,10 @@ class RankPolicy {
   virtual ~RankPolicy() = default;
   virtual std::vector<Ranks> decide(const LayerObservation& observation) = 0;
   virtual bool needs_spectra() const { return false; }
+  /// The ranks that pair_state is to be about; empty: none is needed. Needs starting bases from a calibration.
+  virtual std::vector<int64_t> state_ranks() const { return {}; }
+  /// Operations that a decision takes, for each pair.
+  virtual double flops_per_pair() const { return 0; }
   /// Whether every rank is the head dim, whatever the layer.
   virtual bool exact() const { return false; }
   /// One line for banners and for comparing runs: the name and whatever shapes the decisions.
@@ -77,5 +88,10 @@ std::unique_ptr<RankPolicy> make_table_policy(RankTable table, std::string descr
 /// `allocate()`, once for each length of sequence.
 /// Errors: Error(kUsage) unless 0 < budget <= 1; when it decides, also if the budget cannot be met at that length.
 std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps);
+
+/// The learned policy: as dp, but pair by pair, and every calibrated damage times the agent's factor for what it sees of this text (agent.h). It meets
+/// the budget on average over texts like those it was trained on, not exactly on each.
+/// Errors: as make_dp_policy.
+std::unique_ptr<RankPolicy> make_rl_policy(Calibration calibration, RankAgent agent, double budget, std::vector<int64_t> buckets, int64_t update_steps);
 
 }  // namespace drrl

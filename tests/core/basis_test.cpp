@@ -176,6 +176,46 @@ TEST(PairGrams, AreThoseOfTheLeftNodesOnly) {
   }
 }
 
+TEST(Basis, StaleLossIsThatOfTheBestPartner) {
+  at::manual_seed(10);
+  const int64_t d = 12;
+  const auto gx = gram(rows(3, 40, d)), gy = gram(rows(3, 40, d));
+  const auto right = at::randn({3, d, d});
+  const auto loss = stale_loss(right, gx, gy);
+  ASSERT_EQ(loss.sizes(), at::IntArrayRef({3, d + 1}));
+  for (const int64_t r : {1, 5, 12}) {
+    const auto refit = update_basis(right.narrow(2, 0, r), gx, gy, 0);  // the left half alone
+    const auto expected = tail_loss(refit, gx, gy).select(1, r);
+    EXPECT_LT(((loss.select(1, r) - expected).abs() / loss.select(1, 0)).max().item<double>(), 1e-5) << "rank " << r;
+    const auto updated = tail_loss(update_basis(right.narrow(2, 0, r), gx, gy, 2), gx, gy).select(1, r);
+    EXPECT_TRUE((updated <= loss.select(1, r) + 1e-5 * loss.select(1, 0)).all().item<bool>()) << "rank " << r;
+  }
+  EXPECT_LT((loss.select(1, 5) / loss.select(1, 0)).max().item<double>(), 1);
+  EXPECT_GT((loss.select(1, 5) / loss.select(1, 0)).min().item<double>(), 0.01);
+}
+
+TEST(PairGrams, WeighKeysByTheAttentionThatRestsOnThem) {
+  at::manual_seed(9);
+  const int64_t heads = 4, groups = 2, length = 40, d = 8;
+  const auto q = at::randn({1, heads, length, d}), k = 2 * at::randn({1, groups, length, d}), v = at::randn({1, groups, length, d});
+  const BlockTree tree(length, {8, 3});  // blocks from tokens 3, 11, 19, 27, 35
+  const auto mass = attention_mass(q, k, tree);
+  ASSERT_EQ(mass.sizes(), at::IntArrayRef({1, groups, 4, 8}));
+  EXPECT_TRUE(at::allclose(mass.sum(3), at::full({1, groups, 4}, 8.0)));
+  const auto mean_query = [&](int64_t head) { return q[0][head].narrow(0, 11, 8).mean(0); };
+  const auto share = [&](int64_t head) { return at::softmax(at::mv(k[0][1].narrow(0, 11, 8), mean_query(head)) / std::sqrt(8.0), 0); };
+  const auto expected = 8 * 0.9 * 0.5 * (share(2) + share(3)) + 0.1;  // of the second block in the second group
+  EXPECT_TRUE(at::allclose(mass[0][1][1], expected, 1e-5, 1e-6));
+  EXPECT_GT((mass.max() / mass.min()).item<double>(), 5);
+
+  const PairGrams grams = pair_grams(q, k, v, tree, mass);
+  const auto rows_of_block = [&](const at::Tensor& x) { return x[0][1].narrow(0, 19, 8).to(at::kDouble); };  // third block: second pair of level 0
+  const auto weighted = [&](const at::Tensor& x) { return at::matmul((x * mass[0][1][2].unsqueeze(1)).t(), x); };
+  EXPECT_TRUE(at::allclose(grams.keys[0][1][1], weighted(rows_of_block(k)), 1e-5, 1e-4));
+  EXPECT_TRUE(at::allclose(grams.values[0][1][1], weighted(rows_of_block(v)), 1e-5, 1e-4));
+  EXPECT_TRUE(grams.queries.equal(pair_grams(q, k, v, tree).queries));
+}
+
 TEST(OutputGram, SumsOverTheHeadsOfAGroup) {
   at::manual_seed(8);
   const auto w_o = at::randn({10, 4 * 3}, at::kDouble);

@@ -25,13 +25,13 @@ std::vector<int64_t> bytes_by_length(int64_t horizon, const std::shared_ptr<Rank
   return result;
 }
 
-// Floats of one (sequence, KV group): sinks, a block, its Gram in double.
-constexpr int64_t kFixed = (kSinks + kBlock) * 2 * kDim + 2 * kDim * kDim;
+// Floats of one (sequence, KV group): sinks, a block, the Gram and the sum of its queries in double.
+constexpr int64_t kFixed = (kSinks + kBlock) * 2 * kDim + 2 * kDim * kDim + 2 * kDim * (kHeads / kGroups);
 constexpr int64_t kFactor = kDim * std::min(kResidualColumns, kDim);
 // Rows, the two bases that stay, and the residual factor.
 int64_t node_floats(int64_t blocks, int64_t rank) { return (blocks * kBlock + kDim) * 2 * rank + kFactor; }
-// Keys and values, two projections d x d, the queries' Gram in double, and the residual factor.
-int64_t exact_floats(int64_t blocks) { return blocks * kBlock * 2 * kDim + 2 * kDim * kDim + 2 * kDim * kDim + kFactor; }
+// Keys and values, their weights, two projections d x d, the queries' Gram in double, and the residual factor.
+int64_t exact_floats(int64_t blocks) { return blocks * kBlock * (2 * kDim + 1) + 2 * kDim * kDim + 2 * kDim * kDim + kFactor; }
 constexpr int64_t kBytes = kBatch * kGroups * 4;
 
 TEST(KvCacheTest, HoldsExactlyWhatWillBeNeeded) {
@@ -71,7 +71,7 @@ TEST(KvCacheTest, FallsWithTheRank) {
 TEST(KvCacheTest, HoldsNodesAtFullRankAsTheyAre) {
   class FullButCounted final : public RankPolicy {
     std::vector<Ranks> decide(const LayerObservation& o) override {
-      return std::vector<Ranks>(static_cast<size_t>(o.batch * o.groups * o.tree.num_pairs()), Ranks{kDim, kDim});
+      return std::vector<Ranks>(static_cast<size_t>(o.items()), Ranks{kDim, kDim});
     }
     std::string describe() const override { return "full ranks"; }
   };

@@ -13,6 +13,7 @@
 #include "policy/controller.h"
 #include "policy/rank_policy.h"
 #include "tests/support/error_of.h"
+#include "tests/support/temporary.h"
 
 namespace drrl {
 namespace {
@@ -87,12 +88,6 @@ double operations_of(const RankTable& table, const BlockTree& tree, int64_t head
   return sum / (static_cast<double>(table.layers()) * exact_attention_flops(1, heads, tree.sequence_length(), d, false));
 }
 
-std::filesystem::path temporary(const std::string& name) {
-  const auto folder = std::filesystem::temp_directory_path() / ("drrl_policy_test_" + std::to_string(getpid()));
-  std::filesystem::create_directories(folder);
-  return folder / name;
-}
-
 TEST(RankBuckets, ComeFromTheDevice) {
   EXPECT_EQ(rank_buckets(at::kCPU, 64), (std::vector<int64_t>{16, 32, 48, 64}));
   EXPECT_EQ(rank_buckets(at::Device(at::kCUDA, 0), 128), (std::vector<int64_t>{32, 64, 96, 128}));
@@ -115,7 +110,7 @@ TEST(Allocation, IsTheBestOfAllAllocationsUpToOneStep) {
   }
   const double step = 0.03;  // 16 columns of one kind of one layer: half the tokens' square, a sixth of the kinds, a quarter of the width
   for (const double budget : {0.7, 0.75, 0.8, 0.85, 0.9, 0.95}) {
-    const RankTable chosen = allocate(c, budget, tree, 3, buckets, kSteps);
+    const RankTable chosen = allocate(c, budget, tree, 3, buckets, kSteps).table;
     EXPECT_LE(operations_of(chosen, tree, 3, 64), budget + 1e-9);
     double bound = 1e300;
     for (const auto& [operations, damage] : all) {
@@ -132,14 +127,14 @@ TEST(Allocation, SpendsTheBudgetWhereItHelps) {
   const BlockTree tree(8196, {256, 4});  // two levels more than were calibrated
   double last = 1e300;
   for (const double budget : {0.35, 0.4, 0.5, 0.6, 0.7, 0.8}) {
-    const RankTable chosen = allocate(c, budget, tree, 3, buckets, kSteps);
+    const RankTable chosen = allocate(c, budget, tree, 3, buckets, kSteps).table;
     const double spent = operations_of(chosen, tree, 3, 64);
     EXPECT_LE(spent, budget + 1e-9);
     EXPECT_GT(spent, budget - 0.01);
     EXPECT_LT(damage_of(c, chosen), last);
     last = damage_of(c, chosen);
   }
-  const RankTable exact = allocate(c, 1.0, tree, 3, buckets, kSteps);
+  const RankTable exact = allocate(c, 1.0, tree, 3, buckets, kSteps).table;
   EXPECT_EQ(exact.at(0, 0, 0), (Ranks{64, 64}));
 }
 
@@ -178,7 +173,7 @@ TEST(Calibration, NamesWhatIsWrongWithAFile) {
   std::ofstream(file) << "{}";
   expect("bytes");
   write_safetensors(file, {{"x", at::zeros({1})}});
-  expect("calibrate again");
+  expect("make the calibration again");
   const auto with = [&](auto&& change) {
     Calibration c = make_calibration(2, 1, 2, 64, {16, 32});
     change(c);
@@ -286,7 +281,7 @@ TEST(Controller, ReplaysAPlanBitForBitAndCountsItOnce) {
 TEST(Controller, EnergyKeepsWhatItPromises) {
   const Rig rig;
   const BlockTree tree(rig.length, rig.geometry);
-  const FarBases bases = solve_far_bases(pair_grams(rig.q, rig.k, rig.v, tree), rig.w_o, true, true);
+  const FarBases bases = solve_far_bases(far_grams(rig.q, rig.k, rig.v, tree), rig.w_o, true, true);
   const auto energy = bases.scores.singular_values.pow(2);
   for (const double keep : {0.5, 0.9, 0.999}) {
     LowRankController controller(make_energy_policy(keep, rank_buckets(at::kCPU, rig.d)), rig.geometry);
@@ -327,7 +322,7 @@ TEST(CalibrationController, MeasuresHalfTheSquaredMovementOfEachPosition) {
   const auto out = controller.attend(1, q, rig.k, rig.v, rig.w_o, plan);
   torch::autograd::backward({(out * g).sum()});
   const BlockTree tree(rig.length, rig.geometry);
-  const PairGrams grams = pair_grams(rig.q, rig.k, rig.v, tree);
+  const PairGrams grams = far_grams(rig.q, rig.k, rig.v, tree);
   FarBases bases = solve_far_bases(grams, rig.w_o, true, true);
   ASSERT_EQ(controller.damage().sizes(), at::IntArrayRef({2, rig.groups, 2, tree.num_levels(), 2}));
   for (int kind = 0; kind < 2; ++kind) {
@@ -353,7 +348,7 @@ TEST(FarBases, UpdatesComeCloseToSolutions) {
   const auto exact = exact_attention(rig.q, rig.k, rig.v);
   const int64_t items = rig.groups * tree.num_pairs();
   const std::vector<Ranks> ranks(static_cast<size_t>(items), Ranks{16, 16});
-  const PairGrams grams = pair_grams(rig.q, rig.k, rig.v, tree);
+  const PairGrams grams = far_grams(rig.q, rig.k, rig.v, tree);
   const auto error_of_bases = [&](FarBases bases) {
     return (lowrank_attention(rig.q, rig.k, rig.v, make_plan(tree, ranks, grams, bases)) - exact).norm().item<double>() / exact.norm().item<double>();
   };

@@ -1,0 +1,71 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "core/safetensors.h"
+#include "policy/calibration.h"
+
+namespace drrl {
+
+/// The learned part of the policy: a light Transformer over the layers (arXiv 2512.15973, section on the policy network) that says how much more or less
+/// than usual *this* text suffers at each rank.
+///
+/// One token for each layer, one sequence for each far pair of each KV group; a layer attends to itself and the layers below it, which ran before.
+/// Token: W (state - mean) / deviation + embedding of (layer, KV group). Two pre-norm blocks of width 32 (two heads, SiLU MLP of twice the width),
+/// then a linear map to the logarithm of a factor on the calibrated damage, for scores and values at each rank. It starts at zero: an untrained agent
+/// decides like the calibration alone.
+class RankAgent {
+ public:
+  static constexpr int64_t kWidth = 32, kHeads = 2, kBlocks = 2;
+  /// Factors stay within [e^-kLimit, e^kLimit].
+  static constexpr double kLimit = 3;
+
+  /// Deterministic in `seed`.
+  RankAgent(int64_t layers, int64_t groups, std::vector<int64_t> ranks, uint64_t seed);
+
+  /// Keys and values of the layers so far in each block, [N, heads, layers, width / heads].
+  using Memory = std::vector<std::pair<at::Tensor, at::Tensor>>;
+
+  /// state [N, T, features] of N pairs at the T layers from first_layer on, group [N] int64 -> logarithms of the factors, [N, T, 2, ranks]. With a
+  /// memory T is 1, first_layer follows what is in it, and the layer is added; without one the layers see each other.
+  at::Tensor forward(const at::Tensor& state, const at::Tensor& group, int64_t first_layer, Memory* memory = nullptr) const;
+
+  /// Trainable, fp32, CPU.
+  std::vector<at::Tensor>& parameters() { return parameters_; }
+  /// What states are normalized by, [layers, groups, features] each.
+  void set_normalization(at::Tensor mean, at::Tensor deviation);
+  /// Factors on the price of an operation, by budget, that make the mean cost on the training traces meet each budget: ascending budgets and
+  /// as many factors.
+  void set_prices(std::vector<double> budgets, std::vector<double> factors);
+  /// Interpolated.
+  double price_factor(double budget) const;
+
+  int64_t layers() const { return layers_; }
+  const std::vector<int64_t>& ranks() const { return ranks_; }
+  /// Operations of one pair at one layer.
+  double flops() const;
+
+  /// 16 hexadecimal digits that tell agents apart.
+  std::string digest() const;
+
+  /// Writes the calibration and the agent into one file, which serves --rank_policy=dp and rl. Errors: Error(kStorage).
+  void save(const std::filesystem::path& file, const Calibration& calibration) const;
+  /// The agent in a calibration's file. Errors: Error(kModel), also if the file holds a calibration alone.
+  static RankAgent load(const std::filesystem::path& file, const Calibration& calibration);
+
+ private:
+  std::vector<NamedTensor> tensors() const;
+
+  int64_t layers_, groups_, features_;
+  std::vector<int64_t> ranks_;
+  std::vector<at::Tensor> parameters_;
+  at::Tensor mean_, deviation_, budgets_, factors_;
+};
+
+}  // namespace drrl

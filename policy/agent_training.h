@@ -1,0 +1,50 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "policy/agent.h"
+#include "policy/calibration.h"
+#include "policy/traces.h"
+
+namespace drrl {
+
+struct AgentTrainingOptions {
+  int64_t fit_steps = 300;      ///< of the first stage
+  int64_t reward_steps = 300;   ///< of the second
+  double lr = 3e-3;             ///< at the start; falls linearly to a tenth in each stage
+  int64_t held_out = 1;         ///< sequences of each trace file, the last ones, that are not trained on but judged by
+  std::vector<double> budgets = {0.3, 0.4, 0.5, 0.585, 0.7, 0.8};
+  std::vector<int64_t> buckets;  ///< of the device
+  int64_t update_steps = 2;
+  uint64_t seed = 1;
+};
+
+/// Expected damage on sequences that were not trained on, in nats per token, of decisions that cost (almost) the same.
+struct BudgetReport {
+  int64_t seq_len;
+  double budget;
+  double dp;         ///< the calibration's allocation
+  double refitted;   ///< the same method with the mean damage of the training sequences: what more calibration text gives without an agent
+  double agent;
+  double agent_operations;  ///< of exact attention, state and network included: close to the budget
+  double oracle;     ///< decides pair by pair by one measurement of the very sequence, judged by the other: a bound for any policy that looks at the text
+};
+
+/// Trains the agent on traces, whose rewards are known in full: no action is sampled, every expectation is exact.
+///
+/// 1. Value fit: the factor on the calibrated damage is fitted by the gamma deviance y e^-f + f, whose minimum is the conditional mean of y given the state,
+///    however heavy the tail of y.
+/// 2. Policy gradient: at prices drawn from those of `budgets`, choices are drawn from softmax(-(damage + price operations) / temperature) and the expected
+///    cost sum_a pi(a) (true damage + price operations) is lowered by its exact gradient, while the temperature is annealed
+///    ("reward: fidelity against latency", arXiv 2512.15973, with operations for latency).
+/// Finally factors on the prices are found with which the agent meets each budget on the training sequences.
+///
+/// All traces must be of this calibration. Budgets that cannot be met at a trace's length are left out there.
+/// Errors: Error(kUsage) if a trace does not fit the calibration or has too few sequences; Error(kNumerics) if the loss is not finite.
+std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calibration, const std::vector<Traces>& traces,
+                                      const AgentTrainingOptions& options, const std::function<void(const std::string&)>& log);
+
+}  // namespace drrl

@@ -1,0 +1,43 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "core/block_tree.h"
+
+namespace drrl {
+
+/// What a learned policy learns from offline: of many texts the state of every far pair and what every rank would have cost it, so that the expected
+/// reward of any policy on them is known in full, without sampling actions.
+class Traces {
+ public:
+  /// Independent measurements of the same damage (draws of labels): one can choose while the other judges.
+  static constexpr int64_t kDraws = 2;
+
+  Traces() = default;
+  /// All zero.
+  Traces(int64_t sequences, int64_t layers, int64_t groups, int64_t pairs, std::vector<int64_t> ranks);
+
+  int64_t seq_len = 0;
+  Geometry geometry;
+  int64_t heads_per_group = 0;
+  std::string calibration;  ///< digest of the calibration whose bases the states are about
+  std::vector<int64_t> ranks;
+  at::Tensor state;   ///< [sequences, layers, groups, pairs, pair_features] float32
+  at::Tensor damage;  ///< nats over a pair's queries, [sequences, draws, layers, groups, 2, pairs, ranks] float32
+
+  int64_t sequences() const { return state.size(0); }
+
+  /// states and damages of CalibrationController of one sequence, of the KV groups from first_group on.
+  void put(int64_t sequence, int64_t draw, int64_t first_group, const at::Tensor& states, const at::Tensor& pair_damage);
+
+  /// Writes atomically. Errors: Error(kStorage).
+  void save(const std::filesystem::path& file) const;
+  /// Errors: Error(kModel) that names the file and what is missing or malformed.
+  static Traces load(const std::filesystem::path& file);
+};
+
+}  // namespace drrl

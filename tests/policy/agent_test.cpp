@@ -1,0 +1,216 @@
+// The learned policy: its network, its training on traces, its decisions in the controller.
+#include "policy/agent.h"
+
+#include <gtest/gtest.h>
+
+#include "core/error.h"
+#include "policy/agent_training.h"
+#include "policy/controller.h"
+#include "policy/state.h"
+#include "tests/support/error_of.h"
+#include "tests/support/temporary.h"
+
+namespace drrl {
+namespace {
+
+constexpr int64_t kLayers = 3, kGroups = 2, kHeadDim = 64, kLength = 2048;
+const std::vector<int64_t> kRanks = {16, 32, 48};
+
+Calibration calibration() {
+  Calibration c;
+  c.geometry = {256, 4};
+  c.seq_len = kLength;
+  c.tokens = 1000;
+  c.model = "model";
+  c.data = "data";
+  c.ranks = kRanks;
+  const auto by_rank = at::tensor({8.0, 2.0, 0.5}, at::kDouble) * 1e-4;
+  c.damage = by_rank.expand({kLayers, kGroups, 2, 3, 3}).clone();
+  at::manual_seed(3);
+  c.bases = at::randn({kLayers, kGroups, 2, kHeadDim, kHeadDim});
+  return c;
+}
+
+/// Traces whose damage is the calibrated one times e^{+-2}, by the sign of one feature; noise that no state explains comes on top of each draw.
+Traces traces(const Calibration& c, int64_t sequences, bool informative) {
+  const BlockTree tree(kLength, c.geometry);
+  Traces t(sequences, kLayers, kGroups, tree.num_pairs(), kRanks);
+  t.seq_len = kLength;
+  t.geometry = c.geometry;
+  t.heads_per_group = 3;
+  t.calibration = c.digest();
+  at::manual_seed(11);
+  t.state = at::randn(t.state.sizes());
+  const auto sign = informative ? t.state.select(4, 1).sign() : at::randn(t.state.select(4, 1).sizes()).sign();
+  const Choices choices(c, tree, 3, {16, 32, 48, 64}, 2);
+  for (int64_t pair = 0; pair < tree.num_pairs(); ++pair) {
+    auto damage = choices.damage(c, 0, 0, 0, pair);  // the same everywhere in this calibration
+    damage.pop_back();
+    t.damage.select(5, pair).copy_(at::tensor(damage).expand({sequences, Traces::kDraws, kLayers, kGroups, 2, 3}) * static_cast<double>(kLength));
+  }
+  const auto factor = (2 * sign).exp();  // [sequences, layers, groups, pairs]
+  t.damage *= factor.unsqueeze(1).unsqueeze(4).unsqueeze(6) * at::randn(t.damage.sizes()).pow(2);
+  return t;
+}
+
+AgentTrainingOptions options() {
+  AgentTrainingOptions o;
+  o.fit_steps = o.reward_steps = 200;
+  o.held_out = 4;
+  o.budgets = {0.5, 0.7};
+  o.buckets = {16, 32, 48, 64};
+  return o;
+}
+
+std::vector<BudgetReport> trained(RankAgent& agent, bool informative) {
+  const Calibration c = calibration();
+  const std::vector<Traces> all = {traces(c, 20, informative)};
+  return train_agent(agent, c, all, options(), [](const std::string&) {});
+}
+
+TEST(RankAgent, StartsAsTheCalibrationAndSeesOnlyLayersBelow) {
+  RankAgent agent(kLayers, kGroups, kRanks, 1);
+  const int64_t features = pair_features(kRanks);
+  at::NoGradGuard no_grad;
+  at::manual_seed(2);
+  auto state = at::randn({5, kLayers, features});
+  const auto group = at::tensor({0, 1, 1, 0, 1}, at::kLong);
+  EXPECT_EQ(agent.forward(state, group, 0).abs().max().item<float>(), 0);
+  agent.parameters().back().normal_();  // the head
+  const auto whole = agent.forward(state, group, 0);
+  EXPECT_GT(whole.abs().max().item<float>(), 0.1);
+  EXPECT_LE(whole.abs().max().item<double>(), RankAgent::kLimit);
+  RankAgent::Memory memory;
+  for (int64_t layer = 0; layer < kLayers; ++layer) {  // layer by layer, as it decides
+    EXPECT_TRUE(at::allclose(agent.forward(state.narrow(1, layer, 1), group, layer, &memory).squeeze(1), whole.select(1, layer), 1e-4, 1e-5));
+  }
+  state.select(1, 2).add_(1);
+  const auto other = agent.forward(state, group, 0);
+  EXPECT_TRUE(other.narrow(1, 0, 2).equal(whole.narrow(1, 0, 2)));
+  EXPECT_FALSE(at::allclose(other.select(1, 2), whole.select(1, 2)));
+}
+
+TEST(RankAgent, LearnsWhatTheStateTells) {
+  RankAgent agent(kLayers, kGroups, kRanks, 1);
+  for (const BudgetReport& r : trained(agent, /*informative=*/true)) {
+    SCOPED_TRACE(r.budget);
+    EXPECT_LT(r.agent, 0.75 * r.dp);
+    EXPECT_NEAR(r.agent_operations, r.budget, 0.04);
+  }
+}
+
+TEST(RankAgent, StaysWithTheCalibrationWhereTheStateTellsNothing) {
+  RankAgent agent(kLayers, kGroups, kRanks, 1);
+  for (const BudgetReport& r : trained(agent, /*informative=*/false)) {
+    SCOPED_TRACE(r.budget);
+    EXPECT_LT(r.agent, 1.3 * r.dp);
+    EXPECT_GT(r.agent, 0.85 * r.dp) << "nothing was to be learned";
+  }
+}
+
+TEST(RankAgent, SurvivesItsFile) {
+  const auto file = temporary("policy.safetensors");
+  const Calibration c = calibration();
+  c.save(file);
+  EXPECT_NE(error_of(ErrorKind::kModel, [&] { RankAgent::load(file, c); }).find("drrl-policy train"), std::string::npos);
+  RankAgent agent(kLayers, kGroups, kRanks, 7);
+  agent.set_prices({0.4, 0.6}, {2, 4});
+  agent.save(file, c);
+  const Calibration back = Calibration::load(file);
+  EXPECT_EQ(back.digest(), c.digest());
+  const RankAgent loaded = RankAgent::load(file, back);
+  EXPECT_EQ(loaded.digest(), agent.digest());
+  EXPECT_DOUBLE_EQ(loaded.price_factor(0.5), 3);
+  EXPECT_DOUBLE_EQ(loaded.price_factor(0.1), 2);
+  EXPECT_DOUBLE_EQ(loaded.price_factor(0.9), 4);
+}
+
+TEST(Traces, SurviveTheirFile) {
+  const auto file = temporary("traces.safetensors");
+  const Traces t = traces(calibration(), 2, true);
+  t.save(file);
+  const Traces back = Traces::load(file);
+  EXPECT_TRUE(back.state.equal(t.state) && back.damage.equal(t.damage));
+  EXPECT_EQ(back.calibration, t.calibration);
+  AgentTrainingOptions o = options();
+  RankAgent agent(kLayers, kGroups, kRanks, 1);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { train_agent(agent, calibration(), {back}, o, nullptr); }).find("2 sequences"), std::string::npos);
+  Calibration other = calibration();
+  other.damage *= 2;
+  o.held_out = 1;
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { train_agent(agent, other, {back}, o, nullptr); }).find(t.calibration), std::string::npos);
+}
+
+struct Rig {
+  int64_t heads = 6, length = 5 * 256 + 40;
+  Calibration c = calibration();
+  at::Tensor q, k, v, w_o;
+
+  Rig() {
+    at::manual_seed(5);
+    const auto mix = at::matmul(at::diag(at::logspace(0, -1.5, kHeadDim)), at::randn({kHeadDim, kHeadDim}));
+    const auto rows = [&](int64_t h) { return at::matmul(at::randn({1, h, length, kHeadDim}), mix); };
+    q = rows(heads);
+    k = rows(kGroups);
+    v = rows(kGroups);
+    w_o = at::randn({96, heads * kHeadDim});
+  }
+
+  LowRankController controller() const {
+    RankAgent agent(kLayers, kGroups, kRanks, 1);
+    at::manual_seed(9);
+    at::NoGradGuard no_grad;
+    agent.parameters().back().normal_();
+    return {make_rl_policy(c, agent, 0.7, {16, 32, 48, 64}, 2), c.geometry, {.update_steps = 2, .start = c.bases}};
+  }
+};
+
+TEST(LearnedPolicy, IsStrictlyCausalAndDependsOnTheText) {
+  const Rig rig;
+  const auto outputs = [&](const at::Tensor& k) {
+    LowRankController controller = rig.controller();
+    std::vector<at::Tensor> result;
+    std::vector<std::vector<Ranks>> ranks;
+    for (int64_t layer = 0; layer < kLayers; ++layer) {
+      std::shared_ptr<LayerPlan> plan;
+      result.push_back(controller.attend(layer, rig.q, k, rig.v, rig.w_o, plan));
+      ranks.push_back(plan->lowrank->ranks);
+    }
+    return std::pair(result, ranks);
+  };
+  const auto [before, ranks] = outputs(rig.k);
+  EXPECT_NE(*std::min_element(ranks[1].begin(), ranks[1].end()), *std::max_element(ranks[1].begin(), ranks[1].end()));
+  for (const int64_t t : {300, 700, 1100}) {
+    auto k = rig.k.clone();
+    k.narrow(2, t, rig.length - t).mul_(-3).add_(1);
+    const auto [after, other_ranks] = outputs(k);
+    for (size_t layer = 0; layer < kLayers; ++layer) {
+      EXPECT_TRUE(before[layer].narrow(2, 0, t).equal(after[layer].narrow(2, 0, t))) << "from token " << t;
+    }
+    if (t == 300) {
+      EXPECT_NE(ranks, other_ranks) << "another text, the same ranks";
+    }
+  }
+}
+
+TEST(LearnedPolicy, DecidesAlikeWhenTokensComeOneByOne) {
+  const Rig rig;
+  LowRankController whole = rig.controller(), growing = rig.controller();
+  const auto cache = growing.make_cache(kLayers, rig.length);
+  const std::vector<int64_t> cuts = {0, 700, 1100, rig.length};
+  std::vector<at::Tensor> expected;
+  for (int64_t layer = 0; layer < kLayers; ++layer) {
+    std::shared_ptr<LayerPlan> plan;
+    expected.push_back(whole.attend(layer, rig.q, rig.k, rig.v, rig.w_o, plan));
+  }
+  for (size_t i = 0; i + 1 < cuts.size(); ++i) {
+    const auto piece = [&](const at::Tensor& x) { return x.narrow(2, cuts[i], cuts[i + 1] - cuts[i]); };
+    for (int64_t layer = 0; layer < kLayers; ++layer) {
+      const auto got = growing.extend(layer, piece(rig.q), piece(rig.k), piece(rig.v), rig.w_o, *cache);
+      EXPECT_LT(((got - piece(expected[static_cast<size_t>(layer)])).norm() / got.norm()).item<double>(), 1e-4);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace drrl
