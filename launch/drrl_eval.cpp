@@ -39,6 +39,7 @@ struct Totals {
   double nll = 0;
   int64_t tokens = 0;
   AttentionStatistics attention;
+  std::vector<double> sequence_nll = {};  ///< mean of each sequence, 0 of those that other data-parallel ranks evaluate
 };
 
 /// The whole world's totals: losses over data-parallel ranks, operations and decisions over all, times of the slowest tensor-parallel rank.
@@ -66,6 +67,11 @@ Totals reduce(const Totals& mine, const Mesh& mesh) {
   all.attention.decisions = std::llround(at_index(sums, 6));
   all.attention.attention_ms = at_index(times, 0);
   all.attention.solve_ms = at_index(times, 1);
+  if (!mine.sequence_nll.empty()) {
+    auto sequences = at::tensor(mine.sequence_nll, at::kDouble);
+    mesh.dp().all_reduce(sequences);
+    all.sequence_nll.assign(sequences.const_data_ptr<double>(), sequences.const_data_ptr<double>() + sequences.numel());
+  }
   return all;
 }
 
@@ -79,6 +85,7 @@ nlohmann::ordered_json result_json(const Totals& t, int64_t head_dim) {
   return {{"perplexity", std::exp(nll)},
           {"nll", nll},
           {"tokens", t.tokens},
+          {"sequence_nll", t.sequence_nll},
           {"seq_len", FLAGS_seq_len},
           {"attention_flops_fraction", a.flops / a.exact_flops},
           {"attention_ms", a.attention_ms},
@@ -143,23 +150,27 @@ nlohmann::ordered_json evaluation(CausalLM& model, LowRankController& controller
   const std::shared_ptr<RankPolicy> chosen = controller.policy();
   const std::shared_ptr<RankPolicy> full = make_full_policy();
   Totals policy_totals, full_totals;
-  const auto run = [&](const Batch& batch, const std::shared_ptr<RankPolicy>& policy, Totals& totals) {
+  policy_totals.sequence_nll.resize(static_cast<size_t>(windows));
+  full_totals.sequence_nll.resize(static_cast<size_t>(windows));
+  const auto run = [&](int64_t window, const Batch& batch, const std::shared_ptr<RankPolicy>& policy, Totals& totals) {
     controller.set_policy(policy);
     controller.take_statistics();
     const at::Tensor nll = model.token_nll(batch.tokens, batch.labels);
     totals.attention += controller.take_statistics();
-    totals.nll += nll.sum(at::kDouble).item<double>();
+    const double sum = nll.sum(at::kDouble).item<double>();
+    totals.nll += sum;
     totals.tokens += batch.labels.numel();
+    totals.sequence_nll[static_cast<size_t>(window)] = sum / static_cast<double>(batch.labels.numel());
   };
   for (int64_t window = mesh.dp().rank(); window < windows; window += mesh.dp().size()) {
     const Batch batch = data.ordered(window, 1);
     // Exact attention first in every other sequence, so that neither profits from a warm cache.
     if (FLAGS_compare_full && window % 2 == 1) {
-      run(batch, full, full_totals);
+      run(window, batch, full, full_totals);
     }
-    run(batch, chosen, policy_totals);
+    run(window, batch, chosen, policy_totals);
     if (FLAGS_compare_full && window % 2 == 0) {
-      run(batch, full, full_totals);
+      run(window, batch, full, full_totals);
     }
   }
   nlohmann::ordered_json json = result_json(reduce(policy_totals, mesh), model.config().head_dim);
@@ -167,6 +178,7 @@ nlohmann::ordered_json evaluation(CausalLM& model, LowRankController& controller
     const nlohmann::ordered_json exact = result_json(reduce(full_totals, mesh), model.config().head_dim);
     json["full_perplexity"] = exact["perplexity"];
     json["full_nll"] = exact["nll"];
+    json["full_sequence_nll"] = exact["sequence_nll"];
     json["full_attention_ms"] = exact["attention_ms"];
   }
   json["guard_violations"] = nullptr;  // no guard is part of these policies
