@@ -14,6 +14,7 @@
 #include "models/llama.h"
 #include "core/storage.h"
 #include "models/token_file.h"
+#include "policy/audit.h"
 
 #include <ATen/Parallel.h>
 #include <gflags/gflags.h>
@@ -26,6 +27,7 @@
 
 DEFINE_int64(max_tokens, 0, "stop after this many predicted tokens, rounded up to whole sequences; 0: all of --data [tokens]");
 DEFINE_bool(compare_full, false, "evaluate every sequence with exact attention too, in turn, and report both");
+DEFINE_int64(audit_rows, 0, "compare certified error bounds with exact attention for this many query tokens of each block, in one process; 0: no audit [tokens]");
 DEFINE_int64(generate, 0, "instead of evaluating, continue the first --prompt_tokens of --data by this many; 0: evaluate [tokens]");
 DEFINE_int64(prompt_tokens, 64, "length of the prompt of --generate [tokens]");
 DEFINE_double(temperature, 0, "of the draws of --generate, which --seed decides; 0: always the most likely token");
@@ -198,11 +200,73 @@ void print_evaluation(const nlohmann::ordered_json& json) {
   }
 }
 
+nlohmann::ordered_json quantiles(const Sample& sample) {
+  return {{"median", sample.quantile(0.5)}, {"p10", sample.quantile(0.1)}, {"p90", sample.quantile(0.9)}, {"least", sample.quantile(0)},
+          {"most", sample.quantile(1)}};
+}
+
+/// --audit_rows: counts over all levels, and quantiles over units of the audit.
+void add_audit(const AuditReport& report, nlohmann::ordered_json& json) {
+  int64_t pairs = 0, violations = report.block_violations;
+  auto levels = nlohmann::ordered_json::array();
+  Sample tightness, lagged;
+  for (const AuditReport::Level& level : report.levels) {
+    pairs += level.pairs;
+    violations += level.violations;
+    tightness.add(level.tightness);
+    lagged.add(level.lagged_prediction);
+    levels.push_back({{"audited_pairs", level.pairs},
+                      {"certificate_violations", level.violations},
+                      {"score_bound_tightness", quantiles(level.tightness)},
+                      {"lagged_prediction_ratio", quantiles(level.lagged_prediction)}});
+  }
+  json["audited_pairs"] = pairs;
+  json["audited_blocks"] = report.blocks;
+  json["certificate_violations"] = violations;
+  json["score_bound_tightness"] = quantiles(tightness);
+  json["output_bound_tightness"] = quantiles(report.output_tightness);
+  json["eq9_bound_tightness"] = quantiles(report.eq9_tightness);
+  json["output_error"] = quantiles(report.output_error);
+  json["score_loss_share"] = quantiles(report.score_loss);
+  json["value_loss_share"] = quantiles(report.value_loss);
+  json["lagged_prediction_ratio"] = quantiles(lagged);
+  json["weyl_bound"] = quantiles(report.weyl);
+  json["weyl_true"] = quantiles(report.shift);
+  json["davis_kahan_bound"] = quantiles(report.davis_kahan);
+  json["davis_kahan_true"] = quantiles(report.sine);
+  json["audit_levels"] = std::move(levels);
+}
+
+void print_audit(const nlohmann::ordered_json& json) {
+  const auto of = [](const nlohmann::ordered_json& from, const char* name, const char* quantile) {
+    return from[name][quantile].is_null() ? std::nan("") : from[name][quantile].get<double>();
+  };
+  const auto line = [&](const nlohmann::ordered_json& from) {
+    return c10::str(from["audited_pairs"].get<int64_t>(), " pairs, ", from["certificate_violations"].get<int64_t>(), " violations, score bound / error ",
+                    of(from, "score_bound_tightness", "median"), " (90 %: ", of(from, "score_bound_tightness", "p90"), "), lagged prediction / loss ",
+                    of(from, "lagged_prediction_ratio", "median"));
+  };
+  std::cout << "audit: " << line(json) << "; " << json["audited_blocks"] << " blocks, output bound / error "
+            << of(json, "output_bound_tightness", "median") << " (90 %: " << of(json, "output_bound_tightness", "p90") << "), Eq. 9 alone "
+            << of(json, "eq9_bound_tightness", "median") << "\n";
+  for (size_t i = 0; i < json["audit_levels"].size(); ++i) {
+    std::cout << "  level " << i << ": " << line(json["audit_levels"][i]) << "\n";
+  }
+  std::cout << "  start to own subspace: Weyl " << of(json, "weyl_bound", "median") << " (true " << of(json, "weyl_true", "median") << "), Davis-Kahan "
+            << of(json, "davis_kahan_bound", "median") << " (true " << of(json, "davis_kahan_true", "median") << ")\n";
+}
+
 ExitCode evaluate(const Environment& environment) {
   require("model", FLAGS_model);
   require("data", FLAGS_data);
   check(ErrorKind::kUsage, FLAGS_max_tokens >= 0, "--max_tokens must not be negative, got ", FLAGS_max_tokens);
   check(ErrorKind::kUsage, FLAGS_generate >= 0, "--generate must not be negative, got ", FLAGS_generate);
+  check(ErrorKind::kUsage, FLAGS_audit_rows >= 0, "--audit_rows must not be negative, got ", FLAGS_audit_rows);
+  check(ErrorKind::kUsage, FLAGS_audit_rows == 0 || (FLAGS_attention == "lowrank" && FLAGS_dtype == "fp32" && FLAGS_generate == 0),
+        "--audit_rows needs --attention=lowrank and --dtype=fp32, and does not go with --generate");
+  check(ErrorKind::kUsage, FLAGS_audit_rows == 0 || !FLAGS_compare_full, "--audit_rows does not go with --compare_full, whose times it would disturb");
+  check(ErrorKind::kUsage, FLAGS_audit_rows == 0 || environment.world_size == 1, "--audit_rows runs in one process, this job has ",
+        environment.world_size);
   const MeshShape shape = mesh_flags(environment);
   const at::Device device = device_flag(environment);
   const ModelConfig config = ModelConfig::load(FLAGS_model);
@@ -232,7 +296,12 @@ ExitCode evaluate(const Environment& environment) {
     const AttentionSetup attention = attention_flags(config, mesh, device);
     const std::string description = attention.controller->describe();  // of the chosen policy, whatever is set later
     attention.controller->set_timing(true);
-    CausalLM model(config, mesh.tp(), attention.controller, {.dtype = dtype_flag("dtype", FLAGS_dtype), .device = device});
+    std::shared_ptr<AuditController> audit;
+    if (FLAGS_audit_rows > 0) {
+      audit = std::make_shared<AuditController>(attention.controller, FLAGS_audit_rows, attention.controller->bases().start);
+    }
+    const std::shared_ptr<AttentionController> used = audit ? std::static_pointer_cast<AttentionController>(audit) : attention.controller;
+    CausalLM model(config, mesh.tp(), used, {.dtype = dtype_flag("dtype", FLAGS_dtype), .device = device});
     model.load(FLAGS_model);
     if (leader) {
       print_banner(std::cout, "drrl-eval",
@@ -249,6 +318,9 @@ ExitCode evaluate(const Environment& environment) {
 
     nlohmann::ordered_json json = data ? evaluation(model, *attention.controller, *data, windows, mesh)
                                        : generation(model, *attention.controller, *file, mesh);
+    if (audit) {
+      add_audit(audit->report(), json);
+    }
     json["attention"] = description;
     json["dtype"] = FLAGS_dtype;
     json["device"] = FLAGS_device;
@@ -262,6 +334,9 @@ ExitCode evaluate(const Environment& environment) {
     }
     if (leader) {
       (data ? print_evaluation : print_generation)(json);
+      if (audit) {
+        print_audit(json);
+      }
       std::cout << std::flush;
       if (!FLAGS_json.empty()) {
         write_text(FLAGS_json, json.dump(2) + "\n");

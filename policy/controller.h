@@ -51,6 +51,7 @@ class LowRankController final : public AttentionController {
   AttentionStatistics take_statistics();
   const std::shared_ptr<RankPolicy>& policy() const { return policy_; }
   void set_policy(std::shared_ptr<RankPolicy> policy) { policy_ = std::move(policy); }
+  const BasisOptions& bases() const { return bases_; }
 
   /// One line for banners.
   std::string describe() const;
