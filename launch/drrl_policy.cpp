@@ -29,6 +29,7 @@
 
 DEFINE_string(traces, "", "file that drrl-policy record writes and train reads, which takes several, with commas between");
 DEFINE_int64(held_out, 1, "sequences of each trace file that drrl-policy train does not learn from but judges by");
+DEFINE_int64(validation, 1, "sequences of each trace file by which drrl-policy train decides how far the agent is trusted");
 DEFINE_int64(fit_steps, 300, "of drrl-policy train, value fit");
 DEFINE_int64(reward_steps, 300, "of drrl-policy train, policy gradient");
 DEFINE_int64(calibration_tokens, 8192, "text to calibrate on, from evenly spread sequences of --data, rounded up to whole ones [tokens]");
@@ -313,6 +314,7 @@ ExitCode train(const Environment& environment) {
   options.fit_steps = FLAGS_fit_steps;
   options.reward_steps = FLAGS_reward_steps;
   options.held_out = FLAGS_held_out;
+  options.validation = FLAGS_validation;
   options.buckets = rank_buckets(device_flag(environment), calibration.head_dim());
   options.update_steps = FLAGS_basis_updates;
   options.seed = FLAGS_seed;

@@ -31,7 +31,7 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight) {
 
 RankAgent::RankAgent(int64_t layers, int64_t groups, std::vector<int64_t> ranks, uint64_t seed)
     : layers_(layers), groups_(groups), features_(pair_features(ranks)), ranks_(std::move(ranks)), mean_(at::zeros({layers, groups, features_})),
-      deviation_(at::ones({layers, groups, features_})), budgets_(at::ones({1}, at::kDouble)), factors_(at::ones({1}, at::kDouble)) {
+      deviation_(at::ones({layers, groups, features_})), strength_(at::ones({1}, at::kDouble)), budgets_(at::ones({1}, at::kDouble)), factors_(at::ones({1}, at::kDouble)) {
   auto generator = at::detail::createCPUGenerator(seed);
   const auto matrix = [&](int64_t out, int64_t in) { return at::randn({out, in}, generator) / std::sqrt(static_cast<double>(in)); };
   const auto ones = [] { return at::ones({kWidth}); };
@@ -76,7 +76,7 @@ at::Tensor RankAgent::forward(const at::Tensor& state, const at::Tensor& group, 
     x = x + at::linear(mixed, of(kProjection));
     x = x + at::linear(at::silu(at::linear(rms_norm(x, of(kNorm2)), of(kUp))), of(kDown));
   }
-  return kLimit * at::tanh(at::linear(rms_norm(x, p[kFinalNorm]), p[kHead]) / kLimit).view({n, t, 2, -1});
+  return (strength() * kLimit) * at::tanh(at::linear(rms_norm(x, p[kFinalNorm]), p[kHead]) / kLimit).view({n, t, 2, -1});
 }
 
 void RankAgent::set_normalization(at::Tensor mean, at::Tensor deviation) {
@@ -117,7 +117,7 @@ std::vector<NamedTensor> RankAgent::tensors() const {
   for (size_t i = 0; i < kCount; ++i) {
     all.push_back({kNames[i], parameters_[i].detach()});
   }
-  all.insert(all.end(), {{"agent.mean", mean_}, {"agent.deviation", deviation_}, {"agent.budgets", budgets_}, {"agent.price_factors", factors_}});
+  all.insert(all.end(), {{"agent.mean", mean_}, {"agent.deviation", deviation_}, {"agent.strength", strength_}, {"agent.budgets", budgets_}, {"agent.price_factors", factors_}});
   return all;
 }
 
@@ -151,6 +151,7 @@ RankAgent RankAgent::load(const std::filesystem::path& path, const Calibration& 
   }
   agent.set_normalization(read("agent.mean", agent.mean_), read("agent.deviation", agent.deviation_));
   check(ErrorKind::kModel, (agent.deviation_ > 0).all().item<bool>(), path, ": \"agent.deviation\" holds an entry that is not positive");
+  agent.strength_ = read("agent.strength", agent.strength_);
   const auto list = [&](const char* name) {
     const auto t = file.tensor(name, at::kDouble, 1);
     return std::vector<double>(t.const_data_ptr<double>(), t.const_data_ptr<double>() + t.numel());

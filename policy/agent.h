@@ -43,6 +43,9 @@ class RankAgent {
   /// Factors on the price of an operation, by budget, that make the mean cost on the training traces meet each budget: ascending budgets and
   /// as many factors.
   void set_prices(std::vector<double> budgets, std::vector<double> factors);
+  /// How far the agent is trusted, 0 (the calibration alone) to 1: scales the logarithms that `forward` returns.
+  void set_strength(double strength) { strength_.fill_(strength); }
+  double strength() const { return strength_.item<double>(); }
   /// Interpolated.
   double price_factor(double budget) const;
 
@@ -65,7 +68,7 @@ class RankAgent {
   int64_t layers_, groups_, features_;
   std::vector<int64_t> ranks_;
   std::vector<at::Tensor> parameters_;
-  at::Tensor mean_, deviation_, budgets_, factors_;
+  at::Tensor mean_, deviation_, strength_, budgets_, factors_;
 };
 
 }  // namespace drrl

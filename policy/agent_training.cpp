@@ -28,8 +28,8 @@ struct Items {
 
 struct Length {
   const Traces* traces;
-  Items train, held_out;
-  double exact, fixed, watching;        // operations of one sequence: exact attention, what nothing changes, states and network
+  Items train, validation, held_out;
+  double exact, fixed, watching;        // operations of one sequence: exact attention, what nothing changes, states and network (none at strength 0)
   std::vector<double> budgets, prices;  // that can be met; nats over the sequence for one operation
 };
 
@@ -96,8 +96,9 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
   for (const Traces& t : traces) {
     check(ErrorKind::kUsage, t.calibration == calibration.digest() && t.ranks == calibration.ranks && t.state.size(1) == layers && t.state.size(2) == groups,
           "traces of the calibration ", t.calibration, ", expected ", calibration.digest(), ": record them again");
-    check(ErrorKind::kUsage, options.held_out >= 1 && t.sequences() > options.held_out, "traces of ", t.sequences(), " sequences, of which ", options.held_out,
-          " are held out: at least one must be and one must be left");
+    check(ErrorKind::kUsage, options.held_out >= 1 && options.validation >= 1 && t.sequences() > options.held_out + options.validation, "traces of ",
+          t.sequences(), " sequences, of which ", options.held_out, " are held out and ", options.validation,
+          " are for validation: at least one must be each and one must be left");
     const BlockTree tree(t.seq_len, t.geometry);
     const Choices choices(calibration, tree, t.heads_per_group, options.buckets, options.update_steps);
     check(ErrorKind::kUsage, choices.columns.size() == calibration.ranks.size(), "the device's ranks ", at::IntArrayRef(options.buckets),
@@ -120,13 +121,14 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
       }
     }
     // Calibrated damages are scaled to what all layers do together; measured ones are scaled alike.
-    const int64_t train = t.sequences() - options.held_out;
+    const int64_t train = t.sequences() - options.held_out - options.validation;
     const auto measured = t.damage.narrow(0, 0, train).sum(at::IntArrayRef{0, 1, 2, 3, 5, 6}, /*keepdim=*/false, at::kDouble) / static_cast<double>(train * Traces::kDraws);
     const auto scale = (base.sum(at::IntArrayRef{0, 1, 3, 4}, /*keepdim=*/false, at::kDouble) / measured.clamp_min(1e-300)).to(at::kFloat);
     Length length;
     length.traces = &t;
     length.train = items_of(t, 0, train, base, operations, scale);
-    length.held_out = items_of(t, train, options.held_out, base, operations, scale);
+    length.validation = items_of(t, train, options.validation, base, operations, scale);
+    length.held_out = items_of(t, train + options.validation, options.held_out, base, operations, scale);
     const int64_t heads = groups * t.heads_per_group;
     length.exact = static_cast<double>(layers) * exact_attention_flops(1, heads, t.seq_len, d, false);
     length.fixed = static_cast<double>(layers) * exact_part_flops(tree, 1, heads, groups, d, false).total();
@@ -189,6 +191,29 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
     const auto truth = costs(l.train.mean_damage(), l.train, price);
     return (choice * truth).sum() / (exact.sum() * static_cast<double>(layers));
   });
+
+  double best = 0, least = INFINITY;
+  for (const double strength : {0.0, 0.25, 0.5, 0.75, 1.0}) {
+    agent.set_strength(strength);
+    double cost = 0;  // sum over budgets of the logarithm of the damage at equal operations
+    for (const Length& l : lengths) {
+      const auto estimate = estimate_of(agent, l.validation);
+      const double watching = strength > 0 ? l.watching : 0;
+      for (const double budget : l.budgets) {
+        const double price = price_for(estimate, l.validation, budget * l.exact - l.fixed - watching);
+        cost += std::log(outcome(estimate, l.validation.mean_damage(), l.validation, price).damage);
+      }
+    }
+    log(c10::str("strength ", strength, ": validation damage e^", cost));
+    if (cost < least) {
+      best = strength;
+      least = cost;
+    }
+  }
+  agent.set_strength(best);
+  for (Length& l : lengths) {
+    l.watching = best > 0 ? l.watching : 0;
+  }
 
   // Prices that meet each budget on average over the lengths.
   std::vector<double> budgets, factors;

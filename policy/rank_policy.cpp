@@ -131,13 +131,7 @@ class LearnedPolicy final : public RankPolicy {
     at::NoGradGuard no_grad;
     check_fits(calibration_, o);
     const Prices& prices = prices_of(o);
-    // What the layers below saw of the same pairs.
-    if (o.layer == 0) {
-      memories_[o.first_pair] = {};
-    }
-    const auto group = (at::arange(o.items(), at::kLong).div(o.pair_count(), "floor").remainder(o.groups) + o.first_group);
-    const auto factors = agent_.forward(o.state.flatten(0, 2).unsqueeze(1), group, o.layer, &memories_[o.first_pair])
-                             .squeeze(1).exp().to(at::kDouble).contiguous();  // [items, 2, ranks]
+    const at::Tensor factors = factors_of(o);  // [items, 2, ranks]
     const auto f = factors.accessor<double, 3>();
     std::vector<Ranks> result;
     for (int64_t item = 0; item < o.items(); ++item) {
@@ -161,12 +155,13 @@ class LearnedPolicy final : public RankPolicy {
     return result;
   }
 
-  std::vector<int64_t> state_ranks() const override { return calibration_.ranks; }
-  double flops_per_pair() const override { return agent_.flops(); }
+  // An agent that is not trusted is not asked.
+  std::vector<int64_t> state_ranks() const override { return agent_.strength() > 0 ? calibration_.ranks : std::vector<int64_t>(); }
+  double flops_per_pair() const override { return agent_.strength() > 0 ? agent_.flops() : 0; }
 
   std::string describe() const override {
     return c10::str("rl, budget ", budget_, ", calibrated on ", calibration_.tokens, " tokens of ", calibration_.data, " (", calibration_.digest(), "), agent ",
-                    agent_.digest());
+                    agent_.digest(), ", strength ", agent_.strength());
   }
 
  private:
@@ -174,6 +169,18 @@ class LearnedPolicy final : public RankPolicy {
     Choices choices;
     double operation;
   };
+
+  at::Tensor factors_of(const LayerObservation& o) {
+    if (agent_.strength() == 0) {
+      return at::ones({o.items(), 2, static_cast<int64_t>(calibration_.ranks.size())}, at::kDouble);
+    }
+    RankAgent::Memory& memory = memories_[o.first_pair];  // what the layers below saw of the same pairs
+    if (o.layer == 0) {
+      memory = {};
+    }
+    const auto group = at::arange(o.items(), at::kLong).div(o.pair_count(), "floor").remainder(o.groups) + o.first_group;
+    return agent_.forward(o.state.flatten(0, 2).unsqueeze(1), group, o.layer, &memory).squeeze(1).exp().to(at::kDouble).contiguous();
+  }
 
   const Prices& prices_of(const LayerObservation& o) {
     const auto key = std::pair(o.tree.sequence_length(), o.heads / o.groups);

@@ -56,15 +56,15 @@ Traces traces(const Calibration& c, int64_t sequences, bool informative) {
 AgentTrainingOptions options() {
   AgentTrainingOptions o;
   o.fit_steps = o.reward_steps = 200;
-  o.held_out = 4;
-  o.budgets = {0.5, 0.7};
+  o.held_out = o.validation = 4;
+  o.budgets = {0.6, 0.8};
   o.buckets = {16, 32, 48, 64};
   return o;
 }
 
 std::vector<BudgetReport> trained(RankAgent& agent, bool informative) {
   const Calibration c = calibration();
-  const std::vector<Traces> all = {traces(c, 20, informative)};
+  const std::vector<Traces> all = {traces(c, 28, informative)};
   return train_agent(agent, c, all, options(), [](const std::string&) {});
 }
 
@@ -94,7 +94,8 @@ TEST(RankAgent, LearnsWhatTheStateTells) {
   RankAgent agent(kLayers, kGroups, kRanks, 1);
   for (const BudgetReport& r : trained(agent, /*informative=*/true)) {
     SCOPED_TRACE(r.budget);
-    EXPECT_LT(r.agent, 0.75 * r.dp);
+    EXPECT_LT(r.agent, 0.9 * r.dp);
+    EXPECT_LT(r.oracle, r.dp);
     EXPECT_NEAR(r.agent_operations, r.budget, 0.04);
   }
 }
@@ -103,8 +104,8 @@ TEST(RankAgent, StaysWithTheCalibrationWhereTheStateTellsNothing) {
   RankAgent agent(kLayers, kGroups, kRanks, 1);
   for (const BudgetReport& r : trained(agent, /*informative=*/false)) {
     SCOPED_TRACE(r.budget);
-    EXPECT_LT(r.agent, 1.3 * r.dp);
-    EXPECT_GT(r.agent, 0.85 * r.dp) << "nothing was to be learned";
+    EXPECT_LT(r.agent, 1.1 * r.dp);
+    EXPECT_GT(r.agent, 0.9 * r.dp) << "nothing was to be learned";
   }
 }
 
@@ -138,6 +139,7 @@ TEST(Traces, SurviveTheirFile) {
   Calibration other = calibration();
   other.damage *= 2;
   o.held_out = 1;
+  o.validation = 0;
   EXPECT_NE(error_of(ErrorKind::kUsage, [&] { train_agent(agent, other, {back}, o, nullptr); }).find(t.calibration), std::string::npos);
 }
 
