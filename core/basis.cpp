@@ -2,6 +2,10 @@
 
 #include <ATen/Parallel.h>
 
+#include <atomic>
+
+#include "core/cpu/basis_kernel.h"
+#include "core/cpu/tasks.h"
 #include "core/error.h"
 #include "core/solver.h"
 
@@ -115,6 +119,22 @@ Basis update_basis(const at::Tensor& right, const at::Tensor& gram_x, const at::
   }
   const auto options = gram_x.options().dtype(at::kFloat);
   Basis result{at::empty(right.sizes(), options), at::empty(right.sizes(), options), {}};
+  const int64_t d = right.size(1), rank = right.size(2);
+  if (right.scalar_type() == at::kFloat && cpu::basis_kernel_fits(d, rank)) {
+    const auto start = right.contiguous(), x = gram_x.contiguous(), y = gram_y.contiguous();
+    std::atomic<bool> failed{false};
+    cpu::for_each_task(right.size(0), 2 * cpu::update_scratch_size(d, rank), [&](int64_t i, float* scratch) {
+      const auto of = [&](const auto& tensor, int64_t width) { return tensor + i * d * width; };
+      if (!cpu::update_item(d, rank, steps, of(start.const_data_ptr<float>(), rank), rank, of(x.const_data_ptr<double>(), d),
+                            of(y.const_data_ptr<double>(), d), {kRounding, kFirstJitter, kLargestJitter}, of(result.left.data_ptr<float>(), rank),
+                            of(result.right.data_ptr<float>(), rank), reinterpret_cast<double*>(scratch))) {
+        failed = true;
+      }
+    });
+    if (!failed) {
+      return result;
+    }  // else below, which says what is wrong
+  }
   for_each_share(right.size(0), [&](int64_t begin, int64_t end) {
     const Basis part = update_batch(right.slice(0, begin, end), gram_x.slice(0, begin, end), gram_y.slice(0, begin, end), steps);
     result.left.slice(0, begin, end).copy_(part.left);
@@ -197,6 +217,16 @@ at::Tensor residual_factor(const Basis& basis, const at::Tensor& gram, const at:
   }
   const auto random = at::tensor(signs, gram.options()).view({d, m});
   auto factor = at::empty({gram.size(0), d, m}, gram.options().dtype(at::kFloat));
+  const int64_t rank = basis.left.size(2);
+  if (gram.is_cpu() && gram.scalar_type() == at::kDouble && basis.left.scalar_type() == at::kFloat && m % 8 == 0 && cpu::basis_kernel_fits(d, rank)) {
+    const auto left = basis.left.contiguous(), right = basis.right.contiguous(), g = gram.contiguous(), n = keys.to(at::kDouble).contiguous();
+    cpu::for_each_task(gram.size(0), 2 * cpu::residual_scratch_size(d, rank, m), [&](int64_t i, float* scratch) {
+      cpu::residual_item(d, rank, m, left.const_data_ptr<float>() + i * d * rank, right.const_data_ptr<float>() + i * d * rank, rank,
+                         g.const_data_ptr<double>() + i * d * d, 1 / (2 * n.const_data_ptr<double>()[i] * static_cast<double>(d)),
+                         random.const_data_ptr<double>(), factor.data_ptr<float>() + i * d * m, reinterpret_cast<double*>(scratch));
+    });
+    return factor;
+  }
   const auto fill = [&](int64_t begin, int64_t end) {
     const auto share = [&](const at::Tensor& x) { return x.slice(0, begin, end).to(at::kDouble); };
     const auto g = share(gram) / (share(keys) * 2.0 * static_cast<double>(d)).view({-1, 1, 1});

@@ -54,19 +54,25 @@ def transformers_run(options, seq_len, work):
     return [l["loss"] for l in lines], [seq_len / l["seconds"] for l in lines[1:]], memory
 
 
-def drrl_run(options, seq_len, work):
+def drrl_run(options, seq_len, work, further=()):
     out = Path(tempfile.mkdtemp(dir=work))
     command = [Path(options.build) / "bin/drrl-train", "--model", options.model, "--data", options.data, "--output", out,
                "--seq_len", seq_len, "--steps", options.steps, "--lr", options.lr, "--min_lr=0", "--warmup_tokens=0",
                "--attention=full", "--valid_fraction=0", f"--dtype={options.dtype}", "--global_batch=1", "--micro_batch=1", "--seed=0",
-               f"--activation_checkpoint={'true' if options.activation_checkpoint else 'false'}", *options.drrl_flag]
+               f"--activation_checkpoint={'true' if options.activation_checkpoint else 'false'}", *options.drrl_flag, *further]
     memory = measure([str(c) for c in command], options.threads)
     lines = read_lines(out / "metrics/metrics.jsonl")
     return [l["loss"] for l in lines], [l["tokens_per_second"] for l in lines[1:]], memory
 
 
+def lowrank_run(options, seq_len, work):
+    return drrl_run(options, seq_len, work, ["--attention=lowrank", "--rank_policy=dp", f"--rank_budget={options.rank_budget}", "--policy", options.policy])
+
+
 def compare(options, seq_len, work):
     programs = {"transformers": transformers_run, "drrl": drrl_run}
+    if options.policy:
+        programs["low rank"] = lowrank_run
     speeds, memory, losses = ({name: [] for name in programs} for _ in range(3))
     for turn in range(options.rounds):
         for name, program in programs.items():
@@ -79,7 +85,7 @@ def compare(options, seq_len, work):
     median = {name: statistics.median(values) for name, values in speeds.items()}
     return {"seq_len": seq_len, "tokens_per_second": median, "ratio": median["drrl"] / median["transformers"],
             "runs": speeds, "peak_memory_gib": {name: max(values) for name, values in memory.items()},
-            "losses": losses, "worst_relative_loss_difference": worst}
+            "lowrank_ratio": median.get("low rank", 0) / median["transformers"], "losses": losses, "worst_relative_loss_difference": worst}
 
 
 def main():
@@ -94,6 +100,8 @@ def main():
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--activation_checkpoint", action="store_true", help="in both")
+    parser.add_argument("--policy", help="a file of drrl-policy calibrate: drrl-train with --rank_policy=dp takes part too (its losses are its own)")
+    parser.add_argument("--rank_budget", type=float, default=0.585, help="with --policy")
     parser.add_argument("--drrl_flag", action="append", default=[], help="a further flag for drrl-train, e.g. --drrl_flag=--device=cpu")
     parser.add_argument("--json", help="file for the results")
     options = parser.parse_args()
@@ -114,6 +122,10 @@ def main():
         agree &= r["worst_relative_loss_difference"] <= LOSS_TOLERANCE[options.dtype]
         print(f"{r['seq_len']:>6} {speed['transformers']:>13.1f} {speed['drrl']:>9.1f} {r['ratio']:>6.2f} {memory['transformers']:>7.1f} "
               f"{memory['drrl']:>8.1f}  {r['worst_relative_loss_difference']:.1e}")
+        if "low rank" in speed:
+            print(f"{'':>6} low rank, budget {options.rank_budget}: {speed['low rank']:.1f} tokens/s, {r['lowrank_ratio']:.2f} of transformers, "
+                  f"{speed['low rank'] / speed['drrl']:.2f} of drrl's exact attention, {memory['low rank']:.1f} GiB; last loss "
+                  f"{r['losses']['low rank'][-1]:.4f} against {r['losses']['drrl'][-1]:.4f}")
     if options.json:
         Path(options.json).write_text(json.dumps(
             {"results": results, "dtype": options.dtype, "threads": options.threads, "steps": options.steps,

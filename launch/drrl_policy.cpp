@@ -1,4 +1,4 @@
-// drrl-policy calibrate: measures on real text how much each layer suffers at each rank, for --rank_policy=dp. Options: drrl-policy --help.
+// drrl-policy: what ranks cost a model, measured on real text (calibrate, record), and the policy that learns from it (train). Options: drrl-policy --help.
 
 #include "core/error.h"
 #include "distributed/mesh.h"

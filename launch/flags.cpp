@@ -23,11 +23,11 @@ DEFINE_int64(timeout_s, 600, "longest that a collective may take before the job 
 DEFINE_string(json, "", "file for the results, as JSON");
 
 DEFINE_string(attention, "full", "full: exact; lowrank: exact near and sink tokens, low-rank factors for far ones");
-DEFINE_string(rank_policy, "fixed", "who chooses the ranks of --attention=lowrank: full, fixed, energy, dp or rl");
+DEFINE_string(rank_policy, "fixed", "who chooses the ranks of --attention=lowrank: full, fixed, energy, random, greedy, dp or rl");
 DEFINE_int64(rank, 32, "rank of scores and values of far tokens under --rank_policy=fixed");
-DEFINE_double(rank_budget, 0.585, "attention operations, everything counted, under --rank_policy=dp and rl [of exact attention]");
+DEFINE_double(rank_budget, 0.585, "attention operations, everything counted, under --rank_policy=random, greedy, dp and rl [of exact attention]");
 DEFINE_double(energy, 0.99, "share of the spectrum's energy to keep under --rank_policy=energy");
-DEFINE_string(policy, "", "file for --rank_policy=dp and rl; drrl-policy calibrate and train write it");
+DEFINE_string(policy, "", "file for --rank_policy=random, greedy, dp and rl; drrl-policy calibrate and train write it");
 DEFINE_int64(basis_updates, 2,
              "rounds of incremental update for each far basis, from those of --policy or of the first block; -1: a full decomposition each");
 DEFINE_int64(near_block, 256, "block of tokens that attend to each other exactly [tokens]");

@@ -56,12 +56,19 @@ std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const a
   if (FLAGS_rank_policy == "energy") {
     return make_energy_policy(FLAGS_energy, buckets);
   }
-  check(ErrorKind::kUsage, FLAGS_rank_policy == "dp" || FLAGS_rank_policy == "rl", "--rank_policy must be full, fixed, energy, dp or rl, got '",
+  const bool spends = FLAGS_rank_policy == "dp" || FLAGS_rank_policy == "greedy" || FLAGS_rank_policy == "random";
+  check(ErrorKind::kUsage, spends || FLAGS_rank_policy == "rl", "--rank_policy must be full, fixed, energy, random, greedy, dp or rl, got '",
         FLAGS_rank_policy, "'");
   check(ErrorKind::kUsage, !FLAGS_policy.empty(), "--rank_policy=", FLAGS_rank_policy, " needs --policy=FILE, made by drrl-policy ",
-        FLAGS_rank_policy == "dp" ? "calibrate" : "train");
+        spends ? "calibrate" : "train");
   if (FLAGS_rank_policy == "dp") {
     return make_dp_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates);
+  }
+  if (FLAGS_rank_policy == "greedy") {
+    return make_greedy_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates);
+  }
+  if (FLAGS_rank_policy == "random") {
+    return make_random_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates, FLAGS_seed);
   }
   return make_rl_policy(calibration.get(), RankAgent::load(FLAGS_policy, calibration.get()), FLAGS_rank_budget, buckets, FLAGS_basis_updates);
 }

@@ -3,8 +3,8 @@
 
     launch/study_policies.py --model DIR --data PREFIX --policy FILE [--seq_len 4096] [--budgets 0.4 0.5 0.585 0.7] [--json FILE]
 
-Every sequence is evaluated by drrl-eval under exact attention, `fixed` ranks, `dp` and, if the file holds a trained agent, `rl`, each at every budget; `dp` is
-given the operations that `rl` really took, so that the two compare at equal cost. Intervals: 95 %, over sequences, of the paired difference of
+Every sequence is evaluated by drrl-eval under exact attention, `fixed` ranks, `random`, `greedy`, `dp` and, if the file holds a trained agent, `rl`, each at every budget; the
+others are given the operations that `rl` really took, so that they compare at equal cost. Intervals: 95 %, over sequences, of the paired difference of
 mean loss. Prints a table; writes all figures as JSON. Exit status: 0 measured, 1 a run failed.
 """
 
@@ -78,10 +78,13 @@ def main():
             return evaluate(arguments, ["--attention=lowrank", f"--rank_policy={policy}", f"--rank_budget={at}", "--policy", arguments.policy])
 
         learned = run("rl", budget) if has_agent else None
-        static = run("dp", learned["attention_flops_fraction"] if learned else budget)
+        spend = learned["attention_flops_fraction"] if learned else budget
+        static = run("dp", spend)
         if static is None:
             print(f"budget {budget}: cannot be met at this length")
             continue
+        for baseline in ("random", "greedy"):
+            report(f"{baseline} {budget}", run(baseline, spend))
         report(f"dp {budget}", static)
         if learned:
             report(f"rl {budget}", learned)

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <random>
 #include <utility>
 
 #include "core/cost.h"
@@ -58,8 +59,8 @@ std::vector<double> Choices::damage(const Calibration& calibration, int64_t laye
   return result;
 }
 
-Allocation allocate(const Calibration& calibration, double budget, const BlockTree& tree, int64_t heads_per_group,
-                   const std::vector<int64_t>& buckets, int64_t update_steps) {
+Allocation allocate(const Calibration& calibration, double budget, const BlockTree& tree, int64_t heads_per_group, const std::vector<int64_t>& buckets,
+                    int64_t update_steps, Spending how, uint64_t seed) {
   check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
   const int64_t layers = calibration.layers(), groups = calibration.groups(), levels = tree.num_levels(), d = calibration.head_dim();
   RankTable table(layers, groups, levels, {d, d});
@@ -124,19 +125,44 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
   check(ErrorKind::kUsage, least <= allowed, "rank budget ", budget, " cannot be met at ", tree.sequence_length(), " tokens: blocks of ",
         tree.geometry().near_block, ", sinks, Grams and the smallest rank ", ranks.front(), " everywhere take ", (fixed + least) / exact,
         " of exact attention");
-  double low = 0, high = 1e-30;  // prices: too low, high enough
-  while (choose(high) > allowed * (1 + 1e-12) + 1e-9) {
-    low = high;
-    high *= 4;
+  double price = 0;
+  double left = allowed - least;
+  if (how == Spending::kBest) {
+    double low = 0, high = 1e-30;  // prices: too low, high enough
+    while (choose(high) > allowed * (1 + 1e-12) + 1e-9) {
+      low = high;
+      high *= 4;
+    }
+    for (int step = 0; step < 100; ++step) {
+      const double middle = 0.5 * (low + high);
+      (choose(middle) <= allowed ? high : low) = middle;
+    }
+    price = high;
+    left = allowed - choose(high);
+  } else {
+    for (Item& item : items) {
+      item.chosen = static_cast<size_t>(std::min_element(item.operations, item.operations + choices) - item.operations);
+    }
   }
-  for (int step = 0; step < 100; ++step) {
-    const double middle = 0.5 * (low + high);
-    (choose(middle) <= allowed ? high : low) = middle;
+  if (how == Spending::kRandom) {
+    std::mt19937_64 random(seed);
+    std::vector<Item*> order;
+    for (Item& item : items) {
+      order.push_back(&item);
+    }
+    std::shuffle(order.begin(), order.end(), random);
+    for (Item* item : order) {
+      const size_t to = random() % choices;
+      const double cost = item->operations[to] - item->operations[item->chosen];
+      if (cost <= left) {
+        left -= cost;
+        item->chosen = to;
+      }
+    }
   }
-  double left = allowed - choose(high);
 
   // What is left: the best single steps that fit, best first.
-  for (;;) {
+  while (how != Spending::kRandom) {
     double best = 0;
     Item* at = nullptr;
     size_t to = 0;
@@ -169,7 +195,7 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
       }
     }
   }
-  return {std::move(table), high};
+  return {std::move(table), price};
 }
 
 }  // namespace drrl

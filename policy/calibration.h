@@ -70,9 +70,13 @@ struct Choices {
   std::vector<double> costs;     ///< [runs, 2, choices]
 };
 
+/// How a budget is spent. kBest: Lagrangian, below. kGreedy: from the smallest ranks everywhere, always the step that saves most damage for an operation.
+/// kRandom: any choices that fit, whatever they spoil, by a seed; the baseline that everything must beat.
+enum class Spending { kBest, kGreedy, kRandom };
+
 struct Allocation {
   RankTable table;
-  double price;  ///< of an operation, in nats per token: what its last ones bought
+  double price;  ///< of an operation, in nats per token: what its last ones bought; 0 unless kBest
 };
 
 /// The ranks of least total damage whose attention, everything counted (core/cost.h, forward, bases updated in `update_steps` steps), takes at most
@@ -81,8 +85,8 @@ struct Allocation {
 /// A Lagrangian relaxation of the knapsack: every choice minimizes damage + lambda x operations, with the smallest lambda that fits; what is left of
 /// the budget is spent on the best further steps. Optimal up to the last step (the choices are many and each is small).
 /// Choices as above. Errors: Error(kUsage) if no allocation meets the budget.
-Allocation allocate(const Calibration& calibration, double budget, const BlockTree& tree, int64_t heads_per_group,
-                   const std::vector<int64_t>& buckets, int64_t update_steps);
+Allocation allocate(const Calibration& calibration, double budget, const BlockTree& tree, int64_t heads_per_group, const std::vector<int64_t>& buckets,
+                    int64_t update_steps, Spending how = Spending::kBest, uint64_t seed = 0);
 
 /// Exact attention that measures, during a backward pass, how far each layer's output would move the model at each rank.
 ///

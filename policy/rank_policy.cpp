@@ -96,8 +96,10 @@ void check_fits(const Calibration& c, const LayerObservation& o) {
 
 class AllocatedPolicy final : public RankPolicy {
  public:
-  AllocatedPolicy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps)
-      : calibration_(std::move(calibration)), budget_(budget), buckets_(std::move(buckets)), update_steps_(update_steps) {}
+  AllocatedPolicy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, Spending how, uint64_t seed)
+      : calibration_(std::move(calibration)), budget_(budget), buckets_(std::move(buckets)), update_steps_(update_steps), how_(how), seed_(seed) {
+    check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
+  }
 
   std::vector<Ranks> decide(const LayerObservation& o) override {
     check_fits(calibration_, o);
@@ -105,13 +107,14 @@ class AllocatedPolicy final : public RankPolicy {
     const auto key = std::pair(o.tree.sequence_length(), heads_per_group);
     auto found = tables_.find(key);
     if (found == tables_.end()) {
-      found = tables_.emplace(key, allocate(calibration_, budget_, o.tree, heads_per_group, buckets_, update_steps_).table).first;
+      found = tables_.emplace(key, allocate(calibration_, budget_, o.tree, heads_per_group, buckets_, update_steps_, how_, seed_).table).first;
     }
     return look_up(found->second, o);
   }
 
   std::string describe() const override {
-    return c10::str("dp, budget ", budget_, ", calibrated on ", calibration_.tokens, " tokens of ", calibration_.data, " (", calibration_.digest(), ")");
+    const std::string name = how_ == Spending::kBest ? "dp" : how_ == Spending::kGreedy ? "greedy" : c10::str("random ", seed_);
+    return c10::str(name, ", budget ", budget_, ", calibrated on ", calibration_.tokens, " tokens of ", calibration_.data, " (", calibration_.digest(), ")");
   }
 
  private:
@@ -119,6 +122,8 @@ class AllocatedPolicy final : public RankPolicy {
   double budget_;
   std::vector<int64_t> buckets_;
   int64_t update_steps_;
+  Spending how_;
+  uint64_t seed_;
   std::map<std::pair<int64_t, int64_t>, RankTable> tables_;
 };
 
@@ -235,8 +240,15 @@ std::unique_ptr<RankPolicy> make_rl_policy(Calibration calibration, RankAgent ag
 }
 
 std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps) {
-  check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
-  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets), update_steps);
+  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets), update_steps, Spending::kBest, 0);
+}
+
+std::unique_ptr<RankPolicy> make_greedy_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps) {
+  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets), update_steps, Spending::kGreedy, 0);
+}
+
+std::unique_ptr<RankPolicy> make_random_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, uint64_t seed) {
+  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets), update_steps, Spending::kRandom, seed);
 }
 
 }  // namespace drrl

@@ -89,6 +89,11 @@ std::unique_ptr<RankPolicy> make_table_policy(RankTable table, std::string descr
 /// Errors: Error(kUsage) unless 0 < budget <= 1; when it decides, also if the budget cannot be met at that length.
 std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps);
 
+/// Baselines that spend the same budget on the same choices: step by step where it helps most at once, and at random by `seed` (Spending, calibration.h).
+/// Errors: as make_dp_policy.
+std::unique_ptr<RankPolicy> make_greedy_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps);
+std::unique_ptr<RankPolicy> make_random_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, uint64_t seed);
+
 /// The learned policy: as dp, but pair by pair, and every calibrated damage times the agent's factor for what it sees of this text (agent.h). It meets
 /// the budget on average over texts like those it was trained on, not exactly on each.
 /// Errors: as make_dp_policy.

@@ -176,6 +176,33 @@ TEST(PairGrams, AreThoseOfTheLeftNodesOnly) {
   }
 }
 
+// float32 bases take the CPU's own kernel, float64 ones the general path.
+TEST(Basis, KernelAndGeneralPathAgree) {
+  at::manual_seed(12);
+  const int64_t d = 64;
+  const auto gx = gram(rows(5, 300, d));
+  auto gy = gram(rows(5, 300, d));
+  gy[2].copy_(gram(rows(1, 20, d))[0]);  // fewer rows than columns
+  gy[3].zero_();
+  const auto product_of = [](const Basis& b) { return at::matmul(b.left.to(at::kDouble), b.right.to(at::kDouble).transpose(1, 2)); };
+  const auto keys = at::full({5}, 300.0, at::kDouble);
+  for (const int64_t rank : {8, 16, 48}) {
+    SCOPED_TRACE(rank);
+    auto start = at::randn({5, d, rank});
+    start[1].select(1, 3).zero_();
+    for (const int64_t steps : {0, 2}) {
+      const Basis kernel = update_basis(start, gx, gy, steps), general = update_basis(start.to(at::kDouble), gx, gy, steps);
+      const auto expected = product_of(general);
+      EXPECT_LT(((product_of(kernel) - expected).norm() / expected.norm()).item<double>(), 1e-4) << steps << " steps";
+      const auto f = residual_factor(general, gy, keys);
+      const auto g = residual_factor({general.left.to(at::kDouble), general.right.to(at::kDouble), {}}, gy, keys);
+      const auto square = [](const at::Tensor& x) { return at::matmul(x, x.transpose(1, 2)); };
+      EXPECT_LT(((square(f) - square(g)).norm() / square(g).norm()).item<double>(), 1e-4);
+      EXPECT_EQ(f[3].abs().max().item<float>(), 0);
+    }
+  }
+}
+
 TEST(Basis, StaleLossIsThatOfTheBestPartner) {
   at::manual_seed(10);
   const int64_t d = 12;

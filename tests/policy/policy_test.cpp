@@ -138,6 +138,23 @@ TEST(Allocation, SpendsTheBudgetWhereItHelps) {
   EXPECT_EQ(exact.at(0, 0, 0), (Ranks{64, 64}));
 }
 
+TEST(Allocation, BaselinesKeepTheBudgetAndAreWorse) {
+  const Calibration c = make_calibration(4, 2, 3, 64, {16, 32, 48});
+  const BlockTree tree(2048, {256, 4});
+  const std::vector<int64_t> buckets = {16, 32, 48, 64};
+  for (const double budget : {0.6, 0.8}) {
+    const auto table = [&](Spending how, uint64_t seed) { return allocate(c, budget, tree, 3, buckets, 2, how, seed).table; };
+    const RankTable best = table(Spending::kBest, 0), greedy = table(Spending::kGreedy, 0), random = table(Spending::kRandom, 1), other = table(Spending::kRandom, 2);
+    for (const RankTable* t : {&greedy, &random, &other}) {
+      EXPECT_LE(operations_of(*t, tree, 3, 64), budget + 1e-9);
+    }
+    EXPECT_LE(damage_of(c, best), damage_of(c, greedy) * 1.02);
+    EXPECT_LT(damage_of(c, greedy), damage_of(c, random));
+    EXPECT_NE(damage_of(c, other), damage_of(c, random));
+    EXPECT_EQ(damage_of(c, table(Spending::kRandom, 1)), damage_of(c, random));
+  }
+}
+
 TEST(Allocation, RefusesWhatDoesNotFit) {
   const Calibration c = make_calibration(3, 1, 1, 64, {16, 32, 48});
   const std::vector<int64_t> buckets{16, 32, 48, 64};
