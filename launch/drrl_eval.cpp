@@ -49,7 +49,7 @@ Totals reduce(const Totals& mine, const Mesh& mesh) {
   auto losses = at::tensor({mine.nll, static_cast<double>(mine.tokens)}, at::kDouble);
   const AttentionStatistics& a = mine.attention;
   auto sums = at::tensor({a.flops, a.exact_flops, static_cast<double>(a.solves), static_cast<double>(a.updates), a.rank_qk, a.rank_v,
-                          static_cast<double>(a.decisions)},
+                          static_cast<double>(a.decisions), static_cast<double>(a.guard_raises)},
                          at::kDouble);
   auto times = at::tensor({a.attention_ms, a.solve_ms}, at::kDouble);
   mesh.dp().all_reduce(losses);
@@ -67,6 +67,7 @@ Totals reduce(const Totals& mine, const Mesh& mesh) {
   all.attention.rank_qk = at_index(sums, 4);
   all.attention.rank_v = at_index(sums, 5);
   all.attention.decisions = std::llround(at_index(sums, 6));
+  all.attention.guard_raises = std::llround(at_index(sums, 7));
   all.attention.attention_ms = at_index(times, 0);
   all.attention.solve_ms = at_index(times, 1);
   if (!mine.sequence_nll.empty()) {
@@ -93,6 +94,7 @@ nlohmann::ordered_json result_json(const Totals& t, int64_t head_dim) {
           {"attention_ms", a.attention_ms},
           {"refreshes", a.solves},
           {"basis_updates", a.updates},
+          {"guard_violations", FLAGS_guard_eps > 0 ? nlohmann::ordered_json(a.guard_raises) : nlohmann::ordered_json()},
           {"solves_ms", a.solve_ms},
           {"mean_rank_qk", mean_rank(a.rank_qk, a, head_dim)},
           {"mean_rank_v", mean_rank(a.rank_v, a, head_dim)}};
@@ -183,7 +185,6 @@ nlohmann::ordered_json evaluation(CausalLM& model, LowRankController& controller
     json["full_sequence_nll"] = exact["sequence_nll"];
     json["full_attention_ms"] = exact["attention_ms"];
   }
-  json["guard_violations"] = nullptr;  // no guard is part of these policies
   return json;
 }
 

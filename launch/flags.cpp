@@ -28,6 +28,10 @@ DEFINE_int64(rank, 32, "rank of scores and values of far tokens under --rank_pol
 DEFINE_double(rank_budget, 0.585, "attention operations, everything counted, under --rank_policy=random, greedy, dp and rl [of exact attention]");
 DEFINE_double(energy, 0.99, "share of the spectrum's energy to keep under --rank_policy=energy");
 DEFINE_string(policy, "", "file for --rank_policy=random, greedy, dp and rl; drrl-policy calibrate and train write it");
+DEFINE_double(guard_eps, 0,
+              "raise a far pair's ranks until its starting bases lose at most this share of the scores' and values' norm, certified without a decomposition; "
+              "needs --policy; 0: no guard");
+DEFINE_double(guard_decay, 1, "factor on --guard_eps after every training step: below 1 the guard tightens");
 DEFINE_int64(basis_updates, 2,
              "rounds of incremental update for each far basis, from those of --policy or of the first block; -1: a full decomposition each");
 DEFINE_int64(near_block, 256, "block of tokens that attend to each other exactly [tokens]");

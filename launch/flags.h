@@ -26,6 +26,8 @@ DECLARE_int64(rank);
 DECLARE_double(rank_budget);
 DECLARE_double(energy);
 DECLARE_int64(basis_updates);
+DECLARE_double(guard_eps);
+DECLARE_double(guard_decay);
 DECLARE_string(policy);
 DECLARE_int64(near_block);
 DECLARE_int64(sink_tokens);

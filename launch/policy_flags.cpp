@@ -7,6 +7,7 @@
 #include "policy/agent.h"
 #include "policy/calibration.h"
 
+#include <cmath>
 #include <optional>
 
 namespace drrl {
@@ -90,18 +91,25 @@ BasisOptions basis_flags(const ModelConfig& config, const Share& groups, const a
 AttentionSetup attention_flags(const ModelConfig& config, const Mesh& mesh, const at::Device& device) {
   CalibrationFlag calibration;
   const std::shared_ptr<RankPolicy> policy = rank_policy_flags(config, device, calibration);
-  check_agreement(mesh.world(), hash_bytes(policy->describe()), "the rank policy");
   AttentionSetup setup;
   const Share groups = partition(config.num_key_value_heads, mesh.tp().size(), mesh.tp().rank());
-  setup.controller = std::make_shared<LowRankController>(policy, geometry_flags(), basis_flags(config, groups, device, calibration), groups.begin);
+  check(ErrorKind::kUsage, FLAGS_guard_eps >= 0 && FLAGS_guard_decay > 0 && FLAGS_guard_decay <= 1, "--guard_eps must not be negative and --guard_decay lie in (0, 1], got ",
+        FLAGS_guard_eps, " and ", FLAGS_guard_decay);
+  check(ErrorKind::kUsage, FLAGS_guard_eps == 0 || !FLAGS_policy.empty(), "--guard_eps=", FLAGS_guard_eps, " needs the starting bases of --policy=FILE");
+  GuardOptions guard{.eps = policy->exact() ? 0 : FLAGS_guard_eps, .buckets = rank_buckets(device, config.head_dim)};
+  setup.controller = std::make_shared<LowRankController>(policy, geometry_flags(), basis_flags(config, groups, device, calibration), groups.begin, guard);
   const auto controller = setup.controller;
-  setup.hooks.begin_step = [controller](int64_t) { controller->take_statistics(); };
+  const std::string description = c10::str(controller->describe(), ", guard decay ", FLAGS_guard_decay);
+  check_agreement(mesh.world(), hash_bytes(description), "the rank policy");
+  setup.hooks.begin_step = [controller, eps = guard.eps](int64_t step) {
+    controller->take_statistics();
+    controller->set_guard_eps(eps * std::pow(FLAGS_guard_decay, static_cast<double>(step - 1)));
+  };
   setup.hooks.end_step = [controller]() { return controller->take_statistics(); };
   // Bases are made anew from each sequence, so a resumed run needs no more than the same decisions.
-  setup.hooks.save = [controller]() { return controller->policy()->describe(); };
-  setup.hooks.load = [controller](const std::string& saved) {
-    check(ErrorKind::kCheckpoint, saved == controller->policy()->describe(), "the checkpoint was written under the rank policy '", saved,
-          "', this run has '", controller->policy()->describe(), "'");
+  setup.hooks.save = [description]() { return description; };
+  setup.hooks.load = [description](const std::string& saved) {
+    check(ErrorKind::kCheckpoint, saved == description, "the checkpoint was written under the rank policy '", saved, "', this run has '", description, "'");
   };
   return setup;
 }

@@ -132,7 +132,7 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
     const int64_t heads = groups * t.heads_per_group;
     length.exact = static_cast<double>(layers) * exact_attention_flops(1, heads, t.seq_len, d, false);
     length.fixed = static_cast<double>(layers) * exact_part_flops(tree, 1, heads, groups, d, false).total();
-    length.watching = static_cast<double>(layers * groups * pairs) * (pair_state_flops(d) + agent.flops());
+    length.watching = static_cast<double>(layers * groups * pairs) * (start_loss_flops(d) + agent.flops());
     for (const double budget : options.budgets) {
       try {
         length.prices.push_back(allocate(calibration, budget, tree, t.heads_per_group, options.buckets, options.update_steps).price *

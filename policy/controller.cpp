@@ -49,8 +49,11 @@ at::Tensor relative_loss(const at::Tensor& singular_values) {
 
 }  // namespace
 
-LowRankController::LowRankController(std::shared_ptr<RankPolicy> policy, Geometry geometry, BasisOptions bases, int64_t first_group)
-    : policy_(std::move(policy)), geometry_(geometry), bases_(std::move(bases)), first_group_(first_group) {
+LowRankController::LowRankController(std::shared_ptr<RankPolicy> policy, Geometry geometry, BasisOptions bases, int64_t first_group,
+                                     GuardOptions guard)
+    : policy_(std::move(policy)), geometry_(geometry), bases_(std::move(bases)), first_group_(first_group), guard_(std::move(guard)), first_eps_(guard_.eps) {
+  TORCH_CHECK(guard_.eps == 0 || (guard_.eps > 0 && bases_.start.defined() && !guard_.buckets.empty()), "LowRankController: a guard of eps ", guard_.eps,
+              " needs starting bases and buckets");
   TORCH_CHECK(bases_.update_steps >= BasisOptions::kSolve, "LowRankController: update_steps ", bases_.update_steps, ", expected at least -1");
 }
 
@@ -84,7 +87,7 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
     make();
     basis_ms += watch.ms();
   };
-  const bool grams_first = policy_->needs_spectra() || !policy_->state_ranks().empty();
+  const bool grams_first = policy_->needs_spectra() || !policy_->state_ranks().empty() || (guard_.eps > 0 && !policy_->exact());
   if (grams_first) {
     timed([&] { grams = far_grams(q, k, v, tree); });
   }
@@ -167,17 +170,40 @@ std::vector<Ranks> LowRankController::decide(LayerObservation& observation, cons
   if (const auto of = policy_->state_ranks(); !of.empty()) {
     TORCH_CHECK(bases_.start.defined(), "rank policy '", policy_->describe(), "' needs the starting bases of a calibration");
     observation.state = pair_state(grams, w_o, bases_.start[observation.layer].repeat({observation.batch, 1, 1, 1}), observation.tree, observation.first_pair, of);
-    bases.flops += static_cast<double>(observation.items()) * (pair_state_flops(d) + policy_->flops_per_pair());
+    bases.flops += static_cast<double>(observation.items()) * (start_loss_flops(d) + policy_->flops_per_pair());
   }
   std::vector<Ranks> ranks = policy_->decide(observation);
   TORCH_CHECK(static_cast<int64_t>(ranks.size()) == observation.items(), "rank policy '", policy_->describe(), "' returned ", ranks.size(),
               " decisions for layer ", observation.layer, ", expected ", observation.items());
+  if (guard_.eps > 0 && !policy_->exact()) {
+    raise_to_guard(observation, grams, w_o, ranks, bases);
+  }
   for (const Ranks& r : ranks) {
     statistics_.rank_qk += static_cast<double>(r.qk);
     statistics_.rank_v += static_cast<double>(r.v);
   }
   statistics_.decisions += observation.items();
   return ranks;
+}
+
+void LowRankController::raise_to_guard(const LayerObservation& observation, const PairGrams& grams, const at::Tensor& w_o, std::vector<Ranks>& ranks,
+                                       FarBases& bases) {
+  const int64_t d = observation.head_dim;
+  const StartLoss loss = start_loss(grams, w_o, bases_.start[observation.layer].repeat({observation.batch, 1, 1, 1}));
+  bases.flops += static_cast<double>(observation.items()) * start_loss_flops(d);
+  const auto raise_one = [&](const at::Tensor& of_kind, size_t item, int64_t& rank) {
+    const double* lost = of_kind.const_data_ptr<double>() + static_cast<int64_t>(item) * (d + 1);
+    const int64_t chosen = rank;
+    while (rank < d && lost[rank] > guard_.eps * guard_.eps * lost[0]) {
+      rank = *std::upper_bound(guard_.buckets.begin(), guard_.buckets.end(), rank);
+    }
+    statistics_.guard_raises += rank > chosen ? 1 : 0;
+  };
+  const auto scores = loss.scores.contiguous(), values = loss.values.contiguous();
+  for (size_t item = 0; item < ranks.size(); ++item) {
+    raise_one(scores, item, ranks[item].qk);
+    raise_one(values, item, ranks[item].v);
+  }
 }
 
 NodeFactors LowRankController::decide_node(int64_t layer, LayerCache& cache, int64_t level, int64_t pair, const PairGrams& grams,
@@ -208,7 +234,7 @@ std::string LowRankController::describe() const {
                   bases_.update_steps == BasisOptions::kSolve ? std::string("solved")
                                                               : c10::str("updated ", bases_.update_steps, " times from ",
                                                                          bases_.start.defined() ? "the calibration" : "the first block"),
-                  ", ranks: ", policy_->describe());
+                  first_eps_ > 0 ? c10::str(", guard ", first_eps_) : std::string(), ", ranks: ", policy_->describe());
 }
 
 AttentionStatistics LowRankController::take_statistics() { return std::exchange(statistics_, {}); }

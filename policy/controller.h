@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "core/basis.h"
 #include "core/cost.h"
@@ -31,11 +32,18 @@ struct BasisOptions {
   static constexpr int64_t kSolve = -1;
 };
 
+/// The guard over decisions ("actions whose certified loss exceeds eps are masked", arXiv 2512.15973): a pair's rank is raised to the smallest bucket at which
+/// the starting bases lose at most the share eps of the root of the energy, by start_loss; updates only lose less. Full rank is always allowed.
+struct GuardOptions {
+  double eps = 0;  ///< 0: no guard
+  std::vector<int64_t> buckets = {};  ///< ascending, head_dim the last
+};
+
 /// The near + sinks + far attention of a model: per call and layer, ask the policy for ranks, make the bases they need, run the operator.
 class LowRankController final : public AttentionController {
  public:
-  /// first_group: the first of this process' KV groups among the model's, under tensor parallelism.
-  LowRankController(std::shared_ptr<RankPolicy> policy, Geometry geometry, BasisOptions bases = {}, int64_t first_group = 0);
+  /// first_group: the first of this process' KV groups among the model's, under tensor parallelism. A guard needs starting bases.
+  LowRankController(std::shared_ptr<RankPolicy> policy, Geometry geometry, BasisOptions bases = {}, int64_t first_group = 0, GuardOptions guard = {});
 
   at::Tensor attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
                     std::shared_ptr<LayerPlan>& plan) override;
@@ -46,6 +54,9 @@ class LowRankController final : public AttentionController {
 
   /// Wall time of forward calls, on CUDA with a synchronization around each: for evaluation, not for training.
   void set_timing(bool on) { timing_ = on; }
+
+  /// The guard's eps from now on; only if there was one.
+  void set_guard_eps(double eps) { guard_.eps = eps; }
 
   /// What was spent since the last call.
   AttentionStatistics take_statistics();
@@ -64,6 +75,8 @@ class LowRankController final : public AttentionController {
   /// Asks the policy, showing it what it wants to see, and counts its decisions. bases <- those that were made for it, if any, and the operations.
   std::vector<Ranks> decide(LayerObservation& observation, const PairGrams& grams, const at::Tensor& w_o, FarBases& bases);
 
+  void raise_to_guard(const LayerObservation& observation, const PairGrams& grams, const at::Tensor& w_o, std::vector<Ranks>& ranks, FarBases& bases);
+
   /// Ranks and bases of one far pair of the cache's horizon: what `attend` decides for it when it sees the whole sequence.
   NodeFactors decide_node(int64_t layer, LayerCache& cache, int64_t level, int64_t pair, const PairGrams& grams, const at::Tensor& w_o);
 
@@ -71,6 +84,8 @@ class LowRankController final : public AttentionController {
   Geometry geometry_;
   BasisOptions bases_;
   int64_t first_group_;
+  GuardOptions guard_;
+  double first_eps_;  // as constructed, for describe()
   bool timing_ = false;
   AttentionStatistics statistics_;
 };

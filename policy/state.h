@@ -9,6 +9,16 @@
 
 namespace drrl {
 
+/// What the bases that updates start from would lose on each pair's Grams at every rank (stale_loss): [B G count, d + 1] float64 on the CPU, column 0 the
+/// whole energy. Of values as W_O sees them this is exact; of scores it is about the older queries that the Grams hold, and foretells newer ones.
+struct StartLoss {
+  at::Tensor scores;
+  at::Tensor values;
+};
+
+/// grams [B, G, count, d, d]; w_o [hidden, H d]; start [B G, 2, d, d] right factors.
+StartLoss start_loss(const PairGrams& grams, const at::Tensor& w_o, const at::Tensor& start);
+
 /// Features of a far pair for `ranks` choices below d: for scores and values each the logarithm of the share of the energy that every rank loses, and
 /// of the energy itself; then level and position.
 inline int64_t pair_features(const std::vector<int64_t>& ranks) { return 2 * (static_cast<int64_t>(ranks.size()) + 1) + 2; }
@@ -25,7 +35,7 @@ inline int64_t pair_features(const std::vector<int64_t>& ranks) { return 2 * (st
 at::Tensor pair_state(const PairGrams& grams, const at::Tensor& w_o, const at::Tensor& start, const BlockTree& tree, int64_t first_pair,
                       const std::vector<int64_t>& ranks);
 
-/// Operations of pair_state for one pair: stale_loss of both kinds.
-double pair_state_flops(int64_t d);
+/// Operations of start_loss for one pair, and with it of pair_state: stale_loss of both kinds.
+double start_loss_flops(int64_t d);
 
 }  // namespace drrl

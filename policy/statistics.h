@@ -14,6 +14,7 @@ struct AttentionStatistics {
   int64_t solves = 0;       ///< full decompositions of d x d basis problems
   int64_t updates = 0;      ///< rounds of incremental basis updates
   double rank_qk = 0, rank_v = 0;  ///< sums over decisions
+  int64_t guard_raises = 0;  ///< decisions for scores or values that the guard raised
   int64_t decisions = 0;    ///< (sequence, KV group, pair) decisions; exact layers without far pairs make none
 
   AttentionStatistics& operator+=(const AttentionStatistics& other) {
@@ -26,6 +27,7 @@ struct AttentionStatistics {
     updates += other.updates;
     rank_qk += other.rank_qk;
     rank_v += other.rank_v;
+    guard_raises += other.guard_raises;
     decisions += other.decisions;
     return *this;
   }

@@ -12,6 +12,7 @@
 #include "policy/calibration.h"
 #include "policy/controller.h"
 #include "policy/rank_policy.h"
+#include "policy/state.h"
 #include "tests/support/error_of.h"
 #include "tests/support/temporary.h"
 
@@ -313,6 +314,44 @@ TEST(Controller, EnergyKeepsWhatItPromises) {
       }
     }
   }
+}
+
+TEST(Controller, TheGuardRaisesRanksUntilTheirCertificateHolds) {
+  const Rig rig;
+  const BlockTree tree(rig.length, rig.geometry);
+  const PairGrams grams = far_grams(rig.q, rig.k, rig.v, tree);
+  const BasisOptions bases{1, first_pair_bases(grams, rig.w_o).unsqueeze(0)};  // of one layer
+  const auto run = [&](double eps, const at::Tensor& k) {
+    LowRankController controller(make_fixed_policy(8, rig.d), rig.geometry, bases, 0, {eps, rank_buckets(at::kCPU, rig.d)});
+    std::shared_ptr<LayerPlan> plan;
+    const auto out = controller.attend(0, rig.q, k, rig.v, rig.w_o, plan);
+    return std::tuple(out, plan->lowrank, controller.take_statistics().guard_raises);
+  };
+  const auto [free, free_plan, none] = run(0, rig.k);
+  const auto [loose, loose_plan, no_raises] = run(2, rig.k);
+  EXPECT_TRUE(loose.equal(free));
+  EXPECT_EQ(no_raises, 0);
+  constexpr double kEps = 0.2;
+  const auto [out, plan, raises] = run(kEps, rig.k);
+  const StartLoss loss = start_loss(grams, rig.w_o, bases.start[0]);
+  int64_t raised = 0, low = 0;
+  for (size_t i = 0; i < plan->ranks.size(); ++i) {
+    for (const auto& [of_kind, rank] : {std::pair(loss.scores, plan->ranks[i].qk), std::pair(loss.values, plan->ranks[i].v)}) {
+      const auto norm = [&](int64_t r) { return std::sqrt((of_kind[static_cast<int64_t>(i)][r] / of_kind[static_cast<int64_t>(i)][0]).item<double>()); };
+      EXPECT_LE(norm(rank), kEps);
+      if (rank > 8) {
+        EXPECT_GT(norm(rank - 8), kEps) << "a smaller bucket would do";
+      }
+      raised += rank > 8 ? 1 : 0;
+      low += rank < rig.d ? 1 : 0;
+    }
+  }
+  EXPECT_EQ(raises, raised);
+  EXPECT_GT(raised, 0);
+  EXPECT_GT(low, 0);
+  auto k = rig.k.clone();
+  k.narrow(2, 99, rig.length - 99).mul_(-2.0);
+  EXPECT_TRUE(std::get<0>(run(kEps, k)).narrow(2, 0, 99).equal(out.narrow(2, 0, 99)));
 }
 
 TEST(Controller, AShortSequenceIsExact) {
