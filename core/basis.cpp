@@ -125,7 +125,7 @@ Basis update_basis(const at::Tensor& right, const at::Tensor& gram_x, const at::
     std::atomic<bool> failed{false};
     cpu::for_each_task(right.size(0), 2 * cpu::update_scratch_size(d, rank), [&](int64_t i, float* scratch) {
       const auto of = [&](const auto& tensor, int64_t width) { return tensor + i * d * width; };
-      if (!cpu::update_item(d, rank, steps, of(start.const_data_ptr<float>(), rank), rank, of(x.const_data_ptr<double>(), d),
+      if (!cpu::update_item(d, rank, steps, of(start.const_data_ptr<float>(), rank), of(x.const_data_ptr<double>(), d),
                             of(y.const_data_ptr<double>(), d), {kRounding, kFirstJitter, kLargestJitter}, of(result.left.data_ptr<float>(), rank),
                             of(result.right.data_ptr<float>(), rank), reinterpret_cast<double*>(scratch))) {
         failed = true;
@@ -221,7 +221,7 @@ at::Tensor residual_factor(const Basis& basis, const at::Tensor& gram, const at:
   if (gram.is_cpu() && gram.scalar_type() == at::kDouble && basis.left.scalar_type() == at::kFloat && m % 8 == 0 && cpu::basis_kernel_fits(d, rank)) {
     const auto left = basis.left.contiguous(), right = basis.right.contiguous(), g = gram.contiguous(), n = keys.to(at::kDouble).contiguous();
     cpu::for_each_task(gram.size(0), 2 * cpu::residual_scratch_size(d, rank, m), [&](int64_t i, float* scratch) {
-      cpu::residual_item(d, rank, m, left.const_data_ptr<float>() + i * d * rank, right.const_data_ptr<float>() + i * d * rank, rank,
+      cpu::residual_item(d, rank, m, left.const_data_ptr<float>() + i * d * rank, right.const_data_ptr<float>() + i * d * rank,
                          g.const_data_ptr<double>() + i * d * d, 1 / (2 * n.const_data_ptr<double>()[i] * static_cast<double>(d)),
                          random.const_data_ptr<double>(), factor.data_ptr<float>() + i * d * m, reinterpret_cast<double*>(scratch));
     });

@@ -22,7 +22,6 @@
 #include <cstdio>
 #include <ctime>
 #include <fstream>
-#include <sstream>
 
 namespace drrl::bench {
 namespace {
@@ -77,15 +76,6 @@ std::optional<int64_t> status_bytes(const std::string& key) {
     }
   }
   return std::nullopt;
-}
-
-std::vector<std::string> split(const std::string& text, char separator) {
-  std::vector<std::string> items;
-  std::istringstream stream(text);
-  for (std::string item; std::getline(stream, item, separator);) {
-    items.push_back(item);
-  }
-  return items;
 }
 
 }  // namespace

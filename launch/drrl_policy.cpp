@@ -5,6 +5,7 @@
 #include "launch/console.h"
 #include "launch/flags.h"
 #include "launch/log.h"
+#include "launch/options.h"
 #include "launch/policy_flags.h"
 #include "launch/program.h"
 #include "models/config.h"
@@ -25,7 +26,6 @@
 #include <map>
 #include <memory>
 #include <optional>
-#include <sstream>
 
 DEFINE_string(traces, "", "file that drrl-policy record writes and train reads, which takes several, with commas between");
 DEFINE_int64(held_out, 1, "sequences of each trace file that drrl-policy train does not learn from but judges by");
@@ -289,15 +289,6 @@ ExitCode record(const Environment& environment) {
   return ExitCode::kSuccess;
 }
 
-std::vector<std::string> split(const std::string& list) {
-  std::vector<std::string> items;
-  std::istringstream stream(list);
-  for (std::string item; std::getline(stream, item, ',');) {
-    items.push_back(item);
-  }
-  return items;
-}
-
 /// The agent of --policy, from traces; written into the same file. One process: a few seconds to minutes of small matrices.
 ExitCode train(const Environment& environment) {
   require("policy", FLAGS_policy);
@@ -307,7 +298,7 @@ ExitCode train(const Environment& environment) {
         " and ", FLAGS_reward_steps);
   const Calibration calibration = Calibration::load(FLAGS_policy);
   std::vector<Traces> traces;
-  for (const std::string& file : split(FLAGS_traces)) {
+  for (const std::string& file : split(FLAGS_traces, ',')) {
     traces.push_back(Traces::load(file));
   }
   AgentTrainingOptions options;

@@ -180,4 +180,13 @@ void parse_options(int argc, char** argv, const std::string& summary) {
   }
 }
 
+std::vector<std::string> split(const std::string& text, char separator) {
+  std::vector<std::string> items;
+  std::istringstream stream(text);
+  for (std::string item; std::getline(stream, item, separator);) {
+    items.push_back(item);
+  }
+  return items;
+}
+
 }  // namespace drrl

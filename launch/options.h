@@ -24,4 +24,7 @@ std::string options_table();
 /// processes, one a node speaks.
 void parse_options(int argc, char** argv, const std::string& summary);
 
+/// The items of a list between separators; "" has none.
+std::vector<std::string> split(const std::string& text, char separator);
+
 }  // namespace drrl

@@ -81,7 +81,7 @@ void AuditController::audit(int64_t layer, const at::Tensor& q, const at::Tensor
   // All queries of each pair: the exact losses, what the left node's queries predict of them, and the starting subspace.
   const PairGrams grams = pair_grams(q, k, v, tree);
   const auto served = served_grams(q, groups, tree);
-  const auto start = (start_.defined() ? start_[layer].to(at::kCPU).unsqueeze(0).expand({q.size(0), -1, -1, -1, -1}).flatten(0, 1)
+  const auto start = (start_.defined() ? for_batch(start_[layer].to(at::kCPU), q.size(0))
                                        : first_pair_bases(grams, w_o))
                          .select(1, 0);  // [B G, d, d]
   const FarLoss scores = far_loss(far.scores, served, far.key_gram), lagged = far_loss(far.scores, grams.queries.flatten(0, 2), far.key_gram);

@@ -151,7 +151,7 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
     damage_[layer].select(2, run.level) += of_pairs.narrow(3, run.first_pair, run.count).sum(at::IntArrayRef{0, 3});
   }
   if (start_.defined()) {
-    const auto state = pair_state(grams_of_pairs, w_o, start_[layer].repeat({batch, 1, 1, 1}), tree, 0, ranks_);
+    const auto state = pair_state(grams_of_pairs, w_o, for_batch(start_[layer], batch), tree, 0, ranks_);
     if (!states_.defined() || states_[layer].sizes() != state.sizes()) {
       const auto all_layers = [&](const at::Tensor& x) { return at::zeros_like(x).unsqueeze(0).repeat_interleave(layers_, 0); };
       states_ = all_layers(state);

@@ -149,7 +149,7 @@ FarBases LowRankController::make_bases(int64_t layer, const PairGrams& grams, co
   }
   int64_t solves = 0;
   if (!start.defined() && bases_.start.defined()) {
-    start = bases_.start[layer].unsqueeze(0).expand({batch, -1, -1, -1, -1}).flatten(0, 1);
+    start = for_batch(bases_.start[layer], batch);
   } else if (!start.defined()) {
     start = first_pair_bases(grams, w_o);
     solves = 2 * start.size(0);
@@ -169,7 +169,7 @@ std::vector<Ranks> LowRankController::decide(LayerObservation& observation, cons
   }
   if (const auto of = policy_->state_ranks(); !of.empty()) {
     TORCH_CHECK(bases_.start.defined(), "rank policy '", policy_->describe(), "' needs the starting bases of a calibration");
-    observation.state = pair_state(grams, w_o, bases_.start[observation.layer].repeat({observation.batch, 1, 1, 1}), observation.tree, observation.first_pair, of);
+    observation.state = pair_state(grams, w_o, for_batch(bases_.start[observation.layer], observation.batch), observation.tree, observation.first_pair, of);
     bases.flops += static_cast<double>(observation.items()) * (start_loss_flops(d) + policy_->flops_per_pair());
   }
   std::vector<Ranks> ranks = policy_->decide(observation);
@@ -189,7 +189,7 @@ std::vector<Ranks> LowRankController::decide(LayerObservation& observation, cons
 void LowRankController::raise_to_guard(const LayerObservation& observation, const PairGrams& grams, const at::Tensor& w_o, std::vector<Ranks>& ranks,
                                        FarBases& bases) {
   const int64_t d = observation.head_dim;
-  const StartLoss loss = start_loss(grams, w_o, bases_.start[observation.layer].repeat({observation.batch, 1, 1, 1}));
+  const StartLoss loss = start_loss(grams, w_o, for_batch(bases_.start[observation.layer], observation.batch));
   bases.flops += static_cast<double>(observation.items()) * start_loss_flops(d);
   const auto raise_one = [&](const at::Tensor& of_kind, size_t item, int64_t& rank) {
     const double* lost = of_kind.const_data_ptr<double>() + static_cast<int64_t>(item) * (d + 1);

@@ -101,6 +101,8 @@ at::Tensor first_pair_bases(const PairGrams& grams, const at::Tensor& w_o) {
   return at::stack({bases.scores.right, bases.values.right}, 1);
 }
 
+at::Tensor for_batch(const at::Tensor& of_layer, int64_t batch) { return of_layer.repeat({batch, 1, 1, 1}); }
+
 at::Tensor residual_factors(const PairGrams& grams, const Basis& scores, const std::vector<Ranks>& ranks, const std::vector<int64_t>& keys) {
   at::NoGradGuard no_grad;
   const int64_t d = grams.keys.size(4);

@@ -36,6 +36,9 @@ FarBases update_far_bases(const PairGrams& grams, const at::Tensor& w_o, const s
 /// queries; one for each (sequence, KV group) and kind.
 at::Tensor first_pair_bases(const PairGrams& grams, const at::Tensor& w_o);
 
+/// A layer's starting bases [G, 2, d, d] for every sequence of a batch: [B G, 2, d, d].
+at::Tensor for_batch(const at::Tensor& of_layer, int64_t batch);
+
 /// residual_factor of each pair's score basis at its rank: [B G pairs, d, m] float32, of pairs with `keys[pair]` keys. Undefined if every rank is d; not
 /// defined for items whose rank is d.
 at::Tensor residual_factors(const PairGrams& grams, const Basis& scores, const std::vector<Ranks>& ranks, const std::vector<int64_t>& keys);

@@ -172,7 +172,7 @@ bool basis_kernel_fits(int64_t d, int64_t rank) {
 
 int64_t update_scratch_size(int64_t d, int64_t rank) { return 4 * rank * d + 2 * rank * rank + rank; }
 
-bool update_item(int64_t d, int64_t rank, int64_t steps, const float* start, int64_t start_stride, const double* gram_x, const double* gram_y,
+bool update_item(int64_t d, int64_t rank, int64_t steps, const float* start, const double* gram_x, const double* gram_y,
                  const UpdateSettings& settings, float* left, float* right, double* scratch) {
   const int64_t size = rank * d;
   double *l = scratch, *r = l + size;
@@ -181,7 +181,7 @@ bool update_item(int64_t d, int64_t rank, int64_t steps, const float* start, int
   const Item item{d, rank, settings, inner, inner + rank * rank, image, image + size, image + 2 * size};
   for (int64_t i = 0; i < rank; ++i) {
     for (int64_t j = 0; j < d; ++j) {
-      r[i * d + j] = start[j * start_stride + i];
+      r[i * d + j] = start[j * rank + i];
     }
   }
   item.unit(r);
@@ -211,15 +211,15 @@ bool update_item(int64_t d, int64_t rank, int64_t steps, const float* start, int
 
 int64_t residual_scratch_size(int64_t d, int64_t rank, int64_t columns) { return 4 * rank * d + 3 * columns * d + columns * rank + 2 * columns * columns; }
 
-void residual_item(int64_t d, int64_t rank, int64_t columns, const float* left, const float* right, int64_t stride, const double* gram, double scale,
+void residual_item(int64_t d, int64_t rank, int64_t columns, const float* left, const float* right, const double* gram, double scale,
                    const double* start, float* to, double* scratch) {
   const int64_t size = rank * d;
   double *l = scratch, *r = l + size, *l_rows = r + size, *r_rows = l_rows + size;
   double *range = r_rows + size, *image = range + columns * d, *other = image + columns * d, *inner = other + columns * d, *small = inner + columns * columns;
   for (int64_t j = 0; j < d; ++j) {
     for (int64_t i = 0; i < rank; ++i) {
-      l[j * rank + i] = l_rows[i * d + j] = left[j * stride + i];
-      r[j * rank + i] = r_rows[i * d + j] = right[j * stride + i];
+      l[j * rank + i] = l_rows[i * d + j] = left[j * rank + i];
+      r[j * rank + i] = r_rows[i * d + j] = right[j * rank + i];
     }
   }
   // to_rows [columns, d] <- M (scale G) M^T of the rows of x, which is overwritten
@@ -271,11 +271,11 @@ namespace drrl::cpu {
 
 bool basis_kernel_fits(int64_t, int64_t) { return false; }
 int64_t update_scratch_size(int64_t, int64_t) { return 0; }
-bool update_item(int64_t, int64_t, int64_t, const float*, int64_t, const double*, const double*, const UpdateSettings&, float*, float*, double*) {
+bool update_item(int64_t, int64_t, int64_t, const float*, const double*, const double*, const UpdateSettings&, float*, float*, double*) {
   return false;
 }
 int64_t residual_scratch_size(int64_t, int64_t, int64_t) { return 0; }
-void residual_item(int64_t, int64_t, int64_t, const float*, const float*, int64_t, const double*, double, const double*, float*, double*) {}
+void residual_item(int64_t, int64_t, int64_t, const float*, const float*, const double*, double, const double*, float*, double*) {}
 
 }  // namespace drrl::cpu
 

@@ -10,18 +10,20 @@ bool basis_kernel_fits(int64_t d, int64_t rank);
 /// Doubles of scratch for one item.
 int64_t update_scratch_size(int64_t d, int64_t rank);
 
-/// update_basis (core/basis.h) for one item, in double. start [d, rank] with rows start_stride apart; gram_x, gram_y [d, d]; writes left and right, [d, rank].
-/// False if a factorization failed for every jitter. `rounding`: what Grams are lifted by, relative to the mean diagonal; jitters relative likewise.
+/// `rounding`: what Grams are lifted by, relative to the mean diagonal; jitters of factorizations relative likewise.
 struct UpdateSettings {
   double rounding, first_jitter, largest_jitter;
 };
-bool update_item(int64_t d, int64_t rank, int64_t steps, const float* start, int64_t start_stride, const double* gram_x, const double* gram_y,
+
+/// update_basis (core/basis.h) for one item, in double. start [d, rank]; gram_x, gram_y [d, d]; writes left and right, [d, rank]. False if a factorization
+/// failed for every jitter.
+bool update_item(int64_t d, int64_t rank, int64_t steps, const float* start, const double* gram_x, const double* gram_y,
                  const UpdateSettings& settings, float* left, float* right, double* scratch);
 
-/// residual_factor for one item, in double: left, right [d, rank] with rows `stride` apart; gram [d, d] times scale is G_k / (2 n d); start [d, columns] the
+/// residual_factor for one item, in double: left, right [d, rank]; gram [d, d] times scale is G_k / (2 n d); start [d, columns] the
 /// fixed random columns; writes F [d, columns], zeros where nothing is dropped.
 int64_t residual_scratch_size(int64_t d, int64_t rank, int64_t columns);
-void residual_item(int64_t d, int64_t rank, int64_t columns, const float* left, const float* right, int64_t stride, const double* gram, double scale,
+void residual_item(int64_t d, int64_t rank, int64_t columns, const float* left, const float* right, const double* gram, double scale,
                    const double* start, float* to, double* scratch);
 
 }  // namespace drrl::cpu
