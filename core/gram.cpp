@@ -14,15 +14,20 @@ at::Tensor at_least_float(const at::Tensor& x) {
 }
 
 // x [B, H, L, d] -> [B, G, blocks, d, d]: X^T X of each of `blocks` blocks of `rows` tokens from token `begin` on, summed over a group's heads.
-// weights [B, G, blocks, rows] (one head a group), if any, weigh the rows.
+// weights [B, G, blocks, rows] (one head a group), if any, weigh the rows. One head of each group at a time, so that no more of x is copied.
 at::Tensor block_grams(const at::Tensor& x, int64_t groups, int64_t begin, int64_t blocks, int64_t rows, const at::Tensor& weights = {}) {
   const int64_t d = x.size(3);
-  const int64_t heads = x.size(1) / groups;
-  auto stacked = at_least_float(token_runs(x, groups, begin, blocks, rows, rows).reshape({-1, heads * rows, d}));
-  if (weights.defined()) {
-    stacked = stacked * weights.reshape({-1, rows, 1}).sqrt();
+  const auto runs = token_runs(x, groups, begin, blocks, rows, rows);  // [B, G, blocks, g, rows, d]
+  at::Tensor sum;
+  for (int64_t head = 0; head < runs.size(3); ++head) {
+    auto stacked = at_least_float(runs.select(3, head).reshape({-1, rows, d}));
+    if (weights.defined()) {
+      stacked = stacked * weights.reshape({-1, rows, 1}).sqrt();
+    }
+    const auto transposed = stacked.transpose(1, 2);
+    sum = sum.defined() ? sum.baddbmm_(transposed, stacked) : at::bmm(transposed, stacked);
   }
-  return at::bmm(stacked.transpose(1, 2), stacked).view({x.size(0), groups, blocks, d, d}).to(at::kDouble);
+  return sum.view({x.size(0), groups, blocks, d, d}).to(at::kDouble);
 }
 
 // Sums block Grams into the Gram of each pair's left node, in the order of the tree's pairs.

@@ -110,6 +110,7 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
       }
       plan->lowrank = make_plan(tree, std::move(ranks), grams, bases);
     });
+    grams = {};  // not needed any more: gone before the operator needs memory
     out = lowrank_attention(q, k, v, plan->lowrank);
     flops = lowrank_attention_flops(*plan->lowrank, batch, heads, groups, d, bases.flops, with_backward).total();
   } else {

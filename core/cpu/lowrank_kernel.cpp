@@ -258,27 +258,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
   float* into_v = grad_v.data_ptr<float>();
 
   // Exact part: every block with the sinks in front of its own keys, and the sinks among themselves as a block of no keys of its own.
-  {
+  const auto exact_part = [&](int64_t sequence) {
     const int64_t near = 1 + blocks;
     const auto rows_of = [&](int64_t n) { return n < 0 ? sinks : (n + 1 < blocks ? block : tree.last_block_rows()); };
     const auto first_of = [&](int64_t n) { return n < 0 ? 0 : sinks + n * block; };
     const int64_t widest = sinks + block;
-    const auto buffer = [&] { return at::empty({layout.sequences, near, widest, d}, q.options()); };
+    const auto buffer = [&] { return at::empty({near, widest, d}, q.options()); };
     const auto near_k = buffer(), near_v = buffer(), near_grad_k = buffer(), near_grad_v = buffer();
     const auto rows_at = [&](const at::Tensor& x, int64_t i) { return x.data_ptr<float>() + i * widest * d; };
-    for_each_task(layout.sequences * near, 0, [&](int64_t i, float*) {
-      const int64_t n = i % near - 1;
-      for (const auto& [from, to] : {std::pair{keys, rows_at(near_k, i)}, std::pair{values, rows_at(near_v, i)}}) {
-        const float* sequence = layout.key_rows(from, i / near, 0).data;
-        std::copy_n(sequence, sinks * d, to);
+    for_each_task(near, 0, [&](int64_t i, float*) {
+      const int64_t n = i - 1;
+      for (const auto& [all, to] : {std::pair{keys, rows_at(near_k, i)}, std::pair{values, rows_at(near_v, i)}}) {
+        const float* from = layout.key_rows(all, sequence, 0).data;
+        std::copy_n(from, sinks * d, to);
         if (n >= 0) {
-          std::copy_n(sequence + first_of(n) * d, rows_of(n) * d, to + sinks * d);
+          std::copy_n(from + first_of(n) * d, rows_of(n) * d, to + sinks * d);
         }
       }
     });
     std::vector<BackwardProblem> problems;
-    for (int64_t i = 0; i < layout.sequences * near; ++i) {
-      const int64_t n = i % near - 1, sequence = i / near, token = first_of(n), rows = rows_of(n);
+    for (int64_t i = 0; i < near; ++i) {
+      const int64_t n = i - 1, token = first_of(n), rows = rows_of(n);
       if (rows > 0) {
         const Shape shape{g, rows, n < 0 ? sinks : sinks + rows, d, d, /*causal=*/true, layout.scale, n < 0 ? 0 : sinks};
         problems.push_back({shape,
@@ -288,25 +288,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
       }
     }
     run_backward(problems);
-    for_each_task(layout.sequences * 2, 0, [&](int64_t task, float*) {
-      const int64_t sequence = task / 2;
-      const at::Tensor& from = task % 2 == 0 ? near_grad_k : near_grad_v;
-      float* to = layout.key_rows(task % 2 == 0 ? into_k : into_v, sequence, 0).data;
+    for_each_task(2, 0, [&](int64_t task, float*) {
+      const at::Tensor& from = task == 0 ? near_grad_k : near_grad_v;
+      float* to = layout.key_rows(task == 0 ? into_k : into_v, sequence, 0).data;
       for (int64_t n = -1; n < blocks; ++n) {
-        const float* rows = rows_at(from, sequence * near + n + 1);
+        const float* rows = rows_at(from, n + 1);
         add_rows(sinks, d, rows, d, to, d);
         if (n >= 0) {
           std::copy_n(rows + sinks * d, rows_of(n) * d, to + first_of(n) * d);
         }
       }
     });
-  }
+  };
 
-  for (int64_t level = 0; level < tree.num_levels(); ++level) {
+  const auto far_level = [&](int64_t level, int64_t sequence) {
     std::vector<Item> items;
     for (const PairRun& run : tree.runs()) {
-      for (int64_t i = 0; run.level == level && i < layout.sequences * run.count; ++i) {
-        items.push_back(item_of(run, i % run.count, i / run.count, plan));
+      for (int64_t i = 0; run.level == level && i < run.count; ++i) {
+        items.push_back(item_of(run, i, sequence, plan));
       }
     }
     const BasisPanels panels(items, plan, d, /*backward=*/true);
@@ -428,6 +427,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
       expand(from.grad_v.at(0, first), item.ranks.v, panels.values(i, item, BasisPanels::kLeftTransposed),
              layout.key_rows(into_v, item.sequence, item.key_begin + first).data);
     });
+  };
+
+  for (int64_t sequence = 0; sequence < layout.sequences; ++sequence) {  // one at a time: copies of one (batch, group)'s rows are held, not of all
+    exact_part(sequence);
+    for (int64_t level = 0; level < tree.num_levels(); ++level) {
+      far_level(level, sequence);
+    }
   }
   return {grad_q, grad_k, grad_v};
 }
