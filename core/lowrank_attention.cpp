@@ -149,9 +149,56 @@ at::Tensor far_keys(const at::Tensor& rows) { return rows.unsqueeze(1); }
 // One far bucket's forward, kept until the merged log-sum-exp is known.
 struct FarPart {
   Projections projections;
-  at::Tensor out;        // [n, g rows, r_v], in the value basis
-  at::Tensor logsumexp;  // [n, g rows]
+  at::Tensor out;         // [n, g rows, r_v], in the value basis
+  at::Tensor logsumexp;   // [n, g rows]
+  at::Tensor correction;  // [n, g rows]; undefined if there is none
 };
+
+// x [B, H, L, e] -> the rows of a run's queries, [B, G, count, g, rows, e], a view.
+at::Tensor run_view(const at::Tensor& x, const PairRun& run, const Shape& s) {
+  return token_runs(x, s.groups, run.query_begin, run.count, run.query_rows, run.stride);
+}
+
+// The open rows of a run's queries, [B G count, g rows] bool.
+at::Tensor open_rows(const LowRankPlan& plan, const PairRun& run, const Shape& s) {
+  return query_rows(plan.gates.narrow(3, run.level, 1), s.groups, run).squeeze(2);
+}
+
+constexpr double kNoWeight = 1e30;  // a log-sum-exp that leaves a row no weight in a part
+
+bool any_gate(const LowRankPlan& plan, int64_t d) {
+  return std::any_of(plan.ranks.begin(), plan.ranks.end(), [&](const Ranks& r) { return r.gated(d); });
+}
+
+// Rows whose gates open attend exactly: their part of out and log-sum-exp is replaced. Here every row of a gated bucket is computed exactly, and those are
+// taken whose gate is open; the CPU kernel computes no others. logsumexp4 [B, H, L, 1]: of all parts at their low ranks.
+void open_gates(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const LowRankPlan& plan, const Shape& s,
+                const std::vector<std::vector<Bucket>>& buckets, const at::Tensor& logsumexp4, std::vector<std::vector<FarPart>>& far,
+                std::vector<at::Tensor>& far_logsumexp) {
+  for (size_t i = 0; i < buckets.size(); ++i) {
+    const PairRun& run = plan.tree.runs()[i];
+    const auto merged = query_rows(logsumexp4, s.groups, run).squeeze(2);
+    auto open_of_run = at::zeros(merged.sizes(), plan.gates.options());
+    for (size_t b = 0; b < buckets[i].size(); ++b) {
+      const Bucket& bucket = buckets[i][b];
+      if (!bucket.ranks.gated(s.d)) {
+        continue;
+      }
+      FarPart& part = far[i][b];
+      const auto open = gate_value(part.logsumexp - take(merged, bucket), part.correction) >= bucket.ranks.gate;
+      const auto rows = take(query_rows(q, s.groups, run), bucket);
+      auto out = at::empty_like(rows), logsumexp = at::empty_like(part.logsumexp);
+      attention_part(far_queries(rows), far_keys(take(key_rows(k, run), bucket)), far_keys(take(key_rows(v, run), bucket)), /*causal=*/false, s.scale,
+                     far_queries(out), logsumexp.unsqueeze(1).unsqueeze(1));
+      part.out = at::where(open.unsqueeze(2), out, Projections::up(part.out, part.projections.p_o));
+      part.logsumexp = at::where(open, logsumexp, part.logsumexp);
+      put(far_logsumexp[i], bucket, part.logsumexp);
+      put(open_of_run, bucket, open);
+    }
+    auto gates = run_view(plan.gates.narrow(3, run.level, 1), run, s);
+    gates.copy_(open_of_run.view(gates.sizes()));
+  }
+}
 
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const LowRankPlan& plan) {
   const Shape s(q, k);
@@ -193,27 +240,34 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
       auto part_logsumexp = at::empty({low_q.size(0), low_q.size(1)}, logsumexp.options());
       attention_part(far_queries(low_q), far_keys(low_k), far_keys(low_v), /*causal=*/false, s.scale, far_queries(part_out),
                      part_logsumexp.unsqueeze(1).unsqueeze(1));
-      if (const auto correction = p.correction(bucket_q, part_logsumexp.options()); correction.defined()) {
+      const auto correction = p.correction(bucket_q, part_logsumexp.options());
+      if (correction.defined()) {
         part_logsumexp += correction;
       }
       put(far_logsumexp.back(), bucket, part_logsumexp);
-      far.back().push_back({std::move(p), part_out, part_logsumexp});
+      far.back().push_back({std::move(p), part_out, part_logsumexp, correction});
     }
   }
 
   // The merged log-sum-exp of every row, then each part weighted by its share exp(lse_part - lse).
   const auto near_logsumexp = logsumexp.clone();
-  if (sink_out.defined()) {
-    auto rows = queries_after_sinks(logsumexp4, tree, s).squeeze(4);
-    rows.copy_(at::logaddexp(rows, sink_logsumexp));
-  }
-  const auto run_view = [&](const at::Tensor& x4, const PairRun& run) {  // [B, G, count, g, rows, e]
-    return token_runs(x4, s.groups, run.query_begin, run.count, run.query_rows, run.stride);
-  };
   const auto& runs = tree.runs();
-  for (size_t i = 0; i < runs.size(); ++i) {
-    auto rows = run_view(logsumexp4, runs[i]);
-    rows.copy_(at::logaddexp(rows, far_logsumexp[i].view(rows.sizes())));
+  const auto merge = [&] {
+    logsumexp.copy_(near_logsumexp);
+    if (sink_out.defined()) {
+      auto rows = queries_after_sinks(logsumexp4, tree, s).squeeze(4);
+      rows.copy_(at::logaddexp(rows, sink_logsumexp));
+    }
+    for (size_t i = 0; i < runs.size(); ++i) {
+      auto rows = run_view(logsumexp4, runs[i], s);
+      rows.copy_(at::logaddexp(rows, far_logsumexp[i].view(rows.sizes())));
+    }
+  };
+  merge();
+  plan.gates = any_gate(plan, s.d) ? at::zeros({s.batch, s.heads, s.length, tree.num_levels()}, q.options().dtype(at::kBool)) : at::Tensor();
+  if (plan.gates.defined()) {
+    open_gates(q, k, v, plan, s, buckets, logsumexp4, far, far_logsumexp);
+    merge();
   }
   out.mul_((near_logsumexp - logsumexp).exp_().unsqueeze(3).to(out.scalar_type()));
   if (sink_out.defined()) {
@@ -221,12 +275,12 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
     queries_after_sinks(out, tree, s).addcmul_(sink_out, share);
   }
   for (size_t i = 0; i < runs.size(); ++i) {
-    const auto merged = run_view(logsumexp4, runs[i]).reshape(far_logsumexp[i].sizes());
+    const auto merged = run_view(logsumexp4, runs[i], s).reshape(far_logsumexp[i].sizes());
     auto expanded = buckets[i].size() > 1 ? at::empty({merged.size(0), merged.size(1), s.d}, out.options()) : at::Tensor();
     for (size_t b = 0; b < buckets[i].size(); ++b) {
       FarPart& part = far[i][b];
       const auto share = (part.logsumexp - take(merged, buckets[i][b])).exp_().unsqueeze(2).to(out.scalar_type());
-      const auto rows = Projections::up(part.out.mul_(share), part.projections.p_o);
+      const auto rows = part.out.size(2) == s.d ? part.out.mul_(share) : Projections::up(part.out.mul_(share), part.projections.p_o);
       if (expanded.defined()) {
         put(expanded, buckets[i][b], rows);
       } else {
@@ -234,7 +288,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
       }
       part.out.reset();
     }
-    auto rows = run_view(out, runs[i]);
+    auto rows = run_view(out, runs[i], s);
     rows.add_(expanded.view(rows.sizes()));
   }
   return {out, logsumexp};
@@ -291,14 +345,33 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
       if (const auto correction = p.correction(bucket_q, bucket_logsumexp.options()); correction.defined()) {
         bucket_logsumexp = bucket_logsumexp - correction;
       }
+      at::Tensor open;
+      if (bucket.ranks.gated(s.d)) {
+        open = take(open_rows(plan, run, s), bucket);
+        bucket_logsumexp = bucket_logsumexp.masked_fill(open, kNoWeight);
+      }
       auto dq = at::empty_like(low_q), dk = at::empty_like(low_k), dv = at::empty_like(low_v);
       attention_part_backward(far_queries(Projections::down(take(rows_grad, bucket), p.p_o)), far_queries(low_q), far_keys(low_k),
                               far_keys(low_v), bucket_logsumexp.unsqueeze(1).unsqueeze(1),
                               take(rows_delta, bucket).unsqueeze(1).unsqueeze(1), /*causal=*/false, s.scale, far_queries(dq), far_keys(dk),
                               far_keys(dv));
-      put(run_grad_q, bucket, Projections::up(dq, p.p_q));
-      put(run_grad_k, bucket, Projections::up(dk, p.p_k));
-      put(run_grad_v, bucket, Projections::up(dv, p.p_v));
+      dq = Projections::up(dq, p.p_q);
+      dk = Projections::up(dk, p.p_k);
+      dv = Projections::up(dv, p.p_v);
+      if (open.defined()) {
+        const auto keys = take(rows_k, bucket), values = take(rows_v, bucket);
+        auto exact_dq = at::empty_like(bucket_q), exact_dk = at::empty_like(keys), exact_dv = at::empty_like(values);
+        attention_part_backward(far_queries(take(rows_grad, bucket)), far_queries(bucket_q), far_keys(keys), far_keys(values),
+                                take(rows_logsumexp, bucket).masked_fill(open.logical_not(), kNoWeight).unsqueeze(1).unsqueeze(1),
+                                take(rows_delta, bucket).unsqueeze(1).unsqueeze(1), /*causal=*/false, s.scale, far_queries(exact_dq), far_keys(exact_dk),
+                                far_keys(exact_dv));
+        dq = dq + exact_dq;
+        dk = dk + exact_dk;
+        dv = dv + exact_dv;
+      }
+      put(run_grad_q, bucket, dq);
+      put(run_grad_k, bucket, dk);
+      put(run_grad_v, bucket, dv);
     }
     const auto add = [&](const at::Tensor& grad, const at::Tensor& rows, int64_t begin, int64_t count_rows) {
       auto view = token_runs(grad, s.groups, begin, run.count, count_rows, run.stride);
@@ -334,6 +407,11 @@ class LowRankAttention : public torch::autograd::Function<LowRankAttention> {
 };
 
 }  // namespace
+
+at::Tensor gate_value(const at::Tensor& share_log, const at::Tensor& correction) {
+  const auto share = share_log.clamp_max(0).exp();
+  return correction.defined() ? share * ((2 * correction).sqrt().clamp_max(kLargestSpread) + kGateBase) : share * kGateBase;
+}
 
 at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const c10::intrusive_ptr<LowRankPlan>& plan) {

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <torch/custom_class.h>
 
+#include <limits>
 #include <vector>
 
 #include "core/basis.h"
@@ -14,10 +15,22 @@ namespace drrl {
 struct Ranks {
   int64_t qk;
   int64_t v;
+  /// A query row for which gate_value (below) reaches this attends to the pair's keys exactly after all; infinity: no row does.
+  float gate = std::numeric_limits<float>::infinity();
+
+  bool gated(int64_t d) const { return gate < std::numeric_limits<float>::infinity() && (qk < d || v < d); }
 
   bool operator==(const Ranks&) const = default;
   auto operator<=>(const Ranks&) const = default;
 };
+
+/// Where a gate looks: gate_value = share (kGateBase + sigma), share being the part of the row's softmax that falls to the pair at its low ranks, and sigma
+/// the standard deviation of what its projected scores lack: sqrt(2) || q F ||, or 0 without a residual factor. Of the row itself and older
+/// tokens alone, so causal row by row.
+inline constexpr double kGateBase = 0.15;
+inline constexpr double kLargestSpread = 2;  ///< of sigma
+/// share_log: logarithm of the share; correction: || q F ||^2 of the same shape, or undefined.
+at::Tensor gate_value(const at::Tensor& share_log, const at::Tensor& correction);
 
 /// All that one layer's low-rank attention needs besides q, k and v. Constant for autograd.
 struct LowRankPlan : torch::CustomClassHolder {
@@ -34,6 +47,8 @@ struct LowRankPlan : torch::CustomClassHolder {
   Basis values;
   /// residual_factor of each pair's score basis at its rank, [B G pairs, d, m] float32, not read where the rank is d; undefined: no correction.
   at::Tensor residual;
+  /// Written by a forward pass with gates: [B, H, L, levels] bool, the rows that attend exactly to the pair they see at each level of the tree.
+  mutable at::Tensor gates;
 };
 
 /// Near + sinks + far attention of one layer, one softmax over all three.

@@ -1,7 +1,9 @@
 #include "core/reference.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
 
 namespace drrl::reference {
 namespace {
@@ -43,7 +45,36 @@ at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at:
           scores = scores.index_put({rows.unsqueeze(1), columns.unsqueeze(0)}, far);
         }
       }
-      const auto weights = at::softmax((scores * scale).masked_fill(causal.logical_not(), -std::numeric_limits<double>::infinity()), 1);
+      const auto softmax = [&] { return at::softmax((scores * scale).masked_fill(causal.logical_not(), -std::numeric_limits<double>::infinity()), 1); };
+      std::map<int64_t, at::Tensor> open;  // by item, [query rows, 1]
+      if (std::any_of(plan.ranks.begin(), plan.ranks.end(), [&](const Ranks& r) { return r.gated(d); })) {
+        at::NoGradGuard no_grad;
+        const auto low = softmax();
+        for (const PairRun& run : plan.tree.runs()) {
+          for (int64_t i = 0; i < run.count; ++i) {
+            const int64_t item = (b * groups + group) * pairs + run.first_pair + i;
+            const int64_t query = run.query_begin + i * run.stride;
+            const auto share = low.narrow(0, query, run.query_rows).narrow(1, run.key_begin + i * run.stride, run.key_rows).sum(1, /*keepdim=*/true);
+            at::Tensor spread = at::zeros_like(share);
+            if (plan.residual.defined() && plan.ranks[item].qk < d) {
+              const auto missing = at::matmul(q_h.narrow(0, query, run.query_rows), plan.residual[item].to(q.scalar_type()));
+              spread = (2 * missing.pow(2).sum(1, /*keepdim=*/true)).sqrt().clamp_max(kLargestSpread);
+            }
+            open[item] = plan.ranks[item].gated(d) ? share * (spread + kGateBase) >= plan.ranks[item].gate : at::zeros_like(share, at::kBool);
+          }
+        }
+      }
+      const auto exact = at::matmul(q_h, k_h.t());
+      for (const PairRun& run : plan.tree.runs()) {
+        for (int64_t i = 0; i < run.count && !open.empty(); ++i) {
+          const int64_t item = (b * groups + group) * pairs + run.first_pair + i;
+          const int64_t query = run.query_begin + i * run.stride, key = run.key_begin + i * run.stride;
+          const auto block = [&](const at::Tensor& x) { return x.narrow(0, query, run.query_rows).narrow(1, key, run.key_rows); };
+          scores = scores.index_put({at::arange(query, query + run.query_rows).unsqueeze(1), at::arange(key, key + run.key_rows).unsqueeze(0)},
+                                    at::where(open.at(item), block(exact), block(scores)));
+        }
+      }
+      const auto weights = softmax();
       auto out = at::matmul(weights, v_h);
       for (const PairRun& run : plan.tree.runs()) {
         for (int64_t i = 0; i < run.count; ++i) {
@@ -58,7 +89,10 @@ at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at:
           const auto values = v_h.narrow(0, key, run.key_rows);
           const auto p_v = plan.values.left[item].narrow(1, 0, r).to(q.scalar_type());
           const auto p_o = plan.values.right[item].narrow(1, 0, r).to(q.scalar_type());
-          const auto correction = at::matmul(at::matmul(share, at::matmul(values, p_v)), p_o.t()) - at::matmul(share, values);
+          auto correction = at::matmul(at::matmul(share, at::matmul(values, p_v)), p_o.t()) - at::matmul(share, values);
+          if (!open.empty()) {
+            correction = at::where(open.at(item), at::zeros_like(correction), correction);
+          }
           out = out + at::constant_pad_nd(correction, {0, 0, query, length - query - run.query_rows});
         }
       }

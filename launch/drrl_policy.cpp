@@ -67,6 +67,11 @@ Calibration gathered(const CalibrationController& mine, const ModelConfig& confi
   Calibration result;
   result.tokens = counted[0].item<int64_t>();
   result.damage = whole(mine.damage()) / counted;
+  result.gates = CalibrationController::default_gates();
+  result.gated_damage = whole(mine.gated_damage()) / counted;
+  auto rows = mine.rows().clone();  // [layers, levels], the same for every group
+  mesh.dp().all_reduce(rows);
+  result.open_rows = whole(mine.open_rows()) / rows.view({rows.size(0), 1, rows.size(1), 1, 1});
   result.bases = starting_bases(whole(mine.grams()));
   return result;
 }
@@ -235,6 +240,7 @@ ExitCode calibrate(const Environment& environment) {
       }
       if (summed > 0) {
         result.damage.select(2, kind) *= measured / summed;
+        result.gated_damage.select(2, kind) *= measured / summed;
       }
     }
     if (m.leader()) {

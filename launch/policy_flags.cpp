@@ -53,6 +53,7 @@ std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const a
   if (FLAGS_rank_policy == "fixed") {
     return make_fixed_policy(FLAGS_rank, config.head_dim);
   }
+  check(ErrorKind::kUsage, !FLAGS_row_gates || FLAGS_rank_policy == "dp", "--row_gates needs --rank_policy=dp, got ", FLAGS_rank_policy);
   const auto buckets = rank_buckets(device, config.head_dim);
   if (FLAGS_rank_policy == "energy") {
     return make_energy_policy(FLAGS_energy, buckets);
@@ -63,7 +64,7 @@ std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const a
   check(ErrorKind::kUsage, !FLAGS_policy.empty(), "--rank_policy=", FLAGS_rank_policy, " needs --policy=FILE, made by drrl-policy ",
         spends ? "calibrate" : "train");
   if (FLAGS_rank_policy == "dp") {
-    return make_dp_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates);
+    return make_dp_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates, FLAGS_row_gates);
   }
   if (FLAGS_rank_policy == "greedy") {
     return make_greedy_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates);

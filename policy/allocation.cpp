@@ -10,11 +10,17 @@
 namespace drrl {
 namespace {
 
-// One far kind of one layer, KV group and level: what each choice costs and spoils.
+// What can be chosen for the pairs of one layer, KV group and level, what it takes and what it spoils.
+struct Option {
+  double damage, operations;
+  Ranks ranks;
+};
+
 struct Item {
-  const double* damage;      // of choice i; the last choice, exact, does none
-  const double* operations;  // of choice i
-  size_t chosen;
+  std::vector<Option> options;  // the last one, exact, does no damage
+  size_t chosen = 0;
+
+  const Option& now() const { return options[chosen]; }
 };
 
 }  // namespace
@@ -60,7 +66,7 @@ std::vector<double> Choices::damage(const Calibration& calibration, int64_t laye
 }
 
 Allocation allocate(const Calibration& calibration, double budget, const BlockTree& tree, int64_t heads_per_group, const std::vector<int64_t>& buckets,
-                    int64_t update_steps, Spending how, uint64_t seed) {
+                    int64_t update_steps, Spending how, uint64_t seed, bool row_gates) {
   check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
   const int64_t layers = calibration.layers(), groups = calibration.groups(), levels = tree.num_levels(), d = calibration.head_dim();
   RankTable table(layers, groups, levels, {d, d});
@@ -68,14 +74,16 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
     return {table, 0};
   }
 
+  check(ErrorKind::kUsage, !row_gates || calibration.gates.defined(), "the calibration has no row gates; make it again with this version");
   const Choices all(calibration, tree, heads_per_group, buckets, update_steps);
   const std::vector<int64_t>& ranks = all.ranks;
-  const std::vector<int64_t>& columns = all.columns;
   const size_t choices = ranks.size();
 
-  // Operations by level, kind and choice, of one layer and group.
-  std::vector<double> operations(static_cast<size_t>(levels) * 2 * choices, 0.0);
+  // Operations by level, kind and choice, of one layer and group; and of all rows of a level, open.
+  std::vector<double> operations(static_cast<size_t>(levels) * 2 * choices, 0.0), open_operations(static_cast<size_t>(levels), 0.0);
   for (const PairRun& run : tree.runs()) {
+    open_operations[static_cast<size_t>(run.level)] +=
+        static_cast<double>(heads_per_group * run.count * run.query_rows) * open_row_flops(run.level, tree.geometry(), d, /*with_backward=*/false);
     for (size_t kind = 0; kind < 2; ++kind) {
       for (size_t c = 0; c < choices; ++c) {
         operations[(static_cast<size_t>(run.level) * 2 + kind) * choices + c] +=
@@ -88,39 +96,54 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
   const double fixed = static_cast<double>(layers) * exact_part_flops(tree, 1, heads, groups, d, false).total();
   const double allowed = budget * exact - fixed;
 
-  std::vector<double> damages;  // [layers, groups, 2, levels, choices]
   std::vector<Item> items;
-  damages.reserve(static_cast<size_t>(layers * groups * 2 * levels) * choices);
   const auto table_of = calibration.damage.accessor<double, 5>();
+  const at::Tensor gated_damage = row_gates ? calibration.gated_damage.contiguous() : at::zeros({0, 0, 0, 0, 0, 0, 0}, at::kDouble);
+  const at::Tensor open_rows = row_gates ? calibration.open_rows.contiguous() : at::zeros({0, 0, 0, 0, 0}, at::kDouble);
+  const auto gated_of = gated_damage.accessor<double, 7>();
+  const auto open_of = open_rows.accessor<double, 5>();
+  const auto column = [&](size_t c) { return c + 1 < choices ? all.columns[c] : static_cast<int64_t>(calibration.ranks.size()); };
   for (int64_t layer = 0; layer < layers; ++layer) {
     for (int64_t group = 0; group < groups; ++group) {
-      for (int64_t kind = 0; kind < 2; ++kind) {
-        for (int64_t level = 0; level < levels; ++level) {
-          items.push_back({damages.data() + damages.size(), operations.data() + static_cast<size_t>(level * 2 + kind) * choices, 0});
-          for (const int64_t column : columns) {
-            damages.push_back(table_of[layer][group][kind][std::min(level, calibration.levels() - 1)][column]);
+      for (int64_t level = 0; level < levels; ++level) {
+        const int64_t measured = std::min(level, calibration.levels() - 1);
+        const auto damage = [&](int64_t kind, size_t c) { return c + 1 < choices ? table_of[layer][group][kind][measured][all.columns[c]] : 0; };
+        const auto takes = [&](size_t kind, size_t c) { return operations[(static_cast<size_t>(level) * 2 + kind) * choices + c]; };
+        Item& item = items.emplace_back();
+        for (size_t qk = 0; qk < choices; ++qk) {
+          for (size_t v = 0; v < choices; ++v) {
+            const double low = takes(0, qk) + takes(1, v);
+            for (int64_t gate = 0; row_gates && gate < calibration.gates.size(0) && (qk + 1 < choices || v + 1 < choices); ++gate) {
+              const auto spoiled = [&](int64_t kind) { return gated_of[layer][group][kind][measured][column(qk)][column(v)][gate]; };
+              const double open = open_of[layer][group][measured][column(qk)][gate] * open_operations[static_cast<size_t>(level)];
+              item.options.push_back({spoiled(0) + spoiled(1), low + open, {ranks[qk], ranks[v], calibration.gates[gate].to(at::kFloat).item<float>()}});
+            }
+            item.options.push_back({damage(0, qk) + damage(1, v), low, {ranks[qk], ranks[v]}});
           }
-          damages.push_back(0);
         }
       }
     }
   }
+  const auto cheapest = [](const Item& item) {
+    const auto less = [](const Option& a, const Option& b) { return a.operations < b.operations; };
+    return static_cast<size_t>(std::min_element(item.options.begin(), item.options.end(), less) - item.options.begin());
+  };
 
   // Chooses for one price of an operation; returns the operations.
   const auto choose = [&](double price) {
     double used = 0;
     for (Item& item : items) {
-      for (size_t c = 0; c < choices; ++c) {
-        const auto value = [&](size_t i) { return item.damage[i] + price * item.operations[i]; };
-        item.chosen = c == 0 || value(c) < value(item.chosen) ? c : item.chosen;
-      }
-      used += item.operations[item.chosen];
+      const auto value = [&](const Option& o) { return o.damage + price * o.operations; };
+      const auto less = [&](const Option& a, const Option& b) { return value(a) < value(b); };
+      item.chosen = static_cast<size_t>(std::min_element(item.options.begin(), item.options.end(), less) - item.options.begin());
+      used += item.now().operations;
     }
     return used;
   };
   double least = 0;
-  for (const Item& item : items) {
-    least += *std::min_element(item.operations, item.operations + choices);
+  for (Item& item : items) {
+    item.chosen = cheapest(item);
+    least += item.now().operations;
   }
   check(ErrorKind::kUsage, least <= allowed, "rank budget ", budget, " cannot be met at ", tree.sequence_length(), " tokens: blocks of ",
         tree.geometry().near_block, ", sinks, Grams and the smallest rank ", ranks.front(), " everywhere take ", (fixed + least) / exact,
@@ -139,10 +162,6 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
     }
     price = high;
     left = allowed - choose(high);
-  } else {
-    for (Item& item : items) {
-      item.chosen = static_cast<size_t>(std::min_element(item.operations, item.operations + choices) - item.operations);
-    }
   }
   if (how == Spending::kRandom) {
     std::mt19937_64 random(seed);
@@ -152,8 +171,8 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
     }
     std::shuffle(order.begin(), order.end(), random);
     for (Item* item : order) {
-      const size_t to = random() % choices;
-      const double cost = item->operations[to] - item->operations[item->chosen];
+      const size_t to = random() % item->options.size();
+      const double cost = item->options[to].operations - item->now().operations;
       if (cost <= left) {
         left -= cost;
         item->chosen = to;
@@ -167,9 +186,9 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
     Item* at = nullptr;
     size_t to = 0;
     for (Item& item : items) {
-      for (size_t c = 0; c < choices; ++c) {
-        const double gain = item.damage[item.chosen] - item.damage[c];
-        const double cost = item.operations[c] - item.operations[item.chosen];
+      for (size_t c = 0; c < item.options.size(); ++c) {
+        const double gain = item.now().damage - item.options[c].damage;
+        const double cost = item.options[c].operations - item.now().operations;
         if (gain > 0 && cost <= left && gain / std::max(cost, 1.0) > best) {
           best = gain / std::max(cost, 1.0);
           at = &item;
@@ -180,18 +199,15 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
     if (at == nullptr) {
       break;
     }
-    left -= at->operations[to] - at->operations[at->chosen];
+    left -= at->options[to].operations - at->now().operations;
     at->chosen = to;
   }
 
   size_t next = 0;
   for (int64_t layer = 0; layer < layers; ++layer) {
     for (int64_t group = 0; group < groups; ++group) {
-      for (int64_t kind = 0; kind < 2; ++kind) {
-        for (int64_t level = 0; level < levels; ++level) {
-          Ranks& r = table.at(layer, group, level);
-          (kind == 0 ? r.qk : r.v) = ranks[items[next++].chosen];
-        }
+      for (int64_t level = 0; level < levels; ++level) {
+        table.at(layer, group, level) = items[next++].now().ranks;
       }
     }
   }

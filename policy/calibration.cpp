@@ -21,13 +21,22 @@ constexpr const char* kFormat = "drrl-calibration-3";
 
 std::string Calibration::digest() const {
   const auto bytes = [](const at::Tensor& x) { return hash_bytes(x.const_data_ptr(), x.nbytes()); };
-  const std::array hashes = {bytes(damage.contiguous()), bytes(bases.contiguous())};
-  return to_hex(hash_bytes(hashes.data(), sizeof(hashes)));
+  std::vector<uint64_t> hashes;
+  for (const NamedTensor& tensor : tensors()) {
+    hashes.push_back(bytes(tensor.value.contiguous()));
+  }
+  return to_hex(hash_bytes(hashes.data(), hashes.size() * sizeof(uint64_t)));
 }
 
 void Calibration::save(const std::filesystem::path& file) const { write_safetensors(file, tensors(), metadata()); }
 
-std::vector<NamedTensor> Calibration::tensors() const { return {{"damage", damage}, {"bases", bases}}; }
+std::vector<NamedTensor> Calibration::tensors() const {
+  std::vector<NamedTensor> all = {{"damage", damage}, {"bases", bases}};
+  if (gates.defined()) {
+    all.insert(all.end(), {{"gates", gates}, {"gated_damage", gated_damage}, {"open_rows", open_rows}});
+  }
+  return all;
+}
 
 std::map<std::string, std::string> Calibration::metadata() const {
   return {{"format", kFormat},
@@ -58,6 +67,17 @@ Calibration Calibration::load(const std::filesystem::path& path) {
                     c.ranks.back() < c.bases.size(4);
   check(kind, fits, path, ": damage ", c.damage.sizes(), " and bases ", c.bases.sizes(), " do not fit each other or the ranks ", c.ranks,
         ": expected [layers, groups, 2, levels, ranks] and [layers, groups, 2, d, d] with ranks below d");
+  if (file.contains("gates")) {
+    c.gates = file.tensor("gates", at::kDouble, 1);
+    c.gated_damage = file.tensor("gated_damage", at::kDouble, 7);
+    c.open_rows = file.tensor("open_rows", at::kDouble, 5);
+    const int64_t choices = c.damage.size(4) + 1, gates = c.gates.size(0);
+    check(kind, c.gated_damage.sizes() == at::IntArrayRef({c.layers(), c.groups(), 2, c.levels(), choices, choices, gates}) &&
+                    c.open_rows.sizes() == at::IntArrayRef({c.layers(), c.groups(), c.levels(), choices, gates}),
+          path, ": gated_damage ", c.gated_damage.sizes(), " and open_rows ", c.open_rows.sizes(), " do not fit damage ", c.damage.sizes(), " and ", gates, " gates");
+    check(kind, (c.gated_damage >= 0).all().item<bool>() && (c.open_rows >= 0).all().item<bool>() && (c.open_rows <= 1 + 1e-9).all().item<bool>(), path,
+          ": a negative entry in gated_damage, or one of open_rows outside 0..1");
+  }
   check(kind, (c.damage >= 0).all().item<bool>(), path, ": \"damage\" holds a negative entry, ", c.damage.min().item<double>());
   return c;
 }
@@ -87,6 +107,10 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
   const int64_t batch = q.size(0), groups = k.size(1), d = q.size(3);
   if (!damage_.defined()) {
     damage_ = at::zeros({layers_, groups, 2, tree.num_levels(), static_cast<int64_t>(ranks_.size())}, at::kDouble);
+    const auto choices = static_cast<int64_t>(ranks_.size()) + 1, gates = default_gates().size(0);
+    gated_damage_ = at::zeros({layers_, groups, 2, tree.num_levels(), choices, choices, gates}, at::kDouble);
+    open_rows_ = at::zeros({layers_, groups, tree.num_levels(), choices, gates}, at::kDouble);
+    rows_ = at::zeros({layers_, tree.num_levels()}, at::kDouble);
     grams_ = at::zeros({layers_, groups, 4, d, d}, at::kDouble);
   }
   TORCH_CHECK(damage_.size(3) == tree.num_levels(), "calibration on a sequence of ", q.size(2), " tokens with ", tree.num_levels(),
@@ -103,7 +127,7 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
 
   const PairGrams grams_of_pairs = pair_grams(q, k, v, tree, mass);
   const FarBases bases = solve_far_bases(grams_of_pairs, w_o, /*scores=*/true, /*values=*/true);
-  const auto choices = static_cast<int64_t>(ranks_.size());
+  const auto choices = static_cast<int64_t>(ranks_.size()), gates = default_gates().size(0);
   const auto of_pairs = at::zeros({batch, groups, 2, tree.num_pairs(), choices}, at::kDouble);
   const double scale = 1.0 / std::sqrt(static_cast<double>(d));
   // Exact attention again, for its log-sum-exp, by which parts are weighed.
@@ -132,19 +156,49 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
     const auto [exact_out, exact_share] = part(run_q, run_k, run_v, {}, {});
     const auto keys = at::full({run_q.size(0)}, static_cast<double>(run.key_rows), bases.scores.singular_values.options());
     const auto key_grams = pairs_of(grams_of_pairs.keys.flatten(0, 2));
+    rows_[layer][run.level] += batch * run.count * run.query_rows;
+    const auto of_groups = [&](const at::Tensor& x) { return x.view({batch, groups, run.count}).sum(at::IntArrayRef{0, 2}).to(at::kCPU); };
+    std::vector<at::Tensor> open;                                          // by score rank and gate
+    const auto open_gates = [&](const at::Tensor& share, const at::Tensor& correction, int64_t score_rank) {
+      const auto value = gate_value(share.squeeze(2).log(), correction);
+      for (int64_t n = 0; n < gates; ++n) {
+        open.push_back(value >= default_gates()[n].item<double>());
+        open_rows_[layer].select(1, run.level).select(1, score_rank).select(1, n) +=
+            of_groups(open.back().mean(1, /*keepdim=*/false, at::kDouble)) * static_cast<double>(run.query_rows);
+      }
+    };
     for (int64_t kind = 0; kind < 2; ++kind) {
       const Basis& all = kind == 0 ? bases.scores : bases.values;
       for (size_t i = 0; i < ranks_.size(); ++i) {
         const auto left = pairs_of(all.left).narrow(2, 0, ranks_[i]), right = pairs_of(all.right).narrow(2, 0, ranks_[i]);
         const auto in_dtype = [&](const at::Tensor& x) { return x.to(q.scalar_type()); };
+        const at::Tensor correction = kind == 0 ? residual_correction(run_q, residual_factor({left, right, {}}, key_grams, keys)) : at::Tensor();
         const auto [out, share] =
-            kind == 0 ? part(at::bmm(run_q, in_dtype(left)), at::bmm(run_k, in_dtype(right)), run_v,
-                             residual_correction(run_q, residual_factor({left, right, {}}, key_grams, keys)), {})
+            kind == 0 ? part(at::bmm(run_q, in_dtype(left)), at::bmm(run_k, in_dtype(right)), run_v, correction, {})
                       : part(run_q, run_k, at::bmm(run_v, in_dtype(left)), {}, in_dtype(right));
         const auto error = (run_exact - exact_out + out) / (1 - exact_share + share) - run_exact;
         // [B G count, g rows, d] -> one number a pair and token: how far this error moves the log-likelihood there
-        const auto moved = (error * run_grad).sum(2, /*keepdim=*/false, at::kDouble).unflatten(1, {-1, run.query_rows}).sum(1);
-        const auto damage = 0.5 * moved.pow(2).sum(1).view({batch, groups, run.count});
+        const auto moved = (error * run_grad).sum(2, /*keepdim=*/false, at::kDouble);
+        const auto damage_of = [&](const at::Tensor& rows) {
+          return 0.5 * rows.unflatten(1, {-1, run.query_rows}).sum(1).pow(2).sum(1).view({batch, groups, run.count});
+        };
+        const auto damage = damage_of(moved);
+        if (kind == 0) {
+          open_gates(share, correction, static_cast<int64_t>(i));
+        } else if (i == 0) {
+          open_gates(exact_share, {}, choices);
+        }
+        for (int64_t score_rank = 0; score_rank <= choices; ++score_rank) {
+          for (int64_t gate = 0; gate < gates && (kind == 1 || score_rank == static_cast<int64_t>(i)); ++gate) {
+            const auto left_over = of_groups(damage_of(moved.masked_fill(open[static_cast<size_t>(score_rank * gates + gate)], 0)));
+            auto cells = gated_damage_[layer].select(1, kind).select(1, run.level).select(1, score_rank).select(2, gate);  // [groups, value ranks]
+            if (kind == 0) {
+              cells += left_over.unsqueeze(1);
+            } else {
+              cells.select(1, static_cast<int64_t>(i)) += left_over;
+            }
+          }
+        }
         of_pairs.select(2, kind).narrow(2, run.first_pair, run.count).select(3, static_cast<int64_t>(i)) += damage.to(at::kCPU);
       }
     }

@@ -218,6 +218,9 @@ NodeFactors LowRankController::decide_node(int64_t layer, LayerCache& cache, int
   FarBases bases;
   NodeFactors factors;
   factors.ranks = decide(observation, grams, w_o, bases);
+  for (Ranks& r : factors.ranks) {
+    r.gate = Ranks{}.gate;  // a gate needs the exact keys, which a cache at rank r no longer has
+  }
   if (!policy_->needs_spectra()) {
     bases = make_bases(layer, grams, w_o, factors.ranks, cache.start());
   }

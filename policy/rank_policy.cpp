@@ -96,8 +96,9 @@ void check_fits(const Calibration& c, const LayerObservation& o) {
 
 class AllocatedPolicy final : public RankPolicy {
  public:
-  AllocatedPolicy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, Spending how, uint64_t seed)
-      : calibration_(std::move(calibration)), budget_(budget), buckets_(std::move(buckets)), update_steps_(update_steps), how_(how), seed_(seed) {
+  AllocatedPolicy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, Spending how, uint64_t seed,
+                  bool row_gates = false)
+      : calibration_(std::move(calibration)), budget_(budget), buckets_(std::move(buckets)), update_steps_(update_steps), how_(how), seed_(seed), row_gates_(row_gates) {
     check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
   }
 
@@ -107,14 +108,14 @@ class AllocatedPolicy final : public RankPolicy {
     const auto key = std::pair(o.tree.sequence_length(), heads_per_group);
     auto found = tables_.find(key);
     if (found == tables_.end()) {
-      found = tables_.emplace(key, allocate(calibration_, budget_, o.tree, heads_per_group, buckets_, update_steps_, how_, seed_).table).first;
+      found = tables_.emplace(key, allocate(calibration_, budget_, o.tree, heads_per_group, buckets_, update_steps_, how_, seed_, row_gates_).table).first;
     }
     return look_up(found->second, o);
   }
 
   std::string describe() const override {
     const std::string name = how_ == Spending::kBest ? "dp" : how_ == Spending::kGreedy ? "greedy" : c10::str("random ", seed_);
-    return c10::str(name, ", budget ", budget_, ", calibrated on ", calibration_.tokens, " tokens of ", calibration_.data, " (", calibration_.digest(), ")");
+    return c10::str(name, row_gates_ ? " with row gates" : "", ", budget ", budget_, ", calibrated on ", calibration_.tokens, " tokens of ", calibration_.data, " (", calibration_.digest(), ")");
   }
 
  private:
@@ -124,6 +125,7 @@ class AllocatedPolicy final : public RankPolicy {
   int64_t update_steps_;
   Spending how_;
   uint64_t seed_;
+  bool row_gates_;
   std::map<std::pair<int64_t, int64_t>, RankTable> tables_;
 };
 
@@ -239,8 +241,8 @@ std::unique_ptr<RankPolicy> make_rl_policy(Calibration calibration, RankAgent ag
   return std::make_unique<LearnedPolicy>(std::move(calibration), std::move(agent), budget, std::move(buckets), update_steps);
 }
 
-std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps) {
-  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets), update_steps, Spending::kBest, 0);
+std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, bool row_gates) {
+  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets), update_steps, Spending::kBest, 0, row_gates);
 }
 
 std::unique_ptr<RankPolicy> make_greedy_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps) {

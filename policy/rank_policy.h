@@ -85,9 +85,9 @@ std::unique_ptr<RankPolicy> make_energy_policy(double energy, std::vector<int64_
 std::unique_ptr<RankPolicy> make_table_policy(RankTable table, std::string description);
 
 /// Per layer, KV group, tree level and kind the ranks that do the least calibrated damage within `budget` of exact attention's operations:
-/// `allocate()`, once for each length of sequence.
-/// Errors: Error(kUsage) unless 0 < budget <= 1; when it decides, also if the budget cannot be met at that length.
-std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps);
+/// `allocate()`, once for each length of sequence. row_gates: and the gates (Ranks::gate) by which single rows attend exactly after all.
+/// Errors: Error(kUsage) unless 0 < budget <= 1; when it decides, also if the budget cannot be met at that length, or without calibrated gates.
+std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, bool row_gates = false);
 
 /// Baselines that spend the same budget on the same choices: step by step where it helps most at once, and at random by `seed` (Spending, calibration.h).
 /// Errors: as make_dp_policy.

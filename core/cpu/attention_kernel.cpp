@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
@@ -220,97 +221,215 @@ void corrections(int64_t rows, int64_t d, int64_t columns, const float* q, int64
   }
 }
 
-// scores, the output so far, a part's own output, projected queries, and three numbers a row
-int64_t forward_rows_scratch_size(int64_t d) { return kQueryBlock * (kScoreStride + 3 * d + 3); }
-int64_t forward_scratch_size(const Shape& shape) { return forward_rows_scratch_size(std::max(shape.qk, shape.v)); }
+namespace {
 
-void forward_rows(int64_t rows, int64_t d, float scale_factor, const float* q, int64_t q_stride, const Part* parts, int64_t count_parts, float* out,
-                  int64_t out_stride, float* logsumexp, int64_t logsumexp_stride, float* scratch) {
-  float* scores = scratch;
-  float* sum = scores + kQueryBlock * kScoreStride;  // [rows][d]
-  float* part_sum = sum + kQueryBlock * d;           // [rows][v], of a part with values of its own width
-  float* projected = part_sum + kQueryBlock * d;     // [rows][qk]
-  float* maximum = projected + kQueryBlock * d;      // [rows]
-  float* total = maximum + kQueryBlock;              // [rows]
-  float* correction = total + kQueryBlock;           // [rows]
-  std::fill(sum, sum + rows * d, 0.0f);
-  std::fill(maximum, maximum + rows, -std::numeric_limits<float>::infinity());
-  std::fill(total, total + rows, 0.0f);
+// The softmax of some rows over the keys seen so far: out = sum / total, log-sum-exp = maximum + log(total).
+struct Running {
+  float* maximum;  // [rows]
+  float* total;    // [rows]
+  float* sum;      // [rows][width]
+  int64_t width;
+
+  void clear(int64_t rows) const {
+    std::fill(maximum, maximum + rows, -std::numeric_limits<float>::infinity());
+    std::fill(total, total + rows, 0.0f);
+    std::fill(sum, sum + rows * width, 0.0f);
+  }
+};
+
+void rescale_row(float* row, int64_t width, float by) {
+  const __m256 factor = _mm256_set1_ps(by);
+  for (int64_t j = 0; j < width; j += 8) {
+    _mm256_storeu_ps(row + j, _mm256_mul_ps(_mm256_loadu_ps(row + j), factor));
+  }
+}
+
+// Adds a part's keys to the running softmax of `rows` queries of the part's width. Its values go to `into` [rows][part.v]; `other`, of `other_width`, are
+// sums of the same rows that a new maximum rescales too, null if there are none.
+void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t queries_stride, const Part& part, const float* correction, const Running& to,
+              float* other, int64_t other_width, float* scores) {
   const __m256 scale = _mm256_set1_ps(scale_factor);
-  const auto rescale_row = [](float* row, int64_t width, float by) {
-    const __m256 factor = _mm256_set1_ps(by);
-    for (int64_t j = 0; j < width; j += 8) {
-      _mm256_storeu_ps(row + j, _mm256_mul_ps(_mm256_loadu_ps(row + j), factor));
+  const float* packed = part.packed;
+  const int64_t end = std::min(part.keys, part.visible + rows - 1);
+  for (int64_t begin = 0; begin < end; begin += kKeyBlock) {
+    const int64_t count = std::min(kKeyBlock, part.keys - begin);
+    const int64_t padded = (count + kWidth - 1) / kWidth * kWidth;
+    const float* keys = packed;
+    const float* values = packed + padded * part.qk;
+    packed += padded * (part.qk + part.v);
+    const int64_t seen = std::min(count, end - begin);  // by any row of this block
+    const int64_t used = (seen + kWidth - 1) / kWidth * kWidth;
+    product<false, false>(rows, used, part.qk, queries, queries_stride, keys, part.qk, scores, kScoreStride);
+    for (int64_t i = 0; i < rows; ++i) {
+      float* row = scores + i * kScoreStride;
+      const int64_t n = std::clamp<int64_t>(part.visible + i - begin, 0, count);
+      if (n < used) {
+        std::fill(row + n, row + used, -std::numeric_limits<float>::infinity());
+      }
+      __m256 top = _mm256_loadu_ps(row);
+      for (int64_t j = 8; j < used; j += 8) {
+        top = _mm256_max_ps(top, _mm256_loadu_ps(row + j));
+      }
+      const float old_maximum = to.maximum[i];
+      const float new_maximum = std::max(old_maximum, largest(top) * scale_factor + correction[i]);
+      if (new_maximum == -std::numeric_limits<float>::infinity()) {  // nothing visible yet: weights of zero
+        std::fill(row, row + used, 0.0f);
+        continue;
+      }
+      const __m256 shift = _mm256_set1_ps(new_maximum - correction[i]);
+      __m256 weights = _mm256_setzero_ps();
+      for (int64_t j = 0; j < used; j += 8) {
+        const __m256 e = exponential(_mm256_fmsub_ps(_mm256_loadu_ps(row + j), scale, shift));
+        _mm256_storeu_ps(row + j, e);
+        weights = _mm256_add_ps(weights, e);
+      }
+      if (new_maximum != old_maximum) {
+        const float rescale = std::exp(old_maximum - new_maximum);
+        to.total[i] *= rescale;
+        to.maximum[i] = new_maximum;
+        rescale_row(to.sum + i * to.width, to.width, rescale);
+        if (other != nullptr) {
+          rescale_row(other + i * other_width, other_width, rescale);
+        }
+      }
+      to.total[i] += sum_of(weights);
     }
+    product<false, true>(rows, part.v, seen, scores, kScoreStride, values, count, to.sum, part.v);
+  }
+}
+
+// to <- to and `other` together, for one row of each.
+void merge_row(const Running& to, int64_t i, const Running& other, int64_t j) {
+  const float maximum = std::max(to.maximum[i], other.maximum[j]);
+  const float keep = std::exp(to.maximum[i] - maximum), add = std::exp(other.maximum[j] - maximum);
+  to.maximum[i] = maximum;
+  to.total[i] = to.total[i] * keep + other.total[j] * add;
+  float* into = to.sum + i * to.width;
+  const float* from = other.sum + j * to.width;
+  const __m256 k = _mm256_set1_ps(keep), a = _mm256_set1_ps(add);
+  for (int64_t c = 0; c < to.width; c += 8) {
+    _mm256_storeu_ps(into + c, _mm256_fmadd_ps(_mm256_loadu_ps(from + c), a, _mm256_mul_ps(_mm256_loadu_ps(into + c), k)));
+  }
+}
+
+float log_sum(const Running& r, int64_t i) { return r.maximum[i] + std::log(r.total[i]); }
+
+}  // namespace
+
+// scores; the softmax so far; that of one part or of gathered rows; projected or gathered queries; corrections; and the softmax of each gated part
+int64_t forward_rows_scratch_size(int64_t d, int64_t gated) { return kQueryBlock * (kScoreStride + 3 * d + 5 + gated * (d + 3)); }
+int64_t forward_scratch_size(const Shape& shape) { return forward_rows_scratch_size(std::max(shape.qk, shape.v), 0); }
+
+void forward_rows(int64_t rows, int64_t d, float scale, const float* q, int64_t q_stride, const Part* parts, int64_t count_parts, float* out,
+                  int64_t out_stride, float* logsumexp, int64_t logsumexp_stride, float* scratch) {
+  const auto take = [&](int64_t floats) { return std::exchange(scratch, scratch + kQueryBlock * floats); };
+  float* scores = take(kScoreStride);
+  float* sum = take(d);
+  float* part_sum = take(d);  // [rows][v] of a part with values of its own width, [rows][d] of gathered rows
+  float* queries = take(d);
+  float* numbers = take(1);  // one a row: an ungated part's corrections, log-sum-exps
+  float* maximum = take(1);
+  float* total = take(1);
+  float* part_maximum = take(1);
+  float* part_total = take(1);
+  const Running all{maximum, total, sum, d};
+  all.clear(rows);
+  float* gated_scratch = scratch;
+  const auto gated_running = [&](int64_t n, const Part& part) {  // and behind it the corrections
+    float* at = gated_scratch + kQueryBlock * n * (d + 3);
+    return std::pair(Running{at, at + kQueryBlock, at + 3 * kQueryBlock, part.v}, at + 2 * kQueryBlock);
   };
 
+  int64_t gated = 0;
   for (const Part* part = parts; part != parts + count_parts; ++part) {
-    const float* queries = q;
-    int64_t queries_stride = q_stride;
+    auto [own, correction] = gated_running(part->exact != nullptr ? gated++ : 0, *part);
+    if (part->exact == nullptr) {
+      correction = numbers;
+    }
     std::fill(correction, correction + rows, 0.0f);
     if (part->correct != nullptr) {
-      corrections(rows, d, part->correct_columns, q, q_stride, part->correct, correction, projected);
+      corrections(rows, d, part->correct_columns, q, q_stride, part->correct, correction, queries);
     }
-    if (part->project != nullptr) {
-      product<false, false>(rows, part->qk, d, q, q_stride, part->project, d, projected, part->qk);
-      queries = projected;
-      queries_stride = part->qk;
+    const bool projects = part->project != nullptr;
+    if (projects) {
+      product<false, false>(rows, part->qk, d, q, q_stride, part->project, d, queries, part->qk);
     }
-    float* into = sum;
-    if (part->expand != nullptr) {
-      into = part_sum;
-      std::fill(into, into + rows * part->v, 0.0f);
-    }
-    const float* packed = part->packed;
-    const int64_t end = std::min(part->keys, part->visible + rows - 1);
-    for (int64_t begin = 0; begin < end; begin += kKeyBlock) {
-      const int64_t count = std::min(kKeyBlock, part->keys - begin);
-      const int64_t padded = (count + kWidth - 1) / kWidth * kWidth;
-      const float* keys = packed;
-      const float* values = packed + padded * part->qk;
-      packed += padded * (part->qk + part->v);
-      const int64_t seen = std::min(count, end - begin);  // by any row of this block
-      const int64_t used = (seen + kWidth - 1) / kWidth * kWidth;
-      product<false, false>(rows, used, part->qk, queries, queries_stride, keys, part->qk, scores, kScoreStride);
-      for (int64_t i = 0; i < rows; ++i) {
-        float* row = scores + i * kScoreStride;
-        const int64_t n = std::clamp<int64_t>(part->visible + i - begin, 0, count);
-        if (n < used) {
-          std::fill(row + n, row + used, -std::numeric_limits<float>::infinity());
-        }
-        __m256 top = _mm256_loadu_ps(row);
-        for (int64_t j = 8; j < used; j += 8) {
-          top = _mm256_max_ps(top, _mm256_loadu_ps(row + j));
-        }
-        const float old_maximum = maximum[i];
-        const float new_maximum = std::max(old_maximum, largest(top) * scale_factor + correction[i]);
-        if (new_maximum == -std::numeric_limits<float>::infinity()) {  // nothing visible yet: weights of zero
-          std::fill(row, row + used, 0.0f);
-          continue;
-        }
-        const __m256 shift = _mm256_set1_ps(new_maximum - correction[i]);
-        __m256 weights = _mm256_setzero_ps();
-        for (int64_t j = 0; j < used; j += 8) {
-          const __m256 e = exponential(_mm256_fmsub_ps(_mm256_loadu_ps(row + j), scale, shift));
-          _mm256_storeu_ps(row + j, e);
-          weights = _mm256_add_ps(weights, e);
-        }
-        if (new_maximum != old_maximum) {
-          const float rescale = std::exp(old_maximum - new_maximum);
-          total[i] *= rescale;
-          maximum[i] = new_maximum;
-          rescale_row(sum + i * d, d, rescale);
-          if (into != sum) {
-            rescale_row(into + i * part->v, part->v, rescale);
-          }
-        }
-        total[i] += sum_of(weights);
-      }
-      product<false, true>(rows, part->v, seen, scores, kScoreStride, values, count, into, part->v);
-    }
-    if (part->expand != nullptr) {
+    const float* of_width = projects ? queries : q;
+    const int64_t stride = projects ? part->qk : q_stride;
+    if (part->exact != nullptr) {
+      own.clear(rows);
+      add_keys(rows, scale, of_width, stride, *part, correction, own, nullptr, 0, scores);
+    } else if (part->expand != nullptr) {
+      std::fill(part_sum, part_sum + rows * part->v, 0.0f);
+      add_keys(rows, scale, of_width, stride, *part, correction, {maximum, total, part_sum, part->v}, sum, d, scores);
       product<false, true>(rows, d, part->v, part_sum, part->v, part->expand, part->v, sum, d);
+    } else {
+      add_keys(rows, scale, of_width, stride, *part, correction, all, nullptr, 0, scores);
     }
+  }
+
+  if (gated > 0) {
+    // A row's share of each gated part, as the low ranks see it, decides; only then is anything merged.
+    float* whole = numbers;  // log-sum-exp over all parts
+    for (int64_t i = 0; i < rows; ++i) {
+      whole[i] = log_sum(all, i);
+    }
+    const auto for_gated = [&](const auto& visit) {
+      int64_t n = 0;
+      for (const Part* part = parts; part != parts + count_parts; ++part) {
+        if (part->exact != nullptr) {
+          const auto [own, correction] = gated_running(n++, *part);
+          visit(*part, own, correction);
+        }
+      }
+    };
+    for_gated([&](const Part&, const Running& own, const float*) {
+      for (int64_t i = 0; i < rows; ++i) {
+        const float a = whole[i], b = log_sum(own, i), top = std::max(a, b);
+        whole[i] = top + std::log(std::exp(a - top) + std::exp(b - top));
+      }
+    });
+    for_gated([&](const Part& part, const Running& own, const float* correction) {
+      for (int64_t i = 0; i < rows; ++i) {
+        part.gates[i * part.gates_stride] = part.gate_value(log_sum(own, i) - whole[i], correction[i]) >= part.gate;
+      }
+    });
+    for_gated([&](const Part& part, const Running& own, const float*) {
+      int64_t open = 0;
+      for (int64_t i = 0; i < rows; ++i) {
+        if (part.gates[i * part.gates_stride] != 0) {  // this row starts from nothing, exactly
+          std::memcpy(queries + open * d, q + i * q_stride, static_cast<size_t>(d) * sizeof(float));
+          ++open;
+          std::fill(own.sum + i * part.v, own.sum + (i + 1) * part.v, 0.0f);
+          own.maximum[i] = -std::numeric_limits<float>::infinity();
+          own.total[i] = 0;
+        }
+      }
+      const Running expanded{own.maximum, own.total, part.expand != nullptr ? part_sum : own.sum, d};
+      if (part.expand != nullptr) {
+        product<false, false>(rows, d, part.v, own.sum, part.v, part.expand, part.v, part_sum, d);
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        if (part.gates[i * part.gates_stride] == 0) {
+          merge_row(all, i, expanded, i);
+        }
+      }
+      if (open == 0) {
+        return;
+      }
+      const Running gathered{part_maximum, part_total, part_sum, d};
+      gathered.clear(open);
+      std::fill(numbers, numbers + open, 0.0f);
+      for (int64_t b = 0; b < part.exact_count; ++b) {
+        add_keys(open, scale, queries, d, part.exact[b], numbers, gathered, nullptr, 0, scores);
+      }
+      open = 0;
+      for (int64_t i = 0; i < rows; ++i) {
+        if (part.gates[i * part.gates_stride] != 0) {
+          merge_row(all, i, gathered, open++);
+        }
+      }
+    });
   }
 
   for (int64_t i = 0; i < rows; ++i) {
@@ -318,7 +437,7 @@ void forward_rows(int64_t rows, int64_t d, float scale_factor, const float* q, i
     for (int64_t j = 0; j < d; j += 8) {
       _mm256_storeu_ps(out + i * out_stride + j, _mm256_mul_ps(_mm256_loadu_ps(sum + i * d + j), inverse));
     }
-    logsumexp[i * logsumexp_stride] = maximum[i] + std::log(total[i]);
+    logsumexp[i * logsumexp_stride] = log_sum(all, i);
   }
 }
 
@@ -417,7 +536,7 @@ void pack(const Shape&, Matrix<const float>, Matrix<const float>, float*) {}
 int64_t forward_scratch_size(const Shape&) { return 0; }
 void forward_block(const Shape&, Matrix<const float>, const float*, Matrix<float>, Matrix<float>, int64_t, int64_t, float*) {}
 int64_t query_block_rows() { return 1; }
-int64_t forward_rows_scratch_size(int64_t) { return 0; }
+int64_t forward_rows_scratch_size(int64_t, int64_t) { return 0; }
 void forward_rows(int64_t, int64_t, float, const float*, int64_t, const Part*, int64_t, float*, int64_t, float*, int64_t, float*) {}
 void pack_matrix(const float*, int64_t, int64_t, int64_t, float*) {}
 void pack_transposed(const float*, int64_t, int64_t, int64_t, float*) {}

@@ -59,12 +59,21 @@ struct Part {
   int64_t correct_columns = 0;
   const float* project = nullptr;  ///< panels of P [d, qk] that queries are multiplied with first, if qk is not their width
   const float* expand = nullptr;   ///< panels of P^T [v, d] that the part's output is multiplied with
+
+  // A gated part: a row whose gate_value, of the logarithm of its share of the part at low rank and of its correction, is at least `gate` attends to the same keys exactly instead.
+  const Part* exact = nullptr;  ///< [exact_count] parts that hold the same keys at full width; null: not gated
+  int64_t exact_count = 0;
+  float gate = 0;
+  float (*gate_value)(float share_log, float correction) = nullptr;
+  uint8_t* gates = nullptr;  ///< gates[i gates_stride] <- whether row i went exact
+  int64_t gates_stride = 0;
 };
 
 /// Most rows of one forward_rows.
 int64_t query_block_rows();
-int64_t forward_rows_scratch_size(int64_t d);
-/// One softmax over all parts for `rows` query rows of width d: out[i] <- sum over parts of weights x values, logsumexp[i] its log-sum-exp.
+int64_t forward_rows_scratch_size(int64_t d, int64_t gated);
+/// One softmax over all parts for `rows` query rows of width d: out[i] <- sum over parts of weights x values, logsumexp[i] its log-sum-exp. Scratch for
+/// `gated` gated parts.
 void forward_rows(int64_t rows, int64_t d, float scale, const float* q, int64_t q_stride, const Part* parts, int64_t count, float* out,
                   int64_t out_stride, float* logsumexp, int64_t logsumexp_stride, float* scratch);
 

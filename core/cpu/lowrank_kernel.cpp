@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <vector>
 
 #include "core/cpu/attention_kernel.h"
@@ -40,13 +41,17 @@ struct Layout {
 // One far pair of one (batch, KV group).
 struct Item {
   int64_t sequence, index;  // index: within the plan
-  int64_t query_begin, queries, key_begin, keys;
+  int64_t query_begin, queries, key_begin, keys, level;
   Ranks ranks;
 };
 
+float gate_value(float share_log, float correction) {
+  return std::exp(std::min(share_log, 0.0f)) * (static_cast<float>(kGateBase) + std::min(std::sqrt(2 * correction), static_cast<float>(kLargestSpread)));
+}
+
 Item item_of(const PairRun& run, int64_t i, int64_t sequence, const LowRankPlan& plan) {
   const int64_t index = sequence * plan.tree.num_pairs() + run.first_pair + i;
-  return {sequence, index, run.query_begin + i * run.stride, run.query_rows, run.key_begin + i * run.stride, run.key_rows,
+  return {sequence, index, run.query_begin + i * run.stride, run.query_rows, run.key_begin + i * run.stride, run.key_rows, run.level,
           plan.ranks[static_cast<size_t>(index)]};
 }
 
@@ -173,6 +178,9 @@ std::tuple<at::Tensor, at::Tensor> lowrank_forward(const at::Tensor& q, const at
   const auto packed = at::empty({size}, at::kFloat);
   const auto packed_of = [&](int64_t i) { return packed.data_ptr<float>() + begin[static_cast<size_t>(i)]; };
   const int64_t first_item = layout.sequences * near;
+  const bool gated = std::any_of(items.begin(), items.end(), [&](const Item& item) { return item.ranks.gated(d); });
+  const int64_t levels = tree.num_levels();
+  plan.gates = gated ? at::zeros({layout.batch, layout.heads, layout.length, levels}, at::kBool) : at::Tensor();
 
   std::vector<Piece> chunks;
   for (int64_t i = 0; i < static_cast<int64_t>(items.size()); ++i) {
@@ -214,12 +222,17 @@ std::tuple<at::Tensor, at::Tensor> lowrank_forward(const at::Tensor& q, const at
       cut(pieces, n, head, n < 0 ? sinks : rows_of(n), query_block_rows());
     }
   }
-  for_each_task(static_cast<int64_t>(pieces.size()), forward_rows_scratch_size(d), [&](int64_t task, float* scratch) {
+  for_each_task(static_cast<int64_t>(pieces.size()), forward_rows_scratch_size(d, gated ? levels : 0), [&](int64_t task, float* scratch) {
     const auto& [n, head, first, rows] = pieces[static_cast<size_t>(task)];
     const int64_t sequence = head / layout.heads_per_group;
+    const int64_t token = (n < 0 ? 0 : sinks + n * block) + first;
+    const int64_t row = head * layout.length + token;
+    const auto block_part = [&](int64_t of_block, int64_t visible) { return Part{packed_of(sequence * near + 1 + of_block), rows_of(of_block), d, d, visible}; };
     std::vector<Part> parts;
+    std::vector<std::vector<Part>> exact;  // of gated parts, their keys block by block
+    exact.reserve(static_cast<size_t>(levels));
     if (n >= 0) {
-      parts.push_back({packed_of(sequence * near + 1 + n), rows_of(n), d, d, first + 1});
+      parts.push_back(block_part(n, first + 1));
     }
     if (sinks > 0) {
       parts.push_back({packed_of(sequence * near), sinks, d, d, n < 0 ? first + 1 : Part::kAll});
@@ -229,10 +242,21 @@ std::tuple<at::Tensor, at::Tensor> lowrank_forward(const at::Tensor& q, const at
         const Item& item = items[static_cast<size_t>(i)];
         parts.push_back({packed_of(first_item + i), item.keys, item.ranks.qk, item.ranks.v, Part::kAll, panels.residual(i, item), panels.residual_columns(),
                          panels.scores(i, item, BasisPanels::kLeft), panels.values(i, item, BasisPanels::kRightTransposed)});
+        if (item.ranks.gated(d)) {
+          Part& part = parts.back();
+          std::vector<Part>& blocks_of = exact.emplace_back();
+          for (int64_t b = (item.key_begin - sinks) / block; b < (item.key_begin + item.keys - sinks) / block; ++b) {
+            blocks_of.push_back(block_part(b, Part::kAll));
+          }
+          part.exact = blocks_of.data();
+          part.exact_count = static_cast<int64_t>(blocks_of.size());
+          part.gate = item.ranks.gate;
+          part.gate_value = &gate_value;
+          part.gates = static_cast<uint8_t*>(plan.gates.data_ptr()) + row * levels + item.level;
+          part.gates_stride = levels;
+        }
       }
     }
-    const int64_t token = (n < 0 ? 0 : sinks + n * block) + first;
-    const int64_t row = head * layout.length + token;
     forward_rows(rows, d, layout.scale, q.const_data_ptr<float>() + row * d, d, parts.data(), static_cast<int64_t>(parts.size()),
                  out.data_ptr<float>() + row * d, d, logsumexp.data_ptr<float>() + row, 1, scratch);
   });
@@ -316,8 +340,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
       Matrix<float> q, grad_out, grad_q;
       Matrix<float> k, v, grad_k, grad_v;
       Matrix<float> logsumexp;  // as the uncorrected scores see it
+      // Rows that attend exactly, all heads in one: gathered operands, and the gradients of their keys and values at full width.
+      std::vector<int64_t> open;  // head queries + row
+      Matrix<float> open_q, open_grad_out, open_grad_q, open_logsumexp, open_delta, open_grad_k, open_grad_v;
     };
     std::vector<Low> low(items.size());
+    const auto is_open = [&](const Item& item, int64_t head, int64_t row) {
+      const int64_t at = (item.sequence * g + head) * layout.length + item.query_begin + row;
+      return plan.gates.const_data_ptr<bool>()[at * tree.num_levels() + item.level];
+    };
+    for (size_t i = 0; i < items.size(); ++i) {
+      for (int64_t n = 0; items[i].ranks.gated(d) && n < g * items[i].queries; ++n) {
+        if (is_open(items[i], n / items[i].queries, n % items[i].queries)) {
+          low[i].open.push_back(n);
+        }
+      }
+    }
     int64_t size = 0;
     const auto lay_out = [&](float* base) {
       size = 0;
@@ -332,6 +370,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
           take(low[i].q, true, item.ranks.qk);
           take(low[i].grad_q, true, item.ranks.qk);
           take(low[i].k, false, item.ranks.qk);
+        }
+        if (item.ranks.qk < d || item.ranks.gated(d)) {
           take(low[i].logsumexp, true, 1);
         }
         if (item.ranks.v < d) {
@@ -340,6 +380,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
         }
         take(low[i].grad_k, false, item.ranks.qk);
         take(low[i].grad_v, false, item.ranks.v);
+        const auto take_rows = [&](Matrix<float>& m, int64_t rows, int64_t width) {
+          m = {base + size, 0, width};
+          size += rows * width;
+        };
+        if (const auto open = static_cast<int64_t>(low[i].open.size()); open > 0) {
+          for (Matrix<float>* m : {&low[i].open_q, &low[i].open_grad_out, &low[i].open_grad_q}) {
+            take_rows(*m, open, d);
+          }
+          take_rows(low[i].open_logsumexp, open, 1);
+          take_rows(low[i].open_delta, open, 1);
+          take_rows(low[i].open_grad_k, item.keys, d);
+          take_rows(low[i].open_grad_v, item.keys, d);
+        }
       }
     };
     lay_out(nullptr);
@@ -363,6 +416,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
         if (item.ranks.qk < d) {
           project(layout.query_rows(queries, item.sequence, token).at(head, 0), panels.scores(i, item, BasisPanels::kLeft), item.ranks.qk, to.q.at(head, first));
           std::fill_n(to.grad_q.at(head, first), rows * item.ranks.qk, 0.0f);
+        }
+        if (to.logsumexp.data != nullptr) {
           float* own = to.logsumexp.at(head, first);
           const float* merged = layout.query_numbers(sums, item.sequence, token).at(head, 0);
           if (const float* factor = panels.residual(i, item); factor != nullptr) {
@@ -370,6 +425,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
             std::transform(merged, merged + rows, own, own, std::minus<>());
           } else {
             std::copy_n(merged, rows, own);
+          }
+          for (int64_t row = 0; item.ranks.gated(d) && row < rows; ++row) {
+            if (is_open(item, head, first + row)) {
+              own[row] = std::numeric_limits<float>::infinity();  // no weight in the low-rank part
+            }
           }
         }
         if (item.ranks.v < d) {
@@ -387,6 +447,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
       }
     });
 
+    for_each_task(static_cast<int64_t>(items.size()), 0, [&](int64_t task, float*) {
+      const Item& item = items[static_cast<size_t>(task)];
+      const Low& to = low[static_cast<size_t>(task)];
+      for (size_t j = 0; j < to.open.size(); ++j) {
+        const int64_t head = to.open[j] / item.queries, row = to.open[j] % item.queries, n = static_cast<int64_t>(j);
+        std::copy_n(layout.query_rows(queries, item.sequence, item.query_begin).at(head, row), d, to.open_q.at(0, n));
+        std::copy_n(layout.query_rows(grads, item.sequence, item.query_begin).at(head, row), d, to.open_grad_out.at(0, n));
+        std::fill_n(to.open_grad_q.at(0, n), d, 0.0f);
+        *to.open_logsumexp.at(0, n) = *layout.query_numbers(sums, item.sequence, item.query_begin).at(head, row);
+        *to.open_delta.at(0, n) = *layout.query_numbers(delta, item.sequence, item.query_begin).at(head, row);
+      }
+    });
+
     std::vector<BackwardProblem> problems;
     for (size_t i = 0; i < items.size(); ++i) {
       const Item& item = items[i];
@@ -396,11 +469,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
       problems.push_back({shape,
                           {low_scores ? constant(low[i].q) : layout.query_rows(queries, item.sequence, item.query_begin),
                            low_values ? constant(low[i].grad_out) : layout.query_rows(grads, item.sequence, item.query_begin),
-                           low_scores ? constant(low[i].logsumexp) : layout.query_numbers(sums, item.sequence, item.query_begin),
+                           low[i].logsumexp.data != nullptr ? constant(low[i].logsumexp) : layout.query_numbers(sums, item.sequence, item.query_begin),
                            layout.query_numbers(delta, item.sequence, item.query_begin),
                            low_scores ? constant(low[i].k) : layout.key_rows(keys, item.sequence, item.key_begin),
                            low_values ? constant(low[i].v) : layout.key_rows(values, item.sequence, item.key_begin),
                            low_scores ? low[i].grad_q : layout.query_rows(into_q, item.sequence, item.query_begin), low[i].grad_k, low[i].grad_v}});
+      if (const auto open = static_cast<int64_t>(low[i].open.size()); open > 0) {
+        problems.push_back({{1, open, item.keys, d, d, /*causal=*/false, layout.scale},
+                            {constant(low[i].open_q), constant(low[i].open_grad_out), constant(low[i].open_logsumexp), constant(low[i].open_delta),
+                             layout.key_rows(keys, item.sequence, item.key_begin), layout.key_rows(values, item.sequence, item.key_begin), low[i].open_grad_q,
+                             low[i].open_grad_k, low[i].open_grad_v}});
+      }
     }
     run_backward(problems);
 
@@ -426,6 +505,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
              layout.key_rows(into_k, item.sequence, item.key_begin + first).data);
       expand(from.grad_v.at(0, first), item.ranks.v, panels.values(i, item, BasisPanels::kLeftTransposed),
              layout.key_rows(into_v, item.sequence, item.key_begin + first).data);
+      if (!from.open.empty()) {
+        add_rows(rows, d, from.open_grad_k.at(0, first), d, layout.key_rows(into_k, item.sequence, item.key_begin + first).data, d);
+        add_rows(rows, d, from.open_grad_v.at(0, first), d, layout.key_rows(into_v, item.sequence, item.key_begin + first).data, d);
+      }
+    });
+    for_each_task(static_cast<int64_t>(items.size()), 0, [&](int64_t task, float*) {
+      const Item& item = items[static_cast<size_t>(task)];
+      const Low& from = low[static_cast<size_t>(task)];
+      for (size_t j = 0; j < from.open.size(); ++j) {
+        add_rows(1, d, from.open_grad_q.at(0, static_cast<int64_t>(j)), d,
+                 layout.query_rows(into_q, item.sequence, item.query_begin).at(from.open[j] / item.queries, from.open[j] % item.queries), d);
+      }
     });
   };
 

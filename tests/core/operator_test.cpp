@@ -80,6 +80,9 @@ const Case kCases[] = {
     {1, 6, 2, 260, 16, {64, 4}, {{16, 8}}},                      // scores exact, values low
     {2, 6, 3, 700, 48, {128, 4}, {{16, 32}, {48, 16}, {32, 48}, {16, 16}, {48, 48}}},  // the fused kernel's widths, several query blocks a block
     {1, 2, 1, 1300, 32, {160, 0}, {{16, 16}, {32, 16}, {16, 32}}},                     // and several key chunks a pair
+    {2, 6, 3, 300, 32, {32, 4}, {{8, 8, 0.1F}, {4, 12, 0.02F}, {32, 8, 0.03F}, {8, 8, 0}, {32, 32, 0}, {8, 32}}},     // some rows exact, all, none
+    {2, 6, 3, 700, 48, {128, 4}, {{16, 32, 0.1F}, {48, 16, 0.03F}, {16, 16, 0.02F}, {16, 48, 0}, {48, 48}, {16, 16}}},  // the same in the fused kernel
+    {1, 6, 2, 640, 32, {64, 0}, {{16, 16, 0.1F}}},
 };
 
 TEST_P(Operator, ForwardAndGradientsEqualTheReference) {
