@@ -184,7 +184,7 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
         };
         const auto damage = damage_of(moved);
         if (kind == 0) {
-          open_gates(share, correction, static_cast<int64_t>(i));
+          open_gates(share / (1 - exact_share + share), correction, static_cast<int64_t>(i));
         } else if (i == 0) {
           open_gates(exact_share, {}, choices);
         }
