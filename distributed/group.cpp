@@ -70,12 +70,28 @@ void check_parts(const at::Tensor& whole, const at::Tensor& part, const Group& g
               " times sizes ", part.sizes());
 }
 
-// Starts a collective through the dispatcher, out of autograd's sight, and returns the handle that completes it.
+Watchdog::Watched hold(const Group& group, uint64_t number) {
+  return group.watchdog() ? group.watchdog()->hold(number, group.timeout()) : Watchdog::Watched();
+}
+
+// Starts a collective that moves `bytes` through the dispatcher, out of autograd's sight, and returns the handle that completes
+// it.
 template <typename Start>
-Pending start(const Group& group, const char* operation, const Start& launch) {
+Pending start(const Group& group, const char* operation, std::size_t bytes, const Start& launch) {
   const at::NoGradGuard no_grad;
-  WorkPtr work = translated(group, operation, launch);
-  return Pending([group, operation, work = std::move(work)] { translated(group, operation, [&] { return work->wait(); }); });
+  const uint64_t number = group.watchdog() ? group.watchdog()->begin_collective(group.name(), operation, bytes) : 0;
+  WorkPtr work;
+  {
+    const auto held = hold(group, number);
+    work = translated(group, operation, launch);
+  }
+  return Pending([group, operation, number, work = std::move(work)] {
+    const auto held = hold(group, number);
+    translated(group, operation, [&] { return work->wait(); });
+    if (group.watchdog()) {
+      group.watchdog()->complete_collective(number);
+    }
+  });
 }
 
 }  // namespace
@@ -147,7 +163,7 @@ Pending Group::all_reduce_async(at::Tensor& tensor, ReduceOp op) const {
   if (size_ == 1 || tensor.numel() == 0) {
     return {};
   }
-  return start(*this, "all_reduce", [&] {
+  return start(*this, "all_reduce", tensor.nbytes(), [&] {
     c10d::AllreduceOptions options;
     options.reduceOp = to_c10d(op);
     options.timeout = timeout_;
@@ -170,7 +186,7 @@ Pending Group::all_gather_async(at::Tensor& output, const at::Tensor& input) con
     output.detach().view(input.sizes()).copy_(input);
     return {};
   }
-  return start(*this, "all_gather", [&] {
+  return start(*this, "all_gather", output.nbytes(), [&] {
     c10d::AllgatherOptions options;
     options.timeout = timeout_;
     at::Tensor to = output.detach();
@@ -235,7 +251,7 @@ void Group::reduce_scatter(at::Tensor& output, const at::Tensor& input) const {
     output.detach().copy_(input.view(output.sizes()));
     return;
   }
-  start(*this, "reduce_scatter", [&] {
+  start(*this, "reduce_scatter", input.nbytes(), [&] {
     c10d::ReduceScatterOptions options;
     options.timeout = timeout_;
     at::Tensor to = output.detach();
@@ -250,7 +266,7 @@ void Group::broadcast(at::Tensor& tensor, int64_t root) const {
   if (size_ == 1 || tensor.numel() == 0) {
     return;
   }
-  start(*this, "broadcast", [&] {
+  start(*this, "broadcast", tensor.nbytes(), [&] {
     c10d::BroadcastOptions options;
     options.rootRank = root;
     options.timeout = timeout_;
@@ -274,7 +290,7 @@ std::vector<at::Tensor> Group::gather(const at::Tensor& tensor, int64_t root) co
     }
   }
   if (tensor.numel() > 0) {
-    start(*this, "gather", [&] {
+    start(*this, "gather", tensor.nbytes(), [&] {
       c10d::GatherOptions options;
       options.rootRank = root;
       options.timeout = timeout_;
@@ -292,7 +308,7 @@ void Group::send(const at::Tensor& tensor, int64_t destination, int tag) const {
   if (tensor.numel() == 0) {
     return;
   }
-  start(*this, "send", [&] {
+  start(*this, "send", tensor.nbytes(), [&] {
     std::vector<at::Tensor> tensors = {tensor.detach()};
     return process_group_->send(tensors, static_cast<int>(destination), tag);
   }).wait();
@@ -305,7 +321,7 @@ void Group::receive(at::Tensor& tensor, int64_t source, int tag) const {
   if (tensor.numel() == 0) {
     return;
   }
-  start(*this, "receive", [&] {
+  start(*this, "receive", tensor.nbytes(), [&] {
     std::vector<at::Tensor> tensors = {tensor.detach()};
     return process_group_->recv(tensors, static_cast<int>(source), tag);
   }).wait();
@@ -315,7 +331,7 @@ void Group::barrier() const {
   if (size_ == 1) {
     return;
   }
-  start(*this, "barrier", [&] {
+  start(*this, "barrier", 0, [&] {
     c10d::BarrierOptions options;
     options.timeout = timeout_;
     options.device = message_device();

@@ -6,9 +6,12 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "distributed/watchdog.h"
 
 namespace c10d {
 class ProcessGroup;
@@ -77,6 +80,12 @@ class Group {
   std::string describe() const { return describe(rank_); }
   std::string describe(int64_t rank) const;
 
+  /// From now on `watchdog` notes and watches this group's collectives, and those of copies that are made of it.
+  void watch(std::shared_ptr<Watchdog> watchdog) { watchdog_ = std::move(watchdog); }
+  const std::shared_ptr<Watchdog>& watchdog() const noexcept { return watchdog_; }
+
+  std::chrono::milliseconds timeout() const noexcept { return timeout_; }
+
   /// Where small tensors of the program's own bookkeeping should live to travel in this group: the CPU if it has a CPU backend.
   at::Device message_device() const;
 
@@ -110,6 +119,7 @@ class Group {
   c10::intrusive_ptr<c10d::ProcessGroup> process_group_;
   std::chrono::milliseconds timeout_{0};
   std::vector<int64_t> world_ranks_;
+  std::shared_ptr<Watchdog> watchdog_;
   int64_t rank_ = 0;
   int64_t size_ = 1;
 };

@@ -114,6 +114,12 @@ Mesh Mesh::create(const Environment& environment, MeshShape shape, at::Device de
   return Mesh(shape, std::move(groups.world), std::move(groups.tp), std::move(groups.dp));
 }
 
+void Mesh::watch(const std::shared_ptr<Watchdog>& watchdog) {
+  for (Group* group : {&world_, &tp_, &dp_}) {
+    group->watch(watchdog);
+  }
+}
+
 Mesh::Mesh(MeshShape shape, Group world, Group tp, Group dp)
     : shape_(shape), world_(std::move(world)), tp_(std::move(tp)), dp_(std::move(dp)) {
   check_same_shape(world_, shape);

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <memory>
 
 #include "distributed/environment.h"
 #include "distributed/group.h"
@@ -37,6 +38,9 @@ class Mesh {
   /// Of groups that a host program made. Collective over `world`. Errors: Error(kUsage) unless their sizes and ranks are those
   /// of the grid above; Error(kCommunication) when the processes were given different shapes.
   Mesh(MeshShape shape, Group world, Group tp, Group dp);
+
+  /// See Group::watch; for all groups. Before copies of them are handed out.
+  void watch(const std::shared_ptr<Watchdog>& watchdog);
 
   const MeshShape& shape() const noexcept { return shape_; }
   const Group& world() const noexcept { return world_; }

@@ -293,7 +293,7 @@ ExitCode evaluate(const Environment& environment) {
     }
   }
 
-  const Mesh mesh = Mesh::create(environment, shape, device, std::chrono::seconds(FLAGS_timeout_s));
+  const Mesh mesh = create_mesh(environment, shape, device);
   guarded(environment, [&] {
     const bool leader = environment.world_rank == 0;
     const AttentionSetup attention = attention_flags(config, mesh, device);

@@ -123,7 +123,7 @@ class Measurement {
     const auto file = open_token_file(FLAGS_data, config, environment);
     data_.emplace(file, 0, file->tokens(), FLAGS_seq_len, FLAGS_seed);
     windows = std::min(data_->windows(), (FLAGS_calibration_tokens + FLAGS_seq_len - 1) / FLAGS_seq_len);
-    mesh_.emplace(Mesh::create(environment, shape_, device, std::chrono::seconds(FLAGS_timeout_s)));
+    mesh_.emplace(create_mesh(environment, shape_, device));
   }
 
   /// Collective over the world.

@@ -100,7 +100,8 @@ std::map<std::string, std::string> fingerprint(const SequenceDataset& train, int
   static const std::set<std::string> free = {"model",       "data",
                                              "valid_data",  "output",
                                              "device",      "threads",
-                                             "timeout_s",   "json",
+                                             "timeout_s",   "watchdog_timeout_s",
+                                             "json",
                                              "save_every",  "keep",
                                              "resume",      "resume_override",
                                              "log_every",   "eval_every",
@@ -244,7 +245,7 @@ ExitCode train(const Environment& environment) {
   const Data data = open_data(environment, config);
   const TrainerOptions options = trainer_options(*data.train);
 
-  const Mesh mesh = Mesh::create(environment, shape, device, std::chrono::seconds(FLAGS_timeout_s));
+  const Mesh mesh = create_mesh(environment, shape, device);
   std::unique_ptr<CausalLM> model;
   std::unique_ptr<Trainer> trainer;
   ExitCode code = ExitCode::kSuccess;
@@ -270,6 +271,7 @@ ExitCode train(const Environment& environment) {
     if (leader) {
       print_summary(result, options);
     }
+    const auto watched = watch(watchdog(), "export");
     if (!result.interrupted && !FLAGS_output.empty()) {
       if (mesh.dp().rank() == 0) {
         model->save(std::filesystem::path(FLAGS_output) / "hf", export_dtype);

@@ -17,6 +17,7 @@ enum class ExitCode : int {
   kNumerics = 8,       ///< a loss or gradient that is not finite
   kInternal = 9,       ///< a broken promise inside drrl
   kInterrupted = 10,   ///< SIGTERM, SIGINT or SIGUSR1: saved, and stopped; run again with --resume
+  kHung = 11,          ///< no sign of life within --watchdog_timeout_s: the watchdog ended the process
 };
 
 constexpr ExitCode exit_code(ErrorKind kind) noexcept {

@@ -20,6 +20,9 @@ DEFINE_int64(
     threads, 0,
     "CPU threads of each process; 0: as OMP_NUM_THREADS says, or the node's cores shared out to its processes [threads]");
 DEFINE_int64(timeout_s, 600, "longest that a collective may take before the job is ended [s]");
+DEFINE_int64(watchdog_timeout_s, -1,
+             "longest that a process may give no sign of life (a collective, a microbatch) in a step, an evaluation or a checkpoint before it ends itself; "
+             "-1: three times --timeout_s; 0: never [s]");
 DEFINE_string(json, "", "file for the results, as JSON");
 
 DEFINE_string(attention, "full", "full: exact; lowrank: exact near and sink tokens, low-rank factors for far ones");

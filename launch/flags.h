@@ -18,6 +18,7 @@ DECLARE_string(dtype);
 DECLARE_uint64(seed);
 DECLARE_int64(threads);
 DECLARE_int64(timeout_s);
+DECLARE_int64(watchdog_timeout_s);
 DECLARE_string(json);
 
 DECLARE_string(attention);

@@ -30,6 +30,8 @@ namespace drrl {
 namespace {
 
 std::atomic<int> stop_signals{0};
+std::shared_ptr<Watchdog> process_watchdog;
+std::atomic<int> last_exit_code{0};
 
 void on_stop_signal(int signal) {
   if (stop_signals.fetch_add(1) >= 2) {
@@ -105,18 +107,58 @@ void abort_mpi(ExitCode /*code*/) {}
 std::string mpi_version() { return "no MPI"; }
 #endif
 
+/// Ends this process with `code` after a while, whatever hangs meanwhile: MPI_Abort, or a message to a reader who has stopped.
+void end_within(unsigned seconds, ExitCode code) {
+  last_exit_code = static_cast<int>(code);
+  std::signal(SIGALRM, [](int) { _exit(last_exit_code); });
+  alarm(seconds);
+}
+
+void on_hung(const std::string& report) {
+  end_within(5, ExitCode::kHung);
+  const std::string text = "watchdog: " + report;
+  // Not through stdio or glog, whose locks may be what hangs.
+  [[maybe_unused]] const ssize_t written = write(STDERR_FILENO, text.data(), text.size());
+  std::_Exit(static_cast<int>(ExitCode::kHung));
+}
+
+void start_watchdog(const Environment& environment) {
+  check(ErrorKind::kUsage, FLAGS_watchdog_timeout_s >= -1, "--watchdog_timeout_s must be -1 or more, got ",
+        FLAGS_watchdog_timeout_s);
+  const int64_t limit = FLAGS_watchdog_timeout_s >= 0 ? FLAGS_watchdog_timeout_s : 3 * FLAGS_timeout_s;
+  if (limit > 0) {
+    process_watchdog = std::make_shared<Watchdog>(c10::str("world rank ", environment.world_rank), std::chrono::seconds(limit),
+                                                  &on_hung);
+  }
+}
+
 [[noreturn]] void fail(const Environment& environment, ExitCode code, const std::string& message) {
   std::cout.flush();
   if (environment.world_rank != 0) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1000 + 50 * std::min<int64_t>(environment.world_rank, 40)));
   }
+  end_within(60, code);
   log_error(environment.world_size > 1 ? "rank " + std::to_string(environment.world_rank) + ": " + message : message);
+  if (code == ExitCode::kCommunication && watchdog()) {
+    std::cerr << watchdog()->recorded() << std::flush;
+  }
   abort_mpi(code);
   // No destructors: groups whose other members are gone would wait for them.
   std::_Exit(static_cast<int>(code));
 }
 
 }  // namespace
+
+const std::shared_ptr<Watchdog>& watchdog() noexcept {
+  return process_watchdog;
+}
+
+Mesh create_mesh(const Environment& environment, MeshShape shape, at::Device device) {
+  const auto watched = watch(watchdog(), "making groups");
+  Mesh mesh = Mesh::create(environment, shape, device, std::chrono::seconds(FLAGS_timeout_s));
+  mesh.watch(watchdog());
+  return mesh;
+}
 
 std::string version_line() {
   return std::string("drrl ") + DRRL_VERSION + ", LibTorch " + TORCH_VERSION + ", " + mpi_version();
@@ -157,11 +199,14 @@ int run_program(int argc, char** argv, const std::string& summary, const std::fu
     start_logging(argv[0]);
     std::signal(SIGXFSZ, SIG_IGN);  // a write beyond the file size limit is an error like a full disk, not a death
     set_threads(environment);
+    start_watchdog(environment);
     if (needs_mpi(environment)) {
+      const auto watched = watch(watchdog(), "MPI_Init");
       start_mpi(&argc, &argv);
     }
     code = body(environment);
     std::cout.flush();
+    const auto watched = watch(watchdog(), "MPI_Finalize");
     end_mpi();
   });
   return static_cast<int>(code);

@@ -1,9 +1,12 @@
 #pragma once
 
 #include "distributed/environment.h"
+#include "distributed/mesh.h"
+#include "distributed/watchdog.h"
 #include "launch/exit_codes.h"
 
 #include <functional>
+#include <memory>
 #include <string>
 
 namespace drrl {
@@ -24,6 +27,13 @@ std::string version_line();
 /// destroyed, so no group or pending collective waits for ranks that will not come. Programs put everything after the creation
 /// of groups in here.
 void guarded(const Environment& environment, const std::function<void()>& work);
+
+/// The watchdog of this process, which run_program starts as --watchdog_timeout_s says; null: off. It ends the process with
+/// ExitCode::kHung, saying what hung. It watches the start and the end of MPI; programs hand it to their groups and trainer.
+const std::shared_ptr<Watchdog>& watchdog() noexcept;
+
+/// Mesh::create with --timeout_s, watched by the watchdog.
+Mesh create_mesh(const Environment& environment, MeshShape shape, at::Device device);
 
 /// Whether stdout ends on a terminal. mpirun gives its processes a terminal of its own, so there its own stdout is what counts.
 bool stdout_is_terminal(const Environment& environment);

@@ -100,6 +100,12 @@ struct Trainer::Impl {
     }
   }
 
+  void sign_of_life() const {
+    if (const auto& watchdog = mesh.world().watchdog()) {
+      watchdog->alive();
+    }
+  }
+
   TrainingState state() { return {model, optimizer, mesh, policy, options.fingerprint}; }
 
   /// values <- sum over the whole world, the same bits on every rank.
@@ -129,6 +135,7 @@ struct Trainer::Impl {
   /// One update. Fills loss, norm, rate and attention figures of `report`.
   void step(StepReport& report) {
     const int64_t number = position.step + 1;
+    const auto watched = watch_step(mesh.world().watchdog(), number);
     if (policy.begin_step) {
       policy.begin_step(number);
     }
@@ -150,6 +157,7 @@ struct Trainer::Impl {
       loss.loss_sum.backward();
       mine.loss_sum += loss.loss_sum.item<double>();
       mine.tokens += static_cast<double>(loss.tokens);
+      sign_of_life();
       if (callbacks.on_microbatch) {
         callbacks.on_microbatch(number, m + 1, microbatches);
       }
@@ -198,6 +206,7 @@ struct Trainer::Impl {
 
   double evaluate() {
     check(ErrorKind::kUsage, validation != nullptr, "there is no validation data");
+    const auto watched = watch(mesh.world().watchdog(), "evaluation");
     const at::NoGradGuard no_grad;
     if (policy.evaluation) {
       policy.evaluation(true);
@@ -213,6 +222,7 @@ struct Trainer::Impl {
       const Batch batch = validation->ordered(first, std::min(options.micro_batch, share.begin + share.count - first));
       nll += model.token_nll(batch.tokens.to(device), batch.labels.to(device)).sum(at::kDouble).item<double>();
       tokens += static_cast<double>((batch.labels != kIgnoredLabel).sum().item<int64_t>());
+      sign_of_life();
     }
     if (policy.evaluation) {
       policy.evaluation(false);
@@ -222,8 +232,24 @@ struct Trainer::Impl {
     return sums[0] / sums[1];
   }
 
+  /// A weight that memory or the last update broke after the step's checks must not replace a sound checkpoint.
+  void check_finite_weights() const {
+    const at::NoGradGuard no_grad;
+    at::Tensor sum = at::zeros({}, at::TensorOptions(device).dtype(at::kDouble));
+    for (const Parameter& parameter : model.parameters()) {
+      sum += parameter.value.sum(at::kDouble);  // not finite as soon as one of them is not
+    }
+    const double bad = std::isfinite(sum.item<double>()) ? 0.0 : static_cast<double>(mesh.world().rank() + 1);
+    at::Tensor worst = at::full({1}, bad, at::TensorOptions(device).dtype(at::kDouble));
+    mesh.world().all_reduce(worst, ReduceOp::kMax);
+    check(ErrorKind::kNumerics, worst.item<double>() == 0.0, "step ", position.step, ": weights of world rank ",
+          static_cast<int64_t>(worst.item<double>()) - 1, " are not finite; no checkpoint was written");
+  }
+
   std::filesystem::path save() {
+    const auto watched = watch(mesh.world().watchdog(), "checkpoint");
     const auto start = Clock::now();
+    check_finite_weights();
     const auto folder = save_training_state(options.output / "checkpoints", state(), position, options.keep);
     note(c10::str("saved ", folder.string(), " in ", static_cast<int64_t>(seconds_since(start) * 1000), " ms"));
     return folder;
@@ -238,6 +264,7 @@ struct Trainer::Impl {
       check(ErrorKind::kUsage, options.resume || !any, options.output.string(),
             " already holds checkpoints: resume that run, or choose another output folder");
       if (options.resume) {
+        const auto watched = watch(mesh.world().watchdog(), "resume");
         const auto restored = restore_training_state(options.output / "checkpoints", state(), options.resume_override,
                                                      [&](const std::string& text) {
                                                        if (callbacks.on_warning) {

@@ -93,9 +93,8 @@ struct TrainResult {
 /// the step.
 ///
 /// Checkpoints hold weights, moments, random generators of every rank, consumed samples, the policy's state and the
-/// options; a run resumed on the same layout (and thread count) continues bit for bit. On another number of data-parallel ranks
-/// it continues with the state of data-parallel rank 0, equal up to rounding; another number of tensor-parallel ranks is an
-/// Error(kCheckpoint).
+/// options; a run resumed on the same layout (and thread count) continues bit for bit, on another one equal up to rounding. What
+/// would be saved is checked first: weights that are not finite are an Error(kNumerics), and the older checkpoints stay.
 class Trainer {
  public:
   /// Collective over the world. `model` and `mesh` must outlive the trainer; `validation` may be null.

@@ -2,12 +2,15 @@
 
 #include "core/error.h"
 #include "models/checkpoint.h"
+#include "models/weights.h"
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
 #include <ATen/core/grad_mode.h>
 
 #include <nlohmann/json.hpp>
+
+#include <algorithm>
 
 namespace drrl {
 namespace {
@@ -47,16 +50,85 @@ std::map<std::string, at::Generator> generators(at::Device device) {
   return all;
 }
 
-void restore_tensor(const SafetensorsFile& file, const NamedTensor& target) {
-  const at::NoGradGuard no_grad;
-  check(ErrorKind::kCheckpoint, file.contains(target.name), file.path().string(), " lacks tensor ", target.name,
+/// The tensor `name` of a shard, which must have that shape and dtype.
+at::Tensor read_tensor(const SafetensorsFile& file, const std::string& name, at::IntArrayRef shape, at::ScalarType dtype) {
+  check(ErrorKind::kCheckpoint, file.contains(name), file.path().string(), " lacks tensor ", name,
         ": it is a checkpoint of another model");
-  const auto& entry = file.entry(target.name);
-  check(ErrorKind::kCheckpoint, entry.shape == target.value.sizes().vec() && entry.dtype == target.value.scalar_type(),
-        file.path().string(), ": tensor ", target.name, " is ", entry.dtype, at::IntArrayRef(entry.shape), ", expected ",
-        target.value.scalar_type(), target.value.sizes());
-  target.value.copy_(file.tensor(target.name));
+  const auto& entry = file.entry(name);
+  check(ErrorKind::kCheckpoint, shape == entry.shape && entry.dtype == dtype, file.path().string(), ": tensor ", name, " is ",
+        entry.dtype, at::IntArrayRef(entry.shape), ", expected ", dtype, shape);
+  return file.tensor(name);
 }
+
+/// The shards of a checkpoint, which `size` tensor-parallel ranks wrote, as tensor-parallel rank `rank` of `state` reads them: its own
+/// one first, which on the same layout is all that it needs.
+class Shards {
+ public:
+  Shards(const CheckpointReader& reader, const TrainingState& state, int64_t size) : state_(state) {
+    const ModelConfig& config = state.model.config();
+    const Group& tp = state.mesh.tp();
+    wanted_ = parameter_layouts(config, tp.size(), tp.rank());
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t rank = (tp.rank() + i) % size;
+      shards_.push_back({parameter_layouts(config, size, rank), [&reader, rank] { return reader.tensors(shard_file(rank)); }, {}});
+    }
+  }
+
+  void restore() {
+    const at::NoGradGuard no_grad;
+    const auto moments = state_.optimizer.state();
+    for (size_t i = 0; i < wanted_.size(); ++i) {
+      const Parameter& parameter = state_.model.parameters()[i];
+      restore(i, "model." + parameter.name, parameter.value.detach());
+      for (const std::string& moment : {"exp_avg." + parameter.name, "exp_avg_sq." + parameter.name}) {
+        restore(i, "optimizer." + moment, moments.at(moment));
+      }
+    }
+    const at::Tensor& step = moments.at("step");
+    step.copy_(read_tensor(file(shards_.front()), "optimizer.step", step.sizes(), step.scalar_type()));
+  }
+
+ private:
+  struct Shard {
+    std::vector<ParameterLayout> layouts;
+    std::function<SafetensorsFile()> open;  // when first needed: that is when its checksum is verified
+    std::optional<SafetensorsFile> file;
+  };
+
+  static const SafetensorsFile& file(Shard& shard) {
+    return shard.file ? *shard.file : shard.file.emplace(shard.open());
+  }
+
+  /// target, which is laid out as parameter `index`, <- the overlaps of its parts with those of the shards.
+  void restore(size_t index, const std::string& name, const at::Tensor& target) {
+    const ParameterLayout& to = wanted_[index];
+    for (Shard& shard : shards_) {
+      const ParameterLayout& from = shard.layouts[index];
+      at::Tensor tensor;
+      for (size_t p = 0; p < to.parts.size(); ++p) {
+        const WeightPart& want = to.parts[p];
+        const WeightPart& have = from.parts[p];
+        const int64_t begin = std::max(want.start, have.start);
+        const int64_t count = std::min(want.start + want.length, have.start + have.length) - begin;
+        if (count <= 0) {
+          continue;
+        }
+        if (!tensor.defined()) {
+          tensor = read_tensor(file(shard), name, from.shape, target.scalar_type());
+        }
+        region(target, want).narrow(want.dim, begin - want.start, count)
+            .copy_(region(tensor, have).narrow(have.dim, begin - have.start, count));
+      }
+      if (!to.sharded) {
+        return;  // the same in all shards
+      }
+    }
+  }
+
+  const TrainingState& state_;
+  std::vector<ParameterLayout> wanted_;
+  std::vector<Shard> shards_;
+};
 
 /// "lr: 0.001 -> 0.0003, seed: 1 -> 2"; empty if all are equal.
 std::string differences(const std::map<std::string, std::string>& saved, const std::map<std::string, std::string>& now) {
@@ -157,9 +229,8 @@ std::optional<TrainingPosition> restore_training_state(const std::filesystem::pa
   } catch (const nlohmann::json::exception& error) {
     raise(ErrorKind::kCheckpoint, chosen, "/", kRunFile, " is not what drrl writes: ", error.what());
   }
-  check(ErrorKind::kCheckpoint, tensor_parallel == state.mesh.tp().size(), chosen,
-        " was written with tensor_parallel = ", tensor_parallel, " and cannot be resumed with ", state.mesh.tp().size(),
-        "; export it on the old layout and start a new run from the exported model");
+  check(ErrorKind::kCheckpoint, tensor_parallel >= 1 && data_parallel >= 1, chosen, "/", kRunFile, " says tensor_parallel = ",
+        tensor_parallel, " and data_parallel = ", data_parallel, "; expected at least 1");
   const std::string changed = differences(saved, state.fingerprint);
   check(ErrorKind::kCheckpoint, changed.empty() || allow_changes, chosen, " belongs to a run with other options (", changed,
         "); use another output folder, or override the check if the change is meant");
@@ -167,17 +238,16 @@ std::optional<TrainingPosition> restore_training_state(const std::filesystem::pa
     warn("resuming with changed options: " + changed);
   }
 
-  const int64_t tp = state.mesh.tp().rank();
-  const bool same_layout = data_parallel == state.mesh.dp().size();
-  const int64_t dp = same_layout ? state.mesh.dp().rank() : 0;
+  const MeshShape& shape = state.mesh.shape();
+  const bool same_layout = tensor_parallel == shape.tp && data_parallel == shape.dp;
   if (!same_layout && warn && world.rank() == 0) {
-    warn(c10::str("resuming a run of ", data_parallel, " data-parallel ranks on ", state.mesh.dp().size(),
-                  ": equal up to rounding, not bit for bit"));
+    warn(c10::str("resuming a run of tensor ", tensor_parallel, " x data ", data_parallel, " processes on tensor ", shape.tp,
+                  " x data ", shape.dp, ": equal up to rounding, not bit for bit"));
   }
-  const SafetensorsFile shard = reader.tensors(shard_file(tp));
-  for (const NamedTensor& target : shard_tensors(state)) {
-    restore_tensor(shard, target);
-  }
+  Shards(reader, state, tensor_parallel).restore();
+  // Whose generators and policy this rank takes over: on the same layout its own.
+  const int64_t tp = state.mesh.tp().rank() % tensor_parallel;
+  const int64_t dp = state.mesh.dp().rank() % data_parallel;
   const SafetensorsFile rng = reader.tensors(rank_file(tp, dp, ".safetensors"));
   for (auto [name, generator] : generators(device)) {
     if (rng.contains(name)) {

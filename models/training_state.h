@@ -35,9 +35,11 @@ struct TrainingState {
 std::filesystem::path save_training_state(const std::filesystem::path& root, const TrainingState& state,
                                           const TrainingPosition& position, int64_t keep);
 
-/// Loads the newest sound checkpoint under `root`; nullopt if there never was one. Collective over the world.
+/// Loads the newest sound checkpoint under `root`; nullopt if there never was one. Collective over the world. The layout may be
+/// another than that which wrote it: each rank takes what it holds of weights and moments out of the shards that overlap, and
+/// generators and policy state of the rank with its numbers modulo the old sizes.
 /// `warn` hears of damaged checkpoints that were passed over and, with `allow_changes`, of options that differ.
-/// Errors: Error(kCheckpoint) for damage, another tensor-parallel size, other tensors, or (without `allow_changes`) other
+/// Errors: Error(kCheckpoint) for damage, other tensors, or (without `allow_changes`) other
 /// options.
 std::optional<TrainingPosition> restore_training_state(const std::filesystem::path& root, const TrainingState& state,
                                                        bool allow_changes, const std::function<void(const std::string&)>& warn);
