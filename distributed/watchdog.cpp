@@ -14,7 +14,7 @@ namespace {
 using std::chrono::duration_cast;
 using std::chrono::milliseconds;
 
-constexpr milliseconds kLongestNap = std::chrono::seconds(1);
+constexpr milliseconds kLongestNap{100};
 
 std::string seconds(Watchdog::Clock::duration duration) {
   char text[32];

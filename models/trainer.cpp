@@ -256,6 +256,7 @@ struct Trainer::Impl {
   }
 
   TrainResult run() {
+    const auto watched = watch(mesh.world().watchdog(), "training");
     const bool has_output = !options.output.empty();
     if (has_output) {
       // World rank 0 looks, all of them hear: a shared file system may show the folder late to some.
@@ -264,7 +265,6 @@ struct Trainer::Impl {
       check(ErrorKind::kUsage, options.resume || !any, options.output.string(),
             " already holds checkpoints: resume that run, or choose another output folder");
       if (options.resume) {
-        const auto watched = watch(mesh.world().watchdog(), "resume");
         const auto restored = restore_training_state(options.output / "checkpoints", state(), options.resume_override,
                                                      [&](const std::string& text) {
                                                        if (callbacks.on_warning) {

@@ -36,7 +36,7 @@ TEST_F(WatchdogTest, ASectionWithoutASignOfLife) {
   const auto watchdog = make(200ms);
   const auto step = watchdog->section("step", 12);
   const auto checkpoint = watchdog->section("checkpoint");
-  EXPECT_THAT(heard(), AllOf(HasSubstr("world rank 3: #1 step 12: step, begun 0.2"), HasSubstr("no sign of life for 0.2"),
+  EXPECT_THAT(heard(), AllOf(HasSubstr("world rank 3: #1 step 12: step, begun "), HasSubstr("no sign of life for "),
                              HasSubstr("the limit is 0.200 s"), HasSubstr("#2 step 12: checkpoint"), HasSubstr("not complete")));
   EXPECT_GE(Watchdog::Clock::now() - start, 200ms);
   EXPECT_LT(Watchdog::Clock::now() - start, 5s);
@@ -50,7 +50,7 @@ TEST_F(WatchdogTest, ACollectiveThatHoldsItsCaller) {
   const auto step = watchdog->section("step", 4);
   const uint64_t number = watchdog->begin_collective("tp", "all_reduce", 4096);
   const auto held = watchdog->hold(number, 150ms);
-  EXPECT_THAT(heard(), AllOf(HasSubstr("#3 step 4: group 'tp' all_reduce of 4096 bytes"), HasSubstr("held for 0.2"),
+  EXPECT_THAT(heard(), AllOf(HasSubstr("#3 step 4: group 'tp' all_reduce of 4096 bytes"), HasSubstr("held for "),
                              HasSubstr("#1 step 0: group 'dp' all_gather of 7 bytes"), HasSubstr(", took 0.0")));
 }
 

@@ -332,7 +332,10 @@ TEST_F(Training, ADamagedCheckpointFallsBackToTheOneBefore) {
 
 TEST_F(Training, ResumesOnAnotherLayout) {
   // From and to every layout of this world and the single process; three KV groups on two ranks are 2 + 1.
-  std::vector<MeshShape> shapes = {{1, 1}, {1, size_}};
+  std::vector<MeshShape> shapes = {{1, 1}};
+  if (size_ > 1) {
+    shapes.push_back({1, size_});
+  }
   if (size_ == 2 || size_ == 3) {
     shapes.push_back({size_, 1});
   } else if (size_ == 4) {
@@ -340,7 +343,6 @@ TEST_F(Training, ResumesOnAnotherLayout) {
   }
   const TrainerOptions whole = options();
   const Outcome uninterrupted = train(Mesh(), whole);
-  const auto expected = weights(uninterrupted, Mesh(), "alone");
   // Of the world `shape`, the processes that take part; the others wait.
   const auto run = [&](MeshShape shape, const TrainerOptions& o, const TrainerCallbacks& callbacks) {
     std::optional<Outcome> outcome;
