@@ -1,21 +1,32 @@
 #!/usr/bin/env bash
 # Runs a training and, when it fails in a way that a restart can cure, runs it again with --resume, from the newest sound checkpoint.
 #
-#   launch/run_with_restarts.sh [--max_restarts N] -- mpirun -np 4 drrl-train --output=DIR --save_every=100 ...
+#   launch/run_with_restarts.sh [--max_restarts N] [--hang_s S] [--pause_s P] -- mpirun -np 4 drrl-train --output=DIR --save_every=100 ...
 #
 # Restarted: 7 (communication), 8 (numerics: a restart cures what a broken memory did), 11 (hung), and death by a signal other than INT
 # and TERM. All other codes end it, 0 (done) and 10 (interrupted: saved) included; see launch/OPTIONS.md. So do N restarts (default 10),
-# and two failures in a row without a new checkpoint between them. The exit code is that of the last run.
+# and two failures in a row without a new checkpoint between them. Between runs it pauses for P
+# seconds (default 10), so that a network or a host can come back. The exit code is that of the last run.
+# mpirun can outlive its job: it waits for ever for a host that the network has lost, and for a process that somebody has stopped. So it is
+# killed, and the job restarted, when none of the drrl-train processes that it had on this host has run for S seconds (default 60).
 # INT, TERM and USR1 are passed on: the training saves, and it ends here too.
 
 say() { printf 'run_with_restarts: %s\n' "$*" >&2; }
-usage() { say "$1; expected: [--max_restarts N] -- COMMAND that holds drrl-train and --output"; exit 2; }
+usage() { say "$1; expected: [--max_restarts N] [--hang_s S] [--pause_s P] -- COMMAND that holds drrl-train and --output"; exit 2; }
 
-max_restarts=10
-if [ "${1:-}" = --max_restarts ]; then max_restarts=${2:-} && shift 2; fi
-[[ $max_restarts =~ ^[0-9]+$ ]] || usage "--max_restarts is '$max_restarts', not a number"
-[ "${1:-}" = -- ] && [ $# -gt 1 ] || usage "no command"
+max_restarts=10 hang_s=60 pause_s=10
+while [ "${1:-}" != -- ]; do
+  [[ ${2:-} =~ ^[0-9]+$ ]] || usage "'${1:-}' '${2:-}' is not an option with a number"
+  case $1 in
+    --max_restarts) max_restarts=$2 ;;
+    --hang_s) hang_s=$2 ;;
+    --pause_s) pause_s=$2 ;;
+    *) usage "unknown option '$1'" ;;
+  esac
+  shift 2
+done
 shift
+[ $# -gt 0 ] || usage "no command"
 
 output=
 for ((i = 1; i <= $#; ++i)); do
@@ -29,6 +40,19 @@ done
 newest() { cat "$output/checkpoints/latest" 2>/dev/null || echo none; }
 can_be_cured() { case $1 in 7 | 8 | 11) true ;; 130 | 143) false ;; *) [ "$1" -gt 128 ] ;; esac; }
 
+kill_when_hung() {  # PID of mpirun
+  local seen='' idle=0
+  while sleep 1 && kill -0 "$1" 2>/dev/null; do
+    if pgrep -P "$1" -x drrl-train -r R,S,D >/dev/null; then
+      seen=1 idle=0
+    elif [ -n "$seen" ] && ((++idle >= hang_s)); then
+      say "no drrl-train of this host has run for $hang_s s, but mpirun is still there: killing it"
+      pkill -KILL -P "$1"
+      kill -KILL "$1"
+    fi
+  done
+}
+
 child= signalled=
 pass_on() { signalled=1; [ -n "$child" ] && kill -USR1 "$child" 2>/dev/null; }
 trap pass_on INT TERM USR1
@@ -37,6 +61,7 @@ previous=
 for ((restarts = 0; ; ++restarts)); do
   "$@" --resume &
   child=$!
+  kill_when_hung "$child" &
   wait "$child"
   code=$?
   while kill -0 "$child" 2>/dev/null; do  # a signal to this script ends the wait early
@@ -50,5 +75,7 @@ for ((restarts = 0; ; ++restarts)); do
   checkpoint=$(newest)
   [ "$checkpoint" != "$previous" ] || { say "exit code $code twice with the checkpoint '$checkpoint': no progress, giving up"; exit "$code"; }
   previous=$checkpoint
-  say "exit code $code; restart $((restarts + 1)) of at most $max_restarts from the checkpoint '$checkpoint'"
+  say "exit code $code; restart $((restarts + 1)) of at most $max_restarts from the checkpoint '$checkpoint' in $pause_s s"
+  sleep "$pause_s"
+  [ -z "$signalled" ] || exit "$code"
 done
