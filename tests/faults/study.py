@@ -39,6 +39,15 @@ CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_s
           "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "hidden_act": "silu"}
 
 
+def send(pid, number):
+    """False: there is no such process any more."""
+    try:
+        os.kill(pid, number)
+        return True
+    except ProcessLookupError:
+        return False
+
+
 class Skip(Exception):
     """This machine cannot make this fault."""
 
@@ -157,8 +166,7 @@ class Run:
 
     def remove(self):
         for pid, _ in self.processes():
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+            send(pid, signal.SIGKILL)
         self.process.kill()
         self.process.wait()
         self.reader.join(5)
@@ -194,39 +202,54 @@ def checkpoint_moment(trial):
     return False
 
 
-def signal_rank(moment, number):
+def watch_restart(trial):
+    """Waits for run_with_restarts.sh to give the broken job up: how long that took, and by which exit code."""
+    begun = time.monotonic()
+    trial.run.wait_for(r"^run_with_restarts: exit code", max(TIMEOUT, WATCHDOG) + HANG + PATIENCE)
+    trial.took = time.monotonic() - begun
+
+
+def kill_rank(moment):
     def fault(trial):
         rank = trial.rng.randrange(trial.world)
         pid = moment(trial) and trial.run.pid(rank)
         if not pid:
             return None
-        os.kill(pid, number)
         trial.note = f"rank {rank}"
-        return {KILLED} if number == signal.SIGKILL else {COMMUNICATION, HUNG}
+        return {KILLED} if send(pid, signal.SIGKILL) else None
 
     return fault
 
 
-def stop_at_end(trial):
-    """A process that stops on its way out, in the last barrier or in MPI_Finalize; run_with_restarts.sh has to see to mpirun then."""
-    rank = trial.rng.randrange(1, trial.world)
-    pid = trial.run.wait_for(r"^step +1/") and trial.run.pid(rank)
-    if not pid or not trial.run.wait_for(r"^exported "):
-        return None
+def stop_rank(moment):
+    """The others end the job, unless they were done already: then mpirun waits for the stopped one, and run_with_restarts.sh ends that."""
+
+    def fault(trial):
+        rank = trial.rng.randrange(trial.world)
+        pid = moment(trial) and trial.run.pid(rank)
+        if not pid:
+            return None
+        if not send(pid, signal.SIGSTOP):
+            return None
+        trial.note = f"rank {rank}"
+        watch_restart(trial)
+        return {0}
+
+    return fault
+
+
+def end_moment(trial):
+    """On the way out: in the last barrier, in MPI_Finalize."""
+    if not trial.run.wait_for(r"^step +1/") or not trial.run.wait_for(r"^exported "):
+        return False
     time.sleep(trial.rng.random() * 0.01)
-    try:
-        os.kill(pid, signal.SIGSTOP)
-    except ProcessLookupError:
-        return None
-    trial.note = f"rank {rank}"
-    return {0}
+    return True
 
 
 def kill_mpirun(trial):
     if not random_moment(trial):
         return None
-    os.kill(trial.run.process.pid, signal.SIGKILL)
-    return {KILLED}
+    return {KILLED} if send(trial.run.process.pid, signal.SIGKILL) else None
 
 
 def broken_memory(trial):
@@ -237,7 +260,8 @@ def broken_memory(trial):
         return None
     name, shards = "model.model.layers.1.post_attention_layernorm.weight", trial.run.output / "checkpoints"
     while trial.run.process.poll() is None:
-        os.kill(pid, signal.SIGSTOP)  # shorter than the timeout
+        if not send(pid, signal.SIGSTOP):  # for less than the timeout
+            return None
         try:
             hits = 0
             with contextlib.suppress(OSError):
@@ -247,8 +271,7 @@ def broken_memory(trial):
                 begin, end = json.loads(raw[8:8 + size])[name]["data_offsets"]
                 hits = poke(pid, raw[8 + size + begin:8 + size + end], struct.pack("<f", float("nan")))
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
+            send(pid, signal.SIGCONT)
         if hits:
             if re.search(r"^finished", trial.run.text(), re.MULTILINE):
                 return None
@@ -300,10 +323,7 @@ def partition(trial):
     if not random_moment(trial):
         return None
     trial.network.link("down")
-    begun = time.monotonic()
-    expect(trial.run.wait_for(r"^run_with_restarts: exit code", TIMEOUT + HANG + PATIENCE), "the job ended for good")
-    trial.took = time.monotonic() - begun
-    trial.note = ", ".join(re.findall(r"exit code \d+|killing it", trial.run.text()))
+    watch_restart(trial)
     trial.network.link("up")
     return {0}
 
@@ -326,11 +346,11 @@ def slow_link(trial):
 
 
 FAULTS = {
-    "SIGKILL at a random moment": signal_rank(random_moment, signal.SIGKILL),
-    "SIGKILL in a checkpoint": signal_rank(checkpoint_moment, signal.SIGKILL),
-    "SIGSTOP at a random moment": signal_rank(random_moment, signal.SIGSTOP),
-    "SIGSTOP in a checkpoint": signal_rank(checkpoint_moment, signal.SIGSTOP),
-    "SIGSTOP at the end": stop_at_end,
+    "SIGKILL at a random moment": kill_rank(random_moment),
+    "SIGKILL in a checkpoint": kill_rank(checkpoint_moment),
+    "SIGSTOP at a random moment": stop_rank(random_moment),
+    "SIGSTOP in a checkpoint": stop_rank(checkpoint_moment),
+    "SIGSTOP at the end": stop_rank(end_moment),
     "SIGKILL of mpirun": kill_mpirun,
     "NaN in one memory": broken_memory,
     "full disk": full_disk,
@@ -339,7 +359,7 @@ FAULTS = {
     "short network outage": outage,
     "slow network": slow_link,
 }
-SUPERVISED = {"SIGSTOP at the end", "network partition"}
+SUPERVISED = {"SIGSTOP at a random moment", "SIGSTOP in a checkpoint", "SIGSTOP at the end", "network partition"}
 NETWORKED = {"network partition", "short network outage", "slow network"}
 FIXED_LAYOUTS = {kind: [(1, 2)] for kind in NETWORKED} | {"hung write": [(1, 1), (1, 2)]}
 
@@ -426,11 +446,20 @@ class Trial:
             expect(not left, f"processes are left: {left}\n{self.run.text()[-3000:]}")
         finally:
             self.run.remove()
-        result = {"kind": self.kind, "layout": self.layout, "note": self.note, "code": code, "end_seconds": round(took, 2)}
-        if code == 0:
-            self.compare(output)
-            return result
-        return result | self.restart(output)
+        text = self.run.text()
+        ends = [int(c) for c in re.findall(r"^run_with_restarts: exit code (\d+);", text, re.MULTILINE)] + [code]
+        result = {"kind": self.kind, "layout": self.layout, "note": self.note, "codes": ends, "end_seconds": round(took, 2)}
+        if code != 0:
+            text += self.restart(output)
+        resumed = re.search(r"^resumed after step (\d+)", text, re.MULTILINE)
+        if len(ends) > 1 or code != 0:
+            done = [int(m) for m in re.findall(r"^step +(\d+)/", text[:resumed.start()] if resumed else self.run.text(), re.MULTILINE)]
+            result |= {"step": max(done, default=0), "resumed": int(resumed[1]) if resumed else 0}
+            # The step of a checkpoint is logged before it is written.
+            expect(result["step"] - result["resumed"] <= SAVE_EVERY, f"too many steps lost: {result}")
+        expect("damaged" not in text and "instead" not in text, f"a restart found a checkpoint that is not sound:\n{text[-3000:]}")
+        self.compare(output)
+        return result
 
     def leftovers(self):
         """What still runs; a process that mpirun lost may take the watchdog's time to notice."""
@@ -440,29 +469,18 @@ class Trial:
         return left
 
     def restart(self, output):
-        steps = [int(m) for m in re.findall(r"^step +(\d+)/", self.run.text(), re.MULTILINE)]
-        last = max(steps, default=0)
+        """What the restarted run prints, after everything is well again."""
         if self.kind == "full disk":
             (output.parent / "filler").unlink(missing_ok=True)
         if self.kind == "hung write":
             (output / "metrics" / "metrics.csv").unlink()
-        if self.network:
-            self.network.close()
-            self.network = None
         again = self.start(output)
         try:
             code = again.end(60)
-            text = again.text()
         finally:
             again.remove()
-        expect(code == 0, f"the restart ended with {code}:\n{text[-3000:]}")
-        expect("damaged" not in text and "instead" not in text, f"the restart found a checkpoint that is not sound:\n{text[-3000:]}")
-        resumed = re.search(r"resumed after step (\d+)", text)
-        start = int(resumed[1]) if resumed else 0
-        # The step of a checkpoint is logged before it is written.
-        expect(last - start <= SAVE_EVERY, f"step {last} was done, and the restart began after step {start}")
-        self.compare(output)
-        return {"step": last, "resumed": start}
+        expect(code == 0, f"the restart ended with {code}:\n{again.text()[-3000:]}")
+        return again.text()
 
     def compare(self, output):
         expected, got = self.study.reference[self.layout], losses(output)
@@ -534,15 +552,15 @@ class Study:
 
 
 def table(results):
-    lines = ["| fault | trials | kept | exit codes | seconds to the end: median, most | steps lost: most |", "|---|---|---|---|---|---|"]
+    lines = ["| fault | trials | kept | exit codes of the broken job | seconds to the end: median, most | steps lost: most |", "|---|---|---|---|---|---|"]
     for kind in FAULTS:
         mine = [r for r in results if r["kind"] == kind]
-        good = [r for r in mine if "code" in r]
+        good = [r for r in mine if "codes" in r]
         if any("skipped" in r for r in mine):
             lines.append(f"| {kind} | skipped: {mine[-1]['skipped']} | | | | |")
         elif mine:
             times = sorted(r["end_seconds"] for r in good) or [float("nan")]
-            codes = ", ".join(str(c) for c in sorted({r["code"] for r in good}))
+            codes = ", ".join(str(c) for c in sorted({r["codes"][0] for r in good}))
             lost = max((max(r["step"] - r["resumed"], 0) for r in good if "step" in r), default="-")
             lines.append(f"| {kind} | {len(mine)} | {len(good)} | {codes} | {times[len(times) // 2]:.1f}, {times[-1]:.1f} | {lost} |")
     return "\n".join(lines)
