@@ -24,7 +24,8 @@ std::string seconds(Watchdog::Clock::duration duration) {
 
 }  // namespace
 
-Watchdog::Watchdog(std::string owner, milliseconds limit, std::function<void(const std::string&)> on_overdue, milliseconds grace)
+Watchdog::Watchdog(std::string owner, milliseconds limit, std::function<void(const std::string&)> on_overdue,
+                   milliseconds grace)
     : owner_(std::move(owner)), limit_(limit), grace_(grace), on_overdue_(std::move(on_overdue)) {
   check(ErrorKind::kUsage, limit_.count() > 0 && grace_.count() >= 0, "a watchdog's limit of ", limit_.count(),
         " ms must be positive, its grace of ", grace_.count(), " ms not negative");
@@ -133,8 +134,9 @@ std::string Watchdog::overdue(Clock::time_point now) const {
     if (now - last <= open.limit) {
       continue;
     }
-    std::string text = c10::str(owner_, ": ", describe(open.operation, now), is_section ? ": no sign of life for " : ": held for ",
-                                seconds(now - last), ", the limit is ", seconds(open.limit), "\nopen:\n");
+    std::string text =
+        c10::str(owner_, ": ", describe(open.operation, now), is_section ? ": no sign of life for " : ": held for ",
+                 seconds(now - last), ", the limit is ", seconds(open.limit), "\nopen:\n");
     for (const auto& [other, item] : open_) {
       text += "  " + describe(item.operation, now) + "\n";
     }

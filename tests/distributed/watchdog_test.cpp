@@ -19,7 +19,8 @@ using testing::Not;
 class WatchdogTest : public testing::Test {
  protected:
   std::unique_ptr<Watchdog> make(std::chrono::milliseconds limit, std::chrono::milliseconds grace = 0ms) {
-    return std::make_unique<Watchdog>("world rank 3", limit, [this](const std::string& report) { heard_.set_value(report); }, grace);
+    return std::make_unique<Watchdog>(
+        "world rank 3", limit, [this](const std::string& report) { heard_.set_value(report); }, grace);
   }
 
   /// What it said within 10 s; empty: nothing.
@@ -36,8 +37,9 @@ TEST_F(WatchdogTest, ASectionWithoutASignOfLife) {
   const auto watchdog = make(200ms);
   const auto step = watchdog->section("step", 12);
   const auto checkpoint = watchdog->section("checkpoint");
-  EXPECT_THAT(heard(), AllOf(HasSubstr("world rank 3: #1 step 12: step, begun "), HasSubstr("no sign of life for "),
-                             HasSubstr("the limit is 0.200 s"), HasSubstr("#2 step 12: checkpoint"), HasSubstr("not complete")));
+  EXPECT_THAT(heard(),
+              AllOf(HasSubstr("world rank 3: #1 step 12: step, begun "), HasSubstr("no sign of life for "),
+                    HasSubstr("the limit is 0.200 s"), HasSubstr("#2 step 12: checkpoint"), HasSubstr("not complete")));
   EXPECT_GE(Watchdog::Clock::now() - start, 200ms);
   EXPECT_LT(Watchdog::Clock::now() - start, 5s);
 }
