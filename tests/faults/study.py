@@ -302,15 +302,19 @@ def poke(pid, pattern, value):
 
 
 def full_disk(trial):
-    """The file system of the output fills up; it is made room again before the restart."""
+    """The file system of the output fills up and stays full; room is made before the restart."""
     filler = trial.run.output.parent / "filler"
     if not random_moment(trial):
         return None
-    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
-        while True:
-            file.write(b"\0" * 65536)
-    trial.cleanup.append(lambda: filler.unlink(missing_ok=True))
-    return {STORAGE}
+    begun = time.monotonic()
+    with open(filler, "wb", buffering=0) as file:
+        while trial.run.process.poll() is None and time.monotonic() < begun + PATIENCE:
+            try:
+                file.write(b"\0" * 65536)
+            except OSError:
+                time.sleep(0.005)
+    trial.took = time.monotonic() - begun
+    return None if trial.run.process.returncode == 0 else {STORAGE}  # 0: all was written before
 
 
 def hung_write(trial):
@@ -439,9 +443,9 @@ class Trial:
                 return None
             injected = time.monotonic()
             code = self.run.end((60 if self.kind in SUPERVISED else max(TIMEOUT, WATCHDOG)) + PATIENCE)
-            took = self.took or time.monotonic() - injected
-            expect(code is not None, f"the job has not ended {took:.0f} s after the fault; left: {self.run.processes()}\n{self.run.text()[-3000:]}")
+            expect(code is not None, f"the job has not ended after the fault; left: {self.run.processes()}\n{self.run.text()[-3000:]}")
             left = self.leftovers()
+            took = self.took or time.monotonic() - injected
             expect(code in codes, f"exit code {code}, expected {sorted(codes)}\n{self.run.text()[-3000:]}")
             expect(not left, f"processes are left: {left}\n{self.run.text()[-3000:]}")
         finally:
