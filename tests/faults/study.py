@@ -453,14 +453,18 @@ class Trial:
         text = self.run.text()
         ends = [int(c) for c in re.findall(r"^run_with_restarts: exit code (\d+);", text, re.MULTILINE)] + [code]
         result = {"kind": self.kind, "layout": self.layout, "note": self.note, "codes": ends, "end_seconds": round(took, 2)}
+        broken, restarted = text, ""
         if code != 0:
-            text += self.restart(output)
-        resumed = re.search(r"^resumed after step (\d+)", text, re.MULTILINE)
-        if len(ends) > 1 or code != 0:
-            done = [int(m) for m in re.findall(r"^step +(\d+)/", text[:resumed.start()] if resumed else self.run.text(), re.MULTILINE)]
+            restarted = self.restart(output)
+        elif len(ends) > 1:
+            broken, restarted = text.split("run_with_restarts: exit code", 1)
+        if restarted:
+            resumed = re.search(r"^resumed after step (\d+)", restarted, re.MULTILINE)
+            done = [int(m) for m in re.findall(r"^step +(\d+)/", broken, re.MULTILINE)]
             result |= {"step": max(done, default=0), "resumed": int(resumed[1]) if resumed else 0}
             # The step of a checkpoint is logged before it is written.
             expect(result["step"] - result["resumed"] <= SAVE_EVERY, f"too many steps lost: {result}")
+        text = broken + restarted
         expect("damaged" not in text and "instead" not in text, f"a restart found a checkpoint that is not sound:\n{text[-3000:]}")
         self.compare(output)
         return result
