@@ -5,8 +5,8 @@
 #
 # Restarted: 7 (communication), 8 (numerics: a restart cures what a broken memory did), 11 (hung), and death by a signal other than INT
 # and TERM. All other codes end it, 0 (done) and 10 (interrupted: saved) included; see launch/OPTIONS.md. So do N restarts (default 10),
-# and two failures in a row without a new checkpoint between them. Between runs it pauses for P
-# seconds (default 10), so that a network or a host can come back. The exit code is that of the last run.
+# and two failures in a row without a new checkpoint between them. Between runs it pauses for P seconds (default 10), so that a network or
+# a host can come back. The exit code is that of the last run.
 # mpirun can outlive its job: it waits for ever for a host that the network has lost, and for a process that somebody has stopped. So it is
 # killed, and the job restarted, when none of the drrl-train processes that it had on this host has run for S seconds (default 60).
 # INT, TERM and USR1 are passed on: the training saves, and it ends here too.
