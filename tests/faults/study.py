@@ -442,7 +442,8 @@ class Trial:
             if codes is None:
                 return None
             injected = time.monotonic()
-            code = self.run.end((60 if self.kind in SUPERVISED else max(TIMEOUT, WATCHDOG)) + PATIENCE)
+            goes_on = self.kind in SUPERVISED | NETWORKED  # and so may take as long as a whole run
+            code = self.run.end((90 if goes_on else max(TIMEOUT, WATCHDOG)) + PATIENCE)
             expect(code is not None, f"the job has not ended after the fault; left: {self.run.processes()}\n{self.run.text()[-3000:]}")
             left = self.leftovers()
             took = self.took or time.monotonic() - injected
