@@ -93,8 +93,8 @@ struct TrainResult {
 /// the step.
 ///
 /// Checkpoints hold weights, moments, random generators of every rank, consumed samples, the policy's state and the
-/// options; a run resumed on the same layout (and thread count) continues bit for bit. On another number of data-parallel ranks
-/// it continues with the state of data-parallel rank 0, equal up to rounding; another number of tensor-parallel ranks is an
+/// options; a run resumed on the same layout (and thread count) continues bit for bit. On another number of data- or context-parallel
+/// ranks it continues with the state of the first of them, equal up to rounding; another number of tensor-parallel ranks is an
 /// Error(kCheckpoint).
 class Trainer {
  public:

@@ -86,7 +86,7 @@ std::filesystem::path save_training_state(const std::filesystem::path& root, con
                                           const TrainingPosition& position, int64_t keep) {
   const Group& world = state.mesh.world();
   const int64_t tp = state.mesh.tp().rank();
-  const int64_t dp = state.mesh.dp().rank();
+  const int64_t dp = state.mesh.data().rank();
   const at::Device device = device_of(state.model);
   CheckpointWriter writer(root, position.step, world.rank(), world.size(), exchange_over(world, device));
   if (dp == 0) {
@@ -105,6 +105,7 @@ std::filesystem::path save_training_state(const std::filesystem::path& root, con
         {"tokens", position.tokens},
         {"tensor_parallel", state.mesh.tp().size()},
         {"data_parallel", state.mesh.dp().size()},
+        {"context_parallel", state.mesh.cp().size()},
         {"options", state.fingerprint},
     };
     writer.write_text(kRunFile, run.dump(2) + "\n");
@@ -148,11 +149,13 @@ std::optional<TrainingPosition> restore_training_state(const std::filesystem::pa
   TrainingPosition position;
   int64_t tensor_parallel = 0;
   int64_t data_parallel = 0;
+  int64_t context_parallel = 1;
   std::map<std::string, std::string> saved;
   try {
     position = {run.at("step").get<int64_t>(), run.at("samples").get<int64_t>(), run.at("tokens").get<int64_t>()};
     tensor_parallel = run.at("tensor_parallel").get<int64_t>();
     data_parallel = run.at("data_parallel").get<int64_t>();
+    context_parallel = run.value("context_parallel", int64_t{1});
     saved = run.at("options").get<std::map<std::string, std::string>>();
   } catch (const nlohmann::json::exception& error) {
     raise(ErrorKind::kCheckpoint, chosen, "/", kRunFile, " is not what drrl writes: ", error.what());
@@ -168,11 +171,11 @@ std::optional<TrainingPosition> restore_training_state(const std::filesystem::pa
   }
 
   const int64_t tp = state.mesh.tp().rank();
-  const bool same_layout = data_parallel == state.mesh.dp().size();
-  const int64_t dp = same_layout ? state.mesh.dp().rank() : 0;
+  const bool same_layout = data_parallel == state.mesh.dp().size() && context_parallel == state.mesh.cp().size();
+  const int64_t dp = same_layout ? state.mesh.data().rank() : 0;
   if (!same_layout && warn && world.rank() == 0) {
-    warn(c10::str("resuming a run of ", data_parallel, " data-parallel ranks on ", state.mesh.dp().size(),
-                  ": equal up to rounding, not bit for bit"));
+    warn(c10::str("resuming a run of ", data_parallel, " data-parallel x ", context_parallel, " context-parallel ranks on ", state.mesh.dp().size(), " x ",
+                  state.mesh.cp().size(), ": equal up to rounding, not bit for bit"));
   }
   const SafetensorsFile shard = reader.tensors(shard_file(tp));
   for (const NamedTensor& target : shard_tensors(state)) {
