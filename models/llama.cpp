@@ -236,7 +236,7 @@ at::Tensor CausalLM::token_nll(const at::Tensor& tokens, const at::Tensor& label
   const at::Tensor own = linear_cross_entropy_rows(x, value(head_), flat, first_vocabulary_row_, options_.loss_chunk_rows, tp_).to(at::kFloat);
   at::Tensor all = at::zeros(tokens.sizes(), own.options());
   all.index_copy_(1, rows, own.view({tokens.size(0), -1}));
-  attention_->context().all_reduce(all);
+  context().all_reduce(all);
   return all;
 }
 

@@ -86,6 +86,8 @@ class CausalLM {
   const std::vector<Parameter>& parameters() const noexcept { return parameters_; }
   const ModelConfig& config() const noexcept { return config_; }
   const ModelOptions& options() const noexcept { return options_; }
+  /// The processes that each sequence is split over.
+  const Group& context() const { return attention_->context(); }
   /// Parameters of the whole model, not only of this shard.
   int64_t parameter_count() const { return config_.parameter_count(); }
 

@@ -70,6 +70,8 @@ struct Trainer::Impl {
     check(ErrorKind::kUsage, options.global_batch >= 1, "global_batch must be at least 1, got ", options.global_batch);
     check(ErrorKind::kUsage, options.global_batch >= mesh.dp().size(), "global_batch = ", options.global_batch,
           " sequences cannot be shared out to ", mesh.dp().size(), " data-parallel ranks");
+    check(ErrorKind::kUsage, model.context().size() == mesh.cp().size(), "the model's attention splits sequences over ", model.context().size(),
+          " processes, the mesh over ", mesh.cp().size());
     check(ErrorKind::kUsage, options.steps >= 1, "steps must be at least 1, got ", options.steps);
     check(ErrorKind::kUsage, options.clip >= 0, "clip must not be negative, got ", options.clip);
     check(ErrorKind::kUsage, options.log_every >= 1, "log_every must be at least 1, got ", options.log_every);
