@@ -228,7 +228,8 @@ TEST_F(Training, ContextParallelEqualsOneProcess) {
   use_low_rank();
   TrainerOptions o = options();
   o.global_batch = 4;
-  for (const MeshShape& shape : std::map<int, std::vector<MeshShape>>{{2, {{1, 1, 2}}}, {3, {{1, 1, 3}}}, {4, {{2, 1, 2}, {1, 2, 2}}}}[size_]) {
+  std::map<int, std::vector<MeshShape>> shapes = {{2, {{1, 1, 2}}}, {3, {{1, 1, 3}}}, {4, {{2, 1, 2}, {1, 2, 2}}}};
+  for (const MeshShape& shape : shapes[size_]) {
     SCOPED_TRACE(c10::str("tp ", shape.tp, ", dp ", shape.dp, ", cp ", shape.cp));
     expect_equal_runs(make_mesh(shape.tp, shape.dp, shape.cp), o, 1e-5);
   }
