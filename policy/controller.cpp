@@ -53,7 +53,8 @@ at::Tensor relative_loss(const at::Tensor& singular_values) {
 
 LowRankController::LowRankController(std::shared_ptr<RankPolicy> policy, Geometry geometry, BasisOptions bases, int64_t first_group,
                                      GuardOptions guard, Group context)
-    : policy_(std::move(policy)), geometry_(geometry), bases_(std::move(bases)), first_group_(first_group), guard_(std::move(guard)), context_(std::move(context)), first_eps_(guard_.eps) {
+    : policy_(std::move(policy)), geometry_(geometry), bases_(std::move(bases)), first_group_(first_group), guard_(std::move(guard)),
+      context_(std::move(context)), first_eps_(guard_.eps) {
   TORCH_CHECK(guard_.eps == 0 || (guard_.eps > 0 && bases_.start.defined() && !guard_.buckets.empty()), "LowRankController: a guard of eps ", guard_.eps,
               " needs starting bases and buckets");
   TORCH_CHECK(bases_.update_steps >= BasisOptions::kSolve, "LowRankController: update_steps ", bases_.update_steps, ", expected at least -1");

@@ -13,7 +13,9 @@ class ExchangeTest : public MpiTest {
   Group world() const { return make_mpi_group("world", MPI_COMM_WORLD, std::chrono::milliseconds(20000)); }
 };
 
-at::Tensor content(const Message& message) { return at::arange(c10::multiply_integers(message.shape)).view(message.shape).to(at::kFloat) + 100.0 * message.from + 1000.0 * message.to; }
+at::Tensor content(const Message& message) {
+  return at::arange(c10::multiply_integers(message.shape), at::kFloat).view(message.shape) + (100.0 * message.from + 1000.0 * message.to);
+}
 
 TEST_F(ExchangeTest, DeliversEveryMessage) {
   const Group group = world();
