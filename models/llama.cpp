@@ -213,8 +213,9 @@ at::Tensor CausalLM::check_labels(const at::Tensor& tokens, const at::Tensor& la
 }
 
 at::Tensor CausalLM::hidden(const at::Tensor& tokens) {
+  const at::Tensor checked = check_tokens(tokens);
   const at::Tensor rows = rows_of(tokens.size(1));
-  return forward(check_tokens(tokens).index_select(1, rows), rows).view({tokens.size(0), -1, config_.hidden_size});
+  return forward(checked.index_select(1, rows), rows).view({tokens.size(0), -1, config_.hidden_size});
 }
 
 LossResult CausalLM::loss(const at::Tensor& tokens, const at::Tensor& labels, double loss_scale) {
@@ -242,8 +243,9 @@ at::Tensor CausalLM::token_nll(const at::Tensor& tokens, const at::Tensor& label
 
 at::Tensor CausalLM::logits(const at::Tensor& tokens) {
   at::NoGradGuard no_grad;
+  const at::Tensor checked = check_tokens(tokens);
   const at::Tensor rows = rows_of(tokens.size(1));
-  return head(forward(check_tokens(tokens).index_select(1, rows), rows)).view({tokens.size(0), -1, config_.vocab_size});
+  return head(forward(checked.index_select(1, rows), rows)).view({tokens.size(0), -1, config_.vocab_size});
 }
 
 at::Tensor CausalLM::head(const at::Tensor& x) const {
