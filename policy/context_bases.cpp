@@ -29,7 +29,7 @@ std::vector<Delivery> deliveries_of(const ContextPlan& plan, int64_t head_dim) {
   std::vector<Delivery> deliveries;
   for (size_t i = 0; i < plan.parts.size(); ++i) {
     const ContextPart& part = plan.parts[i];
-    const auto [qk, v] = part.ranks;
+    const int64_t qk = part.ranks.qk, v = part.ranks.v;
     for (int64_t to = 0; to < plan.split.parts(); ++to) {
       const bool keys = plan.split.rows_of(to, part.keys).count > 0, queries = plan.split.rows_of(to, part.queries).count > 0;
       const auto deliver = [&](bool needed, at::Tensor ContextPart::*field, int64_t columns) {
