@@ -30,6 +30,13 @@ at::Tensor block_grams(const at::Tensor& x, int64_t groups, int64_t begin, int64
   return sum.view({x.size(0), groups, blocks, d, d}).to(at::kDouble);
 }
 
+// attention_mass of `blocks` blocks of `rows` tokens from token `begin` on: [B, G, blocks, rows].
+at::Tensor attention_mass(const at::Tensor& q, const at::Tensor& k, int64_t begin, int64_t blocks, int64_t rows) {
+  at::NoGradGuard no_grad;
+  const auto blocks_of = [&](const at::Tensor& x) { return token_runs(x, k.size(1), begin, blocks, rows, rows); };  // [B, G, blocks, g, rows, d]
+  return drrl::attention_mass(at_least_float(blocks_of(q)).mean(4), blocks_of(k).squeeze(3));
+}
+
 // Sums block Grams into the Gram of each pair's left node, in the order of the tree's pairs.
 at::Tensor sum_up_tree(at::Tensor nodes, const BlockTree& tree) {
   std::vector<at::Tensor> pairs;
@@ -56,10 +63,7 @@ at::Tensor attention_mass(const at::Tensor& mean_queries, const at::Tensor& keys
 }
 
 at::Tensor attention_mass(const at::Tensor& q, const at::Tensor& k, const BlockTree& tree) {
-  at::NoGradGuard no_grad;
-  const int64_t groups = k.size(1), rows = tree.geometry().near_block, blocks = tree.num_blocks() - 1;
-  const auto blocks_of = [&](const at::Tensor& x) { return token_runs(x, groups, tree.sinks(), blocks, rows, rows); };  // [B, G, blocks, g, rows, d]
-  return attention_mass(at_least_float(blocks_of(q)).mean(4), blocks_of(k).squeeze(3));
+  return attention_mass(q, k, tree.sinks(), tree.num_blocks() - 1, tree.geometry().near_block);
 }
 
 PairGrams pair_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const BlockTree& tree, const at::Tensor& key_weights) {
@@ -79,6 +83,13 @@ PairGrams pair_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
     return sum_up_tree(block_grams(x, groups, tree.sinks(), blocks, rows, weights), tree);
   };
   return {of_pairs(q, {}), of_pairs(k, key_weights), of_pairs(v, key_weights)};
+}
+
+PairGrams block_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t begin, int64_t blocks, int64_t rows) {
+  at::NoGradGuard no_grad;
+  const auto weights = attention_mass(q, k, begin, blocks, rows);
+  const auto of = [&](const at::Tensor& x, const at::Tensor& w) { return block_grams(x, k.size(1), begin, blocks, rows, w); };
+  return {of(q, {}), of(k, weights), of(v, weights)};
 }
 
 at::Tensor token_gram(const at::Tensor& x, int64_t groups, int64_t rows, const at::Tensor& weights) {

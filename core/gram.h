@@ -32,6 +32,10 @@ at::Tensor attention_mass(const at::Tensor& q, const at::Tensor& k, const BlockT
 /// Errors: c10::Error if a shape disagrees with the tree or with another.
 PairGrams pair_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const BlockTree& tree, const at::Tensor& key_weights = {});
 
+/// What pair_grams sums up, with the weights of attention_mass: the Grams of each of `blocks` blocks of `rows` tokens from token `begin` on,
+/// [B, G, blocks, d, d] float64. For sequences of which a process holds some blocks only.
+PairGrams block_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t begin, int64_t blocks, int64_t rows);
+
 /// X^T X, or X^T diag(w) X, of all rows of x, summed over the heads of each of `groups` groups: one product for each run of `rows` tokens, which L is a
 /// multiple of, summed in float64, as pair_grams does. x [B, H, L, d], weights [B, groups, L / rows, rows] (with one head a group) or undefined
 /// -> float64 [B, groups, d, d].

@@ -207,10 +207,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
   auto logsumexp = at::empty({s.batch, s.heads, s.length}, q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
   const auto logsumexp4 = logsumexp.unsqueeze(3);
 
-  for (const CausalRun& run : causal_runs(tree)) {
-    attention_part(query_blocks(q, run, s), key_blocks(k, run, s), key_blocks(v, run, s), /*causal=*/true, s.scale,
-                   query_blocks(out, run, s), query_blocks(logsumexp4, run, s).squeeze(4));
-  }
+  near_attention(q, k, v, tree, out, logsumexp);
 
   at::Tensor sink_out, sink_logsumexp;  // [B G, 1, g, L - s, d], [B G, 1, g, L - s]
   if (has_sink_part(tree, s)) {
@@ -305,11 +302,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
   const auto logsumexp4 = logsumexp.unsqueeze(3);
   const auto delta4 = (grad_out * out).sum(3, /*keepdim=*/true, logsumexp.scalar_type());
 
-  for (const CausalRun& run : causal_runs(tree)) {  // covers every token once
-    attention_part_backward(query_blocks(grad_out, run, s), query_blocks(q, run, s), key_blocks(k, run, s), key_blocks(v, run, s),
-                            query_blocks(logsumexp4, run, s).squeeze(4), query_blocks(delta4, run, s).squeeze(4), /*causal=*/true, s.scale,
-                            query_blocks(grad_q, run, s), key_blocks(grad_k, run, s), key_blocks(grad_v, run, s));
-  }
+  near_attention_backward(grad_out, q, k, v, tree, logsumexp, delta4.squeeze(3), grad_q, grad_k, grad_v);
 
   if (has_sink_part(tree, s)) {
     const auto rows = queries_after_sinks(q, tree, s);
@@ -411,6 +404,27 @@ class LowRankAttention : public torch::autograd::Function<LowRankAttention> {
 at::Tensor gate_value(const at::Tensor& share_log, const at::Tensor& correction) {
   const auto share = share_log.clamp_max(0).exp();
   return correction.defined() ? share * ((2 * correction).sqrt().clamp_max(kLargestSpread) + kGateBase) : share * kGateBase;
+}
+
+void near_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const BlockTree& tree, const at::Tensor& out,
+                    const at::Tensor& logsumexp) {
+  const Shape s(q, k);
+  for (const CausalRun& run : causal_runs(tree)) {  // they cover every token once
+    attention_part(query_blocks(q, run, s), key_blocks(k, run, s), key_blocks(v, run, s), /*causal=*/true, s.scale,
+                   query_blocks(out, run, s), query_blocks(logsumexp.unsqueeze(3), run, s).squeeze(4));
+  }
+}
+
+void near_attention_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const BlockTree& tree,
+                             const at::Tensor& logsumexp, const at::Tensor& delta, const at::Tensor& grad_q, const at::Tensor& grad_k,
+                             const at::Tensor& grad_v) {
+  const Shape s(q, k);
+  const auto of_rows = [&](const at::Tensor& x, const CausalRun& run) { return query_blocks(x.unsqueeze(3), run, s).squeeze(4); };
+  for (const CausalRun& run : causal_runs(tree)) {
+    attention_part_backward(query_blocks(grad_out, run, s), query_blocks(q, run, s), key_blocks(k, run, s), key_blocks(v, run, s),
+                            of_rows(logsumexp, run), of_rows(delta, run), /*causal=*/true, s.scale, query_blocks(grad_q, run, s),
+                            key_blocks(grad_k, run, s), key_blocks(grad_v, run, s));
+  }
 }
 
 at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,

@@ -66,4 +66,14 @@ struct LowRankPlan : torch::CustomClassHolder {
 at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const c10::intrusive_ptr<LowRankPlan>& plan);
 
+/// The near part alone, one softmax over it: out [B, H, L, d] and its log-sum-exp [B, H, L] (float32; float64 for float64) <- each token over its own
+/// block, the sinks over themselves. For operators that merge it with parts of their own.
+void near_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const BlockTree& tree, const at::Tensor& out,
+                    const at::Tensor& logsumexp);
+
+/// grad_q, grad_k, grad_v <- its gradients, written, given the merged log-sum-exp and delta (attention_part.h), [B, H, L] each.
+void near_attention_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const BlockTree& tree,
+                             const at::Tensor& logsumexp, const at::Tensor& delta, const at::Tensor& grad_q, const at::Tensor& grad_k,
+                             const at::Tensor& grad_v);
+
 }  // namespace drrl

@@ -1,6 +1,7 @@
 #include "distributed/group.h"
 
 #include <ATen/core/grad_mode.h>
+#include <c10/util/accumulate.h>
 
 #include <algorithm>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -72,6 +73,13 @@ void check_parts(const at::Tensor& whole, const at::Tensor& part, const Group& g
 
 Watchdog::Watched hold(const Group& group, uint64_t number) {
   return group.watchdog() ? group.watchdog()->hold(number, group.timeout()) : Watchdog::Watched();
+}
+
+// `flat` is one-dimensional and made of a share for each member.
+void check_shares(const at::Tensor& flat, const std::vector<int64_t>& shares, const Group& group, const char* operation) {
+  check_tensor(flat, operation);
+  TORCH_CHECK(flat.dim() == 1 && static_cast<int64_t>(shares.size()) == group.size() && c10::sum_integers(shares) == flat.numel(), operation,
+              ": sizes ", flat.sizes(), " are not shares of ", at::IntArrayRef(shares), " elements for ", group.size(), " members");
 }
 
 // Starts a collective that moves `bytes` through the dispatcher, out of autograd's sight, and returns the handle that completes
@@ -258,6 +266,27 @@ void Group::reduce_scatter(at::Tensor& output, const at::Tensor& input) const {
     at::Tensor from = input.detach();
     return process_group_->_reduce_scatter_base(to, from, options);
   }).wait();
+}
+
+Pending Group::all_to_all_async(at::Tensor& output, const std::vector<int64_t>& receives, const at::Tensor& input,
+                                const std::vector<int64_t>& sends) const {
+  check_shares(output, receives, *this, "all_to_all");
+  check_shares(input, sends, *this, "all_to_all");
+  TORCH_CHECK(output.scalar_type() == input.scalar_type() && output.device() == input.device(), "all_to_all: ", input.scalar_type(), " on ",
+              input.device(), " does not go with ", output.scalar_type(), " on ", output.device());
+  if (size_ == 1) {
+    const at::NoGradGuard no_grad;
+    output.detach().copy_(input);
+    return {};
+  }
+  return start(*this, "all_to_all", output.nbytes(), [&] {  // also with nothing to send or receive here: others may have
+    c10d::AllToAllOptions options;
+    options.timeout = timeout_;
+    at::Tensor to = output.detach();
+    at::Tensor from = input.detach();
+    std::vector<int64_t> to_splits = receives, from_splits = sends;
+    return process_group_->alltoall_base(to, from, to_splits, from_splits, options);
+  });
 }
 
 void Group::broadcast(at::Tensor& tensor, int64_t root) const {

@@ -103,6 +103,10 @@ class Group {
   /// input [size * n, ...] -> output [n, ...]: the i-th slice of the sum over members on member i.
   void reduce_scatter(at::Tensor& output, const at::Tensor& input) const;
 
+  /// Member i's share j of its flat input [sum of sends] becomes member j's share i of its output [sum of receives]; sends[j] and receives[i] are
+  /// elements, 0 too. Input and output must outlive the handle.
+  Pending all_to_all_async(at::Tensor& output, const std::vector<int64_t>& receives, const at::Tensor& input, const std::vector<int64_t>& sends) const;
+
   /// tensor <- tensor of `root` (a rank of this group).
   void broadcast(at::Tensor& tensor, int64_t root = 0) const;
 

@@ -18,12 +18,17 @@ struct Groups {
   Group world;
   Group tp;
   Group dp;
+  Group cp = {};  // this and data only with cp > 1
+  Group data = {};
 };
+
+std::string describe(MeshShape shape) {
+  return c10::str("tp=", shape.tp, ", dp=", shape.dp) + (shape.cp == 1 ? std::string() : c10::str(", cp=", shape.cp));
+}
 
 // Before anything that depends on it: ranks that were given different shapes would wait for each other in different groups.
 void check_same_shape(const Group& world, MeshShape shape) {
-  check_agreement(world, hash_bytes(c10::str("tp=", shape.tp, " dp=", shape.dp)),
-                  c10::str("the mesh (tp=", shape.tp, ", dp=", shape.dp, " here)"));
+  check_agreement(world, hash_bytes(describe(shape)), c10::str("the mesh (", describe(shape), " here)"));
 }
 
 #ifdef DRRL_WITH_MPI
@@ -44,9 +49,13 @@ Groups make_mpi_groups(const Environment& environment, MeshShape shape, std::chr
   groups.world = make_mpi_world(environment, timeout);
   check_same_shape(groups.world, shape);
   check_shape(shape, environment.world_size);
-  const int64_t rank = environment.world_rank;
+  const int64_t rank = environment.world_rank, sequence = shape.tp * shape.cp;  // processes that share a sequence
   groups.tp = make_mpi_group("tp", MPI_COMM_WORLD, timeout, /*color=*/rank / shape.tp);
-  groups.dp = make_mpi_group("dp", MPI_COMM_WORLD, timeout, /*color=*/rank % shape.tp);
+  groups.dp = make_mpi_group("dp", MPI_COMM_WORLD, timeout, /*color=*/rank % sequence);
+  if (shape.cp > 1) {
+    groups.cp = make_mpi_group("cp", MPI_COMM_WORLD, timeout, /*color=*/rank / sequence * shape.tp + rank % shape.tp);
+    groups.data = make_mpi_group("data", MPI_COMM_WORLD, timeout, /*color=*/rank % shape.tp);
+  }
   return groups;
 }
 #else
@@ -68,25 +77,34 @@ std::vector<int64_t> strided(int64_t first, int64_t count, int64_t stride) {
 Groups make_nccl_groups(const Environment& environment, MeshShape shape, at::Device device, std::chrono::milliseconds timeout,
                         const Groups& cpu) {
   const int64_t rank = environment.world_rank;
+  const int64_t sequence = shape.tp * shape.cp;
   const auto store = make_store(environment, cpu.world, timeout);
-  return {make_nccl_group("world", store, strided(0, environment.world_size, 1), rank, device, timeout, cpu.world),
-          make_nccl_group("tp", store, strided(rank - rank % shape.tp, shape.tp, 1), rank, device, timeout, cpu.tp),
-          make_nccl_group("dp", store, strided(rank % shape.tp, shape.dp, shape.tp), rank, device, timeout, cpu.dp)};
+  const auto group = [&](const char* name, int64_t first, int64_t count, int64_t stride, const Group& beside) {
+    return make_nccl_group(name, store, strided(first, count, stride), rank, device, timeout, beside);
+  };
+  Groups groups{group("world", 0, environment.world_size, 1, cpu.world), group("tp", rank - rank % shape.tp, shape.tp, 1, cpu.tp),
+                group("dp", rank % sequence, shape.dp, sequence, cpu.dp)};
+  if (shape.cp > 1) {
+    groups.cp = group("cp", rank - rank % sequence + rank % shape.tp, shape.cp, shape.tp, cpu.cp);
+    groups.data = group("data", rank % shape.tp, shape.dp * shape.cp, shape.tp, cpu.data);
+  }
+  return groups;
 }
 
 void check_place(const Group& group, const char* role, int64_t rank, int64_t size) {
   check(ErrorKind::kUsage, group.rank() == rank && group.size() == size, "the ", role, " group '", group.name(),
         "' has this process as rank ", group.rank(), " of ", group.size(), ", expected rank ", rank, " of ", size,
-        " (tp varies fastest)");
+        " (tp varies fastest, then cp)");
 }
 
 }  // namespace
 
 void check_shape(MeshShape shape, int64_t world_size) {
-  check(ErrorKind::kUsage, shape.tp >= 1 && shape.dp >= 1, "tp=", shape.tp, " and dp=", shape.dp, " must be at least 1");
+  check(ErrorKind::kUsage, shape.tp >= 1 && shape.dp >= 1 && shape.cp >= 1, "tp=", shape.tp, ", dp=", shape.dp, " and cp=", shape.cp,
+        " must be at least 1");
   // Divided, not multiplied: the product may overflow.
-  check(ErrorKind::kUsage, world_size % shape.tp == 0 && world_size / shape.tp == shape.dp, "tp=", shape.tp,
-        " times dp=", shape.dp, " is not the world size of ", world_size);
+  check(ErrorKind::kUsage, world_size % shape.tp == 0 && world_size / shape.tp % shape.cp == 0 && world_size / shape.tp / shape.cp == shape.dp, "tp=",
+        shape.tp, " times dp=", shape.dp, shape.cp == 1 ? std::string() : c10::str(" times cp=", shape.cp), " is not the world size of ", world_size);
 }
 
 Mesh Mesh::create(const Environment& environment, MeshShape shape, at::Device device, std::chrono::milliseconds timeout) {
@@ -111,21 +129,24 @@ Mesh Mesh::create(const Environment& environment, MeshShape shape, at::Device de
   if (device.is_cuda()) {
     groups = make_nccl_groups(environment, shape, device, timeout, groups);
   }
-  return Mesh(shape, std::move(groups.world), std::move(groups.tp), std::move(groups.dp));
+  return Mesh(shape, std::move(groups.world), std::move(groups.tp), std::move(groups.dp), std::move(groups.cp), std::move(groups.data));
 }
 
 void Mesh::watch(const std::shared_ptr<Watchdog>& watchdog) {
-  for (Group* group : {&world_, &tp_, &dp_}) {
+  for (Group* group : {&world_, &tp_, &dp_, &cp_, &data_}) {
     group->watch(watchdog);
   }
 }
 
-Mesh::Mesh(MeshShape shape, Group world, Group tp, Group dp)
-    : shape_(shape), world_(std::move(world)), tp_(std::move(tp)), dp_(std::move(dp)) {
+Mesh::Mesh(MeshShape shape, Group world, Group tp, Group dp, Group cp, Group data)
+    : shape_(shape), world_(std::move(world)), tp_(std::move(tp)), dp_(std::move(dp)), cp_(std::move(cp)), data_(std::move(data)) {
   check_same_shape(world_, shape);
   check_shape(shape, world_.size());
+  const int64_t copy = world_.rank() / shape.tp;
   check_place(tp_, "tensor-parallel", world_.rank() % shape.tp, shape.tp);
-  check_place(dp_, "data-parallel", world_.rank() / shape.tp, shape.dp);
+  check_place(dp_, "data-parallel", copy / shape.cp, shape.dp);
+  check_place(cp_, "context-parallel", copy % shape.cp, shape.cp);
+  check_place(this->data(), "data", copy, shape.dp * shape.cp);
 }
 
 }  // namespace drrl

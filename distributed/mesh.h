@@ -11,15 +11,20 @@
 
 namespace drrl {
 
-/// How the world is divided: tp processes share one copy of the model, dp copies train on different data.
+/// How the world is divided: tp processes share one copy of the model, cp copies work on parts of the same sequences, dp such sets train on different
+/// data.
 struct MeshShape {
   int64_t tp = 1;
   int64_t dp = 1;
+  int64_t cp = 1;
 };
 
-/// The processes as a dp x tp grid: world rank = dp_rank * tp + tp_rank, so a tensor-parallel group sits on neighbouring ranks.
+/// The processes as a dp x cp x tp grid: world rank = (dp_rank * cp + cp_rank) * tp + tp_rank, so a tensor-parallel group sits on neighbouring ranks.
+/// Gradients and losses are summed over `data`, all copies of this process' share of the model: cp varies faster than dp; with cp = 1 it is dp.
 ///
-///   tp = 2, dp = 3:    tp groups {0 1} {2 3} {4 5},    dp groups {0 2 4} {1 3 5}
+///   tp = 2, dp = 3, cp = 1:    tp groups {0 1} {2 3} {4 5},          dp groups {0 2 4} {1 3 5}
+///   tp = 2, dp = 2, cp = 2:    tp groups {0 1} {2 3} {4 5} {6 7},    cp groups {0 2} {1 3} {4 6} {5 7},    dp groups {0 4} {1 5} {2 6} {3 7},
+///                              data groups {0 2 4 6} {1 3 5 7}
 ///
 /// Mesh owns its groups, and must be gone before MPI_Finalize. Default-constructed: one process.
 class Mesh {
@@ -30,14 +35,14 @@ class Mesh {
   /// tensors, except under torchrun). Collective over the world. With MPI, the program has called
   /// MPI_Init_thread(MPI_THREAD_MULTIPLE).
   ///
-  /// Errors: Error(kUsage) when tp * dp is not the world size, when MPI is needed and not active, when MPI's world is not the
+  /// Errors: Error(kUsage) when tp * dp * cp is not the world size, when MPI is needed and not active, when MPI's world is not the
   /// environment's, for CPU tensors under torchrun (hand in groups instead), or without a usable GPU; Error(kCommunication)
   /// when the processes were given different shapes.
   static Mesh create(const Environment& environment, MeshShape shape, at::Device device, std::chrono::milliseconds timeout);
 
-  /// Of groups that a host program made. Collective over `world`. Errors: Error(kUsage) unless their sizes and ranks are those
-  /// of the grid above; Error(kCommunication) when the processes were given different shapes.
-  Mesh(MeshShape shape, Group world, Group tp, Group dp);
+  /// Of groups that a host program made; cp and data only if shape.cp > 1. Collective over `world`. Errors: Error(kUsage) unless their sizes and ranks
+  /// are those of the grid above; Error(kCommunication) when the processes were given different shapes.
+  Mesh(MeshShape shape, Group world, Group tp, Group dp, Group cp = {}, Group data = {});
 
   /// See Group::watch; for all groups. Before copies of them are handed out.
   void watch(const std::shared_ptr<Watchdog>& watchdog);
@@ -46,15 +51,19 @@ class Mesh {
   const Group& world() const noexcept { return world_; }
   const Group& tp() const noexcept { return tp_; }
   const Group& dp() const noexcept { return dp_; }
+  const Group& cp() const noexcept { return cp_; }
+  const Group& data() const noexcept { return shape_.cp == 1 ? dp_ : data_; }
 
  private:
   MeshShape shape_;
   Group world_;
   Group tp_;
   Group dp_;
+  Group cp_;
+  Group data_;
 };
 
-/// Errors: Error(kUsage), naming the numbers, unless tp, dp >= 1 and tp * dp == world_size.
+/// Errors: Error(kUsage), naming the numbers, unless tp, dp, cp >= 1 and tp * dp * cp == world_size.
 void check_shape(MeshShape shape, int64_t world_size);
 
 }  // namespace drrl

@@ -44,17 +44,20 @@ struct Totals {
   std::vector<double> sequence_nll = {};  ///< mean of each sequence, 0 of those that other data-parallel ranks evaluate
 };
 
-/// The whole world's totals: losses over data-parallel ranks, operations and decisions over all, times of the slowest tensor-parallel rank.
+/// The whole world's totals: losses over data-parallel ranks, operations and decisions over all, times of the slowest rank of those that
+/// share a sequence.
 Totals reduce(const Totals& mine, const Mesh& mesh) {
   auto losses = at::tensor({mine.nll, static_cast<double>(mine.tokens)}, at::kDouble);
   const AttentionStatistics& a = mine.attention;
   auto sums = at::tensor({a.flops, a.exact_flops, static_cast<double>(a.solves), static_cast<double>(a.updates), a.rank_qk, a.rank_v,
-                          static_cast<double>(a.decisions), static_cast<double>(a.guard_raises)},
+                          static_cast<double>(a.decisions), static_cast<double>(a.guard_raises), static_cast<double>(a.context_bytes),
+                          static_cast<double>(a.context_exact_bytes), static_cast<double>(a.context_basis_bytes)},
                          at::kDouble);
   auto times = at::tensor({a.attention_ms, a.solve_ms}, at::kDouble);
   mesh.dp().all_reduce(losses);
   mesh.world().all_reduce(sums);
   mesh.tp().all_reduce(times, ReduceOp::kMax);
+  mesh.cp().all_reduce(times, ReduceOp::kMax);
   mesh.dp().all_reduce(times);
   const auto at_index = [](const at::Tensor& t, int64_t i) { return t[i].item<double>(); };
   Totals all;
@@ -68,6 +71,9 @@ Totals reduce(const Totals& mine, const Mesh& mesh) {
   all.attention.rank_v = at_index(sums, 5);
   all.attention.decisions = std::llround(at_index(sums, 6));
   all.attention.guard_raises = std::llround(at_index(sums, 7));
+  all.attention.context_bytes = std::llround(at_index(sums, 8));
+  all.attention.context_exact_bytes = std::llround(at_index(sums, 9));
+  all.attention.context_basis_bytes = std::llround(at_index(sums, 10));
   all.attention.attention_ms = at_index(times, 0);
   all.attention.solve_ms = at_index(times, 1);
   if (!mine.sequence_nll.empty()) {
@@ -96,6 +102,9 @@ nlohmann::ordered_json result_json(const Totals& t, int64_t head_dim) {
           {"basis_updates", a.updates},
           {"guard_violations", FLAGS_guard_eps > 0 ? nlohmann::ordered_json(a.guard_raises) : nlohmann::ordered_json()},
           {"solves_ms", a.solve_ms},
+          {"context_bytes", a.context_bytes},
+          {"context_exact_bytes", a.context_exact_bytes},
+          {"context_basis_bytes", a.context_basis_bytes},
           {"mean_rank_qk", mean_rank(a.rank_qk, a, head_dim)},
           {"mean_rank_v", mean_rank(a.rank_v, a, head_dim)}};
 }
@@ -277,7 +286,8 @@ ExitCode evaluate(const Environment& environment) {
   std::optional<SequenceDataset> data;
   int64_t windows = 0;
   if (FLAGS_generate > 0) {
-    check(ErrorKind::kUsage, shape.dp == 1, "--generate continues one sequence, --dp=", shape.dp, " processes cannot share it");
+    check(ErrorKind::kUsage, shape.dp == 1 && shape.cp == 1, "--generate continues one sequence, --dp=", shape.dp, " times --cp=", shape.cp,
+          " processes cannot share it");
     check(ErrorKind::kUsage, FLAGS_prompt_tokens >= 1 && FLAGS_prompt_tokens <= file->tokens(), "--prompt_tokens=", FLAGS_prompt_tokens,
           " must lie in [1, ", file->tokens(), "], the tokens of ", FLAGS_data);
     check(ErrorKind::kUsage, FLAGS_prompt_tokens + FLAGS_generate <= config.max_position_embeddings, "--prompt_tokens=", FLAGS_prompt_tokens,
@@ -311,7 +321,7 @@ ExitCode evaluate(const Environment& environment) {
                    {{"model", FLAGS_model},
                     {"data", FLAGS_generate > 0 ? c10::str(FLAGS_data, ": the first ", FLAGS_prompt_tokens, " tokens")
                                                 : c10::str(FLAGS_data, ": ", windows, " sequences of ", FLAGS_seq_len)},
-                    {"parallel", c10::str("tensor ", shape.tp, " x data ", shape.dp)},
+                    {"parallel", c10::str("tensor ", shape.tp, " x data ", shape.dp, " x context ", shape.cp)},
                     {"attention", description},
                     {"versions", version_line()}});
       for (const std::string& warning : config.warnings) {
@@ -331,6 +341,7 @@ ExitCode evaluate(const Environment& environment) {
     json["world_size"] = environment.world_size;
     json["tp"] = shape.tp;
     json["dp"] = shape.dp;
+    json["cp"] = shape.cp;
     json["versions"] = version_line();
     for (const Option& option : options()) {
       json["options"][option.name] = option.value;

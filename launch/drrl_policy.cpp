@@ -114,6 +114,7 @@ class Measurement {
   explicit Measurement(const Environment& environment)
       : environment_(environment), shape_(mesh_flags(environment)), device(device_flag(environment)), config(ModelConfig::load(FLAGS_model)),
         geometry(geometry_flags()), ranks(rank_buckets(device, config.head_dim)) {
+    check(ErrorKind::kUsage, shape_.cp == 1, "drrl-policy does not split sequences, --cp=", shape_.cp);
     check(ErrorKind::kUsage, FLAGS_calibration_tokens >= 1, "--calibration_tokens must be at least 1, got ", FLAGS_calibration_tokens);
     check(ErrorKind::kUsage, FLAGS_seq_len > geometry.near_block + geometry.sink_tokens && FLAGS_seq_len <= config.max_position_embeddings,
           "--seq_len=", FLAGS_seq_len, " must be more than --near_block + --sink_tokens = ", geometry.near_block + geometry.sink_tokens,

@@ -105,7 +105,7 @@ std::map<std::string, std::string> fingerprint(const SequenceDataset& train, int
                                              "save_every",  "keep",
                                              "resume",      "resume_override",
                                              "log_every",   "eval_every",
-                                             "eval_tokens", "tp",
+                                             "eval_tokens", "tp",          "cp",
                                              "dp",          "export_dtype",
                                              "steps",       "train_tokens",
                                              "policy",      "activation_checkpoint"};
@@ -158,7 +158,7 @@ void print_start(const Environment& environment, const MeshShape& shape, const M
                          config.num_key_value_heads, " KV groups")},
       {"parameters", c10::str(short_count(static_cast<double>(model.parameter_count())), ", ",
                               short_count(static_cast<double>(local)), " on this process")},
-      {"parallel", c10::str("tensor ", shape.tp, " x data ", shape.dp, " = ", environment.world_size, " processes (",
+      {"parallel", c10::str("tensor ", shape.tp, " x data ", shape.dp, " x context ", shape.cp, " = ", environment.world_size, " processes (",
                             name(environment.launcher), ")")},
       {"attention", attention},
       {"batch", c10::str(options.global_batch, " sequences of ", FLAGS_seq_len, " = ", step_tokens, " tokens per step; up to ",
@@ -204,6 +204,7 @@ nlohmann::ordered_json summary_json(const TrainResult& result, const TrainerOpti
   json["world_size"] = environment.world_size;
   json["tp"] = shape.tp;
   json["dp"] = shape.dp;
+  json["cp"] = shape.cp;
   json["checkpoint"] = result.checkpoint.string();
   json["versions"] = version_line();
   for (const Option& option : drrl::options()) {
@@ -273,7 +274,7 @@ ExitCode train(const Environment& environment) {
     }
     const auto watched = watch(watchdog(), "export");
     if (!result.interrupted && !FLAGS_output.empty()) {
-      if (mesh.dp().rank() == 0) {
+      if (mesh.data().rank() == 0) {
         model->save(std::filesystem::path(FLAGS_output) / "hf", export_dtype);
       }
       if (leader) {

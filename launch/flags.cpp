@@ -12,7 +12,8 @@ DEFINE_string(model, "", "Hugging Face model directory (config.json, *.safetenso
 DEFINE_string(data, "", "token file, without .bin or .idx (Megatron's format; launch/prepare.py text writes it)");
 DEFINE_int64(seq_len, 2048, "length of a sequence, at most the model's max_position_embeddings [tokens]");
 DEFINE_int64(tp, 1, "tensor-parallel processes: each holds a part of every layer [processes]");
-DEFINE_int64(dp, 0, "data-parallel processes; 0: all that --tp leaves [processes]");
+DEFINE_int64(dp, 0, "data-parallel processes; 0: all that --tp and --cp leave [processes]");
+DEFINE_int64(cp, 1, "context-parallel processes: each sequence is split over them [processes]");
 DEFINE_string(device, "cpu", "cpu or cuda");
 DEFINE_string(dtype, "fp32", "precision of activations and matrix products: fp32 or bf16; weights and moments are always fp32");
 DEFINE_uint64(seed, 1, "of data order and random decisions");
@@ -60,9 +61,10 @@ at::ScalarType dtype_flag(const char* flag, const std::string& value) {
 MeshShape mesh_flags(const Environment& environment) {
   check(ErrorKind::kUsage, FLAGS_tp >= 1, "--tp must be at least 1, got ", FLAGS_tp);
   check(ErrorKind::kUsage, FLAGS_dp >= 0, "--dp must not be negative, got ", FLAGS_dp);
-  check(ErrorKind::kUsage, FLAGS_dp > 0 || environment.world_size % FLAGS_tp == 0, environment.world_size,
-        " processes cannot be divided by --tp=", FLAGS_tp);
-  MeshShape shape{FLAGS_tp, FLAGS_dp > 0 ? FLAGS_dp : environment.world_size / FLAGS_tp};
+  check(ErrorKind::kUsage, FLAGS_cp >= 1, "--cp must be at least 1, got ", FLAGS_cp);
+  check(ErrorKind::kUsage, FLAGS_dp > 0 || (environment.world_size % FLAGS_tp == 0 && environment.world_size / FLAGS_tp % FLAGS_cp == 0),
+        environment.world_size, " processes cannot be divided by --tp=", FLAGS_tp, FLAGS_cp == 1 ? std::string() : c10::str(" and --cp=", FLAGS_cp));
+  MeshShape shape{FLAGS_tp, FLAGS_dp > 0 ? FLAGS_dp : environment.world_size / FLAGS_tp / FLAGS_cp, FLAGS_cp};
   check_shape(shape, environment.world_size);
   return shape;
 }

@@ -44,7 +44,7 @@ at::Device device_flag(const Environment& environment);
 /// "fp32" or "bf16". Errors: Error(kUsage) naming `flag`.
 at::ScalarType dtype_flag(const char* flag, const std::string& value);
 
-/// --tp and --dp against the size of the world; --dp=0 means whatever --tp leaves. Errors: Error(kUsage).
+/// --tp, --cp and --dp against the size of the world; --dp=0 means whatever the others leave. Errors: Error(kUsage).
 struct MeshShape;
 MeshShape mesh_flags(const Environment& environment);
 

@@ -98,7 +98,8 @@ AttentionSetup attention_flags(const ModelConfig& config, const Mesh& mesh, cons
         FLAGS_guard_eps, " and ", FLAGS_guard_decay);
   check(ErrorKind::kUsage, FLAGS_guard_eps == 0 || !FLAGS_policy.empty(), "--guard_eps=", FLAGS_guard_eps, " needs the starting bases of --policy=FILE");
   GuardOptions guard{.eps = policy->exact() ? 0 : FLAGS_guard_eps, .buckets = rank_buckets(device, config.head_dim)};
-  setup.controller = std::make_shared<LowRankController>(policy, geometry_flags(), basis_flags(config, groups, device, calibration), groups.begin, guard);
+  setup.controller = std::make_shared<LowRankController>(policy, geometry_flags(), basis_flags(config, groups, device, calibration), groups.begin, guard,
+                                                         mesh.cp());
   const auto controller = setup.controller;
   const std::string description = c10::str(controller->describe(), ", guard decay ", FLAGS_guard_decay);
   check_agreement(mesh.world(), hash_bytes(description), "the rank policy");

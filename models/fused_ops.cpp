@@ -326,16 +326,15 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
 };
 
 struct AddPositions : torch::autograd::Function<AddPositions> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& h, const at::Tensor& weight, int64_t first, int64_t batch) {
-    ctx->save_for_backward({weight});
-    ctx->saved_data["first"] = first;
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& h, const at::Tensor& weight, const at::Tensor& positions, int64_t batch) {
+    ctx->save_for_backward({weight, positions});
     ctx->saved_data["batch"] = batch;
-    const int64_t length = h.size(0) / batch;
-    return h.view({batch, length, h.size(1)}).add(weight.narrow(0, first, length)).to(h.scalar_type()).view(h.sizes());
+    return h.view({batch, positions.size(0), h.size(1)}).add(weight.index_select(0, positions)).to(h.scalar_type()).view(h.sizes());
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const at::Tensor weight = ctx->get_saved_variables()[0];
+    const auto saved = ctx->get_saved_variables();
+    const at::Tensor& weight = saved[0];
     if (weight.requires_grad()) {
       const int64_t batch = ctx->saved_data["batch"].toInt();
       const at::Tensor dy = grads[0].reshape({batch, -1, weight.size(1)}).sum(0, /*keepdim=*/false, weight.scalar_type());
@@ -343,7 +342,7 @@ struct AddPositions : torch::autograd::Function<AddPositions> {
       if (!grad.defined()) {
         grad = at::zeros_like(weight);
       }
-      grad.narrow(0, ctx->saved_data["first"].toInt(), dy.size(0)).add_(dy);
+      grad.index_add_(0, saved[1], dy);
     }
     return {grads[0], {}, {}, {}};
   }
@@ -390,12 +389,11 @@ std::pair<at::Tensor, at::Tensor> layer_norm(const at::Tensor& h, const at::Tens
   return {out[0], out[1]};
 }
 
-at::Tensor add_positions(const at::Tensor& h, const at::Tensor& weight, int64_t first, int64_t batch) {
-  TORCH_CHECK(h.dim() == 2 && weight.dim() == 2 && h.size(1) == weight.size(1) && h.size(0) % batch == 0 && first >= 0 &&
-                  first + h.size(0) / batch <= weight.size(0),
-              "add_positions: h ", h.sizes(), " of ", batch, " sequences from position ", first, " on, weight ", weight.sizes(),
-              ", expected [B L, n] and at least first + L rows of n");
-  return AddPositions::apply(h, weight, first, batch);
+at::Tensor add_positions(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& positions, int64_t batch) {
+  TORCH_CHECK(h.dim() == 2 && weight.dim() == 2 && h.size(1) == weight.size(1) && positions.dim() == 1 && h.size(0) == batch * positions.size(0),
+              "add_positions: h ", h.sizes(), " of ", batch, " sequences, weight ", weight.sizes(), ", positions ", positions.sizes(),
+              ", expected [B L, n], rows of n and [L]");
+  return AddPositions::apply(h, weight, positions, batch);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_split(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin,

@@ -26,9 +26,9 @@ std::pair<at::Tensor, at::Tensor> rms_norm(const at::Tensor& h, const at::Tensor
 /// As rms_norm otherwise; bias like weight.
 std::pair<at::Tensor, at::Tensor> layer_norm(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, double eps);
 
-/// Learned positions: h [B L, n] + rows [first, first + L) of `weight` [positions, n] (fp32; fp64 with fp64), for each of `batch` sequences.
+/// Learned positions: h [B L, n] + rows `positions` [L] int64 of `weight` [positions, n] (fp32; fp64 with fp64), for each of `batch` sequences.
 /// The gradient of `weight`, a leaf, is added in place.
-at::Tensor add_positions(const at::Tensor& h, const at::Tensor& weight, int64_t first, int64_t batch);
+at::Tensor add_positions(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& positions, int64_t batch);
 
 /// Queries, keys and values out of one product, rotated by their positions, contiguous as attention wants them.
 ///   qkv [B L, (H + 2 G) d], rows [q heads | k heads | v heads]; cos, sin [L, d / 2] fp32

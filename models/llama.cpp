@@ -28,9 +28,10 @@ using torch::autograd::variable_list;
 
 // What a checkpointed layer needs to run once more.
 struct Replay : torch::CustomClassHolder {
-  Replay(CausalLM* of, int64_t at, int64_t rows) : model(of), index(at), batch(rows) {}
+  Replay(CausalLM* of, int64_t at, at::Tensor rows) : model(of), index(at), positions(std::move(rows)) {}
   CausalLM* model;
-  int64_t index, batch;
+  int64_t index;
+  at::Tensor positions;
   std::shared_ptr<LayerPlan> plan;
 };
 
@@ -56,9 +57,9 @@ void all_or_none(const Group& group, at::Device device, ErrorKind kind, const ch
 // Keeps a layer's input instead of its activations. The recomputation replays the attention plan of the forward pass, so that
 // its gradients are bit for bit those of the layer itself. The model must outlive the graph.
 struct CheckpointedLayer : torch::autograd::Function<CheckpointedLayer> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& h, CausalLM* model, int64_t index, int64_t batch) {
-    auto replay = c10::make_intrusive<Replay>(model, index, batch);
-    const at::Tensor out = model->layer(index, h, batch, replay->plan);
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& h, CausalLM* model, int64_t index, const at::Tensor& positions) {
+    auto replay = c10::make_intrusive<Replay>(model, index, positions);
+    const at::Tensor out = model->layer(index, h, positions, replay->plan);
     ctx->save_for_backward({h});
     ctx->saved_data["replay"] = c10::IValue::make_capsule(replay);
     return out;
@@ -70,7 +71,7 @@ struct CheckpointedLayer : torch::autograd::Function<CheckpointedLayer> {
     at::Tensor out;
     {
       at::AutoGradMode with_grad(true);
-      out = replay->model->layer(replay->index, h, replay->batch, replay->plan);
+      out = replay->model->layer(replay->index, h, replay->positions, replay->plan);
     }
     torch::autograd::backward({out}, {grads[0]});
     return {h.grad(), {}, {}, {}};
@@ -143,15 +144,14 @@ std::pair<at::Tensor, at::Tensor> CausalLM::norm(const at::Tensor& h, int64_t we
   return bias < 0 ? rms_norm(h, value(weight), config_.norm_eps) : layer_norm(h, value(weight), value(bias), config_.norm_eps);
 }
 
-at::Tensor CausalLM::layer(int64_t index, const at::Tensor& h, int64_t batch, std::shared_ptr<LayerPlan>& plan, KvCache* cache) {
+at::Tensor CausalLM::layer(int64_t index, const at::Tensor& h, const at::Tensor& positions, std::shared_ptr<LayerPlan>& plan, KvCache* cache) {
   const LayerParameters& p = layers_[static_cast<size_t>(index)];
   const int64_t tokens = h.size(0);
-  const int64_t length = tokens / batch;
-  const int64_t first = cache == nullptr ? 0 : cache->layer(index).length();  // position of the first token
+  const int64_t batch = tokens / positions.size(0);
 
   const auto [residual, x] = norm(h, p.input_norm, p.input_norm_bias);
   const at::Tensor qkv = column_parallel_linear(x, value(p.qkv), optional_value(p.qkv_bias), tp_);
-  auto [q, k, v] = rope_split(qkv, cos_.narrow(0, first, length), sin_.narrow(0, first, length), batch, heads_, groups_);
+  auto [q, k, v] = rope_split(qkv, cos_.index_select(0, positions), sin_.index_select(0, positions), batch, heads_, groups_);
   if (const double factor = config_.score_factor(index); factor != 1.0) {
     q = q * factor;
   }
@@ -166,14 +166,17 @@ at::Tensor CausalLM::layer(int64_t index, const at::Tensor& h, int64_t batch, st
   return row_parallel_linear(wide, value(p.down), optional_value(p.down_bias), residual_mlp, tp_, config_.activation);
 }
 
-at::Tensor CausalLM::forward(const at::Tensor& tokens, KvCache* cache) {
-  const int64_t batch = tokens.size(0);
-  const int64_t first = cache == nullptr ? 0 : cache->length();
-  prepare_angles(cache == nullptr ? tokens.size(1) : cache->horizon());
+at::Tensor CausalLM::rows_of(int64_t length) {
+  prepare_angles(length);
+  const at::Tensor own = attention_->split(length);
+  return own.defined() ? own.to(options_.device) : at::arange(length, at::TensorOptions(options_.device).dtype(at::kLong));
+}
+
+at::Tensor CausalLM::forward(const at::Tensor& tokens, const at::Tensor& positions, KvCache* cache) {
   at::Tensor h =
       vocabulary_parallel_embedding(tokens.reshape({-1}), value(embedding_), first_vocabulary_row_, options_.dtype, tp_);
   if (positions_ >= 0) {
-    h = add_positions(h, value(positions_), first, batch);
+    h = add_positions(h, value(positions_), positions, tokens.size(0));
   }
   const bool checkpoint = options_.activation_checkpoint && at::GradMode::is_enabled();
   for (int64_t i = 0; i < config_.num_hidden_layers; ++i) {
@@ -183,7 +186,7 @@ at::Tensor CausalLM::forward(const at::Tensor& tokens, KvCache* cache) {
           [this, first = layers_[static_cast<size_t>(i)].input_norm](const at::Tensor&) { gradients_complete_(first); });
     }
     std::shared_ptr<LayerPlan> plan;
-    h = checkpoint ? CheckpointedLayer::apply(h, this, i, batch) : layer(i, h, batch, plan, cache);
+    h = checkpoint ? CheckpointedLayer::apply(h, this, i, positions) : layer(i, h, positions, plan, cache);
   }
   return norm(h, final_norm_, final_norm_bias_).second;
 }
@@ -206,18 +209,21 @@ at::Tensor CausalLM::check_labels(const at::Tensor& tokens, const at::Tensor& la
   check(ErrorKind::kData, low.item<int64_t>() >= 0 && high.item<int64_t>() < config_.vocab_size, "labels from ",
         low.item<int64_t>(), " to ", high.item<int64_t>(), " do not fit a vocabulary of ", config_.vocab_size, " (",
         kIgnoredLabel, " means: not counted)");
-  return labels.to(options_.device).reshape({-1});
+  return labels.to(options_.device);
 }
 
 at::Tensor CausalLM::hidden(const at::Tensor& tokens) {
-  return forward(check_tokens(tokens)).view({tokens.size(0), tokens.size(1), config_.hidden_size});
+  const at::Tensor checked = check_tokens(tokens);
+  const at::Tensor rows = rows_of(tokens.size(1));
+  return forward(checked.index_select(1, rows), rows).view({tokens.size(0), -1, config_.hidden_size});
 }
 
 LossResult CausalLM::loss(const at::Tensor& tokens, const at::Tensor& labels, double loss_scale) {
   const at::Tensor checked = check_tokens(tokens);
-  const at::Tensor flat = check_labels(tokens, labels);
+  const at::Tensor rows = rows_of(tokens.size(1));
+  const at::Tensor flat = check_labels(tokens, labels).index_select(1, rows).reshape({-1});
   const int64_t counted = flat.ne(kIgnoredLabel).sum().item<int64_t>();
-  const at::Tensor x = forward(checked);
+  const at::Tensor x = forward(checked.index_select(1, rows), rows);
   return {fused_linear_cross_entropy(x, value(head_), flat, first_vocabulary_row_, loss_scale, options_.loss_chunk_rows, tp_),
           counted};
 }
@@ -225,15 +231,21 @@ LossResult CausalLM::loss(const at::Tensor& tokens, const at::Tensor& labels, do
 at::Tensor CausalLM::token_nll(const at::Tensor& tokens, const at::Tensor& labels) {
   at::NoGradGuard no_grad;
   const at::Tensor checked = check_tokens(tokens);
-  const at::Tensor flat = check_labels(tokens, labels);
-  const at::Tensor rows =
-      linear_cross_entropy_rows(forward(checked), value(head_), flat, first_vocabulary_row_, options_.loss_chunk_rows, tp_);
-  return rows.to(at::kFloat).view(tokens.sizes());
+  const at::Tensor rows = rows_of(tokens.size(1));
+  const at::Tensor flat = check_labels(tokens, labels).index_select(1, rows).reshape({-1});
+  const at::Tensor x = forward(checked.index_select(1, rows), rows);
+  const at::Tensor own = linear_cross_entropy_rows(x, value(head_), flat, first_vocabulary_row_, options_.loss_chunk_rows, tp_).to(at::kFloat);
+  at::Tensor all = at::zeros(tokens.sizes(), own.options());
+  all.index_copy_(1, rows, own.view({tokens.size(0), -1}));
+  context().all_reduce(all);
+  return all;
 }
 
 at::Tensor CausalLM::logits(const at::Tensor& tokens) {
   at::NoGradGuard no_grad;
-  return head(forward(check_tokens(tokens))).view({tokens.size(0), tokens.size(1), config_.vocab_size});
+  const at::Tensor checked = check_tokens(tokens);
+  const at::Tensor rows = rows_of(tokens.size(1));
+  return head(forward(checked.index_select(1, rows), rows)).view({tokens.size(0), -1, config_.vocab_size});
 }
 
 at::Tensor CausalLM::head(const at::Tensor& x) const {
@@ -253,7 +265,9 @@ at::Tensor CausalLM::extend(const at::Tensor& tokens, KvCache& cache) {
   const at::Tensor checked = check_tokens(tokens);
   check(ErrorKind::kUsage, cache.length() + tokens.size(1) <= cache.horizon(), "a cache for ", cache.horizon(), " tokens holds ",
         cache.length(), " and cannot take ", tokens.size(1), " more");
-  const at::Tensor x = forward(checked, &cache).view({tokens.size(0), tokens.size(1), config_.hidden_size});
+  prepare_angles(cache.horizon());
+  const at::Tensor positions = at::arange(cache.length(), cache.length() + tokens.size(1), checked.options());
+  const at::Tensor x = forward(checked, positions, &cache).view({tokens.size(0), tokens.size(1), config_.hidden_size});
   return head(x.select(1, tokens.size(1) - 1));
 }
 

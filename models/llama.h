@@ -40,7 +40,7 @@ struct ModelOptions {
 
 struct LossResult {
   at::Tensor loss_sum;  ///< scalar, fp32, differentiable: sum over counted targets of -log p(target); the same on every TP rank
-  int64_t tokens;       ///< counted targets (label != kIgnoredLabel)
+  int64_t tokens;       ///< counted targets (label != kIgnoredLabel), of this process' rows
 };
 
 /// The label of a position that does not count.
@@ -56,6 +56,9 @@ inline constexpr int64_t kIgnoredLabel = -100;
 ///
 /// Gradients: `backward()` on a loss adds to `value.grad()` of every parameter in place; an undefined gradient
 /// counts as zero. Do not update a parameter between a forward and its backward pass.
+///
+/// Context parallelism: an attention controller that splits sequences (`split`) makes this process compute the rows of its positions only. All processes
+/// of its group get the same tokens and labels; loss() is of the own rows, to be summed over the group like gradients, token_nll() of all.
 ///
 /// Every method is collective over `tp`: all its ranks call it with the same arguments.
 /// Errors: Error(kUsage) more TP ranks than KV groups, a sequence beyond max_position_embeddings, wrong shapes; Error(kData) a
@@ -83,10 +86,12 @@ class CausalLM {
   const std::vector<Parameter>& parameters() const noexcept { return parameters_; }
   const ModelConfig& config() const noexcept { return config_; }
   const ModelOptions& options() const noexcept { return options_; }
+  /// The processes that each sequence is split over.
+  const Group& context() const { return attention_->context(); }
   /// Parameters of the whole model, not only of this shard.
   int64_t parameter_count() const { return config_.parameter_count(); }
 
-  /// tokens [B, L] -> [B, L, hidden] after the final norm.
+  /// tokens [B, L] -> [B, L, hidden] after the final norm; of this process' rows.
   at::Tensor hidden(const at::Tensor& tokens);
 
   /// tokens, labels [B, L]; labels are already shifted (label t is the token t + 1), kIgnoredLabel does not count.
@@ -97,7 +102,7 @@ class CausalLM {
   /// -log p of every label, [B, L] fp32, 0 where ignored. Builds no graph.
   at::Tensor token_nll(const at::Tensor& tokens, const at::Tensor& labels);
 
-  /// [B, L, vocabulary] fp32 gathered over `tp`. Builds no graph. For tests and short inputs.
+  /// [B, L, vocabulary] fp32 gathered over `tp`, of this process' rows. Builds no graph. For tests and short inputs.
   at::Tensor logits(const at::Tensor& tokens);
 
   /// An empty cache for `extend`, of sequences that will not exceed `horizon` tokens. Errors: Error(kUsage) unless 1 <= horizon <=
@@ -125,11 +130,13 @@ class CausalLM {
   std::optional<at::Tensor> optional_value(int64_t index) const;
   /// (h, norm(h)): RMSNorm, or LayerNorm where there is a bias.
   std::pair<at::Tensor, at::Tensor> norm(const at::Tensor& h, int64_t weight, int64_t bias) const;
-  /// h [B L, hidden] -> the same after layer `index`. `plan` as in AttentionController::attend.
+  /// h [B L, hidden] of tokens at `positions` [L] -> the same after layer `index`. `plan` as in AttentionController::attend.
   /// With a cache, the tokens follow those in it.
-  at::Tensor layer(int64_t index, const at::Tensor& h, int64_t batch, std::shared_ptr<LayerPlan>& plan, KvCache* cache = nullptr);
-  /// checked tokens [B, L] -> [B L, hidden] after the final norm
-  at::Tensor forward(const at::Tensor& tokens, KvCache* cache = nullptr);
+  at::Tensor layer(int64_t index, const at::Tensor& h, const at::Tensor& positions, std::shared_ptr<LayerPlan>& plan, KvCache* cache = nullptr);
+  /// Before a pass over sequences of `length` tokens: the positions that this process computes, [rows].
+  at::Tensor rows_of(int64_t length);
+  /// checked tokens [B, L] at `positions` -> [B L, hidden] after the final norm
+  at::Tensor forward(const at::Tensor& tokens, const at::Tensor& positions, KvCache* cache = nullptr);
   /// x [N, hidden] after the final norm -> [N, vocabulary] fp32 (fp64 with fp64) gathered over `tp`
   at::Tensor head(const at::Tensor& x) const;
   at::Tensor check_tokens(const at::Tensor& tokens) const;

@@ -25,7 +25,7 @@ double seconds_since(Clock::time_point start) {
 
 /// Sums over all ranks of one step, in one message.
 struct Totals {
-  double loss_sum = 0, tokens = 0;  // counted once per data-parallel rank
+  double loss_sum = 0, tokens = 0;  // counted once per data- and context-parallel rank
   double squared_norm = 0;          // counted once per tensor-parallel rank
   double bad_ranks = 0, stops = 0;  // counted once per rank
   AttentionStatistics attention;    // counted once per rank; only what a report shows
@@ -64,12 +64,14 @@ struct Trainer::Impl {
         policy(std::move(policy_in)),
         callbacks(std::move(callbacks_in)),
         optimizer(model_in.parameters(), options.optimizer),
-        reducer(model_in.parameters(), mesh.dp()),
+        reducer(model_in.parameters(), mesh.data()),
         device(model_in.parameters().front().value.device()) {
     check(ErrorKind::kUsage, options.micro_batch >= 1, "micro_batch must be at least 1, got ", options.micro_batch);
     check(ErrorKind::kUsage, options.global_batch >= 1, "global_batch must be at least 1, got ", options.global_batch);
     check(ErrorKind::kUsage, options.global_batch >= mesh.dp().size(), "global_batch = ", options.global_batch,
           " sequences cannot be shared out to ", mesh.dp().size(), " data-parallel ranks");
+    check(ErrorKind::kUsage, model.context().size() == mesh.cp().size(), "the model's attention splits sequences over ", model.context().size(),
+          " processes, the mesh over ", mesh.cp().size());
     check(ErrorKind::kUsage, options.steps >= 1, "steps must be at least 1, got ", options.steps);
     check(ErrorKind::kUsage, options.clip >= 0, "clip must not be negative, got ", options.clip);
     check(ErrorKind::kUsage, options.log_every >= 1, "log_every must be at least 1, got ", options.log_every);
@@ -112,7 +114,7 @@ struct Trainer::Impl {
   std::vector<double> sum_over_world(const std::vector<double>& values) const {
     at::Tensor sums = at::tensor(values, at::kDouble).to(device);
     mesh.tp().all_reduce(sums);
-    mesh.dp().all_reduce(sums);
+    mesh.data().all_reduce(sums);
     sums = sums.cpu();
     return {sums.data_ptr<double>(), sums.data_ptr<double>() + sums.numel()};
   }
@@ -123,7 +125,7 @@ struct Trainer::Impl {
     const int64_t mine = bad_loss ? 2 * mesh.world().rank() : bad_gradient ? 2 * mesh.world().rank() + 1 : kNone;
     at::Tensor first = at::full({1}, mine, at::TensorOptions(device).dtype(at::kLong));
     mesh.tp().all_reduce(first, ReduceOp::kMin);
-    mesh.dp().all_reduce(first, ReduceOp::kMin);
+    mesh.data().all_reduce(first, ReduceOp::kMin);
     const int64_t code = first.item<int64_t>();
     if (code == kNone) {
       raise(ErrorKind::kNumerics, "step ", step, ": the gradient norm over all ranks is ", norm, "; stopped before the update");
@@ -166,10 +168,10 @@ struct Trainer::Impl {
     const double own_squared_norm = squared_gradient_norm(model.parameters(), mesh.tp()).item<double>();
 
     const bool bad_loss = !std::isfinite(mine.loss_sum);
-    const bool bad_gradient = !own_gradient_finite || (mesh.dp().size() == 1 && !std::isfinite(own_squared_norm));
+    const bool bad_gradient = !own_gradient_finite || (mesh.data().size() == 1 && !std::isfinite(own_squared_norm));
     mine.bad_ranks = bad_loss || bad_gradient ? 1 : 0;
     mine.stops = callbacks.stop_requested && callbacks.stop_requested() ? 1 : 0;
-    mine.squared_norm = mesh.dp().rank() == 0 ? own_squared_norm : 0;
+    mine.squared_norm = mesh.data().rank() == 0 ? own_squared_norm : 0;
     if (mesh.tp().rank() != 0) {
       mine.loss_sum = 0;
       mine.tokens = 0;
@@ -227,7 +229,7 @@ struct Trainer::Impl {
     if (policy.evaluation) {
       policy.evaluation(false);
     }
-    const bool counts = mesh.tp().rank() == 0;
+    const bool counts = mesh.tp().rank() == 0 && mesh.cp().rank() == 0;  // every one of them has the loss of the whole sequences
     const auto sums = sum_over_world({counts ? nll : 0.0, counts ? tokens : 0.0});
     return sums[0] / sums[1];
   }

@@ -158,7 +158,7 @@ std::filesystem::path save_training_state(const std::filesystem::path& root, con
                                           const TrainingPosition& position, int64_t keep) {
   const Group& world = state.mesh.world();
   const int64_t tp = state.mesh.tp().rank();
-  const int64_t dp = state.mesh.dp().rank();
+  const int64_t dp = state.mesh.data().rank();
   const at::Device device = device_of(state.model);
   CheckpointWriter writer(root, position.step, world.rank(), world.size(), exchange_over(world, device));
   if (dp == 0) {
@@ -177,6 +177,7 @@ std::filesystem::path save_training_state(const std::filesystem::path& root, con
         {"tokens", position.tokens},
         {"tensor_parallel", state.mesh.tp().size()},
         {"data_parallel", state.mesh.dp().size()},
+        {"context_parallel", state.mesh.cp().size()},
         {"options", state.fingerprint},
     };
     writer.write_text(kRunFile, run.dump(2) + "\n");
@@ -220,17 +221,19 @@ std::optional<TrainingPosition> restore_training_state(const std::filesystem::pa
   TrainingPosition position;
   int64_t tensor_parallel = 0;
   int64_t data_parallel = 0;
+  int64_t context_parallel = 1;
   std::map<std::string, std::string> saved;
   try {
     position = {run.at("step").get<int64_t>(), run.at("samples").get<int64_t>(), run.at("tokens").get<int64_t>()};
     tensor_parallel = run.at("tensor_parallel").get<int64_t>();
     data_parallel = run.at("data_parallel").get<int64_t>();
+    context_parallel = run.value("context_parallel", int64_t{1});
     saved = run.at("options").get<std::map<std::string, std::string>>();
   } catch (const nlohmann::json::exception& error) {
     raise(ErrorKind::kCheckpoint, chosen, "/", kRunFile, " is not what drrl writes: ", error.what());
   }
-  check(ErrorKind::kCheckpoint, tensor_parallel >= 1 && data_parallel >= 1, chosen, "/", kRunFile, " says tensor_parallel = ",
-        tensor_parallel, " and data_parallel = ", data_parallel, "; expected at least 1");
+  check(ErrorKind::kCheckpoint, tensor_parallel >= 1 && data_parallel >= 1 && context_parallel >= 1, chosen, "/", kRunFile, " says tensor_parallel = ",
+        tensor_parallel, ", data_parallel = ", data_parallel, " and context_parallel = ", context_parallel, "; expected at least 1");
   const std::string changed = differences(saved, state.fingerprint);
   check(ErrorKind::kCheckpoint, changed.empty() || allow_changes, chosen, " belongs to a run with other options (", changed,
         "); use another output folder, or override the check if the change is meant");
@@ -239,15 +242,15 @@ std::optional<TrainingPosition> restore_training_state(const std::filesystem::pa
   }
 
   const MeshShape& shape = state.mesh.shape();
-  const bool same_layout = tensor_parallel == shape.tp && data_parallel == shape.dp;
+  const bool same_layout = tensor_parallel == shape.tp && data_parallel == shape.dp && context_parallel == shape.cp;
   if (!same_layout && warn && world.rank() == 0) {
-    warn(c10::str("resuming a run of tensor ", tensor_parallel, " x data ", data_parallel, " processes on tensor ", shape.tp,
-                  " x data ", shape.dp, ": equal up to rounding, not bit for bit"));
+    warn(c10::str("resuming a run of tensor ", tensor_parallel, " x context ", context_parallel, " x data ", data_parallel, " processes on tensor ",
+                  shape.tp, " x context ", shape.cp, " x data ", shape.dp, ": equal up to rounding, not bit for bit"));
   }
   Shards(reader, state, tensor_parallel).restore();
   // Whose generators and policy this rank takes over: on the same layout its own.
   const int64_t tp = state.mesh.tp().rank() % tensor_parallel;
-  const int64_t dp = state.mesh.dp().rank() % data_parallel;
+  const int64_t dp = state.mesh.data().rank() % (data_parallel * context_parallel);
   const SafetensorsFile rng = reader.tensors(rank_file(tp, dp, ".safetensors"));
   for (auto [name, generator] : generators(device)) {
     if (rng.contains(name)) {

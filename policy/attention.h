@@ -4,6 +4,8 @@
 
 #include <memory>
 
+#include "distributed/group.h"
+
 namespace drrl {
 
 /// What one call of `AttentionController::attend` decided: the ranks and, for low-rank plans, the bases it used. Opaque to the
@@ -17,6 +19,13 @@ class KvCache;
 class AttentionController {
  public:
   virtual ~AttentionController() = default;
+
+  /// Context parallelism: before a pass over sequences of `length` tokens, the positions that this process computes, ascending [rows] int64; the calls of
+  /// `attend` that follow have those rows of q, k and v only. Undefined, the default: all of them. Errors: Error(kUsage) for sequences too short to split.
+  virtual at::Tensor split(int64_t /*length*/) { return {}; }
+
+  /// The processes that a sequence is split over; one by default.
+  virtual const Group& context() const;
 
   /// Causal self attention of one layer, softmax(q k^T / sqrt(d)) v or its near + sinks + far approximation.
   ///

@@ -7,6 +7,8 @@
 #include <utility>
 
 #include "core/attention_part.h"
+#include "core/error.h"
+#include "policy/context_bases.h"
 #include "policy/state.h"
 
 namespace drrl {
@@ -50,19 +52,27 @@ at::Tensor relative_loss(const at::Tensor& singular_values) {
 }  // namespace
 
 LowRankController::LowRankController(std::shared_ptr<RankPolicy> policy, Geometry geometry, BasisOptions bases, int64_t first_group,
-                                     GuardOptions guard)
-    : policy_(std::move(policy)), geometry_(geometry), bases_(std::move(bases)), first_group_(first_group), guard_(std::move(guard)), first_eps_(guard_.eps) {
+                                     GuardOptions guard, Group context)
+    : policy_(std::move(policy)), geometry_(geometry), bases_(std::move(bases)), first_group_(first_group), guard_(std::move(guard)),
+      context_(std::move(context)), first_eps_(guard_.eps) {
   TORCH_CHECK(guard_.eps == 0 || (guard_.eps > 0 && bases_.start.defined() && !guard_.buckets.empty()), "LowRankController: a guard of eps ", guard_.eps,
               " needs starting bases and buckets");
   TORCH_CHECK(bases_.update_steps >= BasisOptions::kSolve, "LowRankController: update_steps ", bases_.update_steps, ", expected at least -1");
+  check(ErrorKind::kUsage, context_.size() == 1 || !(policy_->needs_spectra() || !policy_->state_ranks().empty() || guard_.eps > 0),
+        "a sequence split over ", context_.size(), " processes takes neither a guard nor a policy that looks at Grams, as ", describe(), " does");
 }
 
 at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
                                      std::shared_ptr<LayerPlan>& plan) {
   if (plan != nullptr) {  // recomputation: the same ranks and bases, counted once
-    return plan->lowrank == nullptr ? exact_attention(q, k, v) : lowrank_attention(q, k, v, plan->lowrank);
+    return plan->context != nullptr   ? context_attention(q, k, v, plan->context)
+           : plan->lowrank == nullptr ? exact_attention(q, k, v)
+                                      : lowrank_attention(q, k, v, plan->lowrank);
   }
   plan = std::make_shared<LayerPlan>();
+  if (context_.size() > 1) {
+    return attend_split(layer, q, k, v, w_o, *plan);
+  }
   const Stopwatch total(timing_, q.device());
   const int64_t batch = q.size(0), heads = q.size(1), groups = k.size(1), length = q.size(2), d = q.size(3);
   const bool with_backward = at::GradMode::is_enabled() && q.requires_grad();
@@ -124,7 +134,84 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
   return out;
 }
 
+at::Tensor LowRankController::split(int64_t length) {
+  if (context_.size() == 1) {
+    return {};
+  }
+  split_.emplace(BlockTree(length, geometry_), context_.size());
+  return split_->positions(context_.rank());
+}
+
+at::Tensor LowRankController::attend_split(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
+                                           LayerPlan& plan) {
+  TORCH_CHECK(split_.has_value(), "attend: a sequence over ", context_.size(), " processes, but split() was not called");
+  const Stopwatch total(timing_, q.device());
+  const int64_t batch = q.size(0), heads = q.size(1), groups = k.size(1), d = q.size(3);
+  const bool with_backward = at::GradMode::is_enabled() && q.requires_grad();
+  const BlockTree& tree = split_->tree();
+  LayerObservation observation{layer, batch, heads, groups, first_group_, d, tree, {}, {}};
+  FarBases bases;
+  const std::vector<Ranks> ranks = decide(observation, {}, w_o, bases);
+  check(ErrorKind::kUsage, std::none_of(ranks.begin(), ranks.end(), [&](const Ranks& r) { return r.gated(d); }), "a sequence split over ", context_.size(),
+        " processes takes no row gates, as ", policy_->describe(), " chose: they need exact keys, which do not travel");
+  plan.context = c10::make_intrusive<ContextPlan>(*split_, context_, context_parts(*split_, ranks, d));
+  if (std::any_of(ranks.begin(), ranks.end(), [&](const Ranks& r) { return r.qk < d || r.v < d; })) {
+    const Stopwatch watch(timing_, q.device());
+    bases = fill_split_plan(layer, q, k, v, w_o, ranks, *plan.context);
+    statistics_.solve_ms += watch.ms();
+  }
+  const auto out = context_attention(q, k, v, plan.context);
+  const double members = static_cast<double>(context_.size());  // the split is even
+  statistics_.calls += 1;
+  statistics_.exact_flops += exact_attention_flops(batch, heads, tree.sequence_length(), d, with_backward) / members;
+  statistics_.flops += lowrank_attention_flops(LowRankPlan(tree, ranks, {}, {}), batch, heads, groups, d, 0, with_backward).total() / members + bases.flops;
+  statistics_.solves += bases.solves;
+  statistics_.updates += bases.updates;
+  statistics_.context_bytes += plan.context->bytes_sent;
+  statistics_.context_exact_bytes += plan.context->exact_bytes;
+  statistics_.attention_ms += total.ms();
+  return out;
+}
+
+FarBases LowRankController::fill_split_plan(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
+                                            const std::vector<Ranks>& ranks, ContextPlan& plan) {
+  const int64_t d = q.size(3), sequences = k.size(0) * k.size(1), pairs = split_->tree().num_pairs();
+  const auto makers = basis_makers(*split_, ranks, d);
+  const auto made = pairs_made_by(makers, context_.rank());
+  const PairGrams grams = context_grams(q, k, v, *split_, context_, makers, statistics_.context_basis_bytes);
+  FarBases bases;
+  at::Tensor start;
+  if (starts_from_first_pair(d)) {
+    start = context_.rank() == 0 ? first_pair_bases(grams, w_o).contiguous() : at::empty({sequences, 2, d, d}, q.options().dtype(at::kFloat));
+    context_.broadcast(start);
+    statistics_.context_basis_bytes += context_.rank() == 0 ? (context_.size() - 1) * static_cast<int64_t>(start.nbytes()) : 0;
+    bases.solves = context_.rank() == 0 ? 2 * sequences : 0;
+    bases.flops = static_cast<double>(bases.solves) * basis_solve_flops(d);
+  }
+  at::Tensor residual;
+  if (!made.empty()) {
+    std::vector<Ranks> of_made;
+    for (int64_t s = 0; s < sequences; ++s) {
+      for (const int64_t pair : made) {
+        of_made.push_back(ranks[static_cast<size_t>(s * pairs + pair)]);
+      }
+    }
+    std::vector<int64_t> keys;
+    for (const int64_t pair : made) {
+      keys.push_back(split_->tree().run_of(pair).key_rows);
+    }
+    const FarBases before = bases;
+    bases = make_bases(layer, grams, w_o, of_made, start);
+    bases.solves += before.solves;
+    residual = residual_of(grams, of_made, keys, bases);
+    bases.flops += before.flops;
+  }
+  hand_out_bases(plan, makers, bases, residual, d, q.options(), statistics_.context_basis_bytes);
+  return bases;
+}
+
 std::unique_ptr<KvCache> LowRankController::make_cache(int64_t layers, int64_t horizon) const {
+  check(ErrorKind::kUsage, context_.size() == 1, "a cache of a growing sequence cannot be split over ", context_.size(), " processes");
   return policy_->exact() ? AttentionController::make_cache(layers, horizon) : std::make_unique<KvCache>(layers, horizon, geometry_);
 }
 
@@ -140,11 +227,15 @@ at::Tensor LowRankController::extend(int64_t layer, const at::Tensor& q, const a
   return out;
 }
 
+bool LowRankController::starts_from_first_pair(int64_t head_dim) const {
+  // A first block of fewer tokens than d has no basis of full rank to start from: what is missing would be rounding.
+  return bases_.update_steps != BasisOptions::kSolve && !bases_.start.defined() && geometry_.near_block >= head_dim;
+}
+
 FarBases LowRankController::make_bases(int64_t layer, const PairGrams& grams, const at::Tensor& w_o, const std::vector<Ranks>& ranks,
                                        at::Tensor& start) const {
   const int64_t batch = grams.keys.size(0), d = grams.keys.size(4);
-  // A first block of fewer tokens than d has no basis of full rank to start from: what is missing would be rounding.
-  if (bases_.update_steps == BasisOptions::kSolve || (!bases_.start.defined() && geometry_.near_block < d)) {
+  if (bases_.update_steps == BasisOptions::kSolve || (!bases_.start.defined() && !starts_from_first_pair(d))) {
     const auto any = [&](auto&& low) { return std::any_of(ranks.begin(), ranks.end(), low); };
     return solve_far_bases(grams, w_o, any([&](const Ranks& r) { return r.qk < d; }), any([&](const Ranks& r) { return r.v < d; }));
   }

@@ -3,12 +3,14 @@
 #include <ATen/ATen.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "core/basis.h"
 #include "core/cost.h"
 #include "core/lowrank_attention.h"
+#include "distributed/context_attention.h"
 #include "policy/attention.h"
 #include "policy/far_bases.h"
 #include "policy/kv_cache.h"
@@ -19,6 +21,7 @@ namespace drrl {
 
 struct LayerPlan {
   c10::intrusive_ptr<LowRankPlan> lowrank;  ///< null: exact attention
+  c10::intrusive_ptr<ContextPlan> context;  ///< under context parallelism, instead
 };
 
 /// How the bases of far pairs are made.
@@ -42,13 +45,19 @@ struct GuardOptions {
 /// The near + sinks + far attention of a model: per call and layer, ask the policy for ranks, make the bases they need, run the operator.
 class LowRankController final : public AttentionController {
  public:
-  /// first_group: the first of this process' KV groups among the model's, under tensor parallelism. A guard needs starting bases.
-  LowRankController(std::shared_ptr<RankPolicy> policy, Geometry geometry, BasisOptions bases = {}, int64_t first_group = 0, GuardOptions guard = {});
+  /// first_group: the first of this process' KV groups among the model's, under tensor parallelism. A guard needs starting bases. context: the processes
+  /// that each sequence is split over; then Error(kUsage) for a guard and for policies that look at Grams (`energy`, `rl`), of which no process has all,
+  /// and `attend` for row gates, when a policy chooses some.
+  LowRankController(std::shared_ptr<RankPolicy> policy, Geometry geometry, BasisOptions bases = {}, int64_t first_group = 0, GuardOptions guard = {},
+                    Group context = {});
+
+  at::Tensor split(int64_t length) override;
+  const Group& context() const override { return context_; }
 
   at::Tensor attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
                     std::shared_ptr<LayerPlan>& plan) override;
 
-  /// A cache that holds far tokens at the policy's ranks; under an exact policy a plain one.
+  /// A cache that holds far tokens at the policy's ranks; under an exact policy a plain one. Errors: Error(kUsage) under context parallelism.
   std::unique_ptr<KvCache> make_cache(int64_t layers, int64_t horizon) const override;
   at::Tensor extend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o, KvCache& cache) override;
 
@@ -72,6 +81,16 @@ class LowRankController final : public AttentionController {
   /// first of these pairs.
   FarBases make_bases(int64_t layer, const PairGrams& grams, const at::Tensor& w_o, const std::vector<Ranks>& ranks, at::Tensor& start) const;
 
+  /// `attend` of a split sequence.
+  at::Tensor attend_split(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o, LayerPlan& plan);
+
+  /// Makes this process' share of the bases and puts what it needs of all into the plan. Returns the cost.
+  FarBases fill_split_plan(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
+                           const std::vector<Ranks>& ranks, ContextPlan& plan);
+
+  /// Whether updates start from bases of the sequence's first pair.
+  bool starts_from_first_pair(int64_t head_dim) const;
+
   /// Asks the policy, showing it what it wants to see, and counts its decisions. bases <- those that were made for it, if any, and the operations.
   std::vector<Ranks> decide(LayerObservation& observation, const PairGrams& grams, const at::Tensor& w_o, FarBases& bases);
 
@@ -85,6 +104,8 @@ class LowRankController final : public AttentionController {
   BasisOptions bases_;
   int64_t first_group_;
   GuardOptions guard_;
+  Group context_;
+  std::optional<SequenceSplit> split_;  // of the pass under way
   double first_eps_;  // as constructed, for describe()
   bool timing_ = false;
   AttentionStatistics statistics_;

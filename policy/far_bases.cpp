@@ -125,16 +125,20 @@ at::Tensor residual_factors(const PairGrams& grams, const Basis& scores, const s
   return residual;
 }
 
+at::Tensor residual_of(const PairGrams& grams, const std::vector<Ranks>& ranks, const std::vector<int64_t>& keys, FarBases& bases) {
+  const int64_t d = grams.keys.size(4);
+  for (const Ranks& r : ranks) {
+    bases.flops += r.qk < d ? residual_factor_flops(d, r.qk) : 0;
+  }
+  return residual_factors(grams, bases.scores, ranks, keys);
+}
+
 c10::intrusive_ptr<LowRankPlan> make_plan(const BlockTree& tree, std::vector<Ranks> ranks, const PairGrams& grams, FarBases& bases) {
   std::vector<int64_t> keys;
   for (const PairRun& run : tree.runs()) {
     keys.insert(keys.end(), static_cast<size_t>(run.count), run.key_rows);
   }
-  const int64_t d = grams.keys.size(4);
-  for (const Ranks& r : ranks) {
-    bases.flops += r.qk < d ? residual_factor_flops(d, r.qk) : 0;
-  }
-  auto residual = residual_factors(grams, bases.scores, ranks, keys);
+  auto residual = residual_of(grams, ranks, keys, bases);
   return c10::make_intrusive<LowRankPlan>(tree, std::move(ranks), bases.scores, bases.values, std::move(residual));
 }
 

@@ -43,6 +43,9 @@ at::Tensor for_batch(const at::Tensor& of_layer, int64_t batch);
 /// defined for items whose rank is d.
 at::Tensor residual_factors(const PairGrams& grams, const Basis& scores, const std::vector<Ranks>& ranks, const std::vector<int64_t>& keys);
 
+/// The same of bases just made. Adds its operations to bases.flops.
+at::Tensor residual_of(const PairGrams& grams, const std::vector<Ranks>& ranks, const std::vector<int64_t>& keys, FarBases& bases);
+
 /// A plan of these bases at these ranks, with the residual factors of its scores. Adds the operations of the latter to bases.flops.
 c10::intrusive_ptr<LowRankPlan> make_plan(const BlockTree& tree, std::vector<Ranks> ranks, const PairGrams& grams, FarBases& bases);
 

@@ -16,6 +16,11 @@ class FullAttention final : public AttentionController {
 
 }  // namespace
 
+const Group& AttentionController::context() const {
+  static const Group alone;
+  return alone;
+}
+
 std::unique_ptr<KvCache> AttentionController::make_cache(int64_t layers, int64_t horizon) const {
   return std::make_unique<KvCache>(layers, horizon, Geometry{horizon, 0});
 }

@@ -15,6 +15,9 @@ struct AttentionStatistics {
   int64_t updates = 0;      ///< rounds of incremental basis updates
   double rank_qk = 0, rank_v = 0;  ///< sums over decisions
   int64_t guard_raises = 0;  ///< decisions for scores or values that the guard raised
+  int64_t context_bytes = 0;        ///< of keys and values that left this process in forward passes under context parallelism
+  int64_t context_exact_bytes = 0;  ///< the same at rank d
+  int64_t context_basis_bytes = 0;  ///< of Grams and bases that left it
   int64_t decisions = 0;    ///< (sequence, KV group, pair) decisions; exact layers without far pairs make none
 
   AttentionStatistics& operator+=(const AttentionStatistics& other) {
@@ -28,6 +31,9 @@ struct AttentionStatistics {
     rank_qk += other.rank_qk;
     rank_v += other.rank_v;
     guard_raises += other.guard_raises;
+    context_bytes += other.context_bytes;
+    context_exact_bytes += other.context_exact_bytes;
+    context_basis_bytes += other.context_basis_bytes;
     decisions += other.decisions;
     return *this;
   }

@@ -70,6 +70,31 @@ TEST_F(MeshTest, TensorParallelRanksAreNeighbours) {
   }
 }
 
+TEST_F(MeshTest, ContextParallelRanksComeBetween) {
+  for (int64_t tp = 1; tp <= size_; ++tp) {
+    for (int64_t cp = 2; size_ % tp == 0 && cp <= size_ / tp; ++cp) {
+      if (size_ / tp % cp != 0) {
+        continue;
+      }
+      const MeshShape shape{tp, size_ / tp / cp, cp};
+      SCOPED_TRACE(c10::str("tp=", tp, " dp=", shape.dp, " cp=", cp));
+      const Mesh mesh = Mesh::create(Environment::detect(), shape, at::kCPU, kTimeout);
+      EXPECT_EQ(mesh.tp().rank(), rank_ % tp);
+      EXPECT_EQ(mesh.cp().rank(), rank_ / tp % cp);
+      EXPECT_EQ(mesh.dp().rank(), rank_ / tp / cp);
+      EXPECT_EQ(mesh.data().rank(), rank_ / tp);
+      int64_t cp_sum = 0, data_sum = 0;
+      for (int64_t other = 0; other < size_; ++other) {
+        cp_sum += other % tp == rank_ % tp && other / (tp * cp) == rank_ / (tp * cp) ? other : 0;
+        data_sum += other % tp == rank_ % tp ? other : 0;
+      }
+      EXPECT_EQ(sum_over(mesh.cp(), rank_), cp_sum);
+      EXPECT_EQ(sum_over(mesh.data(), rank_), data_sum);
+      EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { Mesh(shape, mesh.world(), mesh.tp(), mesh.dp()); }), HasSubstr("context-parallel"));
+    }
+  }
+}
+
 TEST_F(MeshTest, TakesGroupsOfAHostProgram) {
   for (const MeshShape shape : shapes()) {
     const Group world = make_mpi_group("host_world", MPI_COMM_WORLD, kTimeout);
@@ -90,6 +115,11 @@ TEST_F(MeshTest, RefusesAShapeThatIsNotTheWorld) {
                          Mesh::create(Environment::detect(), {size_ + 1, 1}, at::kCPU, kTimeout);
                        }),
               HasSubstr(c10::str("tp=", size_ + 1, " times dp=1 is not the world size of ", size_)));
+}
+
+TEST_F(MeshTest, NamesContextParallelismInARefusedShape) {
+  EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { check_shape({1, size_, 2}, size_); }),
+              HasSubstr(c10::str("tp=1 times dp=", size_, " times cp=2 is not the world size of ", size_)));
 }
 
 TEST_F(MeshTest, NoticesThatRanksWereGivenDifferentShapes) {

@@ -112,7 +112,7 @@ TEST_F(TrainProgram, TrainsExportsAndReports) {
 TEST_F(TrainProgram, TwoProcessesPrintOnce) {
   const Ended run = shell(mpirun(2) + command(output()));
   ASSERT_EQ(run.code, 0) << run.output;
-  EXPECT_NE(run.output.find("tensor 1 x data 2 = 2 processes (mpirun)"), std::string::npos) << run.output;
+  EXPECT_NE(run.output.find("tensor 1 x data 2 x context 1 = 2 processes (mpirun)"), std::string::npos) << run.output;
   EXPECT_EQ(count(run.output, "step 3/6"), 1U) << run.output;
 }
 

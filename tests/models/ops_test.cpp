@@ -194,7 +194,7 @@ TEST(OperatorsTest, LayerNormGradients) {
 }
 
 TEST(OperatorsTest, PositionGradients) {
-  expect_finite_differences([](const Tensors& in) { return Tensors{add_positions(in[0] * 1.0, in[1], 2, 2)}; },
+  expect_finite_differences([](const Tensors& in) { return Tensors{add_positions(in[0] * 1.0, in[1], at::tensor({2, 3, 5, 6}, at::kLong), 2)}; },
                             {random({8, 3}), random({7, 3})});
 }
 

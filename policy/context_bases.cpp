@@ -1,0 +1,160 @@
+#include "policy/context_bases.h"
+
+#include <algorithm>
+
+#include "distributed/exchange.h"
+
+namespace drrl {
+namespace {
+
+std::vector<Range> keys_of_pairs(const BlockTree& tree) {
+  std::vector<Range> keys;
+  for (const PairRun& run : tree.runs()) {
+    for (int64_t i = 0; i < run.count; ++i) {
+      keys.push_back({run.key_begin + i * run.stride, run.key_rows});
+    }
+  }
+  return keys;
+}
+
+// A basis on its way to one process that projects by it.
+struct Delivery {
+  size_t part;
+  int64_t to;
+  at::Tensor ContextPart::*field;
+  int64_t columns;
+};
+
+std::vector<Delivery> deliveries_of(const ContextPlan& plan, int64_t head_dim) {
+  std::vector<Delivery> deliveries;
+  for (size_t i = 0; i < plan.parts.size(); ++i) {
+    const ContextPart& part = plan.parts[i];
+    const int64_t qk = part.ranks.qk, v = part.ranks.v;
+    for (int64_t to = 0; to < plan.split.parts(); ++to) {
+      const bool keys = plan.split.rows_of(to, part.keys).count > 0, queries = plan.split.rows_of(to, part.queries).count > 0;
+      const auto deliver = [&](bool needed, at::Tensor ContextPart::*field, int64_t columns) {
+        if (needed) {
+          deliveries.push_back({i, to, field, columns});
+        }
+      };
+      deliver(keys && qk < head_dim, &ContextPart::p_k, qk);
+      deliver(keys && v < head_dim, &ContextPart::p_v, v);
+      deliver(queries && qk < head_dim, &ContextPart::p_q, qk);
+      deliver(queries && v < head_dim, &ContextPart::p_o, v);
+      deliver(queries && qk < head_dim, &ContextPart::residual, std::min(kResidualColumns, head_dim));
+    }
+  }
+  return deliveries;
+}
+
+}  // namespace
+
+std::vector<int64_t> basis_makers(const SequenceSplit& split, const std::vector<Ranks>& ranks, int64_t head_dim) {
+  const auto keys = keys_of_pairs(split.tree());
+  std::vector<int64_t> makers(keys.size(), -1), load(static_cast<size_t>(split.parts()));
+  for (size_t pair = 0; pair < keys.size(); ++pair) {
+    bool low = pair == 0;
+    for (size_t item = pair; item < ranks.size(); item += keys.size()) {
+      low = low || ranks[item].qk < head_dim || ranks[item].v < head_dim;
+    }
+    for (int64_t process = 0; low && process < split.parts(); ++process) {
+      if (split.rows_of(process, keys[pair]).count > 0 && (makers[pair] < 0 || load[static_cast<size_t>(process)] < load[static_cast<size_t>(makers[pair])])) {
+        makers[pair] = process;
+      }
+    }
+    if (low) {
+      ++load[static_cast<size_t>(makers[pair])];
+    }
+  }
+  return makers;
+}
+
+std::vector<int64_t> pairs_made_by(const std::vector<int64_t>& makers, int64_t process) {
+  std::vector<int64_t> pairs;
+  for (size_t pair = 0; pair < makers.size(); ++pair) {
+    if (makers[pair] == process) {
+      pairs.push_back(static_cast<int64_t>(pair));
+    }
+  }
+  return pairs;
+}
+
+PairGrams context_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceSplit& split, const Group& group,
+                        const std::vector<int64_t>& makers, int64_t& bytes) {
+  at::NoGradGuard no_grad;
+  const int64_t batch = k.size(0), groups = k.size(1), d = k.size(3), block = split.tree().geometry().near_block;
+  const int64_t begin = group.rank() == 0 ? split.tree().sinks() : 0, blocks = (k.size(2) - begin) / block;  // complete ones: no pair has keys of another
+  const PairGrams own = block_grams(q, k, v, begin, blocks, block);
+  const auto all = at::stack({own.queries, own.keys, own.values});  // [3, B, G, blocks, d, d]
+
+  const auto keys = keys_of_pairs(split.tree());
+  std::vector<Message> messages;
+  std::vector<at::Tensor> contents;
+  for (size_t pair = 0; pair < keys.size(); ++pair) {
+    for (int64_t from = 0; makers[pair] >= 0 && from < split.parts(); ++from) {
+      const Range rows = split.rows_of(from, keys[pair]);
+      if (rows.count > 0) {
+        messages.push_back({from, makers[pair], {3, batch, groups, d, d}});
+        contents.push_back(from == group.rank() ? all.narrow(3, (rows.begin - begin) / block, rows.count / block).sum(3) : at::Tensor());
+      }
+    }
+  }
+  Exchange exchange(group, messages, contents, all.options());
+  bytes += exchange.bytes_sent();
+  const auto received = exchange.wait();
+  std::vector<at::Tensor> made;
+  size_t message = 0;
+  for (size_t pair = 0; pair < keys.size(); ++pair) {
+    at::Tensor sum;
+    for (int64_t from = 0; makers[pair] >= 0 && from < split.parts(); ++from) {
+      if (split.rows_of(from, keys[pair]).count > 0) {
+        const auto& part = received[message++];
+        sum = sum.defined() && part.defined() ? sum + part : part;
+      }
+    }
+    if (sum.defined()) {
+      made.push_back(sum);
+    }
+  }
+  const auto grams = made.empty() ? at::empty({3, batch, groups, 0, d, d}, all.options()) : at::stack(made, 3);
+  return {grams[0], grams[1], grams[2]};
+}
+
+void hand_out_bases(ContextPlan& plan, const std::vector<int64_t>& makers, const FarBases& made, const at::Tensor& residual, int64_t head_dim,
+                    const at::TensorOptions& options, int64_t& bytes) {
+  at::NoGradGuard no_grad;
+  const auto own = pairs_made_by(makers, plan.group.rank());
+  const auto source = [&](const Delivery& delivery) {
+    if (delivery.field == &ContextPart::residual) {
+      return residual;
+    }
+    const bool scores = delivery.field == &ContextPart::p_k || delivery.field == &ContextPart::p_q;
+    const bool left = delivery.field == &ContextPart::p_q || delivery.field == &ContextPart::p_v;
+    const Basis& basis = scores ? made.scores : made.values;
+    return left ? basis.left : basis.right;
+  };
+  const auto deliveries = deliveries_of(plan, head_dim);
+  std::vector<Message> messages;
+  std::vector<at::Tensor> contents;
+  for (const Delivery& delivery : deliveries) {
+    const ContextPart& part = plan.parts[delivery.part];
+    const int64_t from = makers[static_cast<size_t>(part.pair)];
+    messages.push_back({from, delivery.to, {static_cast<int64_t>(part.sequences.size()), head_dim, delivery.columns}});
+    contents.emplace_back();
+    if (from == plan.group.rank()) {
+      const auto at_pair = std::lower_bound(own.begin(), own.end(), part.pair) - own.begin();
+      auto items = at::tensor(part.sequences, at::kLong).to(options.device()) * static_cast<int64_t>(own.size()) + at_pair;
+      contents.back() = source(delivery).narrow(2, 0, delivery.columns).index_select(0, items).to(options.dtype());
+    }
+  }
+  Exchange exchange(plan.group, messages, contents, options);
+  bytes += exchange.bytes_sent();
+  const auto received = exchange.wait();
+  for (size_t i = 0; i < deliveries.size(); ++i) {
+    if (deliveries[i].to == plan.group.rank()) {
+      plan.parts[deliveries[i].part].*deliveries[i].field = received[i];
+    }
+  }
+}
+
+}  // namespace drrl
