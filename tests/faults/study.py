@@ -13,8 +13,11 @@ network namespaces) are reported as skipped, with the reason. Exit status: 0 whe
 """
 
 import argparse
+import array
 import contextlib
+import itertools
 import json
+import mmap
 import os
 import random
 import re
@@ -283,22 +286,35 @@ def broken_memory(trial):
 def poke(pid, pattern, value):
     """Overwrites the start of each occurrence of `pattern` in writable anonymous memory; returns how many there were."""
     hits = 0
-    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory, \
+            open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pages:
         for line in maps:
             span, rights, _, _, inode, *_ = line.split()
-            begin, end = (int(x, 16) for x in span.split("-"))
-            if rights[:2] != "rw" or inode != "0" or end - begin > 1 << 28:
+            if rights[:2] != "rw" or inode != "0":
                 continue
-            with contextlib.suppress(OSError):
-                memory.seek(begin)
-                data = memory.read(end - begin)
-                at = data.find(pattern)
-                while at >= 0:
-                    memory.seek(begin + at)
-                    memory.write(value)
-                    hits += 1
-                    at = data.find(pattern, at + 1)
+            for begin, end in present(pages, *(int(x, 16) for x in span.split("-"))):
+                with contextlib.suppress(OSError):
+                    memory.seek(begin)
+                    data = memory.read(end - begin)
+                    at = data.find(pattern)
+                    while at >= 0:
+                        memory.seek(begin + at)
+                        memory.write(value)
+                        hits += 1
+                        at = data.find(pattern, at + 1)
     return hits
+
+
+def present(pages, begin, end):
+    """The stretches of [begin, end) that are in memory: reading what was only reserved takes longer than the trial."""
+    pages.seek(begin // mmap.PAGESIZE * 8)
+    entries = array.array("Q", pages.read((end - begin) // mmap.PAGESIZE * 8))
+    at = begin
+    for there, run in itertools.groupby(entries, key=lambda entry: entry >> 63):
+        size = sum(1 for _ in run) * mmap.PAGESIZE
+        if there:
+            yield at, at + size
+        at += size
 
 
 def full_disk(trial):
