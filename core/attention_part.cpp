@@ -198,6 +198,9 @@ class ExactAttention : public torch::autograd::Function<ExactAttention> {
   }
 };
 
+// The queries' side of items that have rows only: [n, rows, ..] -> [n, 1, 1, rows, ..].
+at::Tensor one_head(const at::Tensor& x) { return x.unsqueeze(1).unsqueeze(1); }
+
 }  // namespace
 
 void attention_part(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal, double scale, at::Tensor out,
@@ -237,6 +240,22 @@ void attention_part_backward(const at::Tensor& grad_out, const at::Tensor& q, co
     grad_k.copy_(dk.narrow(3, 0, k.size(3)));
     grad_v.copy_(dv.narrow(3, 0, v.size(3)));
   }
+}
+
+std::pair<at::Tensor, at::Tensor> attention_rows(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale) {
+  auto out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
+  auto logsumexp = at::empty({q.size(0), q.size(1)}, q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+  attention_part(one_head(q), k.unsqueeze(1), v.unsqueeze(1), /*causal=*/false, scale, one_head(out), one_head(logsumexp));
+  return {out, logsumexp};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_rows_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,
+                                                                       const at::Tensor& v, const at::Tensor& logsumexp, const at::Tensor& delta,
+                                                                       double scale) {
+  auto dq = at::empty_like(q), dk = at::empty_like(k), dv = at::empty_like(v);
+  attention_part_backward(one_head(grad_out), one_head(q), k.unsqueeze(1), v.unsqueeze(1), one_head(logsumexp), one_head(delta), /*causal=*/false, scale,
+                          one_head(dq), dk.unsqueeze(1), dv.unsqueeze(1));
+  return {dq, dk, dv};
 }
 
 at::Tensor exact_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {

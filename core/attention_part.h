@@ -2,6 +2,9 @@
 
 #include <ATen/ATen.h>
 
+#include <tuple>
+#include <utility>
+
 namespace drrl {
 
 // One part of attention rows: softmax over some of the keys only, with what is needed to merge it with other parts.
@@ -24,6 +27,14 @@ void attention_part(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
 void attention_part_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const at::Tensor& logsumexp, const at::Tensor& delta, bool causal, double scale, at::Tensor grad_q,
                              at::Tensor grad_k, at::Tensor grad_v);
+
+/// attention_part of n items that have rows only: q [n, Lq, dk], k [n, Lk, dk], v [n, Lk, dv] -> out [n, Lq, dv] and log-sum-exp [n, Lq]; not causal.
+std::pair<at::Tensor, at::Tensor> attention_rows(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale);
+
+/// attention_part_backward likewise: the gradients of q, k and v.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_rows_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,
+                                                                       const at::Tensor& v, const at::Tensor& logsumexp, const at::Tensor& delta,
+                                                                       double scale);
 
 /// Exact causal attention, softmax(q k^T / sqrt(d)) v: q [B, H, L, d], k and v [B, G, L, d] -> [B, H, L, d]. Query head h reads group h / (H / G);
 /// keys are not copied for each head. Differentiable in q, k, v. Errors: c10::Error on other shapes.

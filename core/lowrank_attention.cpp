@@ -79,9 +79,6 @@ struct Projections {
   at::Tensor correction(const at::Tensor& rows, const at::TensorOptions& options) const {
     return residual.defined() ? residual_correction(rows, residual).to(options.dtype()) : at::Tensor();
   }
-
-  static at::Tensor down(const at::Tensor& x, const at::Tensor& p) { return p.defined() ? at::bmm(x, p) : x; }
-  static at::Tensor up(const at::Tensor& x, const at::Tensor& p) { return p.defined() ? at::bmm(x, p.transpose(1, 2)) : x; }
 };
 
 // Rows of one bucket out of a run's rows, and back. A bucket that is the whole run costs nothing.
@@ -142,10 +139,6 @@ at::Tensor sink_keys(const at::Tensor& x, const BlockTree& tree, const Shape& s)
 
 bool has_sink_part(const BlockTree& tree, const Shape& s) { return tree.sinks() > 0 && tree.sinks() < s.length; }
 
-// Rows of far items as problems of attention_part: queries [n, rows, e] -> [n, 1, 1, rows, e], keys -> [n, 1, rows, e].
-at::Tensor far_queries(const at::Tensor& rows) { return rows.unsqueeze(1).unsqueeze(1); }
-at::Tensor far_keys(const at::Tensor& rows) { return rows.unsqueeze(1); }
-
 // One far bucket's forward, kept until the merged log-sum-exp is known.
 struct FarPart {
   Projections projections;
@@ -166,10 +159,6 @@ at::Tensor open_rows(const LowRankPlan& plan, const PairRun& run, const Shape& s
 
 constexpr double kNoWeight = 1e30;  // a log-sum-exp that leaves a row no weight in a part
 
-bool any_gate(const LowRankPlan& plan, int64_t d) {
-  return std::any_of(plan.ranks.begin(), plan.ranks.end(), [&](const Ranks& r) { return r.gated(d); });
-}
-
 // Rows whose gates open attend exactly: their part of out and log-sum-exp is replaced. Here every row of a gated bucket is computed exactly, and those are
 // taken whose gate is open; the CPU kernel computes no others. logsumexp4 [B, H, L, 1]: of all parts at their low ranks.
 void open_gates(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const LowRankPlan& plan, const Shape& s,
@@ -187,10 +176,8 @@ void open_gates(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, c
       FarPart& part = far[i][b];
       const auto open = gate_value(part.logsumexp - take(merged, bucket), part.correction) >= bucket.ranks.gate;
       const auto rows = take(query_rows(q, s.groups, run), bucket);
-      auto out = at::empty_like(rows), logsumexp = at::empty_like(part.logsumexp);
-      attention_part(far_queries(rows), far_keys(take(key_rows(k, run), bucket)), far_keys(take(key_rows(v, run), bucket)), /*causal=*/false, s.scale,
-                     far_queries(out), logsumexp.unsqueeze(1).unsqueeze(1));
-      part.out = at::where(open.unsqueeze(2), out, Projections::up(part.out, part.projections.p_o));
+      const auto [out, logsumexp] = attention_rows(rows, take(key_rows(k, run), bucket), take(key_rows(v, run), bucket), s.scale);
+      part.out = at::where(open.unsqueeze(2), out, out_of_basis(part.out, part.projections.p_o));
       part.logsumexp = at::where(open, logsumexp, part.logsumexp);
       put(far_logsumexp[i], bucket, part.logsumexp);
       put(open_of_run, bucket, open);
@@ -230,13 +217,10 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
     for (const Bucket& bucket : buckets.back()) {
       Projections p(bucket, plan, s, q.options());
       const auto bucket_q = take(rows_q, bucket);
-      const auto low_q = Projections::down(bucket_q, p.p_q);
-      const auto low_k = Projections::down(take(rows_k, bucket), p.p_k);
-      const auto low_v = Projections::down(take(rows_v, bucket), p.p_v);
-      auto part_out = at::empty({low_q.size(0), low_q.size(1), low_v.size(2)}, q.options());
-      auto part_logsumexp = at::empty({low_q.size(0), low_q.size(1)}, logsumexp.options());
-      attention_part(far_queries(low_q), far_keys(low_k), far_keys(low_v), /*causal=*/false, s.scale, far_queries(part_out),
-                     part_logsumexp.unsqueeze(1).unsqueeze(1));
+      const auto low_q = into_basis(bucket_q, p.p_q);
+      const auto low_k = into_basis(take(rows_k, bucket), p.p_k);
+      const auto low_v = into_basis(take(rows_v, bucket), p.p_v);
+      auto [part_out, part_logsumexp] = attention_rows(low_q, low_k, low_v, s.scale);
       const auto correction = p.correction(bucket_q, part_logsumexp.options());
       if (correction.defined()) {
         part_logsumexp += correction;
@@ -261,7 +245,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
     }
   };
   merge();
-  plan.gates = any_gate(plan, s.d) ? at::zeros({s.batch, s.heads, s.length, tree.num_levels()}, q.options().dtype(at::kBool)) : at::Tensor();
+  plan.gates = plan.gated(s.d) ? at::zeros({s.batch, s.heads, s.length, tree.num_levels()}, q.options().dtype(at::kBool)) : at::Tensor();
   if (plan.gates.defined()) {
     open_gates(q, k, v, plan, s, buckets, logsumexp4, far, far_logsumexp);
     merge();
@@ -277,7 +261,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
     for (size_t b = 0; b < buckets[i].size(); ++b) {
       FarPart& part = far[i][b];
       const auto share = (part.logsumexp - take(merged, buckets[i][b])).exp_().unsqueeze(2).to(out.scalar_type());
-      const auto rows = part.out.size(2) == s.d ? part.out.mul_(share) : Projections::up(part.out.mul_(share), part.projections.p_o);
+      const auto rows = part.out.size(2) == s.d ? part.out.mul_(share) : out_of_basis(part.out.mul_(share), part.projections.p_o);
       if (expanded.defined()) {
         put(expanded, buckets[i][b], rows);
       } else {
@@ -331,9 +315,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
     for (const Bucket& bucket : buckets_of(run, plan)) {
       const Projections p(bucket, plan, s, q.options());
       const auto bucket_q = take(rows_q, bucket);
-      const auto low_q = Projections::down(bucket_q, p.p_q);
-      const auto low_k = Projections::down(take(rows_k, bucket), p.p_k);
-      const auto low_v = Projections::down(take(rows_v, bucket), p.p_v);
+      const auto low_q = into_basis(bucket_q, p.p_q);
+      const auto low_k = into_basis(take(rows_k, bucket), p.p_k);
+      const auto low_v = into_basis(take(rows_v, bucket), p.p_v);
       auto bucket_logsumexp = take(rows_logsumexp, bucket);  // as the uncorrected scores see it
       if (const auto correction = p.correction(bucket_q, bucket_logsumexp.options()); correction.defined()) {
         bucket_logsumexp = bucket_logsumexp - correction;
@@ -343,21 +327,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
         open = take(open_rows(plan, run, s), bucket);
         bucket_logsumexp = bucket_logsumexp.masked_fill(open, kNoWeight);
       }
-      auto dq = at::empty_like(low_q), dk = at::empty_like(low_k), dv = at::empty_like(low_v);
-      attention_part_backward(far_queries(Projections::down(take(rows_grad, bucket), p.p_o)), far_queries(low_q), far_keys(low_k),
-                              far_keys(low_v), bucket_logsumexp.unsqueeze(1).unsqueeze(1),
-                              take(rows_delta, bucket).unsqueeze(1).unsqueeze(1), /*causal=*/false, s.scale, far_queries(dq), far_keys(dk),
-                              far_keys(dv));
-      dq = Projections::up(dq, p.p_q);
-      dk = Projections::up(dk, p.p_k);
-      dv = Projections::up(dv, p.p_v);
+      auto [dq, dk, dv] = attention_rows_backward(into_basis(take(rows_grad, bucket), p.p_o), low_q, low_k, low_v, bucket_logsumexp,
+                                                  take(rows_delta, bucket), s.scale);
+      dq = out_of_basis(dq, p.p_q);
+      dk = out_of_basis(dk, p.p_k);
+      dv = out_of_basis(dv, p.p_v);
       if (open.defined()) {
-        const auto keys = take(rows_k, bucket), values = take(rows_v, bucket);
-        auto exact_dq = at::empty_like(bucket_q), exact_dk = at::empty_like(keys), exact_dv = at::empty_like(values);
-        attention_part_backward(far_queries(take(rows_grad, bucket)), far_queries(bucket_q), far_keys(keys), far_keys(values),
-                                take(rows_logsumexp, bucket).masked_fill(open.logical_not(), kNoWeight).unsqueeze(1).unsqueeze(1),
-                                take(rows_delta, bucket).unsqueeze(1).unsqueeze(1), /*causal=*/false, s.scale, far_queries(exact_dq), far_keys(exact_dk),
-                                far_keys(exact_dv));
+        const auto [exact_dq, exact_dk, exact_dv] = attention_rows_backward(
+            take(rows_grad, bucket), bucket_q, take(rows_k, bucket), take(rows_v, bucket),
+            take(rows_logsumexp, bucket).masked_fill(open.logical_not(), kNoWeight), take(rows_delta, bucket), s.scale);
         dq = dq + exact_dq;
         dk = dk + exact_dk;
         dv = dv + exact_dv;

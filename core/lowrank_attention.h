@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <torch/custom_class.h>
 
+#include <algorithm>
 #include <limits>
 #include <vector>
 
@@ -49,6 +50,10 @@ struct LowRankPlan : torch::CustomClassHolder {
   at::Tensor residual;
   /// Written by a forward pass with gates: [B, H, L, levels] bool, the rows that attend exactly to the pair they see at each level of the tree.
   mutable at::Tensor gates;
+
+  bool gated(int64_t d) const {
+    return std::any_of(ranks.begin(), ranks.end(), [&](const Ranks& r) { return r.gated(d); });
+  }
 };
 
 /// Near + sinks + far attention of one layer, one softmax over all three.

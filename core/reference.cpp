@@ -1,6 +1,5 @@
 #include "core/reference.h"
 
-#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <map>
@@ -47,7 +46,7 @@ at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at:
       }
       const auto softmax = [&] { return at::softmax((scores * scale).masked_fill(causal.logical_not(), -std::numeric_limits<double>::infinity()), 1); };
       std::map<int64_t, at::Tensor> open;  // by item, [query rows, 1]
-      if (std::any_of(plan.ranks.begin(), plan.ranks.end(), [&](const Ranks& r) { return r.gated(d); })) {
+      if (plan.gated(d)) {
         at::NoGradGuard no_grad;
         const auto low = softmax();
         for (const PairRun& run : plan.tree.runs()) {

@@ -23,4 +23,10 @@ at::Tensor query_rows(const at::Tensor& x, int64_t groups, const PairRun& run) {
       .contiguous();
 }
 
+at::Tensor into_basis(const at::Tensor& rows, const at::Tensor& basis) { return basis.defined() ? at::bmm(rows, basis) : rows; }
+
+at::Tensor out_of_basis(const at::Tensor& rows, const at::Tensor& basis) {
+  return basis.defined() ? at::bmm(rows, basis.transpose(1, 2)) : rows;
+}
+
 }  // namespace drrl

@@ -7,6 +7,7 @@
 
 #include "core/attention_part.h"
 #include "core/basis.h"
+#include "core/rows.h"
 #include "distributed/exchange.h"
 
 namespace drrl {
@@ -20,14 +21,7 @@ struct KeysValues {
   at::Tensor v;  // [n, rows, r_v]
 };
 
-at::Tensor down(const at::Tensor& x, const at::Tensor& p) { return p.defined() ? at::bmm(x, p) : x; }
-at::Tensor up(const at::Tensor& x, const at::Tensor& p) { return p.defined() ? at::bmm(x, p.transpose(1, 2)) : x; }
-
 at::Tensor joined(const std::vector<at::Tensor>& rows) { return rows.size() == 1 ? rows[0] : at::cat(rows, 1); }
-
-// Rows of far items as problems of attention_part: queries [n, rows, e] -> [n, 1, 1, rows, e], keys -> [n, 1, rows, e].
-at::Tensor far_queries(const at::Tensor& rows) { return rows.unsqueeze(1).unsqueeze(1); }
-at::Tensor far_keys(const at::Tensor& rows) { return rows.unsqueeze(1); }
 
 // This process' rows of one part.
 class Rows {
@@ -124,7 +118,7 @@ Forward forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, C
     KeysValues& low = projected[leg.part];
     if (leg.from == me && !low.k.defined()) {
       const Rows rows(part, plan, k);
-      low = {down(rows.take(k, rows.keys), part.p_k), down(rows.take(v, rows.keys), part.p_v)};
+      low = {into_basis(rows.take(k, rows.keys), part.p_k), into_basis(rows.take(v, rows.keys), part.p_v)};
     }
     contents.insert(contents.end(), {low.k, low.v});
     if (leg.from == me && leg.to != me) {
@@ -158,11 +152,8 @@ Forward forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, C
     KeysValues& low = result.arrivals[i];
     low = {joined(pieces[i].first), joined(pieces[i].second)};
     const auto rows_q = rows.take(q, rows.queries);
-    const auto low_q = down(rows_q, part.p_q);
-    auto part_out = at::empty({low_q.size(0), low_q.size(1), low.v.size(2)}, q.options());
-    auto part_logsumexp = at::empty({low_q.size(0), low_q.size(1)}, near.options());
-    attention_part(far_queries(low_q), far_keys(low.k), far_keys(low.v), /*causal=*/false, scale, far_queries(part_out),
-                   part_logsumexp.unsqueeze(1).unsqueeze(1));
+    const auto low_q = into_basis(rows_q, part.p_q);
+    auto [part_out, part_logsumexp] = attention_rows(low_q, low.k, low.v, scale);
     if (part.residual.defined()) {
       part_logsumexp += residual_correction(rows_q, part.residual).to(near.scalar_type());
     }
@@ -177,7 +168,7 @@ Forward forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, C
     const ContextPart& part = plan.parts[f.part];
     const Rows rows(part, plan, k);
     const auto share = (f.logsumexp - rows.take(result.logsumexp, rows.queries)).exp_().to(q.scalar_type());
-    rows.add(result.out, rows.queries, up(f.out.mul_(share), part.p_o));
+    rows.add(result.out, rows.queries, out_of_basis(f.out.mul_(share), part.p_o));
     f.out.reset();
   }
   return result;
@@ -202,17 +193,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
     }
     const Rows rows(part, plan, k);
     const auto rows_q = rows.take(q, rows.queries);
-    const auto low_q = down(rows_q, part.p_q);
+    const auto low_q = into_basis(rows_q, part.p_q);
     auto logsumexp = rows.take(saved.logsumexp, rows.queries).squeeze(2);  // as the uncorrected scores see it
     if (part.residual.defined()) {
       logsumexp = logsumexp - residual_correction(rows_q, part.residual).to(logsumexp.scalar_type());
     }
-    auto dq = at::empty_like(low_q);
-    grads[i] = {at::empty_like(low.k), at::empty_like(low.v)};
-    attention_part_backward(far_queries(down(rows.take(grad_out, rows.queries), part.p_o)), far_queries(low_q), far_keys(low.k), far_keys(low.v),
-                            logsumexp.unsqueeze(1).unsqueeze(1), rows.take(delta, rows.queries).squeeze(2).unsqueeze(1).unsqueeze(1),
-                            /*causal=*/false, scale, far_queries(dq), far_keys(grads[i].k), far_keys(grads[i].v));
-    rows.add(grad_q, rows.queries, up(dq, part.p_q));
+    const auto [dq, dk, dv] = attention_rows_backward(into_basis(rows.take(grad_out, rows.queries), part.p_o), low_q, low.k, low.v, logsumexp,
+                                                      rows.take(delta, rows.queries).squeeze(2), scale);
+    grads[i] = {dk, dv};
+    rows.add(grad_q, rows.queries, out_of_basis(dq, part.p_q));
   }
 
   const auto legs = legs_of(plan);
@@ -239,8 +228,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
   for (size_t i = 0; i < plan.parts.size(); ++i) {
     if (sums[i].k.defined()) {
       const Rows rows(plan.parts[i], plan, k);
-      rows.add(grad_k, rows.keys, up(sums[i].k, plan.parts[i].p_k).contiguous());
-      rows.add(grad_v, rows.keys, up(sums[i].v, plan.parts[i].p_v).contiguous());
+      rows.add(grad_k, rows.keys, out_of_basis(sums[i].k, plan.parts[i].p_k).contiguous());
+      rows.add(grad_v, rows.keys, out_of_basis(sums[i].v, plan.parts[i].p_v).contiguous());
     }
   }
   return {grad_q, grad_k, grad_v};

@@ -102,6 +102,10 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
   const at::Tensor open_rows = row_gates ? calibration.open_rows.contiguous() : at::zeros({0, 0, 0, 0, 0}, at::kDouble);
   const auto gated_of = gated_damage.accessor<double, 7>();
   const auto open_of = open_rows.accessor<double, 5>();
+  std::vector<float> gates;
+  for (int64_t gate = 0; row_gates && gate < calibration.gates.size(0); ++gate) {
+    gates.push_back(calibration.gates[gate].to(at::kFloat).item<float>());
+  }
   const auto column = [&](size_t c) { return c + 1 < choices ? all.columns[c] : static_cast<int64_t>(calibration.ranks.size()); };
   for (int64_t layer = 0; layer < layers; ++layer) {
     for (int64_t group = 0; group < groups; ++group) {
@@ -113,10 +117,11 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
         for (size_t qk = 0; qk < choices; ++qk) {
           for (size_t v = 0; v < choices; ++v) {
             const double low = takes(0, qk) + takes(1, v);
-            for (int64_t gate = 0; row_gates && gate < calibration.gates.size(0) && (qk + 1 < choices || v + 1 < choices); ++gate) {
+            for (size_t g = 0; g < gates.size() && (qk + 1 < choices || v + 1 < choices); ++g) {
+              const auto gate = static_cast<int64_t>(g);
               const auto spoiled = [&](int64_t kind) { return gated_of[layer][group][kind][measured][column(qk)][column(v)][gate]; };
               const double open = open_of[layer][group][measured][column(qk)][gate] * open_operations[static_cast<size_t>(level)];
-              item.options.push_back({spoiled(0) + spoiled(1), low + open, {ranks[qk], ranks[v], calibration.gates[gate].to(at::kFloat).item<float>()}});
+              item.options.push_back({spoiled(0) + spoiled(1), low + open, {ranks[qk], ranks[v], gates[g]}});
             }
             item.options.push_back({damage(0, qk) + damage(1, v), low, {ranks[qk], ranks[v]}});
           }
@@ -124,27 +129,19 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
       }
     }
   }
-  const auto cheapest = [](const Item& item) {
-    const auto less = [](const Option& a, const Option& b) { return a.operations < b.operations; };
-    return static_cast<size_t>(std::min_element(item.options.begin(), item.options.end(), less) - item.options.begin());
-  };
 
-  // Chooses for one price of an operation; returns the operations.
-  const auto choose = [&](double price) {
+  // Chooses what is least by `value` for every item; returns the operations.
+  const auto choose_least = [&](const auto& value) {
     double used = 0;
     for (Item& item : items) {
-      const auto value = [&](const Option& o) { return o.damage + price * o.operations; };
       const auto less = [&](const Option& a, const Option& b) { return value(a) < value(b); };
       item.chosen = static_cast<size_t>(std::min_element(item.options.begin(), item.options.end(), less) - item.options.begin());
       used += item.now().operations;
     }
     return used;
   };
-  double least = 0;
-  for (Item& item : items) {
-    item.chosen = cheapest(item);
-    least += item.now().operations;
-  }
+  const auto choose = [&](double price) { return choose_least([&](const Option& o) { return o.damage + price * o.operations; }); };
+  const double least = choose_least([](const Option& o) { return o.operations; });
   check(ErrorKind::kUsage, least <= allowed, "rank budget ", budget, " cannot be met at ", tree.sequence_length(), " tokens: blocks of ",
         tree.geometry().near_block, ", sinks, Grams and the smallest rank ", ranks.front(), " everywhere take ", (fixed + least) / exact,
         " of exact attention");

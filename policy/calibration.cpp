@@ -127,7 +127,8 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
 
   const PairGrams grams_of_pairs = pair_grams(q, k, v, tree, mass);
   const FarBases bases = solve_far_bases(grams_of_pairs, w_o, /*scores=*/true, /*values=*/true);
-  const auto choices = static_cast<int64_t>(ranks_.size()), gates = default_gates().size(0);
+  const at::Tensor thresholds = default_gates();
+  const auto choices = static_cast<int64_t>(ranks_.size()), gates = thresholds.size(0);
   const auto of_pairs = at::zeros({batch, groups, 2, tree.num_pairs(), choices}, at::kDouble);
   const double scale = 1.0 / std::sqrt(static_cast<double>(d));
   // Exact attention again, for its log-sum-exp, by which parts are weighed.
@@ -143,12 +144,9 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
     const auto run_logsumexp = rows_of(logsumexp.flatten(1, 2).unsqueeze(3)).squeeze(2);
     // The run's part of attention with these queries, keys and values, unnormalized over the whole row: its output and its share of the softmax.
     const auto part = [&](const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& correction, const at::Tensor& up) {
-      auto out = at::empty({queries.size(0), queries.size(1), values.size(2)}, q.options());
-      auto sum = at::empty({queries.size(0), queries.size(1)}, q.options().dtype(wide));
-      attention_part(queries.unsqueeze(1).unsqueeze(1), keys.unsqueeze(1), values.unsqueeze(1), /*causal=*/false, scale, out.unsqueeze(1).unsqueeze(1),
-                     sum.unsqueeze(1).unsqueeze(1));
+      const auto [out, sum] = attention_rows(queries, keys, values, scale);
       const auto share = ((correction.defined() ? sum + correction : sum) - run_logsumexp).exp().unsqueeze(2);
-      return std::pair((up.defined() ? at::bmm(out, up.transpose(1, 2)) : out) * share, share);
+      return std::pair(out_of_basis(out, up) * share, share);
     };
     const auto pairs_of = [&](const at::Tensor& x) {  // [B G pairs, d, e] -> those of this run, [B G count, d, e]
       return x.unflatten(0, {batch * groups, tree.num_pairs()}).narrow(1, run.first_pair, run.count).flatten(0, 1);
@@ -158,11 +156,11 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
     const auto key_grams = pairs_of(grams_of_pairs.keys.flatten(0, 2));
     rows_[layer][run.level] += batch * run.count * run.query_rows;
     const auto of_groups = [&](const at::Tensor& x) { return x.view({batch, groups, run.count}).sum(at::IntArrayRef{0, 2}).to(at::kCPU); };
-    std::vector<at::Tensor> open;                                          // by score rank and gate
+    std::vector<at::Tensor> open;  // by score rank and gate
     const auto open_gates = [&](const at::Tensor& share, const at::Tensor& correction, int64_t score_rank) {
       const auto value = gate_value(share.squeeze(2).log(), correction);
       for (int64_t n = 0; n < gates; ++n) {
-        open.push_back(value >= default_gates()[n].item<double>());
+        open.push_back(value >= thresholds[n].item<double>());
         open_rows_[layer].select(1, run.level).select(1, score_rank).select(1, n) +=
             of_groups(open.back().mean(1, /*keepdim=*/false, at::kDouble)) * static_cast<double>(run.query_rows);
       }

@@ -244,8 +244,8 @@ void rescale_row(float* row, int64_t width, float by) {
   }
 }
 
-// Adds a part's keys to the running softmax of `rows` queries of the part's width. Its values go to `into` [rows][part.v]; `other`, of `other_width`, are
-// sums of the same rows that a new maximum rescales too, null if there are none.
+// Adds a part's keys to the running softmax `to` of `rows` queries of the part's width; to.width is that of its values. `other` [rows][other_width] are sums
+// of the same rows that a new maximum rescales too, null if there are none.
 void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t queries_stride, const Part& part, const float* correction, const Running& to,
               float* other, int64_t other_width, float* scores) {
   const __m256 scale = _mm256_set1_ps(scale_factor);

@@ -45,6 +45,7 @@ struct Item {
   Ranks ranks;
 };
 
+// drrl::gate_value of one row.
 float gate_value(float share_log, float correction) {
   return std::exp(std::min(share_log, 0.0f)) * (static_cast<float>(kGateBase) + std::min(std::sqrt(2 * correction), static_cast<float>(kLargestSpread)));
 }
@@ -178,7 +179,7 @@ std::tuple<at::Tensor, at::Tensor> lowrank_forward(const at::Tensor& q, const at
   const auto packed = at::empty({size}, at::kFloat);
   const auto packed_of = [&](int64_t i) { return packed.data_ptr<float>() + begin[static_cast<size_t>(i)]; };
   const int64_t first_item = layout.sequences * near;
-  const bool gated = std::any_of(items.begin(), items.end(), [&](const Item& item) { return item.ranks.gated(d); });
+  const bool gated = plan.gated(d);
   const int64_t levels = tree.num_levels();
   plan.gates = gated ? at::zeros({layout.batch, layout.heads, layout.length, levels}, at::kBool) : at::Tensor();
 

@@ -426,15 +426,20 @@ TEST(Policies, RefuseSenselessSettings) {
   EXPECT_NE(error_of(ErrorKind::kUsage, [] { make_energy_policy(1.5, {16}); }).find("1.5"), std::string::npos);
 }
 
+// Lets the controller measure one layer; returns the gradient of that layer's output.
+at::Tensor measure(const Rig& rig, CalibrationController& controller, int64_t layer) {
+  const auto q = rig.q.clone().requires_grad_(true);
+  const auto g = at::randn({1, rig.heads, rig.length, rig.d});
+  std::shared_ptr<LayerPlan> plan;
+  torch::autograd::backward({(controller.attend(layer, q, rig.k, rig.v, rig.w_o, plan) * g).sum()});
+  return g;
+}
+
 // A two-layer toy whose "log-likelihood" is linear in the attention outputs, so that 1/2 (g . D)^2 per position can be computed by hand.
 TEST(CalibrationController, MeasuresHalfTheSquaredMovementOfEachPosition) {
   const Rig rig;
   CalibrationController controller(2, rig.geometry, {8, 16});
-  const auto q = rig.q.clone().requires_grad_(true);
-  const auto g = at::randn({1, rig.heads, rig.length, rig.d});
-  std::shared_ptr<LayerPlan> plan;
-  const auto out = controller.attend(1, q, rig.k, rig.v, rig.w_o, plan);
-  torch::autograd::backward({(out * g).sum()});
+  const at::Tensor g = measure(rig, controller, 1);
   const BlockTree tree(rig.length, rig.geometry);
   const PairGrams grams = far_grams(rig.q, rig.k, rig.v, tree);
   FarBases bases = solve_far_bases(grams, rig.w_o, true, true);
@@ -460,10 +465,7 @@ TEST(CalibrationController, MeasuresHalfTheSquaredMovementOfEachPosition) {
 TEST(CalibrationController, MeasuresGates) {
   const Rig rig;
   CalibrationController controller(1, rig.geometry, {8, 16});
-  const auto q = rig.q.clone().requires_grad_(true);
-  const auto g = at::randn({1, rig.heads, rig.length, rig.d});
-  std::shared_ptr<LayerPlan> plan;
-  torch::autograd::backward({(controller.attend(0, q, rig.k, rig.v, rig.w_o, plan) * g).sum()});
+  const at::Tensor g = measure(rig, controller, 0);
   const BlockTree tree(rig.length, rig.geometry);
   const PairGrams grams = far_grams(rig.q, rig.k, rig.v, tree);
   FarBases bases = solve_far_bases(grams, rig.w_o, true, true);
