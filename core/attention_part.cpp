@@ -2,10 +2,17 @@
 
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <ATen/SDPBackend.h>
+
+#include <atomic>
 #include <cmath>
+#include <optional>
 
 #include "core/cpu/attention_kernel.h"
 #include "core/cpu/tasks.h"
+#ifdef DRRL_WITH_CUDA
+#include "core/cuda/rows.h"
+#endif
 
 namespace drrl {
 namespace {
@@ -97,11 +104,71 @@ at::Tensor flat_keys(const at::Tensor& x, int64_t width, int64_t heads, bool cau
 // CUDA's memory-efficient kernel gives and wants the log-sum-exp in rows padded to a multiple of 32.
 at::Tensor padded_logsumexp(const at::Tensor& logsumexp) {
   const int64_t missing = (32 - logsumexp.size(2) % 32) % 32;
-  return missing == 0 ? logsumexp : at::constant_pad_nd(logsumexp, {0, missing});
+  return missing == 0 ? logsumexp.contiguous() : at::constant_pad_nd(logsumexp, {0, missing});
+}
+
+// An `out` whose rowsum(grad * out) is `delta`: flash kernels take no delta of their own, and the merged out has another width than
+// a part with projected values. Any vector with that product serves; this is the shortest one.
+at::Tensor carrier_of_delta(const at::Tensor& grad, const at::Tensor& delta) {
+#ifdef DRRL_WITH_CUDA
+  if (auto carrier = carrier_cuda(grad, delta)) {
+    return *carrier;
+  }
+#endif
+  const auto norm = at::linalg_vector_norm(grad, 2, {-1}, /*keepdim=*/true, delta.scalar_type());
+  const auto inverse = at::where(norm > 0, norm.reciprocal(), at::zeros({}, norm.options()));
+  return (grad * inverse).mul_(delta.unsqueeze(-1) * inverse).to(grad.scalar_type());
+}
+
+// What cuDNN gets: q [N1, N2, g, Lq, d] -> [N, g, Lq, d], k [N1, N2, Lk, d] -> [N, 1, Lk, d]. All contiguous, as its plans are kept by shape.
+at::Tensor cudnn_queries(const at::Tensor& x) { return x.flatten(0, 1).contiguous(); }
+at::Tensor cudnn_keys(const at::Tensor& x) { return x.flatten(0, 1).unsqueeze(1).contiguous(); }
+
+struct CudnnOperands {
+  at::Tensor q, k, v;
+};
+
+// Defined if PyTorch would take cuDNN's kernel for this part, as it does on Hopper: it takes dk != dv and shared keys, and is up to twice as fast as others.
+std::optional<CudnnOperands> for_cudnn(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal, double scale) {
+  if (!q.is_cuda() || !is_half(q)) {
+    return std::nullopt;
+  }
+  CudnnOperands operands{cudnn_queries(q), cudnn_keys(k), cudnn_keys(v)};
+  const int64_t choice = at::_fused_sdp_choice(operands.q, operands.k, operands.v, /*attn_mask=*/{}, 0.0, causal, scale, /*enable_gqa=*/q.size(2) > 1);
+  return choice == static_cast<int64_t>(at::SDPBackend::cudnn_attention) ? std::optional(std::move(operands)) : std::nullopt;
+}
+
+std::atomic<int64_t> cudnn_logsumexp_dims{4};  // [N, g, Lq, 1] in torch 2.11, [N, g, Lq] in others; as the last forward gave it
+
+// Out and log-sum-exp.
+std::pair<at::Tensor, at::Tensor> cudnn_forward(const CudnnOperands& in, bool causal, double scale) {
+  const auto all = at::_scaled_dot_product_cudnn_attention(in.q, in.k, in.v, /*attn_bias=*/{}, /*compute_log_sumexp=*/true, 0.0, causal,
+                                                           /*return_debug_mask=*/false, scale);
+  cudnn_logsumexp_dims = std::get<1>(all).dim();
+  return {std::get<0>(all), std::get<1>(all)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cudnn_backward(const CudnnOperands& in, const at::Tensor& grad_out, const at::Tensor& logsumexp,
+                                                              const at::Tensor& delta, bool causal, double scale) {
+  const auto grad = cudnn_queries(grad_out);
+  const auto out = carrier_of_delta(grad, delta.reshape(grad.sizes().slice(0, 3))).contiguous();
+  auto sums = logsumexp.reshape(grad.sizes().slice(0, 3)).contiguous();
+  if (cudnn_logsumexp_dims == 4) {
+    sums = sums.unsqueeze(3);
+  }
+  const auto state = at::zeros({}, grad.options().dtype(at::kLong));  // no dropout: not read
+  return at::_scaled_dot_product_cudnn_attention_backward(grad, in.q, in.k, in.v, out, sums, state, state, /*attn_bias=*/{}, /*cum_seq_q=*/{},
+                                                          /*cum_seq_k=*/{}, in.q.size(2), in.k.size(2), 0.0, causal, scale);
 }
 
 void flash_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal, double scale, at::Tensor& out,
                    at::Tensor& logsumexp) {
+  if (const auto operands = for_cudnn(q, k, v, causal, scale)) {
+    const auto [result, sums] = cudnn_forward(*operands, causal, scale);
+    out.copy_(result.reshape(out.sizes()));
+    logsumexp.copy_(sums.reshape(logsumexp.sizes()));
+    return;
+  }
   const int64_t width = std::max(q.size(4), v.size(3));
   const auto queries = flat_queries(q, width, causal);
   const auto keys = flat_keys(k, width, q.size(2), causal);
@@ -122,16 +189,15 @@ void flash_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
   logsumexp.copy_(sums.reshape(logsumexp.sizes()));
 }
 
-// An `out` whose rowsum(grad * out) is `delta`: flash kernels take no delta of their own, and the merged out has another width than
-// a part with projected values. Any vector with that product serves; this is the shortest one.
-at::Tensor carrier_of_delta(const at::Tensor& grad, const at::Tensor& delta) {
-  const auto norm = at::linalg_vector_norm(grad, 2, {-1}, /*keepdim=*/true, delta.scalar_type());
-  const auto inverse = at::where(norm > 0, norm.reciprocal(), at::zeros({}, norm.options()));
-  return (grad * inverse).mul_(delta.unsqueeze(-1) * inverse).to(grad.scalar_type());
-}
-
 void flash_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& logsumexp,
                     const at::Tensor& delta, bool causal, double scale, at::Tensor& grad_q, at::Tensor& grad_k, at::Tensor& grad_v) {
+  if (const auto operands = for_cudnn(q, k, v, causal, scale)) {
+    const auto [dq, dk, dv] = cudnn_backward(*operands, grad_out, logsumexp, delta, causal, scale);
+    grad_q.copy_(dq.reshape(grad_q.sizes()));
+    grad_k.copy_(dk.reshape(grad_k.sizes()));
+    grad_v.copy_(dv.reshape(grad_v.sizes()));
+    return;
+  }
   const int64_t width = std::max(q.size(4), v.size(3));
   const int64_t heads = q.size(2);
   const auto queries = flat_queries(q, width, causal);
@@ -243,6 +309,10 @@ void attention_part_backward(const at::Tensor& grad_out, const at::Tensor& q, co
 }
 
 std::pair<at::Tensor, at::Tensor> attention_rows(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale) {
+  if (const auto operands = for_cudnn(one_head(q), k.unsqueeze(1), v.unsqueeze(1), /*causal=*/false, scale)) {  // its results as they are
+    const auto [result, sums] = cudnn_forward(*operands, /*causal=*/false, scale);
+    return {result.reshape({q.size(0), q.size(1), v.size(2)}), sums.reshape({q.size(0), q.size(1)})};
+  }
   auto out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
   auto logsumexp = at::empty({q.size(0), q.size(1)}, q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
   attention_part(one_head(q), k.unsqueeze(1), v.unsqueeze(1), /*causal=*/false, scale, one_head(out), one_head(logsumexp));
@@ -252,6 +322,10 @@ std::pair<at::Tensor, at::Tensor> attention_rows(const at::Tensor& q, const at::
 std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_rows_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,
                                                                        const at::Tensor& v, const at::Tensor& logsumexp, const at::Tensor& delta,
                                                                        double scale) {
+  if (const auto operands = for_cudnn(one_head(q), k.unsqueeze(1), v.unsqueeze(1), /*causal=*/false, scale)) {
+    const auto [dq, dk, dv] = cudnn_backward(*operands, one_head(grad_out), one_head(logsumexp), one_head(delta), /*causal=*/false, scale);
+    return {dq.reshape(q.sizes()), dk.reshape(k.sizes()), dv.reshape(v.sizes())};
+  }
   auto dq = at::empty_like(q), dk = at::empty_like(k), dv = at::empty_like(v);
   attention_part_backward(one_head(grad_out), one_head(q), k.unsqueeze(1), v.unsqueeze(1), one_head(logsumexp), one_head(delta), /*causal=*/false, scale,
                           one_head(dq), dk.unsqueeze(1), dv.unsqueeze(1));

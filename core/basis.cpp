@@ -6,6 +6,9 @@
 
 #include "core/cpu/basis_kernel.h"
 #include "core/cpu/tasks.h"
+#ifdef DRRL_WITH_CUDA
+#include "core/cuda/basis.h"
+#endif
 #include "core/error.h"
 #include "core/solver.h"
 
@@ -16,6 +19,7 @@ constexpr double kNegligible = 1e-7;      // relative singular value below which
 constexpr double kRounding = 1e-6;        // of float32 Grams, relative to the mean diagonal
 constexpr double kFirstJitter = 1e-12;    // relative to the mean diagonal
 constexpr double kLargestJitter = 1e-2;
+constexpr UpdateSettings kUpdateSettings{kRounding, kFirstJitter, kLargestJitter};
 
 // Lower Cholesky factors of G + jitter I, for each matrix with the smallest jitter that works (a Gram of fewer rows than columns, or
 // one rounded in float32, is only semidefinite). Matrix by matrix: what one pair needs must not touch another's basis.
@@ -86,15 +90,23 @@ Basis update_batch(const at::Tensor& start, const at::Tensor& gram_x, const at::
   return {(left * balance).to(at::kFloat), (right / balance.clamp_min(1e-300)).to(at::kFloat), {}};
 }
 
-void check_grams(const char* what, const at::Tensor& gram_x, const at::Tensor& gram_y) {
+void check_shapes(const char* what, const at::Tensor& gram_x, const at::Tensor& gram_y) {
   TORCH_CHECK(gram_x.dim() == 3 && gram_x.size(1) == gram_x.size(2) && gram_x.sizes() == gram_y.sizes(), what, ": Grams ", gram_x.sizes(),
               " and ", gram_y.sizes(), ", expected twice [N, d, d]");
   TORCH_CHECK(gram_x.scalar_type() == at::kDouble && gram_y.scalar_type() == at::kDouble, what, ": Grams of ", gram_x.scalar_type(), " and ",
               gram_y.scalar_type(), ", expected Double");
+}
+
+void check_finite(const char* what, const at::Tensor& gram_x, const at::Tensor& gram_y) {
   if (!at::isfinite(gram_x).all().item<bool>() || !at::isfinite(gram_y).all().item<bool>()) {
     const auto bad = at::logical_not(at::isfinite(gram_x + gram_y).flatten(1).all(1)).nonzero();
     raise(ErrorKind::kNumerics, what, ": Gram matrix ", bad[0].item<int64_t>(), " of ", gram_x.size(0), " is not finite");
   }
+}
+
+void check_grams(const char* what, const at::Tensor& gram_x, const at::Tensor& gram_y) {
+  check_shapes(what, gram_x, gram_y);
+  check_finite(what, gram_x, gram_y);
 }
 
 // Deals a batch of n small problems out over the CPU's threads: one thread a problem beats threads inside one factorization by far.
@@ -110,13 +122,20 @@ void for_each_share(int64_t n, const Work& work) {
 
 Basis update_basis(const at::Tensor& right, const at::Tensor& gram_x, const at::Tensor& gram_y, int64_t steps) {
   at::NoGradGuard no_grad;
-  check_grams("update_basis", gram_x, gram_y);
+  check_shapes("update_basis", gram_x, gram_y);
   TORCH_CHECK(right.dim() == 3 && right.size(0) == gram_x.size(0) && right.size(1) == gram_x.size(1) && right.size(2) >= 1 &&
                   right.size(2) <= right.size(1) && steps >= 0,
               "update_basis: a basis ", right.sizes(), " for Grams ", gram_x.sizes(), " and ", steps, " steps");
   if (gram_x.is_cuda()) {
+#ifdef DRRL_WITH_CUDA
+    if (Basis result; update_basis_cuda(right, gram_x, gram_y, steps, kUpdateSettings, result)) {
+      return result;
+    }  // else below, which says what is wrong
+#endif
+    check_finite("update_basis", gram_x, gram_y);
     return update_batch(right, gram_x, gram_y, steps);
   }
+  check_finite("update_basis", gram_x, gram_y);
   const auto options = gram_x.options().dtype(at::kFloat);
   Basis result{at::empty(right.sizes(), options), at::empty(right.sizes(), options), {}};
   const int64_t d = right.size(1), rank = right.size(2);
@@ -126,7 +145,7 @@ Basis update_basis(const at::Tensor& right, const at::Tensor& gram_x, const at::
     cpu::for_each_task(right.size(0), 2 * cpu::update_scratch_size(d, rank), [&](int64_t i, float* scratch) {
       const auto of = [&](const auto& tensor, int64_t width) { return tensor + i * d * width; };
       if (!cpu::update_item(d, rank, steps, of(start.const_data_ptr<float>(), rank), of(x.const_data_ptr<double>(), d),
-                            of(y.const_data_ptr<double>(), d), {kRounding, kFirstJitter, kLargestJitter}, of(result.left.data_ptr<float>(), rank),
+                            of(y.const_data_ptr<double>(), d), kUpdateSettings, of(result.left.data_ptr<float>(), rank),
                             of(result.right.data_ptr<float>(), rank), reinterpret_cast<double*>(scratch))) {
         failed = true;
       }
@@ -245,6 +264,11 @@ at::Tensor residual_factor(const Basis& basis, const at::Tensor& gram, const at:
     // Where nothing is dropped C is rounding and may have no root: then nothing is to be corrected.
     factor.slice(0, begin, end).copy_(at::where(info.view({-1, 1, 1}) == 0, f, at::zeros({}, f.options())));
   };
+#ifdef DRRL_WITH_CUDA
+  if (gram.is_cuda() && residual_factor_cuda(basis, gram, keys, random, factor)) {
+    return factor;
+  }
+#endif
   if (gram.is_cuda()) {
     fill(0, gram.size(0));
   } else {

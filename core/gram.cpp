@@ -14,11 +14,19 @@ at::Tensor at_least_float(const at::Tensor& x) {
 }
 
 // x [B, H, L, d] -> [B, G, blocks, d, d]: X^T X of each of `blocks` blocks of `rows` tokens from token `begin` on, summed over a group's heads.
-// weights [B, G, blocks, rows] (one head a group), if any, weigh the rows. One head of each group at a time, so that no more of x is copied.
+// weights [B, G, blocks, rows] (one head a group), if any, weigh the rows. One head of each group at a time, so that no more of x is copied; of half
+// precision on CUDA all at once, in products that add in float.
 at::Tensor block_grams(const at::Tensor& x, int64_t groups, int64_t begin, int64_t blocks, int64_t rows, const at::Tensor& weights = {}) {
   const int64_t d = x.size(3);
   const auto runs = token_runs(x, groups, begin, blocks, rows, rows);  // [B, G, blocks, g, rows, d]
   at::Tensor sum;
+  if (x.is_cuda() && (x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf)) {
+    auto stacked = runs.reshape({-1, runs.size(3) * rows, d});
+    if (weights.defined()) {
+      stacked = stacked * weights.reshape({stacked.size(0), -1, 1}).sqrt().to(x.scalar_type());
+    }
+    return at::bmm(stacked.transpose(1, 2), stacked, at::kFloat).view({x.size(0), groups, blocks, d, d}).to(at::kDouble);
+  }
   for (int64_t head = 0; head < runs.size(3); ++head) {
     auto stacked = at_least_float(runs.select(3, head).reshape({-1, rows, d}));
     if (weights.defined()) {

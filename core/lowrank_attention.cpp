@@ -256,12 +256,11 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
     queries_after_sinks(out, tree, s).addcmul_(sink_out, share);
   }
   for (size_t i = 0; i < runs.size(); ++i) {
-    const auto merged = run_view(logsumexp4, runs[i], s).reshape(far_logsumexp[i].sizes());
-    auto expanded = buckets[i].size() > 1 ? at::empty({merged.size(0), merged.size(1), s.d}, out.options()) : at::Tensor();
+    const auto share = (far_logsumexp[i] - run_view(logsumexp4, runs[i], s).reshape(far_logsumexp[i].sizes())).exp_();
+    auto expanded = buckets[i].size() > 1 ? at::empty({share.size(0), share.size(1), s.d}, out.options()) : at::Tensor();
     for (size_t b = 0; b < buckets[i].size(); ++b) {
       FarPart& part = far[i][b];
-      const auto share = (part.logsumexp - take(merged, buckets[i][b])).exp_().unsqueeze(2).to(out.scalar_type());
-      const auto rows = part.out.size(2) == s.d ? part.out.mul_(share) : out_of_basis(part.out.mul_(share), part.projections.p_o);
+      const auto rows = part.out.size(2) == s.d ? part.out : out_of_basis(part.out, part.projections.p_o);
       if (expanded.defined()) {
         put(expanded, buckets[i][b], rows);
       } else {
@@ -269,8 +268,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
       }
       part.out.reset();
     }
-    auto rows = run_view(out, runs[i], s);
-    rows.add_(expanded.view(rows.sizes()));
+    add_rows(out, s.groups, runs[i], runs[i].query_begin, runs[i].query_rows, expanded, share);
   }
   return {out, logsumexp};
 }
@@ -344,13 +342,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
       put(run_grad_k, bucket, dk);
       put(run_grad_v, bucket, dv);
     }
-    const auto add = [&](const at::Tensor& grad, const at::Tensor& rows, int64_t begin, int64_t count_rows) {
-      auto view = token_runs(grad, s.groups, begin, run.count, count_rows, run.stride);
-      view.add_(rows.view(view.sizes()));
-    };
-    add(grad_q, run_grad_q, run.query_begin, run.query_rows);
-    add(grad_k, run_grad_k, run.key_begin, run.key_rows);
-    add(grad_v, run_grad_v, run.key_begin, run.key_rows);
+    add_rows(grad_q, s.groups, run, run.query_begin, run.query_rows, run_grad_q);
+    add_rows(grad_k, s.groups, run, run.key_begin, run.key_rows, run_grad_k);
+    add_rows(grad_v, s.groups, run, run.key_begin, run.key_rows, run_grad_v);
   }
   return {grad_q, grad_k, grad_v};
 }

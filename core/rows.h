@@ -16,6 +16,10 @@ at::Tensor key_rows(const at::Tensor& x, const PairRun& run);
 /// The queries' side of a run, the heads of a group stacked as rows: x [B, H, L, e] -> [B G count, (H / G) rows, e], contiguous.
 at::Tensor query_rows(const at::Tensor& x, int64_t groups, const PairRun& run);
 
+/// Adds rows to where query_rows or key_rows took them from: x [B, H, L, e] += added [B G count, (H / G) rows, e], each times its weight
+/// [B G count, (H / G) rows] (undefined: one). `begin` and `rows` are those of the run's queries, or with groups = H those of its keys.
+void add_rows(const at::Tensor& x, int64_t groups, const PairRun& run, int64_t begin, int64_t rows, const at::Tensor& added, const at::Tensor& weights = {});
+
 /// Rows [n, rows, d] in a basis [n, d, r], and rows [n, rows, r] expanded by one; as they are if the basis is undefined, which stands for rank d.
 at::Tensor into_basis(const at::Tensor& rows, const at::Tensor& basis);
 at::Tensor out_of_basis(const at::Tensor& rows, const at::Tensor& basis);

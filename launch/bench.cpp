@@ -1,6 +1,7 @@
 #include "launch/bench.h"
 
 #include "core/error.h"
+#include "core/gram.h"
 #include "launch/flags.h"
 #include "launch/options.h"
 #include "launch/program.h"
@@ -8,6 +9,7 @@
 #include "models/llama.h"
 #include "models/token_file.h"
 #include "policy/controller.h"
+#include "policy/far_bases.h"
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
@@ -82,11 +84,11 @@ std::optional<int64_t> status_bytes(const std::string& key) {
 
 Inputs Inputs::prefix(int64_t length) const {
   const auto cut = [&](const at::Tensor& x) { return x.narrow(2, 0, length).contiguous(); };
-  return {cut(q), cut(k), cut(v), w_o};
+  return {cut(q), cut(k), cut(v), w_o, start};
 }
 
 Inputs Inputs::to(at::Device device, at::ScalarType dtype) const {
-  return {q.to(device, dtype), k.to(device, dtype), v.to(device, dtype), w_o.to(device)};
+  return {q.to(device, dtype), k.to(device, dtype), v.to(device, dtype), w_o.to(device), start.defined() ? start.to(device) : start};
 }
 
 Inputs random_inputs(int64_t heads, int64_t groups, int64_t length, int64_t head_dim, uint64_t seed) {
@@ -144,8 +146,17 @@ std::string to_string(const Ranks& ranks) {
   return ranks.qk == ranks.v ? std::to_string(ranks.qk) : std::to_string(ranks.qk) + "/" + std::to_string(ranks.v);
 }
 
+Inputs with_start(Inputs in, Geometry geometry) {
+  at::NoGradGuard no_grad;
+  const int64_t rows = geometry.near_block;
+  if (in.length() >= geometry.sink_tokens + rows && rows >= in.head_dim()) {
+    in.start = first_pair_bases(block_grams(in.q, in.k, in.v, geometry.sink_tokens, 1, rows), in.w_o).view({1, in.groups(), 2, in.head_dim(), in.head_dim()});
+  }
+  return in;
+}
+
 at::Tensor lowrank(const Inputs& in, Ranks ranks, Geometry geometry, double* flops_fraction, double* basis_ms) {
-  LowRankController controller(std::make_shared<UniformPolicy>(ranks), geometry);
+  LowRankController controller(std::make_shared<UniformPolicy>(ranks), geometry, {.update_steps = FLAGS_basis_updates, .start = in.start});
   controller.set_timing(basis_ms != nullptr);
   std::shared_ptr<LayerPlan> plan;
   const at::Tensor out = controller.attend(0, in.q, in.k, in.v, in.w_o, plan);

@@ -27,6 +27,7 @@ struct Inputs {
   at::Tensor k;    ///< [1, G, L, d]
   at::Tensor v;    ///< [1, G, L, d]
   at::Tensor w_o;  ///< [hidden, H d]
+  at::Tensor start = {};  ///< bases that updates start from, as those of a policy file, [1, G, 2, d, d]; undefined: each call solves those of its first block
 
   int64_t heads() const { return q.size(1); }
   int64_t groups() const { return k.size(1); }
@@ -53,8 +54,11 @@ std::vector<Ranks> parse_ranks(const char* flag, const std::string& text);
 /// "32" or "48/16".
 std::string to_string(const Ranks& ranks);
 
+/// The same inputs with starting bases: those of the first block, solved here once, as a calibration is made once. Undefined where that block is short.
+Inputs with_start(Inputs in, Geometry geometry);
+
 /// The whole of low-rank attention at one pair of ranks for all far pairs, through the controller that models use, with nothing kept from
-/// earlier calls: Grams, bases, projections, near, sinks, far. Differentiable.
+/// earlier calls but the starting bases, if there are any: Grams, bases (updated --basis_updates times), projections, near, sinks, far. Differentiable.
 /// flops_fraction <- operations of this call over those of exact attention; basis_ms <- its Grams and bases, timed (CUDA: synchronized).
 at::Tensor lowrank(const Inputs& in, Ranks ranks, Geometry geometry, double* flops_fraction = nullptr, double* basis_ms = nullptr);
 

@@ -108,7 +108,7 @@ void forward(const Competitor& competitor, const Inputs& in) {
 
 void forward_and_backward(const Competitor& competitor, const Inputs& in, const at::Tensor& grad) {
   const auto leaf = [](const at::Tensor& x) { return x.detach().requires_grad_(true); };
-  const Inputs leaves{leaf(in.q), leaf(in.k), leaf(in.v), in.w_o};
+  const Inputs leaves{leaf(in.q), leaf(in.k), leaf(in.v), in.w_o, in.start};
   torch::autograd::grad({competitor.run(leaves)}, {leaves.q, leaves.k, leaves.v}, {grad});
 }
 
@@ -290,7 +290,7 @@ ExitCode attention(const Environment& environment) {
   std::vector<Inputs> longest = make_inputs(lengths.back());
   for (Inputs& in : longest) {
     competitors(in, geometry);  // refuses ranks before anything is measured
-    in = in.to(device, dtype);
+    in = with_start(std::move(in), geometry).to(device, dtype);
   }
   const std::string source =
       real ? c10::str("layer ", FLAGS_layer, " of ", FLAGS_model, " on the first tokens of ", FLAGS_data)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# drrl-bench attention on a GPU, without Open MPI (gpu_environment.sh says what the machine must have): fp32 and bf16, L = 2048 to 16384, d = 64
-# and 128. Writes OUT/gpu-attention-DTYPE.json, .csv and .svg; the JSON names date, device, driver and versions.
+# drrl-bench attention on a GPU, without Open MPI (gpu_environment.sh says what the machine must have): 32 heads in 8 KV groups, d = 64 and 128, bf16
+# at L = 4096 to 65536 and fp32 at L = 2048 to 16384. Writes OUT/gpu-attention-DTYPE.json, .csv and .svg; the JSON names date, device, driver and versions.
 #
 #   [DRRL_PYTHON=python3] [DRRL_DEPS=DIR] launch/bench_gpu.sh [OUT]      OUT: configs/results unless given
 set -euo pipefail
@@ -12,9 +12,11 @@ mkdir -p "$out"
 gpu=$(drrl_gpu)
 drrl_gpu_build drrl-bench
 for dtype in bf16 fp32; do
+  lengths=4096,8192,16384,32768,65536
+  [ "$dtype" = fp32 ] && lengths=2048,4096,8192,16384
   result=$out/gpu-attention-$dtype
-  build/cuda-no-mpi/bin/drrl-bench attention --device=cuda --dtype=$dtype --seq_lens=2048,4096,8192,16384 --head_dims=64,128 --heads=9,8 \
-    --kv_groups=3,2 --ranks=32,64 --json="$result.json" --csv="$result.csv" --plot="$result.svg"
+  build/cuda-no-mpi/bin/drrl-bench attention --device=cuda --dtype=$dtype --seq_lens="$lengths" --head_dims=64,128 --heads=32 \
+    --kv_groups=8 --ranks=32,64 --json="$result.json" --csv="$result.csv" --plot="$result.svg"
   "$DRRL_PYTHON" - "$result.json" "$gpu" <<'PYTHON'
 import json, sys
 import torch

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "core/update_settings.h"
+
 namespace drrl::cpu {
 
 /// Whether basis_kernel.cpp can work on matrices of these sizes: `kernel_available()` and multiples of 8.
@@ -9,11 +11,6 @@ bool basis_kernel_fits(int64_t d, int64_t rank);
 
 /// Doubles of scratch for one item.
 int64_t update_scratch_size(int64_t d, int64_t rank);
-
-/// `rounding`: what Grams are lifted by, relative to the mean diagonal; jitters of factorizations relative likewise.
-struct UpdateSettings {
-  double rounding, first_jitter, largest_jitter;
-};
 
 /// update_basis (core/basis.h) for one item, in double. start [d, rank]; gram_x, gram_y [d, d]; writes left and right, [d, rank]. False if a factorization
 /// failed for every jitter.

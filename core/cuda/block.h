@@ -1,0 +1,73 @@
+#pragma once
+
+#include <cmath>
+
+/// Code that a thread block runs together, written so that the host can run it too: a test without a GPU executes the very same lines, one element
+/// after another.
+#ifdef __CUDACC__
+#define DRRL_HOST_DEVICE __host__ __device__ __forceinline__
+#define DRRL_UNROLL _Pragma("unroll")
+#define DRRL_UNROLL_4 _Pragma("unroll 4")
+#else
+#define DRRL_HOST_DEVICE inline
+#define DRRL_UNROLL
+#define DRRL_UNROLL_4
+#endif
+
+namespace drrl::cuda {
+
+/// A block of one thread, on the host.
+struct HostBlock {
+  /// f(0), .., f(n - 1), which write to different places and do not read what another of them writes. All are done when it returns.
+  template <typename F>
+  DRRL_HOST_DEVICE void each(int n, F f) const {
+    for (int i = 0; i < n; ++i) {
+      f(i);
+    }
+  }
+  /// store(i, sum of term(i, 0), .., term(i, length - 1)) for i < n, likewise.
+  template <typename Term, typename Store>
+  DRRL_HOST_DEVICE void sums(int n, int length, Term term, Store store) const {
+    for (int i = 0; i < n; ++i) {
+      double sum = 0;
+      for (int j = 0; j < length; ++j) {
+        sum += term(i, j);
+      }
+      store(i, sum);
+    }
+  }
+  DRRL_HOST_DEVICE void sync() const {}
+};
+
+#ifdef __CUDACC__
+/// The block of the calling thread: one dimension, whole warps. All threads must call the same functions in the same order.
+struct ThreadBlock {
+  template <typename F>
+  __device__ __forceinline__ void each(int n, F f) const {
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += static_cast<int>(blockDim.x)) {
+      f(i);
+    }
+    __syncthreads();
+  }
+  template <typename Term, typename Store>
+  __device__ __forceinline__ void sums(int n, int length, Term term, Store store) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    for (int i = static_cast<int>(threadIdx.x) / 32; i < n; i += static_cast<int>(blockDim.x) / 32) {
+      double sum = 0;
+      for (int j = lane; j < length; j += 32) {
+        sum += term(i, j);
+      }
+      for (int step = 16; step > 0; step /= 2) {
+        sum += __shfl_xor_sync(0xffffffffu, sum, step);
+      }
+      if (lane == 0) {
+        store(i, sum);
+      }
+    }
+    __syncthreads();
+  }
+  __device__ __forceinline__ void sync() const { __syncthreads(); }
+};
+#endif
+
+}  // namespace drrl::cuda
