@@ -10,6 +10,7 @@
 
 #include "core/cpu/attention_kernel.h"
 #include "core/cpu/tasks.h"
+#include "core/rows.h"
 #ifdef DRRL_WITH_CUDA
 #include "core/cuda/rows.h"
 #endif
@@ -121,8 +122,8 @@ at::Tensor carrier_of_delta(const at::Tensor& grad, const at::Tensor& delta) {
 }
 
 // What cuDNN gets: q [N1, N2, g, Lq, d] -> [N, g, Lq, d], k [N1, N2, Lk, d] -> [N, 1, Lk, d]. All contiguous, as its plans are kept by shape.
-at::Tensor cudnn_queries(const at::Tensor& x) { return x.flatten(0, 1).contiguous(); }
-at::Tensor cudnn_keys(const at::Tensor& x) { return x.flatten(0, 1).unsqueeze(1).contiguous(); }
+at::Tensor cudnn_queries(const at::Tensor& x) { return packed(x).flatten(0, 1); }
+at::Tensor cudnn_keys(const at::Tensor& x) { return packed(x.unsqueeze(2)).flatten(0, 1); }
 
 struct CudnnOperands {
   at::Tensor q, k, v;
@@ -165,7 +166,7 @@ void flash_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
                    at::Tensor& logsumexp) {
   if (const auto operands = for_cudnn(q, k, v, causal, scale)) {
     const auto [result, sums] = cudnn_forward(*operands, causal, scale);
-    out.copy_(result.reshape(out.sizes()));
+    unpack(result.contiguous(), out);
     logsumexp.copy_(sums.reshape(logsumexp.sizes()));
     return;
   }
@@ -193,9 +194,9 @@ void flash_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::T
                     const at::Tensor& delta, bool causal, double scale, at::Tensor& grad_q, at::Tensor& grad_k, at::Tensor& grad_v) {
   if (const auto operands = for_cudnn(q, k, v, causal, scale)) {
     const auto [dq, dk, dv] = cudnn_backward(*operands, grad_out, logsumexp, delta, causal, scale);
-    grad_q.copy_(dq.reshape(grad_q.sizes()));
-    grad_k.copy_(dk.reshape(grad_k.sizes()));
-    grad_v.copy_(dv.reshape(grad_v.sizes()));
+    unpack(dq.contiguous(), grad_q);
+    unpack(dk.contiguous(), grad_k.unsqueeze(2));
+    unpack(dv.contiguous(), grad_v.unsqueeze(2));
     return;
   }
   const int64_t width = std::max(q.size(4), v.size(3));

@@ -10,6 +10,7 @@
 #include "core/cuda/basis.h"
 #endif
 #include "core/error.h"
+#include "core/rows.h"
 #include "core/solver.h"
 
 namespace drrl {
@@ -130,7 +131,7 @@ Basis update_basis(const at::Tensor& right, const at::Tensor& gram_x, const at::
 #ifdef DRRL_WITH_CUDA
     if (Basis result; update_basis_cuda(right, gram_x, gram_y, steps, kUpdateSettings, result)) {
       return result;
-    }  // else below, which says what is wrong
+    }
 #endif
     check_finite("update_basis", gram_x, gram_y);
     return update_batch(right, gram_x, gram_y, steps);
@@ -230,11 +231,11 @@ at::Tensor residual_factor(const Basis& basis, const at::Tensor& gram, const at:
   at::NoGradGuard no_grad;
   const int64_t d = gram.size(1), m = std::min(kResidualColumns, d);
   // Deterministic, and the same on every device and process: signs from a multiplicative hash.
-  std::vector<double> signs;
+  std::vector<int64_t> signs;
   for (int64_t i = 0; i < d * m; ++i) {
-    signs.push_back((static_cast<uint64_t>(i + 1) * 0x9e3779b97f4a7c15ULL) >> 63 != 0 ? 1.0 : -1.0);
+    signs.push_back((static_cast<uint64_t>(i + 1) * 0x9e3779b97f4a7c15ULL) >> 63 != 0 ? 1 : -1);
   }
-  const auto random = at::tensor(signs, gram.options()).view({d, m});
+  const auto random = on_device(signs, gram.device()).to(gram.scalar_type()).view({d, m});
   auto factor = at::empty({gram.size(0), d, m}, gram.options().dtype(at::kFloat));
   const int64_t rank = basis.left.size(2);
   if (gram.is_cpu() && gram.scalar_type() == at::kDouble && basis.left.scalar_type() == at::kFloat && m % 8 == 0 && cpu::basis_kernel_fits(d, rank)) {

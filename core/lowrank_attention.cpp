@@ -58,7 +58,7 @@ struct Projections {
   at::Tensor residual;  // [n, d, m]
 
   Projections(const Bucket& bucket, const LowRankPlan& plan, const Shape& shape, const at::TensorOptions& options) {
-    const auto index = at::tensor(bucket.within_plan, at::kLong).to(options.device());
+    const auto index = on_device(bucket.within_plan, options.device());
     const auto columns = [&](const at::Tensor& basis, int64_t rank) {
       return basis.narrow(2, 0, rank).index_select(0, index).to(options.dtype());
     };
@@ -86,14 +86,14 @@ at::Tensor take(const at::Tensor& run_rows, const Bucket& bucket) {
   if (static_cast<int64_t>(bucket.within_run.size()) == run_rows.size(0)) {
     return run_rows;
   }
-  return run_rows.index_select(0, at::tensor(bucket.within_run, at::kLong).to(run_rows.device()));
+  return run_rows.index_select(0, on_device(bucket.within_run, run_rows.device()));
 }
 
 void put(at::Tensor& run_rows, const Bucket& bucket, const at::Tensor& rows) {
   if (static_cast<int64_t>(bucket.within_run.size()) == run_rows.size(0)) {
     run_rows = rows;
   } else {
-    run_rows.index_copy_(0, at::tensor(bucket.within_run, at::kLong).to(run_rows.device()), rows);
+    run_rows.index_copy_(0, on_device(bucket.within_run, run_rows.device()), rows);
   }
 }
 

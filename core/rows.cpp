@@ -1,5 +1,7 @@
 #include "core/rows.h"
 
+#include <algorithm>
+
 #ifdef DRRL_WITH_CUDA
 #include "core/cuda/rows.h"
 #endif
@@ -17,13 +19,13 @@ at::Tensor token_runs(const at::Tensor& x, int64_t groups, int64_t begin, int64_
 
 namespace {
 
+// As one tensor of five dimensions, [B G, count, g, rows, e].
+at::Tensor runs_of(const at::Tensor& x, int64_t groups, const PairRun& run, int64_t begin, int64_t rows) {
+  return token_runs(x, groups, begin, run.count, rows, run.stride).flatten(0, 1);
+}
+
 at::Tensor gathered(const at::Tensor& x, int64_t groups, const PairRun& run, int64_t begin, int64_t rows) {
-#ifdef DRRL_WITH_CUDA
-  if (auto result = gather_runs_cuda(x, groups, begin, run.count, rows, run.stride)) {
-    return *result;
-  }
-#endif
-  return token_runs(x, groups, begin, run.count, rows, run.stride).reshape({-1, x.size(1) / groups * rows, x.size(3)}).contiguous();
+  return packed(runs_of(x, groups, run, begin, rows)).view({-1, x.size(1) / groups * rows, x.size(3)});
 }
 
 }  // namespace
@@ -33,17 +35,41 @@ at::Tensor key_rows(const at::Tensor& x, const PairRun& run) { return gathered(x
 at::Tensor query_rows(const at::Tensor& x, int64_t groups, const PairRun& run) { return gathered(x, groups, run, run.query_begin, run.query_rows); }
 
 void add_rows(const at::Tensor& x, int64_t groups, const PairRun& run, int64_t begin, int64_t rows, const at::Tensor& added, const at::Tensor& weights) {
+  TORCH_CHECK(x.is_contiguous(), "add_rows: x ", x.sizes(), " with strides ", x.strides(), ", expected a contiguous tensor");
+  auto places = runs_of(x, groups, run, begin, rows);
 #ifdef DRRL_WITH_CUDA
-  if (add_runs_cuda(x, groups, begin, run.count, rows, run.stride, added, weights)) {
+  if (add_packed_cuda(added, weights, places)) {
     return;
   }
 #endif
-  auto places = token_runs(x, groups, begin, run.count, rows, run.stride);
-  if (weights.defined()) {
-    places.add_((added * weights.unsqueeze(2).to(added.scalar_type())).view(places.sizes()));
-  } else {
-    places.add_(added.view(places.sizes()));
+  places.add_((weights.defined() ? added * weights.unsqueeze(2).to(added.scalar_type()) : added).view(places.sizes()));
+}
+
+at::Tensor packed(const at::Tensor& x) {
+#ifdef DRRL_WITH_CUDA
+  if (!x.is_contiguous()) {
+    if (auto result = pack_cuda(x)) {
+      return *result;
+    }
   }
+#endif
+  return x.contiguous();
+}
+
+void unpack(const at::Tensor& packed, const at::Tensor& x) {
+#ifdef DRRL_WITH_CUDA
+  if (unpack_cuda(packed, x)) {
+    return;
+  }
+#endif
+  x.copy_(packed.view(x.sizes()));
+}
+
+at::Tensor on_device(const std::vector<int64_t>& numbers, at::Device device) {
+  const auto options = at::TensorOptions().dtype(at::kLong).pinned_memory(device.is_cuda());
+  const auto host = at::empty({static_cast<int64_t>(numbers.size())}, options);
+  std::copy(numbers.begin(), numbers.end(), host.data_ptr<int64_t>());
+  return host.to(device, /*non_blocking=*/true);
 }
 
 at::Tensor into_basis(const at::Tensor& rows, const at::Tensor& basis) { return basis.defined() ? at::bmm(rows, basis) : rows; }

@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include <vector>
+
 #include "core/block_tree.h"
 
 namespace drrl {
@@ -19,6 +21,13 @@ at::Tensor query_rows(const at::Tensor& x, int64_t groups, const PairRun& run);
 /// Adds rows to where query_rows or key_rows took them from: x [B, H, L, e] += added [B G count, (H / G) rows, e], each times its weight
 /// [B G count, (H / G) rows] (undefined: one). `begin` and `rows` are those of the run's queries, or with groups = H those of its keys.
 void add_rows(const at::Tensor& x, int64_t groups, const PairRun& run, int64_t begin, int64_t rows, const at::Tensor& added, const at::Tensor& weights = {});
+
+/// x [a, b, c, rows, e] as a contiguous tensor, and the other way round x <- packed, contiguous and of as many numbers. On CUDA faster than ATen's copies.
+at::Tensor packed(const at::Tensor& x);
+void unpack(const at::Tensor& packed, const at::Tensor& x);
+
+/// Numbers on a device. To CUDA without waiting for it.
+at::Tensor on_device(const std::vector<int64_t>& numbers, at::Device device);
 
 /// Rows [n, rows, d] in a basis [n, d, r], and rows [n, rows, r] expanded by one; as they are if the basis is undefined, which stands for rank d.
 at::Tensor into_basis(const at::Tensor& rows, const at::Tensor& basis);

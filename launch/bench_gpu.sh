@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# drrl-bench attention on a GPU, without Open MPI (gpu_environment.sh says what the machine must have): 32 heads in 8 KV groups, d = 64 and 128, bf16
-# at L = 4096 to 65536 and fp32 at L = 2048 to 16384. Writes OUT/gpu-attention-DTYPE.json, .csv and .svg; the JSON names date, device, driver and versions.
+# drrl-bench attention on a GPU, without Open MPI (gpu_environment.sh says what the machine must have): 32 heads in 8 KV groups, ranks 32 and 64, exact
+# blocks of 1024 tokens, bases updated once. bf16 with d = 128 to L = 131072 and with d = 64 to L = 65536, fp32 with d = 128 to L = 16384.
+# Writes OUT/gpu-attention-DTYPE-dD.json, .csv and .svg; the JSON names date, device, driver and versions.
 #
-#   [DRRL_PYTHON=python3] [DRRL_DEPS=DIR] launch/bench_gpu.sh [OUT]      OUT: configs/results unless given
+#   [DRRL_PYTHON=python3] [DRRL_DEPS=DIR] [DRRL_BIN=DIR] launch/bench_gpu.sh [OUT]      OUT: configs/results unless given
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/gpu_environment.sh
@@ -11,12 +12,10 @@ mkdir -p "$out"
 
 gpu=$(drrl_gpu)
 drrl_gpu_build drrl-bench
-for dtype in bf16 fp32; do
-  lengths=4096,8192,16384,32768,65536
-  [ "$dtype" = fp32 ] && lengths=2048,4096,8192,16384
-  result=$out/gpu-attention-$dtype
-  build/cuda-no-mpi/bin/drrl-bench attention --device=cuda --dtype=$dtype --seq_lens="$lengths" --head_dims=64,128 --heads=32 \
-    --kv_groups=8 --ranks=32,64 --json="$result.json" --csv="$result.csv" --plot="$result.svg"
+measure() {
+  local dtype=$1 head_dim=$2 lengths=$3 result=$out/gpu-attention-$1-d$2
+  "$DRRL_BIN/drrl-bench" attention --device=cuda --dtype="$dtype" --seq_lens="$lengths" --head_dims="$head_dim" --heads=32 --kv_groups=8 --ranks=32,64 \
+    --near_block=1024 --basis_updates=1 --json="$result.json" --csv="$result.csv" --plot="$result.svg"
   "$DRRL_PYTHON" - "$result.json" "$gpu" <<'PYTHON'
 import json, sys
 import torch
@@ -28,4 +27,8 @@ with open(path, "w") as file:
     file.write(json.dumps(result, indent=2) + "\n")
 PYTHON
   echo "wrote $result.json"
-done
+}
+
+measure bf16 128 8192,16384,32768,65536,131072
+measure bf16 64 16384,32768,65536
+measure fp32 128 4096,8192,16384

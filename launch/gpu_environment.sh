@@ -3,6 +3,7 @@
 # CMake, Ninja and a Python with torch, where nothing can be installed: the preset cuda-no-mpi.
 #
 #   DRRL_PYTHON   the Python that has torch (default python3)
+#   DRRL_BIN      a folder of programs that were built already, for this torch and CUDA: nothing is built (default: build/cuda-no-mpi/bin, built first)
 #   DRRL_DEPS     a folder that launch/carry_packages.sh made, if GoogleTest, gflags, glog, nlohmann-json and xxhash are not installed
 
 # drrl_gpu: fails without a GPU; else prints "name, driver".
@@ -16,6 +17,7 @@ drrl_gpu() {
 # drrl_gpu_build TARGET...: into build/cuda-no-mpi.
 drrl_gpu_build() {
   local python deps=${DRRL_DEPS:-}
+  [ -n "${DRRL_BIN:-}" ] && return 0
   python=$(command -v "$DRRL_PYTHON") || { echo "error: no $DRRL_PYTHON" >&2; return 1; }
   if [ -n "$deps" ]; then
     deps=$(cd "$deps" && pwd)/usr || return 1
@@ -24,7 +26,8 @@ drrl_gpu_build() {
   fi
   command -v nvcc >/dev/null || PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
   cmake --preset cuda-no-mpi -DDRRL_PYTHON="$python" ${deps:+-DCMAKE_PREFIX_PATH="$deps" -DCMAKE_LIBRARY_ARCHITECTURE="$(uname -m)-linux-gnu"} &&
-    cmake --build --preset cuda-no-mpi --target "$@"
+    cmake --build --preset cuda-no-mpi --target "$@" &&
+    DRRL_BIN=build/cuda-no-mpi/bin
 }
 
 DRRL_PYTHON=${DRRL_PYTHON:-python3}

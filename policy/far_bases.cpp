@@ -4,6 +4,7 @@
 #include <map>
 
 #include "core/cost.h"
+#include "core/rows.h"
 
 namespace drrl {
 namespace {
@@ -34,8 +35,6 @@ std::map<int64_t, std::vector<int64_t>> items_by_rank(const std::vector<Ranks>& 
   }
   return items;
 }
-
-at::Tensor index_of(const std::vector<int64_t>& items, const at::Tensor& like) { return at::tensor(items, at::kLong).to(like.device()); }
 
 }  // namespace
 
@@ -81,7 +80,7 @@ FarBases update_far_bases(const PairGrams& grams, const at::Tensor& w_o, const s
     Basis& result = kind == FarKind::kScores ? bases.scores : bases.values;
     result = {room(), room(), {}};
     for (const auto& [rank, items] : items_of) {
-      const auto index = index_of(items, p.gram_x);
+      const auto index = on_device(items, p.gram_x.device());
       const auto of = [&](const at::Tensor& x) { return x.index_select(0, index); };
       const auto first = from.narrow(2, 0, rank).index_select(0, index.div(pairs, "floor"));
       const Basis updated = update_basis(first, of(p.gram_x), of(p.gram_y), steps);
@@ -109,14 +108,14 @@ at::Tensor residual_factors(const PairGrams& grams, const Basis& scores, const s
   const auto key_grams = grams.keys.flatten(0, 2);
   at::Tensor residual;
   for (const auto& [rank, items] : items_by_rank(ranks, FarKind::kScores, d)) {
-    std::vector<double> counts;
+    std::vector<int64_t> counts;
     for (const int64_t item : items) {
-      counts.push_back(static_cast<double>(keys[static_cast<size_t>(item) % keys.size()]));
+      counts.push_back(keys[static_cast<size_t>(item) % keys.size()]);
     }
-    const auto index = index_of(items, key_grams);
+    const auto index = on_device(items, key_grams.device());
     const auto of = [&, columns = rank](const at::Tensor& basis) { return basis.narrow(2, 0, columns).index_select(0, index); };
     const auto factors = residual_factor({of(scores.left), of(scores.right), {}}, key_grams.index_select(0, index),
-                                     at::tensor(counts, at::kDouble).to(key_grams.device()));
+                                     on_device(counts, key_grams.device()));
     if (!residual.defined()) {
       residual = at::empty({key_grams.size(0), d, factors.size(2)}, factors.options());
     }

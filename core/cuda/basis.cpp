@@ -3,6 +3,10 @@
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <c10/core/Event.h>
+
+#include <deque>
+#include <mutex>
 
 #include "core/cuda/basis_kernel.h"
 #include "core/cuda/check.h"
@@ -12,6 +16,39 @@ namespace {
 
 at::Tensor scratch(int64_t items, int64_t doubles, const at::Tensor& like) {
   return at::empty({items, doubles}, like.options().dtype(at::kDouble));
+}
+
+// What kernels said that may not have run yet.
+class Reports {
+ public:
+  void add(const at::Tensor& failed) {
+    Report report{at::empty({}, at::TensorOptions().dtype(at::kBool).pinned_memory(true)), c10::Event(c10::DeviceType::CUDA)};
+    report.failed.copy_(failed.any(), /*non_blocking=*/true);
+    report.done.record(c10::cuda::getCurrentCUDAStream().unwrap());
+    const std::lock_guard lock(mutex_);
+    pending_.push_back(std::move(report));
+  }
+  void check_those_done() {
+    const std::lock_guard lock(mutex_);
+    while (!pending_.empty() && pending_.front().done.query()) {
+      const bool failed = *pending_.front().failed.const_data_ptr<bool>();
+      pending_.pop_front();
+      check(ErrorKind::kNumerics, !failed, "update_basis: a Gram matrix of an earlier call is not finite or not positive semidefinite");
+    }
+  }
+
+ private:
+  struct Report {
+    at::Tensor failed;
+    c10::Event done;
+  };
+  std::mutex mutex_;
+  std::deque<Report> pending_;
+};
+
+Reports& reports() {
+  static Reports* all = new Reports;  // never destroyed: at exit CUDA may be gone before it
+  return *all;
 }
 
 int narrow(int64_t size) { return static_cast<int>(size); }
@@ -25,6 +62,7 @@ bool update_basis_cuda(const at::Tensor& right, const at::Tensor& gram_x, const 
     return false;
   }
   const c10::cuda::CUDAGuard on_device(gram_x.device());
+  reports().check_those_done();
   const auto start = right.contiguous(), x = gram_x.contiguous(), y = gram_y.contiguous();
   result = {at::empty(start.sizes(), start.options()), at::empty(start.sizes(), start.options()), {}};
   if (n == 0) {
@@ -36,7 +74,8 @@ bool update_basis_cuda(const at::Tensor& right, const at::Tensor& gram_x, const 
                                       y.const_data_ptr<double>(), settings,
                                       result.left.data_ptr<float>(), result.right.data_ptr<float>(), failed.data_ptr<int>(), room.data_ptr<double>(),
                                       c10::cuda::getCurrentCUDAStream()));
-  return !failed.any().item<bool>();
+  reports().add(failed);
+  return true;
 }
 
 bool residual_factor_cuda(const Basis& basis, const at::Tensor& gram, const at::Tensor& keys, const at::Tensor& start, at::Tensor& factor) {

@@ -16,22 +16,25 @@ __global__ void __launch_bounds__(kThreads) update_kernel(int d, int rank, int s
   const int64_t item = blockIdx.x;
   const ThreadBlock block;
   const double *x = gram_x + item * d * d, *y = gram_y + item * d * d;
+  const int64_t basis = item * d * rank;
+  const auto report = [=](bool sound) {
+    for (int e = static_cast<int>(threadIdx.x); !sound && e < d * rank; e += kThreads) {
+      left[basis + e] = right[basis + e] = nanf("");
+    }
+    if (threadIdx.x == 0) {
+      failed[item] = !sound;
+    }
+  };
   int bad = 0;
   for (int e = static_cast<int>(threadIdx.x); e < d * d; e += kThreads) {
     bad |= !(isfinite(x[e]) && isfinite(y[e]));
   }
   if (__syncthreads_or(bad)) {
-    if (threadIdx.x == 0) {
-      failed[item] = 1;
-    }
+    report(false);
     return;
   }
   const UpdateItem<ThreadBlock> update(block, d, rank, settings, scratch_of(global, update_scratch_size(d, rank), shared));
-  const int64_t basis = item * d * rank;
-  const bool sound = update.run(steps, start + basis, x, y, left + basis, right + basis);
-  if (threadIdx.x == 0) {
-    failed[item] = !sound;
-  }
+  report(update.run(steps, start + basis, x, y, left + basis, right + basis));
 }
 
 __global__ void __launch_bounds__(kThreads) residual_kernel(int d, int rank, int columns, const float* left, const float* right, const double* gram,

@@ -22,44 +22,60 @@ std::optional<cuda::Element> element_of(const at::Tensor& x) {
   }
 }
 
-// Empty if x [B, H, L, e] does not consist of such words.
-std::optional<cuda::Pieces> pieces_of(const at::Tensor& x, int64_t groups, int64_t count, int64_t rows, int64_t stride) {
-  const int64_t row_bytes = x.size(3) * x.element_size(), row = row_bytes / kWordBytes;
-  if (!x.is_cuda() || !x.is_contiguous() || !in_words(x, row_bytes) || x.numel() == 0 || count * rows == 0 || rows * row > INT32_MAX) {
+// Nothing if x does not consist of such words.
+std::optional<cuda::Pieces> pieces_of(const at::Tensor& x) {
+  if (!x.is_cuda() || x.dim() != 5 || x.numel() == 0 || x.stride(4) != 1 || (x.size(3) > 1 && x.stride(3) != x.size(4)) ||
+      !in_words(x, x.size(4) * x.element_size())) {
     return std::nullopt;
   }
-  const int64_t heads = x.size(1) / groups, length = x.size(2);
-  return cuda::Pieces{x.size(0) * groups, count, heads, heads * length * row, stride * row, length * row, rows * row};
+  const auto words = [&](int64_t numbers) { return numbers * x.element_size() / kWordBytes; };
+  for (int64_t i = 0; i < 3; ++i) {
+    if (x.stride(i) * x.element_size() % kWordBytes != 0) {
+      return std::nullopt;
+    }
+  }
+  const cuda::Pieces pieces{x.size(0), x.size(1), x.size(2), words(x.stride(0)), words(x.stride(1)), words(x.stride(2)), words(x.size(3) * x.size(4))};
+  return pieces.length <= INT32_MAX ? std::optional(pieces) : std::nullopt;
 }
 
-char* at_token(const at::Tensor& x, int64_t token) {
-  return static_cast<char*>(const_cast<void*>(x.const_data_ptr())) + token * x.size(3) * x.element_size();
+bool fits(const at::Tensor& packed, const at::Tensor& x) {
+  return packed.is_contiguous() && packed.numel() == x.numel() && packed.scalar_type() == x.scalar_type() && in_words(packed, kWordBytes);
 }
+
+void* data(const at::Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }
 
 }  // namespace
 
-std::optional<at::Tensor> gather_runs_cuda(const at::Tensor& x, int64_t groups, int64_t begin, int64_t count, int64_t rows, int64_t stride) {
-  const auto pieces = pieces_of(x, groups, count, rows, stride);
+std::optional<at::Tensor> pack_cuda(const at::Tensor& x) {
+  const auto pieces = pieces_of(x);
   if (!pieces) {
     return std::nullopt;
   }
   const c10::cuda::CUDAGuard on_device(x.device());
-  auto result = at::empty({x.size(0) * groups * count, x.size(1) / groups * rows, x.size(3)}, x.options());
-  DRRL_CHECK_CUDA(cuda::launch_gather(*pieces, at_token(x, begin), result.data_ptr(), c10::cuda::getCurrentCUDAStream()));
-  return result;
+  auto packed = at::empty(x.sizes(), x.options());
+  DRRL_CHECK_CUDA(cuda::launch_gather(*pieces, data(x), data(packed), c10::cuda::getCurrentCUDAStream()));
+  return packed;
 }
 
-bool add_runs_cuda(const at::Tensor& x, int64_t groups, int64_t begin, int64_t count, int64_t rows, int64_t stride, const at::Tensor& added,
-                   const at::Tensor& weights) {
-  const auto pieces = pieces_of(x, groups, count, rows, stride);
-  const auto element = element_of(x);
-  if (!pieces || !element || added.scalar_type() != x.scalar_type() || !added.is_contiguous() || !in_words(added, kWordBytes) ||
-      (weights.defined() && (weights.scalar_type() != at::kFloat || !weights.is_contiguous()))) {
+bool unpack_cuda(const at::Tensor& packed, const at::Tensor& x) {
+  const auto pieces = pieces_of(x);
+  if (!pieces || !fits(packed, x)) {
     return false;
   }
   const c10::cuda::CUDAGuard on_device(x.device());
-  DRRL_CHECK_CUDA(cuda::launch_add(*pieces, *element, added.const_data_ptr(), weights.defined() ? weights.const_data_ptr<float>() : nullptr,
-                                   x.size(3) * x.element_size() / kWordBytes, at_token(x, begin), c10::cuda::getCurrentCUDAStream()));
+  DRRL_CHECK_CUDA(cuda::launch_scatter(*pieces, data(packed), data(x), c10::cuda::getCurrentCUDAStream()));
+  return true;
+}
+
+bool add_packed_cuda(const at::Tensor& packed, const at::Tensor& weights, const at::Tensor& x) {
+  const auto pieces = pieces_of(x);
+  const auto element = element_of(x);
+  if (!pieces || !element || !fits(packed, x) || (weights.defined() && (weights.scalar_type() != at::kFloat || !weights.is_contiguous()))) {
+    return false;
+  }
+  const c10::cuda::CUDAGuard on_device(x.device());
+  DRRL_CHECK_CUDA(cuda::launch_add(*pieces, *element, data(packed), weights.defined() ? weights.const_data_ptr<float>() : nullptr,
+                                   x.size(4) * x.element_size() / kWordBytes, data(x), c10::cuda::getCurrentCUDAStream()));
   return true;
 }
 

@@ -35,6 +35,10 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(Pieces p, const uint4*
   for_each_word(p, p.length, [=](int64_t at, int64_t to, int64_t, uint32_t) { rows[to] = x[at]; });
 }
 
+__global__ void __launch_bounds__(kThreads) scatter_kernel(Pieces p, const uint4* __restrict__ rows, uint4* __restrict__ x) {
+  for_each_word(p, p.length, [=](int64_t at, int64_t from, int64_t, uint32_t) { x[at] = rows[from]; });
+}
+
 // The numbers of one word.
 template <typename T>
 struct Word {
@@ -112,6 +116,11 @@ cudaError_t with_type(Element element, F f) {
 
 cudaError_t launch_gather(const Pieces& pieces, const void* x, void* rows, cudaStream_t stream) {
   gather_kernel<<<grid_of(pieces), kThreads, 0, stream>>>(pieces, static_cast<const uint4*>(x), static_cast<uint4*>(rows));
+  return cudaGetLastError();
+}
+
+cudaError_t launch_scatter(const Pieces& pieces, const void* rows, void* x, cudaStream_t stream) {
+  scatter_kernel<<<grid_of(pieces), kThreads, 0, stream>>>(pieces, static_cast<const uint4*>(rows), static_cast<uint4*>(x));
   return cudaGetLastError();
 }
 

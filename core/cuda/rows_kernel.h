@@ -6,7 +6,7 @@
 
 namespace drrl::cuda {
 
-/// Runs of tokens (core/rows.h) as pieces of memory: piece (i, j, h) of `length` 16-byte words lies at word i outer + j run + h head of the tensor, and follows
+/// Parts of a tensor as pieces of memory: piece (i, j, h) of `length` 16-byte words lies at word i outer + j run + h head of the tensor, and follows
 /// the piece before it in the rows. [outer_count, run_count, heads] pieces.
 struct Pieces {
   int64_t outer_count, run_count, heads;
@@ -16,6 +16,9 @@ struct Pieces {
 
 /// rows <- the pieces of x. Asynchronous on `stream`, as all here; returns the launch's error.
 cudaError_t launch_gather(const Pieces& pieces, const void* x, void* rows, cudaStream_t stream);
+
+/// The pieces of x <- rows.
+cudaError_t launch_scatter(const Pieces& pieces, const void* rows, void* x, cudaStream_t stream);
 
 enum class Element { kFloat, kHalf, kBFloat16 };
 

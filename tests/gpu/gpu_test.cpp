@@ -63,6 +63,35 @@ TEST(Gpu, AMatrixThatIsNotFiniteIsAnError) {
   EXPECT_THROW(solve_basis(matrices.to(at::kCUDA), grams(5, 64).to(at::kCUDA)), Error);
 }
 
+TEST(Gpu, UpdatesOfBadGramsAreNanAndALaterCallSaysSo) {
+  DRRL_NEEDS_GPU();
+  at::manual_seed(7);
+  const auto sound = grams(5, 64).to(at::kCUDA), start = at::randn({5, 64, 32}, at::kFloat).to(at::kCUDA);
+  auto bad = sound.clone();
+  bad[3].fill_(std::nan(""));
+  const Basis basis = update_basis(start, sound, bad, 1);
+  EXPECT_TRUE(at::isnan(basis.left[3]).all().item<bool>() && at::isnan(basis.right[3]).all().item<bool>());
+  EXPECT_TRUE(at::isfinite(basis.left[2]).all().item<bool>());
+  EXPECT_THROW(update_basis(start, sound, sound, 1), Error);
+  EXPECT_NO_THROW(update_basis(start, sound, sound, 1));
+}
+
+TEST(Gpu, UpdatesAndResidualsAgreeWithTheCpu) {
+  DRRL_NEEDS_GPU();
+  for (const auto& [d, rank] : {std::pair<int64_t, int64_t>{64, 32}, {128, 32}, {128, 64}, {128, 96}}) {
+    at::manual_seed(8);
+    const auto gram_x = grams(150, d), gram_y = grams(150, d), start = at::randn({150, d, rank}, at::kFloat);
+    const Basis cpu = update_basis(start, gram_x, gram_y, 2);
+    const Basis gpu = update_basis(start.to(at::kCUDA), gram_x.to(at::kCUDA), gram_y.to(at::kCUDA), 2);
+    const auto product = [](const Basis& b) { return at::bmm(b.left.to(at::kCPU), b.right.transpose(1, 2).to(at::kCPU)); };
+    EXPECT_LT(relative(product(gpu), product(cpu)), 1e-3) << "d = " << d << ", rank " << rank;
+    const auto keys = at::full({150}, 256.0, at::kDouble);
+    const auto form = [](const at::Tensor& f) { return at::bmm(f, f.transpose(1, 2)).to(at::kCPU); };
+    EXPECT_LT(relative(form(residual_factor({cpu.left.to(at::kCUDA), cpu.right.to(at::kCUDA), {}}, gram_y.to(at::kCUDA), keys.to(at::kCUDA))),
+                       form(residual_factor(cpu, gram_y, keys))), 1e-3) << "d = " << d << ", rank " << rank;
+  }
+}
+
 TEST(Gpu, BasesAgreeWithTheCpu) {
   DRRL_NEEDS_GPU();
   for (const int64_t d : {64, 128}) {
