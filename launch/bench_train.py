@@ -9,6 +9,7 @@ Exit status: 0 measured, 1 a run failed or the losses disagree.
 """
 
 import argparse
+import datetime
 import json
 import os
 import statistics
@@ -39,6 +40,13 @@ def measure(command, threads):
     return usage.ru_maxrss / 2**20
 
 
+def device_name(device):
+    if device == "cpu":
+        return device
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
 def read_lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
@@ -46,7 +54,7 @@ def read_lines(path):
 def transformers_run(options, seq_len, work):
     out = work / "transformers.jsonl"
     command = [sys.executable, ROOT / "tests/python/hf_train_steps.py", "--model", options.model, "--data", options.data,
-               "--seq_len", seq_len, "--steps", options.steps, "--lr", options.lr, "--dtype", options.dtype, "--json", out]
+               "--seq_len", seq_len, "--steps", options.steps, "--lr", options.lr, "--dtype", options.dtype, "--device", options.device, "--json", out]
     if options.activation_checkpoint:
         command.append("--activation_checkpoint")
     memory = measure([str(c) for c in command], options.threads)
@@ -58,7 +66,7 @@ def drrl_run(options, seq_len, work, further=()):
     out = Path(tempfile.mkdtemp(dir=work))
     command = [Path(options.build) / "bin/drrl-train", "--model", options.model, "--data", options.data, "--output", out,
                "--seq_len", seq_len, "--steps", options.steps, "--lr", options.lr, "--min_lr=0", "--warmup_tokens=0",
-               "--attention=full", "--valid_fraction=0", f"--dtype={options.dtype}", "--global_batch=1", "--micro_batch=1", "--seed=0",
+               "--attention=full", "--valid_fraction=0", f"--dtype={options.dtype}", f"--device={options.device}", "--global_batch=1", "--micro_batch=1", "--seed=0",
                f"--activation_checkpoint={'true' if options.activation_checkpoint else 'false'}", *options.drrl_flag, *further]
     memory = measure([str(c) for c in command], options.threads)
     lines = read_lines(out / "metrics/metrics.jsonl")
@@ -66,12 +74,18 @@ def drrl_run(options, seq_len, work, further=()):
 
 
 def lowrank_run(options, seq_len, work):
-    return drrl_run(options, seq_len, work, ["--attention=lowrank", "--rank_policy=dp", f"--rank_budget={options.rank_budget}", "--policy", options.policy])
+    ranks = (["--rank_policy=dp", f"--rank_budget={options.rank_budget}", "--policy", options.policy] if options.policy else
+             ["--rank_policy=fixed", f"--rank={options.rank}"])
+    return drrl_run(options, seq_len, work, ["--attention=lowrank", *ranks])
+
+
+def lowrank_label(options):
+    return f"budget {options.rank_budget}" if options.policy else f"rank {options.rank}"
 
 
 def compare(options, seq_len, work):
     programs = {"transformers": transformers_run, "drrl": drrl_run}
-    if options.policy:
+    if options.policy or options.rank:
         programs["low rank"] = lowrank_run
     speeds, memory, losses = ({name: [] for name in programs} for _ in range(3))
     for turn in range(options.rounds):
@@ -102,7 +116,9 @@ def main():
     parser.add_argument("--activation_checkpoint", action="store_true", help="in both")
     parser.add_argument("--policy", help="a file of drrl-policy calibrate: drrl-train with --rank_policy=dp takes part too (its losses are its own)")
     parser.add_argument("--rank_budget", type=float, default=0.585, help="with --policy")
-    parser.add_argument("--drrl_flag", action="append", default=[], help="a further flag for drrl-train, e.g. --drrl_flag=--device=cpu")
+    parser.add_argument("--rank", type=int, help="instead of --policy: drrl-train with this rank everywhere takes part too")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--drrl_flag", action="append", default=[], help="a further flag for drrl-train, e.g. --drrl_flag=--near_block=1024")
     parser.add_argument("--json", help="file for the results")
     options = parser.parse_args()
     if options.steps < 2:
@@ -123,12 +139,14 @@ def main():
         print(f"{r['seq_len']:>6} {speed['transformers']:>13.1f} {speed['drrl']:>9.1f} {r['ratio']:>6.2f} {memory['transformers']:>7.1f} "
               f"{memory['drrl']:>8.1f}  {r['worst_relative_loss_difference']:.1e}")
         if "low rank" in speed:
-            print(f"{'':>6} low rank, budget {options.rank_budget}: {speed['low rank']:.1f} tokens/s, {r['lowrank_ratio']:.2f} of transformers, "
+            print(f"{'':>6} low rank, {lowrank_label(options)}: {speed['low rank']:.1f} tokens/s, {r['lowrank_ratio']:.2f} of transformers, "
                   f"{speed['low rank'] / speed['drrl']:.2f} of drrl's exact attention, {memory['low rank']:.1f} GiB; last loss "
                   f"{r['losses']['low rank'][-1]:.4f} against {r['losses']['drrl'][-1]:.4f}")
     if options.json:
         Path(options.json).write_text(json.dumps(
-            {"results": results, "dtype": options.dtype, "threads": options.threads, "steps": options.steps,
+            {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "device": device_name(options.device),
+             "rank": options.rank, "rank_budget": options.rank_budget if options.policy else None, "drrl_flags": options.drrl_flag,
+             "results": results, "dtype": options.dtype, "threads": options.threads, "steps": options.steps,
              "rounds": options.rounds, "activation_checkpoint": options.activation_checkpoint}, indent=2) + "\n")
     if not agree:
         print("bench_train: error: the two programs do not train alike, so their speeds do not compare", file=sys.stderr)

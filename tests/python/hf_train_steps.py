@@ -38,12 +38,13 @@ def main():
     parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: off")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: fp32 weights under autocast")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--activation_checkpoint", action="store_true")
     parser.add_argument("--out", help="save the trained model to this folder")
     parser.add_argument("--json", help="file for the steps, one a line; they are printed too")
     options = parser.parse_args()
 
-    model = load_model(options.model).train()
+    model = load_model(options.model).to(options.device).train()
     if options.activation_checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -63,12 +64,15 @@ def main():
         optimizer.zero_grad()
         loss = 0.0
         for sample in range(options.global_batch):
-            with torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bf16"):
-                part = loss_sum(model, *windows.sample(step * options.global_batch + sample)) / step_tokens
+            tokens, labels = (x.to(options.device) for x in windows.sample(step * options.global_batch + sample))
+            with torch.autocast(options.device, torch.bfloat16, enabled=options.dtype == "bf16"):
+                part = loss_sum(model, tokens, labels) / step_tokens
             part.backward()
             loss += part.item()
         norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip or math.inf)
         optimizer.step()
+        if options.device == "cuda":
+            torch.cuda.synchronize()
         lines.append({"step": step + 1, "loss": loss, "grad_norm": float(norm), "lr": rate,
                       "seconds": time.perf_counter() - start})
         print(json.dumps(lines[-1]), flush=True)
