@@ -15,7 +15,8 @@ namespace drrl {
 // Any strides with a contiguous last dimension, so that blocks, heads and groups of a larger tensor are views and nothing is copied to get them
 // here. dk and dv may differ. `causal` needs Lq == Lk and masks keys after the query.
 //
-// float32 on CPUs with AVX2 runs on drrl's own kernel (core/cpu), everything else on PyTorch's flash kernels at width max(dk, dv).
+// float32 on CPUs with AVX2 runs on drrl's own kernel (core/cpu); half precision on CUDA on cuDNN's, where PyTorch would choose it; everything else on
+// PyTorch's flash kernels at width max(dk, dv).
 
 /// out <- softmax(scale q k^T) v, normalized over this part's keys, and its log-sum-exp.
 void attention_part(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal, double scale, at::Tensor out,
