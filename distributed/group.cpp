@@ -290,18 +290,22 @@ Pending Group::all_to_all_async(at::Tensor& output, const std::vector<int64_t>& 
 }
 
 void Group::broadcast(at::Tensor& tensor, int64_t root) const {
+  broadcast_async(tensor, root).wait();
+}
+
+Pending Group::broadcast_async(at::Tensor& tensor, int64_t root) const {
   check_tensor(tensor, "broadcast");
   check_member(root, *this, "broadcast");
   if (size_ == 1 || tensor.numel() == 0) {
-    return;
+    return {};
   }
-  start(*this, "broadcast", tensor.nbytes(), [&] {
+  return start(*this, "broadcast", tensor.nbytes(), [&] {
     c10d::BroadcastOptions options;
     options.rootRank = root;
     options.timeout = timeout_;
     std::vector<at::Tensor> tensors = {tensor.detach()};
     return process_group_->broadcast(tensors, options);
-  }).wait();
+  });
 }
 
 std::vector<at::Tensor> Group::gather(const at::Tensor& tensor, int64_t root) const {
@@ -311,23 +315,37 @@ std::vector<at::Tensor> Group::gather(const at::Tensor& tensor, int64_t root) co
   if (size_ == 1) {
     return {tensor.detach().clone()};
   }
-  std::vector<std::vector<at::Tensor>> outputs;
-  if (rank_ == root) {
-    outputs.emplace_back();
-    for (int64_t member = 0; member < size_; ++member) {
-      outputs[0].push_back(at::empty_like(tensor.detach()));
-    }
+  std::vector<at::Tensor> outputs;
+  for (int64_t member = 0; rank_ == root && member < size_; ++member) {
+    outputs.push_back(at::empty_like(tensor.detach()));
   }
   if (tensor.numel() > 0) {
-    start(*this, "gather", tensor.nbytes(), [&] {
-      c10d::GatherOptions options;
-      options.rootRank = root;
-      options.timeout = timeout_;
-      std::vector<at::Tensor> inputs = {tensor.detach()};
-      return process_group_->gather(outputs, inputs, options);
-    }).wait();
+    gather_async(outputs, tensor, root).wait();
   }
-  return rank_ == root ? outputs[0] : std::vector<at::Tensor>();
+  return outputs;
+}
+
+Pending Group::gather_async(std::vector<at::Tensor> outputs, const at::Tensor& tensor, int64_t root) const {
+  check_tensor(tensor, "gather");
+  check_member(root, *this, "gather");
+  TORCH_CHECK(static_cast<int64_t>(outputs.size()) == (rank_ == root ? size_ : 0), "gather: ", outputs.size(), " outputs on rank ", rank_, " of ", size_,
+              ", root ", root);
+  if (size_ == 1) {
+    const at::NoGradGuard no_grad;
+    outputs[0].copy_(tensor);
+    return {};
+  }
+  return start(*this, "gather", tensor.nbytes(), [&] {
+    c10d::GatherOptions options;
+    options.rootRank = root;
+    options.timeout = timeout_;
+    std::vector<at::Tensor> inputs = {tensor.detach()};
+    std::vector<std::vector<at::Tensor>> lists;
+    if (rank_ == root) {
+      lists.push_back(std::move(outputs));
+    }
+    return process_group_->gather(lists, inputs, options);
+  });
 }
 
 void Group::send(const at::Tensor& tensor, int64_t destination, int tag) const {

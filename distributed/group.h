@@ -109,9 +109,12 @@ class Group {
 
   /// tensor <- tensor of `root` (a rank of this group).
   void broadcast(at::Tensor& tensor, int64_t root = 0) const;
+  Pending broadcast_async(at::Tensor& tensor, int64_t root = 0) const;
 
   /// The tensors of all members in rank order on `root`, empty elsewhere. Equal shapes.
   std::vector<at::Tensor> gather(const at::Tensor& tensor, int64_t root = 0) const;
+  /// The same into tensors that the root brings, one for each member (elsewhere: none). Over drrl's MPI backend their sizes may differ.
+  Pending gather_async(std::vector<at::Tensor> outputs, const at::Tensor& tensor, int64_t root = 0) const;
 
   void send(const at::Tensor& tensor, int64_t destination, int tag = 0) const;
   void receive(at::Tensor& tensor, int64_t source, int tag = 0) const;

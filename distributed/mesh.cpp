@@ -32,21 +32,21 @@ void check_same_shape(const Group& world, MeshShape shape) {
 }
 
 #ifdef DRRL_WITH_MPI
-Group make_mpi_world(const Environment& environment, std::chrono::milliseconds timeout) {
+Group make_mpi_world(const std::string& name, const Environment& environment, std::chrono::milliseconds timeout) {
   require_mpi();
   int size = 0;
   int rank = 0;
   check_mpi(MPI_Comm_size(MPI_COMM_WORLD, &size), "MPI_Comm_size");
   check_mpi(MPI_Comm_rank(MPI_COMM_WORLD, &rank), "MPI_Comm_rank");
   check(ErrorKind::kUsage, size == environment.world_size && rank == environment.world_rank, "MPI says rank ", rank, " of ",
-        size, ", but ", name(environment.launcher), " says rank ", environment.world_rank, " of ", environment.world_size,
+        size, ", but ", drrl::name(environment.launcher), " says rank ", environment.world_rank, " of ", environment.world_size,
         " (a program linked to another MPI than its launcher's, or srun without --mpi=pmix?)");
-  return make_mpi_group("world", MPI_COMM_WORLD, timeout);
+  return make_mpi_group(name, MPI_COMM_WORLD, timeout);
 }
 
 Groups make_mpi_groups(const Environment& environment, MeshShape shape, std::chrono::milliseconds timeout) {
   Groups groups;
-  groups.world = make_mpi_world(environment, timeout);
+  groups.world = make_mpi_world("world", environment, timeout);
   check_same_shape(groups.world, shape);
   check_shape(shape, environment.world_size);
   const int64_t rank = environment.world_rank, sequence = shape.tp * shape.cp;  // processes that share a sequence
@@ -59,9 +59,13 @@ Groups make_mpi_groups(const Environment& environment, MeshShape shape, std::chr
   return groups;
 }
 #else
-Groups make_mpi_groups(const Environment& environment, MeshShape /*shape*/, std::chrono::milliseconds /*timeout*/) {
+Group make_mpi_world(const std::string& /*name*/, const Environment& environment, std::chrono::milliseconds /*timeout*/) {
   raise(ErrorKind::kUsage, "started by ", name(environment.launcher), " as one of ", environment.world_size,
         " processes, but this drrl was built without MPI (DRRL_MPI=OFF): start it with torchrun, or build it with MPI");
+}
+
+Groups make_mpi_groups(const Environment& environment, MeshShape /*shape*/, std::chrono::milliseconds timeout) {
+  return {make_mpi_world("world", environment, timeout), {}, {}};
 }
 #endif
 
@@ -91,6 +95,15 @@ Groups make_nccl_groups(const Environment& environment, MeshShape shape, at::Dev
   return groups;
 }
 
+// Whether the launcher has brought up MPI. Errors: Error(kUsage) for CPU tensors where it has not.
+bool has_mpi(const Environment& environment, at::Device device) {
+  const bool mpi = environment.launcher != Launcher::kTorchrun;
+  check(ErrorKind::kUsage, mpi || device.is_cuda(),
+        "CPU tensors have no groups under torchrun (LibTorch's C++ headers come without Gloo): start the program with mpirun, "
+        "or hand in groups of your own");
+  return mpi;
+}
+
 void check_place(const Group& group, const char* role, int64_t rank, int64_t size) {
   check(ErrorKind::kUsage, group.rank() == rank && group.size() == size, "the ", role, " group '", group.name(),
         "' has this process as rank ", group.rank(), " of ", group.size(), ", expected rank ", rank, " of ", size,
@@ -116,12 +129,8 @@ Mesh Mesh::create(const Environment& environment, MeshShape shape, at::Device de
     check_shape(shape, 1);
     return {};
   }
-  const bool has_mpi = environment.launcher != Launcher::kTorchrun;
-  check(ErrorKind::kUsage, has_mpi || device.is_cuda(),
-        "CPU tensors have no groups under torchrun (LibTorch's C++ headers come without Gloo): start the program with mpirun, "
-        "or hand in groups of your own");
   Groups groups;
-  if (has_mpi) {
+  if (has_mpi(environment, device)) {
     groups = make_mpi_groups(environment, shape, timeout);
   } else {
     check_shape(shape, environment.world_size);
@@ -130,6 +139,16 @@ Mesh Mesh::create(const Environment& environment, MeshShape shape, at::Device de
     groups = make_nccl_groups(environment, shape, device, timeout, groups);
   }
   return Mesh(shape, std::move(groups.world), std::move(groups.tp), std::move(groups.dp), std::move(groups.cp), std::move(groups.data));
+}
+
+Group create_world_group(const std::string& name, const Environment& environment, at::Device device, std::chrono::milliseconds timeout) {
+  if (environment.world_size == 1) {
+    return {};
+  }
+  if (has_mpi(environment, device)) {
+    return make_mpi_world(name, environment, timeout);
+  }
+  return make_nccl_group(name, make_store(environment, {}, timeout), strided(0, environment.world_size, 1), environment.world_rank, device, timeout);
 }
 
 void Mesh::watch(const std::shared_ptr<Watchdog>& watchdog) {

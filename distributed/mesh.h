@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "distributed/environment.h"
 #include "distributed/group.h"
@@ -62,6 +63,10 @@ class Mesh {
   Group cp_;
   Group data_;
 };
+
+/// Another group of all processes, with communicators of its own, for traffic beside the mesh's: over Open MPI for CPU tensors, under torchrun over NCCL for
+/// tensors on `device`. Collective over the world; one process gets a group of one. Errors: as Mesh::create.
+Group create_world_group(const std::string& name, const Environment& environment, at::Device device, std::chrono::milliseconds timeout);
 
 /// Errors: Error(kUsage), naming the numbers, unless tp, dp, cp >= 1 and tp * dp * cp == world_size.
 void check_shape(MeshShape shape, int64_t world_size);

@@ -370,9 +370,13 @@ WorkPtr MpiBackend::gather(std::vector<std::vector<at::Tensor>>& outputs, std::v
     gathered = outputs[0];
     for (const at::Tensor& output : gathered) {
       check_tensor(output, "gather");
-      TORCH_CHECK(output.scalar_type() == input.scalar_type() && output.numel() == input.numel(), "gather: output of ",
-                  output.numel(), " x ", output.scalar_type(), ", input of ", input.numel(), " x ", input.scalar_type());
+      // Unequal sizes only where everybody needs one piece: nobody but the root knows how many the others need.
+      const bool fits = output.numel() == input.numel() || std::max(output.numel(), input.numel()) <= options_->max_elements / size_;
+      TORCH_CHECK(output.scalar_type() == input.scalar_type() && fits, "gather: output of ", output.numel(), " x ", output.scalar_type(), ", input of ",
+                  input.numel(), " x ", input.scalar_type());
     }
+    TORCH_CHECK(gathered[static_cast<std::size_t>(root)].numel() == input.numel(), "gather: the root's output of itself has ",
+                gathered[static_cast<std::size_t>(root)].numel(), " elements, its input ", input.numel());
   } else {
     TORCH_CHECK(outputs.empty() || outputs[0].empty(), "gather: only the root takes outputs");
   }
@@ -380,16 +384,27 @@ WorkPtr MpiBackend::gather(std::vector<std::vector<at::Tensor>>& outputs, std::v
   result.bytes = input.nbytes() * static_cast<std::size_t>(rank_ == root ? size_ : 1);
   const MPI_Datatype type = element_type(input);
   for_each_piece(input.numel(), options_->max_elements / size_, [&](int64_t begin, int64_t count) {
-    const at::Tensor packed = rank_ == root ? at::empty({size_ * count}, input.options()) : at::empty({0}, input.options());
+    struct Places {  // counts and displacements must live until the call is complete
+      std::vector<int> counts, displacements;
+      at::Tensor packed;
+    };
+    const auto places = std::make_shared<Places>();
+    int total = 0;
+    for (const at::Tensor& output : gathered) {
+      places->counts.push_back(static_cast<int>(output.numel() == input.numel() ? count : output.numel()));
+      places->displacements.push_back(total);
+      total += places->counts.back();
+    }
+    places->packed = at::empty({total}, input.options());
     result.steps.push_back([=, communicator = communicator_.get()](MpiRequests& requests) {
-      const int n = static_cast<int>(count);
-      check_mpi(MPI_Igather(bytes_of(input, begin), n, type, packed.data_ptr(), n, type, root, communicator, requests.add()),
-                "MPI_Igather");
+      check_mpi(MPI_Igatherv(bytes_of(input, begin), static_cast<int>(count), type, places->packed.data_ptr(), places->counts.data(),
+                             places->displacements.data(), type, root, communicator, requests.add()),
+                "MPI_Igatherv");
     });
     result.steps.push_back([=](MpiRequests&) {
       for (std::size_t member = 0; member < gathered.size(); ++member) {
-        copy_bytes(bytes_of(gathered[member], begin), bytes_of(packed, static_cast<int64_t>(member) * count),
-                   static_cast<std::size_t>(count * input.element_size()));
+        copy_bytes(bytes_of(gathered[member], begin), bytes_of(places->packed, places->displacements[member]),
+                   static_cast<std::size_t>(places->counts[member] * input.element_size()));
       }
     });
   });

@@ -25,6 +25,7 @@ c10::intrusive_ptr<c10d::TCPStore> open_store(const Environment& environment, co
   options.port = static_cast<std::uint16_t>(port);
   options.isServer = server;
   options.waitWorkers = false;
+  options.multiTenant = port != 0;  // a second store of this process uses the server of the first
   options.timeout = timeout;
   try {
     return c10::make_intrusive<c10d::TCPStore>(address, options);
