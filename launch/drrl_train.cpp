@@ -5,6 +5,7 @@
 #include "launch/console.h"
 #include "launch/flags.h"
 #include "launch/log.h"
+#include "launch/online_flags.h"
 #include "launch/options.h"
 #include "launch/policy_flags.h"
 #include "launch/program.h"
@@ -253,7 +254,8 @@ ExitCode train(const Environment& environment) {
   guarded(environment, [&] {
     const bool leader = environment.world_rank == 0;
     at::manual_seed(FLAGS_seed * 1000003 + static_cast<uint64_t>(environment.world_rank));
-    const AttentionSetup attention = attention_flags(config, mesh, device);
+    AttentionSetup attention = attention_flags(config, mesh, device);
+    const auto online = online_policy_flags(environment, config, mesh, device, FLAGS_global_batch * FLAGS_seq_len, attention);
     model = std::make_unique<CausalLM>(config, mesh.tp(), attention.controller, model_options);
     model->load(FLAGS_model);
     if (leader) {
@@ -273,12 +275,18 @@ ExitCode train(const Environment& environment) {
       print_summary(result, options);
     }
     const auto watched = watch(watchdog(), "export");
+    if (online) {
+      online->finish();
+    }
     if (!result.interrupted && !FLAGS_output.empty()) {
       if (mesh.data().rank() == 0) {
         model->save(std::filesystem::path(FLAGS_output) / "hf", export_dtype);
       }
       if (leader) {
-        std::cout << "exported " << FLAGS_output << "/hf" << std::endl;
+        if (online) {
+          save_online_policy(*online, std::filesystem::path(FLAGS_output) / "policy.safetensors");
+        }
+        std::cout << "exported " << FLAGS_output << "/hf" << (online ? " and policy.safetensors" : "") << std::endl;
       }
     }
     if (leader && !FLAGS_json.empty()) {

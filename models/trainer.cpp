@@ -337,8 +337,11 @@ struct Trainer::Impl {
                              static_cast<double>(options.steps - position.step);
         unlogged_seconds = 0;
         unlogged_steps = 0;
+        const auto figures = policy.figures ? policy.figures() : std::vector<std::pair<std::string, double>>();
         if (metrics) {
-          metrics->write(to_row(report));
+          MetricRow row = to_row(report);
+          row.values.insert(row.values.end(), figures.begin(), figures.end());
+          metrics->write(row);
         }
         if (leader() && callbacks.on_step) {
           callbacks.on_step(report);

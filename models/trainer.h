@@ -14,6 +14,8 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace drrl {
 
@@ -22,7 +24,9 @@ struct PolicyHooks {
   std::function<void(int64_t step)> begin_step;        ///< before the first microbatch of update `step` (1, 2, ...)
   std::function<AttentionStatistics()> end_step;       ///< after the last one: what this rank spent in it
   std::function<void(bool evaluating)> evaluation;     ///< around validation: do not learn from it
-  std::function<std::string()> save;                   ///< state for a checkpoint, any bytes
+  /// Quantities for logged rows, by the keys of metric_fields(), since the last call; every rank calls, rank 0's are logged.
+  std::function<std::vector<std::pair<std::string, double>>()> figures;
+  std::function<std::string()> save;                   ///< state for a checkpoint, any bytes; collective over the world
   std::function<void(const std::string& state)> load;  ///< what save returned on the same rank
 };
 

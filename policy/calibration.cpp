@@ -1,5 +1,6 @@
 #include "policy/calibration.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 
@@ -80,6 +81,41 @@ Calibration Calibration::load(const std::filesystem::path& path) {
   }
   check(kind, (c.damage >= 0).all().item<bool>(), path, ": \"damage\" holds a negative entry, ", c.damage.min().item<double>());
   return c;
+}
+
+Calibration scaled(const Calibration& calibration, const at::Tensor& log_factors) {
+  TORCH_CHECK(log_factors.sizes() == calibration.damage.sizes(), "scaled: factors ", log_factors.sizes(), ", expected ", calibration.damage.sizes());
+  Calibration result = calibration;
+  const at::Tensor factors = log_factors.exp();
+  result.damage = calibration.damage * factors;
+  if (calibration.gates.defined()) {
+    const auto with_exact = at::constant_pad_nd(factors, {0, 1}, 1.0).unsqueeze(5);  // [layers, groups, 2, levels, C, 1]
+    const auto by_score_rank = with_exact.select(2, 0).unsqueeze(5), by_value_rank = with_exact.select(2, 1).transpose(3, 4).unsqueeze(5);
+    result.gated_damage = at::stack({calibration.gated_damage.select(2, 0) * by_score_rank, calibration.gated_damage.select(2, 1) * by_value_rank}, 2);
+  }
+  return result;
+}
+
+double expected_damage(const Calibration& c, const RankTable& table) {
+  const auto damage = c.damage.accessor<double, 5>();
+  const auto choice = [&](int64_t rank) { return std::find(c.ranks.begin(), c.ranks.end(), rank) - c.ranks.begin(); };  // of exact: the last
+  double sum = 0;
+  for (int64_t layer = 0; layer < table.layers(); ++layer) {
+    for (int64_t group = 0; group < table.groups(); ++group) {
+      for (int64_t level = 0; level < table.levels(); ++level) {
+        const Ranks& r = table.at(layer, group, level);
+        const int64_t measured = std::min(level, c.levels() - 1), qk = choice(r.qk), v = choice(r.v);
+        const auto exact = static_cast<int64_t>(c.ranks.size());
+        if (r.gated(c.head_dim())) {
+          const int64_t gate = (c.gates - static_cast<double>(r.gate)).abs().argmin().item<int64_t>();
+          sum += c.gated_damage[layer][group].select(1, measured).select(1, qk).select(1, v).select(1, gate).sum().item<double>();
+        } else {
+          sum += (qk < exact ? damage[layer][group][0][measured][qk] : 0) + (v < exact ? damage[layer][group][1][measured][v] : 0);
+        }
+      }
+    }
+  }
+  return sum;
 }
 
 CalibrationController::CalibrationController(int64_t layers, Geometry geometry, std::vector<int64_t> ranks)

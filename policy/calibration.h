@@ -58,6 +58,12 @@ class Calibration {
   static Calibration load(const std::filesystem::path& file);
 };
 
+/// `calibration` with every damage times e^log_factors, [layers, groups, 2, levels, ranks] float64; what gates leave of it likewise.
+Calibration scaled(const Calibration& calibration, const at::Tensor& log_factors);
+
+/// The damage that `calibration` expects of a table's ranks and gates, which must be its own [nats per token].
+double expected_damage(const Calibration& calibration, const RankTable& table);
+
 /// What can be chosen for the far pairs of one tree, and what it costs and spoils.
 struct Choices {
   /// `buckets` is the device's list; only those that were calibrated are choices, and head_dim itself, exact, the last one.

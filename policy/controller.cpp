@@ -65,9 +65,13 @@ LowRankController::LowRankController(std::shared_ptr<RankPolicy> policy, Geometr
 at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
                                      std::shared_ptr<LayerPlan>& plan) {
   if (plan != nullptr) {  // recomputation: the same ranks and bases, counted once
-    return plan->context != nullptr   ? context_attention(q, k, v, plan->context)
-           : plan->lowrank == nullptr ? exact_attention(q, k, v)
-                                      : lowrank_attention(q, k, v, plan->lowrank);
+    const auto out = plan->context != nullptr   ? context_attention(q, k, v, plan->context)
+                     : plan->lowrank == nullptr ? exact_attention(q, k, v)
+                                                : lowrank_attention(q, k, v, plan->lowrank);
+    if (plan->sample != nullptr) {
+      sampler_->watch(layer, BlockTree(q.size(2), geometry_), out, q, k, v, w_o, plan->sample);
+    }
+    return out;
   }
   plan = std::make_shared<LayerPlan>();
   if (context_.size() > 1) {
@@ -84,7 +88,7 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
   if (tree.num_pairs() == 0) {
     statistics_.flops += exact_flops;
     const auto out = exact_attention(q, k, v);
-    statistics_.attention_ms += total.ms();
+    spent(layer, total.ms());
     return out;
   }
 
@@ -105,13 +109,17 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
   timed([&] { ranks = decide(observation, grams, w_o, bases); });
   const bool low = std::any_of(ranks.begin(), ranks.end(), [&](const Ranks& r) { return r.qk < d || r.v < d; });
 
+  const bool sampled = sampler_ != nullptr && sampler_->active();
+  if (!grams_first && (low || sampled)) {
+    timed([&] { grams = far_grams(q, k, v, tree); });
+  }
+  if (sampled) {
+    plan->sample = sampler_->choose(layer, tree, grams);
+  }
   at::Tensor out;
   double flops = exact_flops + bases.flops;
   if (low) {
     timed([&] {
-      if (!grams_first) {
-        grams = far_grams(q, k, v, tree);
-      }
       if (!policy_->needs_spectra()) {
         at::Tensor start;
         const double spent = bases.flops;
@@ -130,8 +138,19 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
   statistics_.solves += bases.solves;
   statistics_.updates += bases.updates;
   statistics_.solve_ms += basis_ms;
-  statistics_.attention_ms += total.ms();
+  spent(layer, total.ms());
+  if (sampled) {
+    sampler_->watch(layer, tree, out, q, k, v, w_o, plan->sample);
+  }
   return out;
+}
+
+void LowRankController::spent(int64_t layer, double ms) {
+  statistics_.attention_ms += ms;
+  if (timing_) {
+    statistics_.layer_ms.resize(std::max(statistics_.layer_ms.size(), static_cast<size_t>(layer) + 1), 0.0);
+    statistics_.layer_ms[static_cast<size_t>(layer)] += ms;
+  }
 }
 
 at::Tensor LowRankController::split(int64_t length) {
@@ -169,7 +188,7 @@ at::Tensor LowRankController::attend_split(int64_t layer, const at::Tensor& q, c
   statistics_.updates += bases.updates;
   statistics_.context_bytes += plan.context->bytes_sent;
   statistics_.context_exact_bytes += plan.context->exact_bytes;
-  statistics_.attention_ms += total.ms();
+  spent(layer, total.ms());
   return out;
 }
 

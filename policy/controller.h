@@ -12,6 +12,7 @@
 #include "core/lowrank_attention.h"
 #include "distributed/context_attention.h"
 #include "policy/attention.h"
+#include "policy/damage_sampler.h"
 #include "policy/far_bases.h"
 #include "policy/kv_cache.h"
 #include "policy/rank_policy.h"
@@ -22,6 +23,7 @@ namespace drrl {
 struct LayerPlan {
   c10::intrusive_ptr<LowRankPlan> lowrank;  ///< null: exact attention
   c10::intrusive_ptr<ContextPlan> context;  ///< under context parallelism, instead
+  std::shared_ptr<const DamageSample> sample;  ///< rows to measure in the backward pass; null: none
 };
 
 /// How the bases of far pairs are made.
@@ -67,6 +69,9 @@ class LowRankController final : public AttentionController {
   /// The guard's eps from now on; only if there was one.
   void set_guard_eps(double eps) { guard_.eps = eps; }
 
+  /// Measures damages while the model is trained, whenever it is active; null: nobody does. Not under context parallelism.
+  void set_sampler(std::shared_ptr<DamageSampler> sampler) { sampler_ = std::move(sampler); }
+
   /// What was spent since the last call.
   AttentionStatistics take_statistics();
   const std::shared_ptr<RankPolicy>& policy() const { return policy_; }
@@ -99,6 +104,9 @@ class LowRankController final : public AttentionController {
   /// Ranks and bases of one far pair of the cache's horizon: what `attend` decides for it when it sees the whole sequence.
   NodeFactors decide_node(int64_t layer, LayerCache& cache, int64_t level, int64_t pair, const PairGrams& grams, const at::Tensor& w_o);
 
+  /// Counts a call of attend.
+  void spent(int64_t layer, double ms);
+
   std::shared_ptr<RankPolicy> policy_;
   Geometry geometry_;
   BasisOptions bases_;
@@ -106,6 +114,7 @@ class LowRankController final : public AttentionController {
   GuardOptions guard_;
   Group context_;
   std::optional<SequenceSplit> split_;  // of the pass under way
+  std::shared_ptr<DamageSampler> sampler_;
   double first_eps_;  // as constructed, for describe()
   bool timing_ = false;
   AttentionStatistics statistics_;

@@ -113,6 +113,11 @@ class AllocatedPolicy final : public RankPolicy {
     return look_up(found->second, o);
   }
 
+  void set_calibration(const Calibration& calibration) override {
+    calibration_ = calibration;
+    tables_.clear();
+  }
+
   std::string describe() const override {
     const std::string name = how_ == Spending::kBest ? "dp" : how_ == Spending::kGreedy ? "greedy" : c10::str("random ", seed_);
     return c10::str(name, row_gates_ ? " with row gates" : "", ", budget ", budget_, ", calibrated on ", calibration_.tokens, " tokens of ", calibration_.data, " (", calibration_.digest(), ")");
@@ -166,6 +171,11 @@ class LearnedPolicy final : public RankPolicy {
   std::vector<int64_t> state_ranks() const override { return agent_.strength() > 0 ? calibration_.ranks : std::vector<int64_t>(); }
   double flops_per_pair() const override { return agent_.strength() > 0 ? agent_.flops() : 0; }
 
+  void set_calibration(const Calibration& calibration) override {
+    calibration_ = calibration;
+    prices_.clear();
+  }
+
   std::string describe() const override {
     return c10::str("rl, budget ", budget_, ", calibrated on ", calibration_.tokens, " tokens of ", calibration_.data, " (", calibration_.digest(), "), agent ",
                     agent_.digest(), ", strength ", agent_.strength());
@@ -209,6 +219,10 @@ class LearnedPolicy final : public RankPolicy {
 };
 
 }  // namespace
+
+void RankPolicy::set_calibration(const Calibration& /*calibration*/) {
+  raise(ErrorKind::kUsage, "the rank policy '", describe(), "' does not decide by calibrated damages; dp and rl do");
+}
 
 std::vector<int64_t> rank_buckets(const at::Device& device, int64_t head_dim) {
   const int64_t step = head_dim < 64 ? std::max<int64_t>(1, head_dim / 4) : (device.is_cuda() ? 32 : 16);

@@ -65,6 +65,8 @@ class RankPolicy {
   virtual std::vector<int64_t> state_ranks() const { return {}; }
   /// Operations that a decision takes, for each pair.
   virtual double flops_per_pair() const { return 0; }
+  /// Decides by this calibration from now on, whose shape is the one it has. Errors: Error(kUsage) if it decides by none.
+  virtual void set_calibration(const Calibration& calibration);
   /// Whether every rank is the head dim, whatever the layer.
   virtual bool exact() const { return false; }
   /// One line for banners and for comparing runs: the name and whatever shapes the decisions.

@@ -1,6 +1,9 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <functional>
+#include <vector>
 
 namespace drrl {
 
@@ -9,6 +12,7 @@ struct AttentionStatistics {
   int64_t calls = 0;
   double flops = 0;         ///< spent, everything counted: near, sinks, far, projections, Grams, solves
   double exact_flops = 0;   ///< of exact causal attention on the same shapes
+  std::vector<double> layer_ms;  ///< attention_ms by layer, of attend(); empty unless timing is on
   double attention_ms = 0;  ///< forward calls of attend(), solves included; 0 unless timing is on
   double solve_ms = 0;      ///< Grams and bases; 0 unless timing is on
   int64_t solves = 0;       ///< full decompositions of d x d basis problems
@@ -25,6 +29,8 @@ struct AttentionStatistics {
     flops += other.flops;
     exact_flops += other.exact_flops;
     attention_ms += other.attention_ms;
+    layer_ms.resize(std::max(layer_ms.size(), other.layer_ms.size()), 0.0);
+    std::transform(other.layer_ms.begin(), other.layer_ms.end(), layer_ms.begin(), layer_ms.begin(), std::plus<>());
     solve_ms += other.solve_ms;
     solves += other.solves;
     updates += other.updates;

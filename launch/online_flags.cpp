@@ -1,0 +1,76 @@
+#include "launch/online_flags.h"
+
+#include "core/error.h"
+#include "launch/flags.h"
+#include "models/tensor_parallel.h"
+#include "policy/agent.h"
+
+#include <gflags/gflags.h>
+
+#include <chrono>
+
+DEFINE_int64(policy_update_every, 0,
+             "train the rank policy (dp or rl) along with the model, and update it so often; an update takes effect as many steps later; 0: never [steps]");
+DEFINE_int64(policy_sample_rows, 16, "query rows of each layer and microbatch on which --policy_update_every measures what every rank would do [rows]");
+
+namespace drrl {
+
+std::shared_ptr<OnlinePolicy> online_policy_flags(const Environment& environment, const ModelConfig& config, const Mesh& mesh, const at::Device& device,
+                                                  int64_t tokens_per_step, AttentionSetup& attention) {
+  check(ErrorKind::kUsage, FLAGS_policy_update_every >= 0 && FLAGS_policy_sample_rows >= 1, "--policy_update_every must not be negative and --policy_sample_rows at least 1, got ",
+        FLAGS_policy_update_every, " and ", FLAGS_policy_sample_rows);
+  if (FLAGS_policy_update_every == 0) {
+    return nullptr;
+  }
+  check(ErrorKind::kUsage, FLAGS_attention == "lowrank" && (FLAGS_rank_policy == "dp" || FLAGS_rank_policy == "rl"),
+        "--policy_update_every=", FLAGS_policy_update_every, " needs --attention=lowrank and --rank_policy=dp or rl, got ", FLAGS_attention, " and ", FLAGS_rank_policy);
+  const Share groups = partition(config.num_key_value_heads, mesh.tp().size(), mesh.tp().rank());
+  const auto buckets = rank_buckets(device, config.head_dim);
+  OnlinePolicy::Options options;
+  options.update_every = FLAGS_policy_update_every;
+  options.sampling = {.rows = FLAGS_policy_sample_rows, .seed = FLAGS_seed, .gradient_scale = static_cast<double>(tokens_per_step),
+                      .update_steps = FLAGS_basis_updates, .buckets = buckets};
+  if (FLAGS_rank_policy == "dp") {
+    const int64_t heads_per_group = config.num_attention_heads / config.num_key_value_heads;
+    options.allocate = [tree = BlockTree(FLAGS_seq_len, geometry_flags()), heads_per_group, buckets](const Calibration& calibration) {
+      return allocate(calibration, FLAGS_rank_budget, tree, heads_per_group, buckets, FLAGS_basis_updates, Spending::kBest, 0, FLAGS_row_gates).table;
+    };
+  }
+  Group channel = create_world_group("policy", environment, device, std::chrono::seconds(FLAGS_timeout_s));
+  channel.watch(mesh.world().watchdog());
+  auto online = std::make_shared<OnlinePolicy>(attention.controller, Calibration::load(FLAGS_policy), groups.begin, groups.count, device, std::move(channel),
+                                               std::move(options));
+  PolicyHooks& hooks = attention.hooks;
+  hooks.begin_step = [online, begin = hooks.begin_step](int64_t step) {
+    begin(step);
+    online->begin_step(step);
+  };
+  hooks.end_step = [online, end = hooks.end_step] {
+    const AttentionStatistics spent = end();
+    online->end_step(spent);
+    return spent;
+  };
+  hooks.figures = [online] { return online->figures(); };
+  // After the policy's description, up to the first zero byte.
+  hooks.save = [online, save = hooks.save] { return save() + std::string(1, '\0') + online->save(); };
+  hooks.load = [online, load = hooks.load](const std::string& state) {
+    const size_t end = state.find('\0');
+    load(state.substr(0, end));
+    if (end != std::string::npos) {
+      online->load(state.substr(end + 1));
+    }
+  };
+  return online;
+}
+
+void save_online_policy(const OnlinePolicy& policy, const std::filesystem::path& file) {
+  Calibration calibration = policy.calibration();
+  calibration.data += c10::str(", then ", policy.updates(), " online updates on ", FLAGS_data);
+  if (FLAGS_rank_policy == "rl") {
+    RankAgent::load(FLAGS_policy, calibration).save(file, calibration);
+  } else {
+    calibration.save(file);
+  }
+}
+
+}  // namespace drrl
