@@ -11,7 +11,7 @@
 
 DEFINE_int64(policy_update_every, 0,
              "train the rank policy (dp or rl) along with the model, and update it so often; an update takes effect as many steps later; 0: never [steps]");
-DEFINE_int64(policy_sample_rows, 16, "query rows of each layer and microbatch on which --policy_update_every measures what every rank would do [rows]");
+DEFINE_int64(policy_sample_rows, 32, "query rows, of each layer in every fourth microbatch, on which --policy_update_every measures what every rank would do [rows]");
 
 namespace drrl {
 

@@ -109,7 +109,7 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
   timed([&] { ranks = decide(observation, grams, w_o, bases); });
   const bool low = std::any_of(ranks.begin(), ranks.end(), [&](const Ranks& r) { return r.qk < d || r.v < d; });
 
-  const bool sampled = sampler_ != nullptr && sampler_->active();
+  const bool sampled = sampler_ != nullptr && sampler_->draws(layer);
   if (!grams_first && (low || sampled)) {
     timed([&] { grams = far_grams(q, k, v, tree); });
   }

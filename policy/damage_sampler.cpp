@@ -45,11 +45,12 @@ void DamageSampler::reset(const at::Tensor& sums) {
 
 double DamageSampler::take_ms() { return std::exchange(ms_, 0); }
 
-std::shared_ptr<const DamageSample> DamageSampler::choose(int64_t layer, const BlockTree& tree, const PairGrams& grams) {
-  if (tree.num_pairs() == 0) {
-    return nullptr;
-  }
-  const std::array<int64_t, 4> key = {static_cast<int64_t>(options_.seed), step_, layer, calls_[static_cast<size_t>(layer)]++};
+bool DamageSampler::draws(int64_t layer) {
+  return active_ && (step_ + layer + calls_[static_cast<size_t>(layer)]++) % kTurns == 0;
+}
+
+std::shared_ptr<const DamageSample> DamageSampler::choose(int64_t layer, const BlockTree& tree, const PairGrams& grams) const {
+  const std::array<int64_t, 4> key = {static_cast<int64_t>(options_.seed), step_, layer, calls_[static_cast<size_t>(layer)]};
   const uint64_t random = hash_bytes(key.data(), sizeof(key));
   const int64_t block_rows = tree.geometry().near_block;
   // A last block that is short would weigh its rows more than others'.
@@ -142,7 +143,6 @@ void DamageSampler::measure(int64_t layer, const BlockTree& tree, const at::Tens
         const auto damage = moved.mul_(options_.gradient_scale).pow(2).mean(2).mul_(0.5 * share_of_level[static_cast<size_t>(run.level)]);  // [B, G]
         auto cells = sums_.select(1, layer).select(2, kind).select(2, std::min(run.level, sums_.size(4) - 1)).select(2, columns_[i]);  // [kSums, G]
         cells[kDamage] += damage.sum(0);
-        cells[kSquares] += damage.pow(2).sum(0);
         cells[kCount] += static_cast<double>(batch);
       }
     }

@@ -27,8 +27,11 @@ struct DamageSample {
 /// All ranks are measured, so the reward of any decision is known and no action need be explored.
 class DamageSampler {
  public:
+  /// Of so many calls one is sampled, in turn with other layers: making bases is most of the cost.
+  static constexpr int64_t kTurns = 4;
+
   struct Options {
-    int64_t rows = 16;       ///< query rows of one block in each call; 0: none
+    int64_t rows = 32;       ///< query rows of one block in each sampled call
     uint64_t seed = 1;       ///< of which rows; with the step and the layer nothing else decides, so processes that share a sequence choose alike
     double gradient_scale = 1;  ///< times the gradients that arrive = gradients of the summed loss in nats
     int64_t update_steps = 2;   ///< as BasisOptions
@@ -41,20 +44,21 @@ class DamageSampler {
   /// From now on calls are sampled, as of this step; until `pause`.
   void begin(int64_t step);
   void pause() { active_ = false; }
-  bool active() const { return active_; }
 
-  /// The rows of a call: a block is drawn, then rows evenly spread over it. grams: of all pairs. Null if nothing is far.
-  std::shared_ptr<const DamageSample> choose(int64_t layer, const BlockTree& tree, const PairGrams& grams);
+  /// Whether the call that begins now is to be sampled. Once a call.
+  bool draws(int64_t layer);
+  /// Its rows: a block is drawn, then rows evenly spread over it. grams: of all pairs, at least one.
+  std::shared_ptr<const DamageSample> choose(int64_t layer, const BlockTree& tree, const PairGrams& grams) const;
 
   /// Measures `sample` when the gradient of `out` comes by. out, q [B, H, L, d]; k, v [B, G, L, d]; w_o [hidden, H d].
   void watch(int64_t layer, const BlockTree& tree, const at::Tensor& out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
              std::shared_ptr<const DamageSample> sample);
 
   /// What sums() adds up, and from where on.
-  enum Sum : int64_t { kDamage, kSquares, kCount, kSums };
+  enum Sum : int64_t { kDamage, kCount, kSums };
 
   /// Over what was sampled since the last `reset`: damage in nats per token of the sequence (mean over a sample's rows, times the share of all rows that see a
-  /// pair of that level), its square, and the number of samples: [kSums, layers, groups, 2, levels, ranks] float64, cells as in Calibration::damage.
+  /// pair of that level), and the number of samples: [kSums, layers, groups, 2, levels, ranks] float64, cells as in Calibration::damage.
   const at::Tensor& sums() const { return sums_; }
   void reset(const at::Tensor& sums = {});
 

@@ -42,8 +42,6 @@ class OnlinePolicy {
   void begin_step(int64_t step);
   /// Of the step begun last; spent: by the controller in it. Errors: what the trainer found, such as Error(kCommunication) when processes do not agree.
   void end_step(const AttentionStatistics& spent);
-  /// Sampling pauses until the next step.
-  void pause() { sampler_->pause(); }
   /// Applies what is still under way: after the last step. Collective.
   void finish();
 

@@ -11,13 +11,14 @@
 namespace drrl {
 namespace {
 
-constexpr double kFirstDispersion = 10;  // before anything is known of the noise
+// What is supposed of the noise before it is known, and how many samples' word that has.
+constexpr double kFirstDispersion = 20, kFirstSamples = 1000;
 constexpr int kSweeps = 30, kNewtonSteps = 4;
 
 }  // namespace
 
 OnlineTrainer::OnlineTrainer(const Calibration& calibration, double memory)
-    : memory_(memory), base_(calibration.damage.contiguous()), log_factors_(at::zeros_like(base_)), dispersion_(kFirstDispersion) {
+    : memory_(memory), base_(calibration.damage.contiguous()), log_factors_(at::zeros_like(base_)), scatter_(kFirstDispersion * kFirstSamples), scattered_(kFirstSamples) {
   TORCH_CHECK(memory > 0 && memory <= 1, "OnlineTrainer: a memory of ", memory, ", expected more than 0 and at most 1");
   auto sizes = base_.sizes().vec();
   sizes.insert(sizes.begin(), DamageSampler::kSums);
@@ -43,22 +44,19 @@ void OnlineTrainer::update(const at::Tensor& sums) {
   check(ErrorKind::kNumerics, sums.isfinite().all().item<bool>(), "the policy's trainer: measured damages that are not finite");
   known_.mul_(memory_).add_(sums);
   fit();
-  // How far samples scatter about what was just fitted; then once more with that.
-  const auto count = known_[DamageSampler::kCount] * (base_ > 0);
-  const auto mean = (base_ * log_factors_.exp()).clamp_min(1e-300);
-  const auto squares = known_[DamageSampler::kSquares] - 2 * mean * known_[DamageSampler::kDamage] + count * mean.pow(2);
-  const double samples = count.sum().item<double>();
-  if (samples > 0) {
-    dispersion_ = std::clamp(at::where(count > 0, squares / mean.pow(2), at::zeros_like(mean)).sum().item<double>() / samples, 0.1, 1000.0);
-    fit();
-  }
+  // How far the new samples scatter about what was just fitted; then once more with that.
+  const auto count = sums[DamageSampler::kCount] * (base_ > 0);
+  const auto errors = at::where(count > 0, sums[DamageSampler::kDamage] / (base_ * log_factors_.exp()).clamp_min(1e-300) - count, at::zeros_like(count));
+  scatter_ = memory_ * scatter_ + errors.sum(at::IntArrayRef{1, 3, 4}).pow(2).sum().item<double>();
+  scattered_ = memory_ * scattered_ + count.sum().item<double>();
+  fit();
   ++updates_;
 }
 
 void OnlineTrainer::fit() {
   const auto learned = base_ > 0;
-  const auto count = known_[DamageSampler::kCount] * learned / dispersion_;
-  const auto damage = at::where(learned, known_[DamageSampler::kDamage] / base_.clamp_min(1e-300), at::zeros_like(base_)) / dispersion_;
+  const auto count = known_[DamageSampler::kCount] * learned / dispersion();
+  const auto damage = at::where(learned, known_[DamageSampler::kDamage] / base_.clamp_min(1e-300), at::zeros_like(base_)) / dispersion();
   for (int sweep = 0; sweep < kSweeps; ++sweep) {
     for (Effect& effect : effects_) {
       const auto shared = [&](const at::Tensor& x) { return effect.over.empty() ? x : x.sum(effect.over, /*keepdim=*/true); };
@@ -76,7 +74,7 @@ void OnlineTrainer::fit() {
 }
 
 at::Tensor OnlineTrainer::state() const {
-  std::vector<at::Tensor> all = {known_.flatten(), log_factors_.flatten(), at::tensor({dispersion_, static_cast<double>(updates_)}, at::kDouble)};
+  std::vector<at::Tensor> all = {known_.flatten(), log_factors_.flatten(), at::tensor({scatter_, scattered_, static_cast<double>(updates_)}, at::kDouble)};
   for (const Effect& effect : effects_) {
     all.push_back(effect.value.flatten());
   }
@@ -93,10 +91,11 @@ void OnlineTrainer::load(const at::Tensor& state) {
   };
   take(known_);
   take(log_factors_);
-  auto figures = at::empty({2}, at::kDouble);
+  auto figures = at::empty({3}, at::kDouble);
   take(figures);
-  dispersion_ = figures[0].item<double>();
-  updates_ = figures[1].item<int64_t>();
+  scatter_ = figures[0].item<double>();
+  scattered_ = figures[1].item<double>();
+  updates_ = figures[2].item<int64_t>();
   for (Effect& effect : effects_) {
     take(effect.value);
   }

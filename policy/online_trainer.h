@@ -14,9 +14,9 @@ namespace drrl {
 ///   minimize  kappa sum over samples (y e^-f + f)  +  sum over effects a^2 / (2 sigma^2),
 /// the gamma deviance, whose minimum is the conditional mean however heavy the tail (agent_training.h, first stage), weighed against Gaussian priors
 /// that pull to the calibration. f is a sum of effects that cells share: of a kind, (level, rank), layer, (layer, group), (layer, group, level), and the cell
-/// alone, of each kind; so a layer's change is learned long before each of its cells has been seen. kappa is one over the squared coefficient of
-/// variation of the samples (Pearson's estimate, McCullagh and Nelder, Generalized Linear Models, section 8.3.6): noise decides how much is
-/// believed. Older samples fade, since the weights move. Solved to convergence by Newton steps, one effect after the other: no rate, no random numbers.
+/// alone, of each kind; so a layer's change is learned long before each of its cells has been seen. kappa is one over the dispersion, Pearson's estimate
+/// (McCullagh and Nelder, Generalized Linear Models, sections 8.3.6 and 9.2) from the sums over each layer and kind between two updates, since cells are measured on
+/// the same few rows and err together: noise decides how much is believed. Older samples fade, since the weights move. Solved to convergence by Newton steps, one effect after the other: no rate, no random numbers.
 class OnlineTrainer {
  public:
   /// memory: factor on what is known at each update.
@@ -27,8 +27,8 @@ class OnlineTrainer {
 
   /// f, [layers, groups, 2, levels, ranks] float64.
   const at::Tensor& log_factors() const { return log_factors_; }
-  /// Squared coefficient of variation of a sample.
-  double dispersion() const { return dispersion_; }
+  /// Variance of a sum of n samples of one layer and kind, each over its mean, divided by n.
+  double dispersion() const { return scatter_ / scattered_; }
   int64_t updates() const { return updates_; }
 
   /// All that it knows, flat float64, and back. Errors: Error(kCheckpoint) if the size is another.
@@ -49,7 +49,7 @@ class OnlineTrainer {
   at::Tensor known_;  // faded sums, as update takes them
   std::vector<Effect> effects_;
   at::Tensor log_factors_;
-  double dispersion_;
+  double scatter_, scattered_;  // faded sums over layers and kinds of squared errors, and of samples: the dispersion is their ratio
   int64_t updates_ = 0;
 };
 

@@ -116,6 +116,36 @@ TEST_F(TrainProgram, TwoProcessesPrintOnce) {
   EXPECT_EQ(count(run.output, "step 3/6"), 1U) << run.output;
 }
 
+TEST_F(TrainProgram, TheRankPolicyLearnsOnTheWay) {
+  const std::string longer = std::regex_replace(kConfig, std::regex("\"max_position_embeddings\": 64"), "\"max_position_embeddings\": 512");
+  CausalLM model(ModelConfig::parse(longer, "tiny"), Group(), make_full_attention());
+  model.initialize(5);
+  model.save(own_ / "model");
+  const std::string bin = std::string(DRRL_BINARY_DIR) + "/bin/", policy = (own_ / "ranks.safetensors").string();
+  const std::string common = " --model=" + (own_ / "model").string() + " --data=" + (*shared_ / "text").string() +
+                             " --seq_len=257 --near_block=32 --sink_tokens=1 --threads=1 ";
+  const Ended calibrated = shell(bin + "drrl-policy calibrate --calibration_tokens=514 --policy=" + policy + common);
+  ASSERT_EQ(calibrated.code, 0) << calibrated.output;
+  const std::string ranks = common + "--attention=lowrank --rank_policy=dp --rank_budget=0.9 --basis_updates=1 ";
+  const Ended run = shell(mpirun(3) + bin + "drrl-train --tp=3 --steps=4 --global_batch=4 --valid_fraction=0 --policy_update_every=1 --policy_sample_rows=8 " + output() +
+                          "--policy=" + policy + ranks);
+  ASSERT_EQ(run.code, 0) << run.output;
+  std::istringstream lines(read_bytes(own_ / "out/metrics/metrics.jsonl"));
+  nlohmann::json last;
+  for (std::string line; std::getline(lines, line);) {
+    last = nlohmann::json::parse(line);
+  }
+  EXPECT_EQ(last["policy_updates"], 3);
+  EXPECT_GT(last["policy_distance"], 0.0);
+  EXPECT_LE(last["policy_damage"], last["policy_damage_calibrated"]);
+  const Ended evaluated = shell(bin + "drrl-eval --model=" + (own_ / "out/hf").string() + " --policy=" + (own_ / "out/policy.safetensors").string() +
+                                std::regex_replace(ranks, std::regex("--model=\\S+"), ""));
+  EXPECT_EQ(evaluated.code, 0) << evaluated.output;
+  EXPECT_NE(evaluated.output.find("then 4 online updates on"), std::string::npos) << evaluated.output;
+  expect_failure(bin + "drrl-train --steps=1 --policy_update_every=1 --attention=lowrank --rank_policy=fixed" + common, ExitCode::kUsage,
+                 {"--policy_update_every=1 needs --attention=lowrank and --rank_policy=dp or rl", "fixed"});
+}
+
 TEST_F(TrainProgram, ReadsAFlagFile) {
   write_bytes(own_ / "run.flags", "# a comment\n--steps=2\n");
   const Ended run = shell(command("--flagfile=" + (own_ / "run.flags").string()));

@@ -18,13 +18,13 @@
 namespace drrl {
 namespace {
 
-constexpr int64_t kSeqLen = 100, kGroups = 3, kHeadDim = 16;
-constexpr Geometry kGeometry{16, 1};
+constexpr int64_t kSeqLen = 257, kGroups = 3, kHeadDim = 8;
+constexpr Geometry kGeometry{32, 1};
 
 ModelConfig config() {
   return ModelConfig::parse(R"({
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 61, "hidden_size": 48, "intermediate_size": 56,
-    "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+    "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0, "tie_word_embeddings": true, "hidden_act": "silu", "initializer_range": 0.2})",
                             "tiny");
 }
@@ -34,7 +34,7 @@ Calibration calibration() {
   c.geometry = kGeometry;
   c.seq_len = kSeqLen;
   c.tokens = 1000;
-  c.ranks = {4, 8, 12};
+  c.ranks = {2, 4, 6};
   auto generator = at::make_generator<at::CPUGeneratorImpl>(3);
   c.damage = at::tensor({8.0, 2.0, 0.5}, at::kDouble) * (1 + at::rand({2, kGroups, 2, 3, 1}, generator, at::kDouble)) * 1e-4;
   c.bases = std::get<0>(at::linalg_qr(at::randn({2, kGroups, 2, kHeadDim, kHeadDim}, generator, at::kFloat)));
@@ -57,13 +57,13 @@ class OnlineTraining : public MpiTest {
     folder_ = path;
     if (rank_ == 0) {
       auto generator = at::make_generator<at::CPUGeneratorImpl>(3);
-      const at::Tensor words = at::randint(61, {4000}, generator, at::kLong);
+      const at::Tensor words = at::randint(61, {12000}, generator, at::kLong);
       write_token_file(folder_ / "noise", {{words.const_data_ptr<int64_t>(), words.const_data_ptr<int64_t>() + words.numel()}});
     }
     MPI_Barrier(MPI_COMM_WORLD);
     const auto file = std::make_shared<const TokenFile>(TokenFile::open(folder_ / "noise"));
-    train_ = std::make_shared<SequenceDataset>(file, 0, 3500, kSeqLen, 11);
-    valid_ = std::make_shared<SequenceDataset>(file, 3500, 4000, kSeqLen, 11);
+    train_ = std::make_shared<SequenceDataset>(file, 0, 11000, kSeqLen, 11);
+    valid_ = std::make_shared<SequenceDataset>(file, 11000, 12000, kSeqLen, 11);
   }
 
   void TearDown() override {
@@ -88,10 +88,10 @@ class OnlineTraining : public MpiTest {
     const Calibration c = calibration();
     const std::vector<int64_t> buckets = rank_buckets(at::kCPU, kHeadDim);
     Learner result;
-    result.controller = std::make_shared<LowRankController>(make_dp_policy(c, kBudget, buckets, 2), kGeometry,
-                                                            BasisOptions{.update_steps = 2, .start = c.bases.narrow(1, groups.begin, groups.count)}, groups.begin);
-    OnlinePolicy::Options options{.update_every = update_every, .sampling = {.rows = 4, .gradient_scale = 4.0 * kSeqLen, .buckets = buckets}, .allocate = {}};
-    options.allocate = [buckets](const Calibration& by) { return allocate(by, kBudget, BlockTree(kSeqLen, kGeometry), 2, buckets, 2).table; };
+    result.controller = std::make_shared<LowRankController>(make_dp_policy(c, kBudget, buckets, kUpdates), kGeometry,
+                                                            BasisOptions{.update_steps = kUpdates, .start = c.bases.narrow(1, groups.begin, groups.count)}, groups.begin);
+    OnlinePolicy::Options options{.update_every = update_every, .sampling = {.rows = 4, .gradient_scale = 4.0 * kSeqLen, .update_steps = kUpdates, .buckets = buckets}, .allocate = {}};
+    options.allocate = [buckets](const Calibration& by) { return allocate(by, kBudget, BlockTree(kSeqLen, kGeometry), 2, buckets, kUpdates).table; };
     Group channel = mesh.world().size() == 1 ? Group() : make_channel(timeout);
     result.online = std::make_shared<OnlinePolicy>(result.controller, c, groups.begin, groups.count, at::kCPU, std::move(channel), std::move(options));
     return result;
@@ -152,6 +152,7 @@ class OnlineTraining : public MpiTest {
   }
 
   static constexpr double kBudget = 0.9;
+  static constexpr int64_t kUpdates = 1;
   std::filesystem::path folder_;
   std::shared_ptr<SequenceDataset> train_, valid_;
 };
@@ -188,7 +189,7 @@ TEST_F(OnlineTraining, LearnsAlikeOnEveryProcess) {
       EXPECT_TRUE(at::allclose(together.learned.damage, alone.learned.damage, 1e-3)) << (together.learned.damage / alone.learned.damage - 1).abs().max();
     }
     if (rank_ == 0) {
-      EXPECT_NEAR(together.losses.back(), alone.losses.back(), 2e-3);
+      EXPECT_NEAR(together.losses.back(), alone.losses.back(), tp == size_ ? 1e-4 : 0.1);
       EXPECT_GE(together.figures.at("policy_slowest"), 1);
     }
   }
@@ -210,21 +211,17 @@ TEST_F(OnlineTraining, ChangesDecisionsButNotBeforeItsTime) {
 }
 
 TEST_F(OnlineTraining, ResumesBitForBit) {
-  for (const int64_t tp : {int64_t{1}, int64_t{size_}}) {
-    if (tp > kGroups || (tp == 1 && size_ > 1)) {
-      continue;
-    }
-    const Mesh layout = mesh(tp, size_ / tp);
-    const Outcome whole = run(layout, {.output = "whole"});
-    // Stopped within a period, with a round under way and samples that were not sent.
-    const Outcome first = run(layout, {.output = "parts", .stop_after = 5}), second = run(layout, {.output = "parts"});
-    EXPECT_TRUE(second.learned.damage.equal(whole.learned.damage));
-    EXPECT_EQ(second.updates, whole.updates);
-    if (rank_ == 0) {
-      ASSERT_EQ(first.losses.size(), 5U);
-      ASSERT_EQ(second.losses.size(), 3U);
-      EXPECT_TRUE(std::equal(second.losses.begin(), second.losses.end(), whole.losses.begin() + 5));
-    }
+  const int64_t tp = size_ > kGroups ? 2 : size_;
+  const Mesh layout = mesh(tp, size_ / tp);
+  const Outcome whole = run(layout, {.output = "whole"});
+  // Stopped within a period, with a round under way and samples that were not sent.
+  const Outcome first = run(layout, {.output = "parts", .stop_after = 5}), second = run(layout, {.output = "parts"});
+  EXPECT_TRUE(second.learned.damage.equal(whole.learned.damage));
+  EXPECT_EQ(second.updates, whole.updates);
+  if (rank_ == 0) {
+    ASSERT_EQ(first.losses.size(), 5U);
+    ASSERT_EQ(second.losses.size(), 3U);
+    EXPECT_TRUE(std::equal(second.losses.begin(), second.losses.end(), whole.losses.begin() + 5));
   }
 }
 
@@ -263,13 +260,13 @@ TEST_F(OnlineTraining, ProcessesThatDecideOtherwiseAreNamed) {
 }
 
 TEST_F(OnlineTraining, RefusesWhatItCannotTrain) {
-  const auto controller = std::make_shared<LowRankController>(make_fixed_policy(8, kHeadDim), kGeometry);
+  const auto controller = std::make_shared<LowRankController>(make_fixed_policy(4, kHeadDim), kGeometry);
   const auto refused = [&](int64_t every) {
     return error_of(ErrorKind::kUsage, [&] {
-      OnlinePolicy(controller, calibration(), 0, kGroups, at::kCPU, Group(), {.update_every = every, .sampling = {.buckets = {4, 8, 12, 16}}, .allocate = {}});
+      OnlinePolicy(controller, calibration(), 0, kGroups, at::kCPU, Group(), {.update_every = every, .sampling = {.buckets = {2, 4, 6, 8}}, .allocate = {}});
     });
   };
-  EXPECT_NE(refused(1).find("'fixed, rank 8' does not decide by calibrated damages"), std::string::npos);
+  EXPECT_NE(refused(1).find("'fixed, rank 4' does not decide by calibrated damages"), std::string::npos);
   EXPECT_NE(refused(0).find("every 0 steps"), std::string::npos);
 }
 
