@@ -11,19 +11,21 @@
 
 DEFINE_int64(policy_update_every, 0,
              "train the rank policy (dp or rl) along with the model, and update it so often; an update takes effect as many steps later; 0: never [steps]");
-DEFINE_int64(policy_sample_rows, 32, "query rows, of each layer in every fourth microbatch, on which --policy_update_every measures what every rank would do [rows]");
+DEFINE_int64(policy_sample_rows, 32,
+             "query rows, of each layer in every fourth microbatch, on which --policy_update_every measures what every rank would do [rows]");
 
 namespace drrl {
 
 std::shared_ptr<OnlinePolicy> online_policy_flags(const Environment& environment, const ModelConfig& config, const Mesh& mesh, const at::Device& device,
                                                   int64_t tokens_per_step, AttentionSetup& attention) {
-  check(ErrorKind::kUsage, FLAGS_policy_update_every >= 0 && FLAGS_policy_sample_rows >= 1, "--policy_update_every must not be negative and --policy_sample_rows at least 1, got ",
-        FLAGS_policy_update_every, " and ", FLAGS_policy_sample_rows);
+  check(ErrorKind::kUsage, FLAGS_policy_update_every >= 0 && FLAGS_policy_sample_rows >= 1,
+        "--policy_update_every must not be negative and --policy_sample_rows at least 1, got ", FLAGS_policy_update_every, " and ", FLAGS_policy_sample_rows);
   if (FLAGS_policy_update_every == 0) {
     return nullptr;
   }
   check(ErrorKind::kUsage, FLAGS_attention == "lowrank" && (FLAGS_rank_policy == "dp" || FLAGS_rank_policy == "rl"),
-        "--policy_update_every=", FLAGS_policy_update_every, " needs --attention=lowrank and --rank_policy=dp or rl, got ", FLAGS_attention, " and ", FLAGS_rank_policy);
+        "--policy_update_every=", FLAGS_policy_update_every, " needs --attention=lowrank and --rank_policy=dp or rl, got ", FLAGS_attention, " and ",
+        FLAGS_rank_policy);
   const Share groups = partition(config.num_key_value_heads, mesh.tp().size(), mesh.tp().rank());
   const auto buckets = rank_buckets(device, config.head_dim);
   OnlinePolicy::Options options;

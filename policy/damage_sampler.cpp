@@ -77,9 +77,8 @@ void DamageSampler::watch(int64_t layer, const BlockTree& tree, const at::Tensor
   if (sample == nullptr || !out.requires_grad()) {
     return;
   }
-  out.register_hook([this, layer, tree, q = q.detach(), k = k.detach(), v = v.detach(), w_o = w_o.detach(), sample = std::move(sample)](const at::Tensor& grad) {
-    measure(layer, tree, q, k, v, w_o, *sample, grad);
-  });
+  out.register_hook([this, layer, tree, q = q.detach(), k = k.detach(), v = v.detach(), w_o = w_o.detach(),
+                     sample = std::move(sample)](const at::Tensor& grad) { measure(layer, tree, q, k, v, w_o, *sample, grad); });
 }
 
 void DamageSampler::measure(int64_t layer, const BlockTree& tree, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
@@ -121,7 +120,8 @@ void DamageSampler::measure(int64_t layer, const BlockTree& tree, const at::Tens
   for (size_t i = 0; i < ranks_.size(); ++i) {
     const int64_t rank = ranks_[i];
     const std::vector<Ranks> ranks(sequences * static_cast<size_t>(pairs), Ranks{rank, rank});
-    const FarBases bases = options_.update_steps < 0 ? solved : update_far_bases(sample.grams, w_o, ranks, for_batch(start_[layer], batch), options_.update_steps);
+    const FarBases bases =
+        options_.update_steps < 0 ? solved : update_far_bases(sample.grams, w_o, ranks, for_batch(start_[layer], batch), options_.update_steps);
     const at::Tensor residual = residual_factors(sample.grams, bases.scores, ranks, key_rows);
     for (int64_t p = 0; p < pairs; ++p) {
       const PairRun& run = tree.run_of(sample.pairs[static_cast<size_t>(p)]);

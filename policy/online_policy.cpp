@@ -87,8 +87,9 @@ void OnlinePolicy::finish() {
 
 at::Tensor OnlinePolicy::record() const {
   const uint64_t hash = hash_bytes(factors_.const_data_ptr(), factors_.nbytes());
-  std::vector<double> head = {static_cast<double>(first_group_),        static_cast<double>(groups_),          static_cast<double>(hash >> 32),
-                              static_cast<double>(hash & 0xffffffffU),  static_cast<double>(spent_.guard_raises), static_cast<double>(spent_.decisions), steps_};
+  const std::vector<double> head = {static_cast<double>(first_group_), static_cast<double>(groups_), static_cast<double>(hash >> 32),
+                                    static_cast<double>(hash & 0xffffffffU), static_cast<double>(spent_.guard_raises),
+                                    static_cast<double>(spent_.decisions), steps_};
   const auto ms = padded(spent_.layer_ms, calibration_.layers());
   return at::cat({at::tensor(head, at::kDouble), at::tensor(ms, at::kDouble), sampler_->sums().flatten().cpu()});
 }
@@ -102,8 +103,9 @@ at::Tensor OnlinePolicy::train(const std::vector<at::Tensor>& records) {
   for (size_t i = 0; i < records.size(); ++i) {
     const double* head = records[i].const_data_ptr<double>();
     const double* first = records[0].const_data_ptr<double>();
-    check(ErrorKind::kCommunication, head[kFactorsHigh] == first[kFactorsHigh] && head[kFactorsLow] == first[kFactorsLow], "update ", trainer_.updates() + 1, " of the rank policy: world rank ",
-          i, " decides ranks by other damages than world rank 0");
+    const bool agrees = head[kFactorsHigh] == first[kFactorsHigh] && head[kFactorsLow] == first[kFactorsLow];
+    check(ErrorKind::kCommunication, agrees, "update ", trainer_.updates() + 1, " of the rank policy: world rank ", i,
+          " decides ranks by other damages than world rank 0");
     const auto begin = static_cast<int64_t>(head[kFirstGroup]), count = static_cast<int64_t>(head[kGroups]);
     sizes[2] = count;
     sums.narrow(2, begin, count) += records[i].narrow(0, kHeader + layers, c10::multiply_integers(sizes)).view(sizes);
@@ -145,8 +147,8 @@ int64_t OnlinePolicy::updates() const { return figures_[kUpdates].item<int64_t>(
 
 std::string OnlinePolicy::save() {
   receive();
-  const auto head = at::tensor({static_cast<double>(world_size_), static_cast<double>(first_group_), static_cast<double>(groups_), received_ ? 1.0 : 0.0, steps_,
-                                static_cast<double>(spent_.guard_raises), static_cast<double>(spent_.decisions)},
+  const auto head = at::tensor({static_cast<double>(world_size_), static_cast<double>(first_group_), static_cast<double>(groups_),
+                                received_ ? 1.0 : 0.0, steps_, static_cast<double>(spent_.guard_raises), static_cast<double>(spent_.decisions)},
                                at::kDouble);
   std::vector<at::Tensor> all = {head,
                                  factors_.flatten(),

@@ -18,7 +18,8 @@ constexpr int kSweeps = 30, kNewtonSteps = 4;
 }  // namespace
 
 OnlineTrainer::OnlineTrainer(const Calibration& calibration, double memory)
-    : memory_(memory), base_(calibration.damage.contiguous()), log_factors_(at::zeros_like(base_)), scatter_(kFirstDispersion * kFirstSamples), scattered_(kFirstSamples) {
+    : memory_(memory), base_(calibration.damage.contiguous()), log_factors_(at::zeros_like(base_)),
+      scatter_(kFirstDispersion * kFirstSamples), scattered_(kFirstSamples) {
   TORCH_CHECK(memory > 0 && memory <= 1, "OnlineTrainer: a memory of ", memory, ", expected more than 0 and at most 1");
   auto sizes = base_.sizes().vec();
   sizes.insert(sizes.begin(), DamageSampler::kSums);

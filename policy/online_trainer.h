@@ -10,13 +10,14 @@ namespace drrl {
 /// suffers on the text and with the weights of now. Decisions by the calibrated damages times these factors are the policy.
 ///
 /// A value fit from full information. The action is a rank, the reward of all of them is measured (DamageSampler), and the allocation is the best policy for
-/// given damages, so nothing remains to be learned but the expected damage. With y = measured / calibrated damage of a sample and n samples,
+/// given damages, so nothing remains to be learned but the expected damage. With y = measured / calibrated damage of a sample,
 ///   minimize  kappa sum over samples (y e^-f + f)  +  sum over effects a^2 / (2 sigma^2),
 /// the gamma deviance, whose minimum is the conditional mean however heavy the tail (agent_training.h, first stage), weighed against Gaussian priors
 /// that pull to the calibration. f is a sum of effects that cells share: of a kind, (level, rank), layer, (layer, group), (layer, group, level), and the cell
-/// alone, of each kind; so a layer's change is learned long before each of its cells has been seen. kappa is one over the dispersion, Pearson's estimate
-/// (McCullagh and Nelder, Generalized Linear Models, sections 8.3.6 and 9.2) from the sums over each layer and kind between two updates, since cells are measured on
-/// the same few rows and err together: noise decides how much is believed. Older samples fade, since the weights move. Solved to convergence by Newton steps, one effect after the other: no rate, no random numbers.
+/// alone, of each kind; so a layer's change is learned long before each of its cells has been seen. kappa, how much is believed, is one over the
+/// dispersion, Pearson's estimate (McCullagh and Nelder, Generalized Linear Models, sections 8.3.6 and 9.2), here of the sums over each layer and kind
+/// between two updates, since cells are measured on the same few rows and err together. Older samples fade, since the weights move.
+/// Solved to convergence by Newton steps, one effect after the other: no rate, no random numbers.
 class OnlineTrainer {
  public:
   /// memory: factor on what is known at each update.
