@@ -142,7 +142,7 @@ TEST_F(TrainProgram, TheRankPolicyLearnsOnTheWay) {
                                 std::regex_replace(ranks, std::regex("--model=\\S+"), ""));
   EXPECT_EQ(evaluated.code, 0) << evaluated.output;
   EXPECT_NE(evaluated.output.find("then 4 online updates on"), std::string::npos) << evaluated.output;
-  expect_failure(bin + "drrl-train --steps=1 --policy_update_every=1 --attention=lowrank --rank_policy=fixed" + common, ExitCode::kUsage,
+  expect_failure(bin + "drrl-train --steps=1 --policy_update_every=1 --attention=lowrank --rank_policy=fixed --rank=4" + common, ExitCode::kUsage,
                  {"--policy_update_every=1 needs --attention=lowrank and --rank_policy=dp or rl", "fixed"});
 }
 

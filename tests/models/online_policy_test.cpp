@@ -90,10 +90,9 @@ class OnlineTraining : public MpiTest {
     Learner result;
     const BasisOptions bases{.update_steps = kUpdates, .start = c.bases.narrow(1, groups.begin, groups.count)};
     result.controller = std::make_shared<LowRankController>(make_dp_policy(c, kBudget, buckets, kUpdates), kGeometry, bases, groups.begin);
-    OnlinePolicy::Options options{.update_every = update_every, .sampling = {.rows = 4}, .allocate = {}};
+    OnlinePolicy::Options options{.update_every = update_every, .sampling = {.rows = 4, .buckets = buckets}, .allocate = {}};
     options.sampling.gradient_scale = 4.0 * kSeqLen;
     options.sampling.update_steps = kUpdates;
-    options.sampling.buckets = buckets;
     options.allocate = [buckets](const Calibration& by) { return allocate(by, kBudget, BlockTree(kSeqLen, kGeometry), 2, buckets, kUpdates).table; };
     Group channel = mesh.world().size() == 1 ? Group() : make_channel(timeout);
     result.online = std::make_shared<OnlinePolicy>(result.controller, c, groups.begin, groups.count, at::kCPU, std::move(channel), std::move(options));
