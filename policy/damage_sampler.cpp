@@ -8,6 +8,7 @@
 
 #include "core/basis.h"
 #include "core/certificate.h"
+#include "core/rows.h"
 #include "distributed/agreement.h"
 #include "policy/far_bases.h"
 
@@ -67,7 +68,7 @@ std::shared_ptr<const DamageSample> DamageSampler::choose(int64_t layer, const B
   for (const SeenPair& seen : seen_pairs(tree, block)) {
     sample->pairs.push_back(seen.pair);
   }
-  const auto index = at::tensor(sample->pairs, at::kLong).to(grams.keys.device());
+  const auto index = on_device(sample->pairs, grams.keys.device());
   sample->grams = {grams.queries.index_select(2, index), grams.keys.index_select(2, index), grams.values.index_select(2, index)};
   return sample;
 }
@@ -88,7 +89,7 @@ void DamageSampler::measure(int64_t layer, const BlockTree& tree, const at::Tens
   const int64_t batch = q.size(0), groups = k.size(1), heads = q.size(1) / groups, d = q.size(3);
   const auto wide = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto rows = static_cast<int64_t>(sample.positions.size()), end = sample.positions.back() + 1, pairs = static_cast<int64_t>(sample.pairs.size());
-  const auto positions = at::tensor(sample.positions, at::kLong).to(q.device());
+  const auto positions = on_device(sample.positions, q.device());
   const auto of_rows = [&](const at::Tensor& x) {  // [B, H, L, d] -> [B G, g rows, d]
     return x.index_select(2, positions).to(wide).reshape({batch * groups, heads * rows, d});
   };
