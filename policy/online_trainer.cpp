@@ -43,23 +43,15 @@ OnlineTrainer::OnlineTrainer(const Calibration& calibration, double memory)
 void OnlineTrainer::update(const at::Tensor& sums) {
   TORCH_CHECK(sums.sizes() == known_.sizes(), "OnlineTrainer: sums ", sums.sizes(), ", expected ", known_.sizes());
   check(ErrorKind::kNumerics, sums.isfinite().all().item<bool>(), "the policy's trainer: measured damages that are not finite");
-  if (updates_ > 0) {
-    scatter(sums);  // about what was expected before they were seen
-  }
   known_.mul_(memory_).add_(sums);
   fit();
-  if (updates_ == 0) {  // nothing was expected yet
-    scatter(sums);
-    fit();
-  }
-  ++updates_;
-}
-
-void OnlineTrainer::scatter(const at::Tensor& sums) {
+  // How far the new samples scatter about what was just fitted; then once more with that.
   const auto count = sums[DamageSampler::kCount] * (base_ > 0);
   const auto errors = at::where(count > 0, sums[DamageSampler::kDamage] / (base_ * log_factors_.exp()).clamp_min(1e-300) - count, at::zeros_like(count));
   scatter_ = memory_ * scatter_ + errors.sum(at::IntArrayRef{1, 3, 4}).pow(2).sum().item<double>();
   scattered_ = memory_ * scattered_ + count.sum().item<double>();
+  fit();
+  ++updates_;
 }
 
 void OnlineTrainer::fit() {

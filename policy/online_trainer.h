@@ -16,7 +16,7 @@ namespace drrl {
 /// that pull to the calibration. f is a sum of effects that cells share: of a kind, (level, rank), layer, (layer, group), (layer, group, level), and the cell
 /// alone, of each kind; so a layer's change is learned long before each of its cells has been seen. kappa, how much is believed, is one over the
 /// dispersion, Pearson's estimate (McCullagh and Nelder, Generalized Linear Models, sections 8.3.6 and 9.2), here of the sums over each layer and kind
-/// between two updates about what was expected of them, since cells are measured on the same few rows and err together. Older samples fade, since the weights move.
+/// between two updates, since cells are measured on the same few rows and err together. Older samples fade, since the weights move.
 /// Solved to convergence by Newton steps, one effect after the other: no rate, no random numbers.
 class OnlineTrainer {
  public:
@@ -43,8 +43,6 @@ class OnlineTrainer {
     at::Tensor value;
   };
 
-  /// Takes into the dispersion how far sums are from what is expected of them.
-  void scatter(const at::Tensor& sums);
   void fit();
 
   double memory_;
