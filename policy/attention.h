@@ -36,6 +36,7 @@ class AttentionController {
   /// plan    null: decide, and keep the decision here. Otherwise replay exactly that decision.
   ///
   /// returns [B, H, L, d], differentiable in q, k and v. The dtype is that of q. Strides are unspecified.
+  /// Errors: c10::Error on shapes that disagree.
   virtual at::Tensor attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
                             std::shared_ptr<LayerPlan>& plan) = 0;
 

@@ -8,6 +8,7 @@
 
 #include "core/attention_part.h"
 #include "core/error.h"
+#include "distributed/agreement.h"
 #include "policy/context_bases.h"
 #include "policy/state.h"
 
@@ -49,6 +50,11 @@ at::Tensor relative_loss(const at::Tensor& singular_values) {
   return at::cat({tail / total, at::zeros_like(total)}, 1);
 }
 
+uint64_t fold(uint64_t digest, uint64_t next) {
+  const uint64_t both[] = {digest, next};
+  return hash_bytes(both, sizeof both);
+}
+
 }  // namespace
 
 LowRankController::LowRankController(std::shared_ptr<RankPolicy> policy, Geometry geometry, BasisOptions bases, int64_t first_group,
@@ -64,6 +70,14 @@ LowRankController::LowRankController(std::shared_ptr<RankPolicy> policy, Geometr
 
 at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
                                      std::shared_ptr<LayerPlan>& plan) {
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && k.size(1) > 0 && q.size(1) % k.size(1) == 0 && v.sizes() == k.sizes() &&
+                  k.sizes() == at::IntArrayRef({q.size(0), k.size(1), q.size(2), q.size(3)}),
+              "attend: q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(), ", expected [B, H, L, d] and twice [B, G, L, d] with H a multiple of G");
+  TORCH_CHECK(w_o.dim() == 2 && w_o.size(1) == q.size(1) * q.size(3), "attend: w_o ", w_o.sizes(), " for q ", q.sizes(), ", expected [hidden, ",
+              q.size(1) * q.size(3), "]");
+  TORCH_CHECK(!bases_.start.defined() || (0 <= layer && layer < bases_.start.size(0) && k.size(1) == bases_.start.size(1) && q.size(3) == bases_.start.size(3)),
+              "attend: layer ", layer, " of ", k.size(1), " KV groups and head_dim ", q.size(3), ", but the starting bases are of ",
+              bases_.start.defined() ? bases_.start.sizes() : at::IntArrayRef(), " (layers, KV groups, 2, head_dim, head_dim)");
   if (plan != nullptr) {  // recomputation: the same ranks and bases, counted once
     const auto out = plan->context != nullptr   ? context_attention(q, k, v, plan->context)
                      : plan->lowrank == nullptr ? exact_attention(q, k, v)
@@ -294,6 +308,11 @@ std::vector<Ranks> LowRankController::decide(LayerObservation& observation, cons
     statistics_.rank_v += static_cast<double>(r.v);
   }
   statistics_.decisions += observation.items();
+  std::vector<double> decided = {static_cast<double>(observation.layer)};
+  for (const Ranks& r : ranks) {
+    decided.insert(decided.end(), {static_cast<double>(r.qk), static_cast<double>(r.v), r.gate});
+  }
+  decisions_digest_ = fold(decisions_digest_, hash_bytes(decided.data(), decided.size() * sizeof(double)));
   return ranks;
 }
 
@@ -352,5 +371,7 @@ std::string LowRankController::describe() const {
 }
 
 AttentionStatistics LowRankController::take_statistics() { return std::exchange(statistics_, {}); }
+
+uint64_t LowRankController::take_decisions_digest() { return fold(hash_bytes(describe()), std::exchange(decisions_digest_, 0)); }
 
 }  // namespace drrl

@@ -74,6 +74,11 @@ class LowRankController final : public AttentionController {
 
   /// What was spent since the last call.
   AttentionStatistics take_statistics();
+
+  /// 64-bit hash of the policy's description and of every rank decided since the last call: what processes that hold the same layers compare
+  /// (check_agreement) if their policy does not look at the text.
+  uint64_t take_decisions_digest();
+
   const std::shared_ptr<RankPolicy>& policy() const { return policy_; }
   void set_policy(std::shared_ptr<RankPolicy> policy) { policy_ = std::move(policy); }
   const BasisOptions& bases() const { return bases_; }
@@ -118,6 +123,7 @@ class LowRankController final : public AttentionController {
   double first_eps_;  // as constructed, for describe()
   bool timing_ = false;
   AttentionStatistics statistics_;
+  uint64_t decisions_digest_ = 0;
 };
 
 }  // namespace drrl

@@ -1,4 +1,4 @@
-# Installs BUILD into an empty prefix, builds EXAMPLE against it in WORK, and runs it.
+# Installs BUILD into an empty prefix, builds EXAMPLE against it in WORK, and runs two processes of it.
 function(run)
   execute_process(COMMAND ${ARGV} COMMAND_ECHO STDOUT RESULT_VARIABLE result)
   if(NOT result EQUAL 0)
@@ -11,4 +11,4 @@ run(${CMAKE_COMMAND} --install ${BUILD} --prefix ${WORK}/prefix)
 run(${CMAKE_COMMAND} -G Ninja -S ${EXAMPLE} -B ${WORK}/build -DCMAKE_PREFIX_PATH=${WORK}/prefix -DDRRL_PYTHON=${DRRL_PYTHON}
     -DCMAKE_BUILD_TYPE=Release)
 run(${CMAKE_COMMAND} --build ${WORK}/build)
-run(${WORK}/build/embed)
+run(${LAUNCHER} -np 2 ${WORK}/build/train)
