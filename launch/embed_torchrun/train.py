@@ -19,24 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import drrl_attention
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--library", required=True)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--tokens", required=True)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--global_batch", type=int, default=2, help="sequences of one update, shared out evenly")
-    parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--activation_checkpoint", action="store_true")
-    parser.add_argument("--rank", type=int, default=0, help="of far tokens, everywhere; 0: --policy decides")
-    parser.add_argument("--policy", default="", help="file of drrl-policy calibrate")
-    parser.add_argument("--rank_budget", type=float, default=0.585)
-    parser.add_argument("--near_block", type=int, default=256)
-    options = parser.parse_args()
-
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    torch.distributed.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+def train(options, device):
     replicas = torch.distributed.group.WORLD
     rank, size = replicas.rank(), replicas.size()
 
@@ -70,6 +53,27 @@ def main():
         spent = lowrank.take_statistics()
         if rank == 0:
             print(json.dumps({"step": step + 1, "loss": mean.item(), "grad_norm": norm.item(), "flops": spent["flops"] / spent["exact_flops"]}), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--tokens", required=True)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--global_batch", type=int, default=2, help="sequences of one update, shared out evenly")
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--activation_checkpoint", action="store_true")
+    parser.add_argument("--rank", type=int, default=0, help="of far tokens, everywhere; 0: --policy decides")
+    parser.add_argument("--policy", default="", help="file of drrl-policy calibrate")
+    parser.add_argument("--rank_budget", type=float, default=0.585)
+    parser.add_argument("--near_block", type=int, default=256)
+    options = parser.parse_args()
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    torch.distributed.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    train(options, device)  # a function of its own: the group must outlive the model, which holds it
     torch.distributed.destroy_process_group()
 
 
