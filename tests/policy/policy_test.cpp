@@ -412,6 +412,43 @@ TEST(Controller, TheGuardRaisesRanksUntilTheirCertificateHolds) {
   EXPECT_TRUE(std::get<0>(run(kEps, k)).narrow(2, 0, 99).equal(out.narrow(2, 0, 99)));
 }
 
+TEST(Controller, ItsDigestTellsDecisionsApart) {
+  const Rig rig;
+  RankTable table = Rig::unequal_ranks();
+  const auto digest = [&](const RankTable& ranks, const std::vector<int64_t>& layers) {
+    LowRankController controller(make_table_policy(ranks, "table"), rig.geometry);
+    for (const int64_t layer : layers) {
+      std::shared_ptr<LayerPlan> plan;
+      controller.attend(layer, rig.q, rig.k, rig.v, rig.w_o, plan);
+    }
+    const uint64_t taken = controller.take_decisions_digest();
+    EXPECT_EQ(controller.take_decisions_digest(), LowRankController(make_table_policy(ranks, "table"), rig.geometry).take_decisions_digest());
+    return taken;
+  };
+  const uint64_t both = digest(table, {0, 1});
+  EXPECT_EQ(digest(table, {0, 1}), both);
+  EXPECT_NE(digest(table, {1, 0}), both);
+  EXPECT_NE(digest(table, {0}), both);
+  table.at(1, 2, 0).v = 24;  // the table's description stays
+  EXPECT_EQ(digest(table, {0}), digest(Rig::unequal_ranks(), {0}));
+  EXPECT_NE(digest(table, {0, 1}), both);
+}
+
+TEST(Controller, RefusesTensorsThatDisagree) {
+  const Rig rig;
+  LowRankController controller(make_fixed_policy(8, rig.d), rig.geometry, {2, at::randn({2, rig.groups, 2, rig.d, rig.d})});
+  const auto refused = [&](int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o) {
+    std::shared_ptr<LayerPlan> plan;
+    EXPECT_THROW(controller.attend(layer, q, k, v, w_o, plan), c10::Error);
+  };
+  refused(2, rig.q, rig.k, rig.v, rig.w_o);
+  refused(0, rig.q, rig.k.narrow(1, 0, 2), rig.v.narrow(1, 0, 2), rig.w_o);
+  refused(0, rig.q, rig.k.narrow(2, 0, 100), rig.v.narrow(2, 0, 100), rig.w_o);
+  refused(0, rig.q, rig.k, rig.v.narrow(3, 0, 16), rig.w_o);
+  refused(0, rig.q, rig.k, rig.v, rig.w_o.t());
+  refused(0, rig.q[0], rig.k, rig.v, rig.w_o);
+}
+
 TEST(Controller, AShortSequenceIsExact) {
   const Rig rig;
   LowRankController controller(make_fixed_policy(8, rig.d), rig.geometry);
