@@ -71,6 +71,35 @@ void check_parts(const at::Tensor& whole, const at::Tensor& part, const Group& g
               " times sizes ", part.sizes());
 }
 
+// c10d's collectives on one tensor by their names from torch 2.15 on, which deprecates those of before; templates, so that only the one in use is looked at.
+template <typename ProcessGroup>
+WorkPtr all_gather_single(ProcessGroup& group, at::Tensor& to, at::Tensor& from, const c10d::AllgatherOptions& options) {
+  if constexpr (requires { group.all_gather_single(to, from, options); }) {
+    return group.all_gather_single(to, from, options);
+  } else {
+    return group._allgather_base(to, from, options);
+  }
+}
+
+template <typename ProcessGroup>
+WorkPtr reduce_scatter_single(ProcessGroup& group, at::Tensor& to, at::Tensor& from, const c10d::ReduceScatterOptions& options) {
+  if constexpr (requires { group.reduce_scatter_single(to, from, options); }) {
+    return group.reduce_scatter_single(to, from, options);
+  } else {
+    return group._reduce_scatter_base(to, from, options);
+  }
+}
+
+template <typename ProcessGroup>
+WorkPtr all_to_all_single(ProcessGroup& group, at::Tensor& to, at::Tensor& from, std::vector<int64_t> to_splits, std::vector<int64_t> from_splits,
+                          const c10d::AllToAllOptions& options) {
+  if constexpr (requires { group.all_to_all_single(to, from, to_splits, from_splits, options); }) {
+    return group.all_to_all_single(to, from, to_splits, from_splits, options);
+  } else {
+    return group.alltoall_base(to, from, to_splits, from_splits, options);
+  }
+}
+
 Watchdog::Watched hold(const Group& group, uint64_t number) {
   return group.watchdog() ? group.watchdog()->hold(number, group.timeout()) : Watchdog::Watched();
 }
@@ -199,7 +228,7 @@ Pending Group::all_gather_async(at::Tensor& output, const at::Tensor& input) con
     options.timeout = timeout_;
     at::Tensor to = output.detach();
     at::Tensor from = input.detach();
-    return process_group_->_allgather_base(to, from, options);
+    return all_gather_single(*process_group_, to, from, options);
   });
 }
 
@@ -264,7 +293,7 @@ void Group::reduce_scatter(at::Tensor& output, const at::Tensor& input) const {
     options.timeout = timeout_;
     at::Tensor to = output.detach();
     at::Tensor from = input.detach();
-    return process_group_->_reduce_scatter_base(to, from, options);
+    return reduce_scatter_single(*process_group_, to, from, options);
   }).wait();
 }
 
@@ -284,8 +313,7 @@ Pending Group::all_to_all_async(at::Tensor& output, const std::vector<int64_t>& 
     options.timeout = timeout_;
     at::Tensor to = output.detach();
     at::Tensor from = input.detach();
-    std::vector<int64_t> to_splits = receives, from_splits = sends;
-    return process_group_->alltoall_base(to, from, to_splits, from_splits, options);
+    return all_to_all_single(*process_group_, to, from, receives, sends, options);
   });
 }
 
