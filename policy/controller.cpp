@@ -75,9 +75,10 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
               "attend: q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(), ", expected [B, H, L, d] and twice [B, G, L, d] with H a multiple of G");
   TORCH_CHECK(w_o.dim() == 2 && w_o.size(1) == q.size(1) * q.size(3), "attend: w_o ", w_o.sizes(), " for q ", q.sizes(), ", expected [hidden, ",
               q.size(1) * q.size(3), "]");
-  TORCH_CHECK(!bases_.start.defined() || (0 <= layer && layer < bases_.start.size(0) && k.size(1) == bases_.start.size(1) && q.size(3) == bases_.start.size(3)),
-              "attend: layer ", layer, " of ", k.size(1), " KV groups and head_dim ", q.size(3), ", but the starting bases are of ",
-              bases_.start.defined() ? bases_.start.sizes() : at::IntArrayRef(), " (layers, KV groups, 2, head_dim, head_dim)");
+  if (const at::Tensor& start = bases_.start; start.defined()) {
+    TORCH_CHECK(0 <= layer && layer < start.size(0) && k.size(1) == start.size(1) && q.size(3) == start.size(3), "attend: layer ", layer, " of ", k.size(1),
+                " KV groups and head_dim ", q.size(3), ", expected one of the starting bases', ", start.sizes(), " (layers, KV groups, 2, head_dim, head_dim)");
+  }
   if (plan != nullptr) {  // recomputation: the same ranks and bases, counted once
     const auto out = plan->context != nullptr   ? context_attention(q, k, v, plan->context)
                      : plan->lowrank == nullptr ? exact_attention(q, k, v)

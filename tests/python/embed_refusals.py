@@ -29,9 +29,9 @@ class Refusals(unittest.TestCase):
         cls.new = staticmethod(torch.classes.drrl.LowRankAttention)
 
     def test_options(self):
-        for options, message in [({"rank": 99}, "99"), ({"rank": -1}, "-1"), ({}, "neither a rank nor a policy"), ({"rank": 4, "near_block": 0}, "near_block.* 0"),
-                                 ({"rank": 4, "basis_updates": -2}, "basis_updates .*-2"), ({"policy": "/no/such/file"}, "/no/such/file"),
-                                 ({"rank": 4, "block": 3}, "block"), ({"rank": "four"}, "four")]:
+        for options, message in [({"rank": 99}, "99"), ({"rank": -1}, "-1"), ({}, "neither a rank nor a policy"), ({"rank": "four"}, "four"),
+                                 ({"rank": 4, "near_block": 0}, "near_block.* 0"), ({"rank": 4, "basis_updates": -2}, "basis_updates .*-2"),
+                                 ({"policy": "/no/such/file"}, "/no/such/file"), ({"rank": 4, "block": 3}, "block")]:
             with self.subTest(**options), self.assertRaisesRegex((RuntimeError, TypeError), message):
                 self.new(head_dim=16, **options)
 

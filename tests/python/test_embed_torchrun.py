@@ -43,8 +43,8 @@ class EmbedTest(unittest.TestCase):
         return [json.loads(line) for line in (out / "metrics/metrics.jsonl").read_text().splitlines()]
 
     def theirs(self, *flags):
-        out = torchrun(HERE.parents[1] / "launch/embed_torchrun/train.py", "--library", LIBRARY, "--model", self.model, "--tokens", self.folder / "tokens.npy",
-                       f"--steps={STEPS}", f"--global_batch={BATCH}", "--lr=3e-3", "--near_block=32", *flags)
+        out = torchrun(HERE.parents[1] / "launch/embed_torchrun/train.py", "--library", LIBRARY, "--model", self.model,
+                       "--tokens", self.folder / "tokens.npy", f"--steps={STEPS}", f"--global_batch={BATCH}", "--lr=3e-3", "--near_block=32", *flags)
         return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
 
     def assert_same(self, steps, expected):
