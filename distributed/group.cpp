@@ -4,6 +4,7 @@
 #include <c10/util/accumulate.h>
 
 #include <algorithm>
+#include <optional>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include "core/error.h"
@@ -111,18 +112,42 @@ void check_shares(const at::Tensor& flat, const std::vector<int64_t>& shares, co
               ": sizes ", flat.sizes(), " are not shares of ", at::IntArrayRef(shares), " elements for ", group.size(), " members");
 }
 
-// Starts a collective that moves `bytes` through the dispatcher, out of autograd's sight, and returns the handle that completes
-// it.
+// Counts a call that sends so many bytes (none: it only goes on), and how long it holds its caller.
+class Counted {
+ public:
+  Counted(const Group& group, const char* operation, std::optional<double> sent_bytes = std::nullopt)
+      : group_(group), operation_(operation), sent_bytes_(sent_bytes) {}
+  Counted(const Counted&) = delete;
+  Counted& operator=(const Counted&) = delete;
+  ~Counted() {
+    if (group_.traffic()) {
+      const std::chrono::duration<double, std::milli> waited = std::chrono::steady_clock::now() - begun_;
+      group_.traffic()->add(group_.name(), operation_, {sent_bytes_ ? 1 : 0, sent_bytes_.value_or(0), waited.count()});
+    }
+  }
+
+ private:
+  const Group& group_;
+  const char* operation_;
+  std::optional<double> sent_bytes_;
+  std::chrono::steady_clock::time_point begun_ = std::chrono::steady_clock::now();
+};
+
+// Starts a collective on a message of `bytes`, of which this process sends `sent_bytes` (none: what bus_factor says), through the dispatcher, out of
+// autograd's sight, and returns the handle that completes it.
 template <typename Start>
-Pending start(const Group& group, const char* operation, std::size_t bytes, const Start& launch) {
+Pending start(const Group& group, const char* operation, std::size_t bytes, const Start& launch, std::optional<std::size_t> sent_bytes = std::nullopt) {
   const at::NoGradGuard no_grad;
   const uint64_t number = group.watchdog() ? group.watchdog()->begin_collective(group.name(), operation, bytes) : 0;
   WorkPtr work;
   {
+    const double sent = sent_bytes ? static_cast<double>(*sent_bytes) : static_cast<double>(bytes) * bus_factor(operation, group.size());
+    const Counted counted(group, operation, sent);
     const auto held = hold(group, number);
     work = translated(group, operation, launch);
   }
   return Pending([group, operation, number, work = std::move(work)] {
+    const Counted counted(group, operation);
     const auto held = hold(group, number);
     translated(group, operation, [&] { return work->wait(); });
     if (group.watchdog()) {
@@ -308,13 +333,15 @@ Pending Group::all_to_all_async(at::Tensor& output, const std::vector<int64_t>& 
     output.detach().copy_(input);
     return {};
   }
-  return start(*this, "all_to_all", output.nbytes(), [&] {  // also with nothing to send or receive here: others may have
+  const auto kept = static_cast<std::size_t>(sends[static_cast<std::size_t>(rank_)]) * input.element_size();
+  const auto launch = [&] {
     c10d::AllToAllOptions options;
     options.timeout = timeout_;
     at::Tensor to = output.detach();
     at::Tensor from = input.detach();
     return all_to_all_single(*process_group_, to, from, receives, sends, options);
-  });
+  };
+  return start(*this, "all_to_all", output.nbytes(), launch, input.nbytes() - kept);  // also with nothing to send or receive here: others may have
 }
 
 void Group::broadcast(at::Tensor& tensor, int64_t root) const {
@@ -373,7 +400,7 @@ Pending Group::gather_async(std::vector<at::Tensor> outputs, const at::Tensor& t
       lists.push_back(std::move(outputs));
     }
     return process_group_->gather(lists, inputs, options);
-  });
+  }, rank_ == root ? 0 : tensor.nbytes());
 }
 
 void Group::send(const at::Tensor& tensor, int64_t destination, int tag) const {
@@ -386,7 +413,7 @@ void Group::send(const at::Tensor& tensor, int64_t destination, int tag) const {
   start(*this, "send", tensor.nbytes(), [&] {
     std::vector<at::Tensor> tensors = {tensor.detach()};
     return process_group_->send(tensors, static_cast<int>(destination), tag);
-  }).wait();
+  }, tensor.nbytes()).wait();
 }
 
 void Group::receive(at::Tensor& tensor, int64_t source, int tag) const {
@@ -399,7 +426,7 @@ void Group::receive(at::Tensor& tensor, int64_t source, int tag) const {
   start(*this, "receive", tensor.nbytes(), [&] {
     std::vector<at::Tensor> tensors = {tensor.detach()};
     return process_group_->recv(tensors, static_cast<int>(source), tag);
-  }).wait();
+  }, 0).wait();
 }
 
 void Group::barrier() const {
@@ -411,7 +438,7 @@ void Group::barrier() const {
     options.timeout = timeout_;
     options.device = message_device();
     return process_group_->barrier(options);
-  }).wait();
+  }, 0).wait();
 }
 
 }  // namespace drrl

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "distributed/traffic.h"
 #include "distributed/watchdog.h"
 
 namespace c10d {
@@ -84,6 +85,10 @@ class Group {
   void watch(std::shared_ptr<Watchdog> watchdog) { watchdog_ = std::move(watchdog); }
   const std::shared_ptr<Watchdog>& watchdog() const noexcept { return watchdog_; }
 
+  /// The same for `traffic`, which counts them.
+  void count(std::shared_ptr<Traffic> traffic) { traffic_ = std::move(traffic); }
+  const std::shared_ptr<Traffic>& traffic() const noexcept { return traffic_; }
+
   std::chrono::milliseconds timeout() const noexcept { return timeout_; }
 
   /// Where small tensors of the program's own bookkeeping should live to travel in this group: the CPU if it has a CPU backend.
@@ -127,6 +132,7 @@ class Group {
   std::chrono::milliseconds timeout_{0};
   std::vector<int64_t> world_ranks_;
   std::shared_ptr<Watchdog> watchdog_;
+  std::shared_ptr<Traffic> traffic_;
   int64_t rank_ = 0;
   int64_t size_ = 1;
 };

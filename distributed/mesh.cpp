@@ -157,6 +157,12 @@ void Mesh::watch(const std::shared_ptr<Watchdog>& watchdog) {
   }
 }
 
+void Mesh::count(const std::shared_ptr<Traffic>& traffic) {
+  for (Group* group : {&world_, &tp_, &dp_, &cp_, &data_}) {
+    group->count(traffic);
+  }
+}
+
 Mesh::Mesh(MeshShape shape, Group world, Group tp, Group dp, Group cp, Group data)
     : shape_(shape), world_(std::move(world)), tp_(std::move(tp)), dp_(std::move(dp)), cp_(std::move(cp)), data_(std::move(data)) {
   check_same_shape(world_, shape);

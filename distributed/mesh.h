@@ -47,6 +47,8 @@ class Mesh {
 
   /// See Group::watch; for all groups. Before copies of them are handed out.
   void watch(const std::shared_ptr<Watchdog>& watchdog);
+  /// See Group::count; likewise.
+  void count(const std::shared_ptr<Traffic>& traffic);
 
   const MeshShape& shape() const noexcept { return shape_; }
   const Group& world() const noexcept { return world_; }

@@ -28,12 +28,6 @@
 namespace drrl::bench {
 namespace {
 
-void synchronize(at::Device device) {
-  if (device.is_cuda()) {
-    at::detail::getCUDAHooks().deviceSynchronize(at::detail::getCUDAHooks().getCurrentDevice());
-  }
-}
-
 /// Exact attention that keeps what some layers saw.
 class CapturingController final : public AttentionController {
  public:
@@ -81,6 +75,12 @@ std::optional<int64_t> status_bytes(const std::string& key) {
 }
 
 }  // namespace
+
+void synchronize(at::Device device) {
+  if (device.is_cuda()) {
+    at::detail::getCUDAHooks().deviceSynchronize(at::detail::getCUDAHooks().getCurrentDevice());
+  }
+}
 
 Inputs Inputs::prefix(int64_t length) const {
   const auto cut = [&](const at::Tensor& x) { return x.narrow(2, 0, length).contiguous(); };
@@ -234,6 +234,15 @@ std::optional<int64_t> peak_bytes(const Work& work, at::Device device) {
 double relative_error(const at::Tensor& a, const at::Tensor& b) {
   const auto exact = b.to(at::kDouble);
   return ((a.to(at::kDouble) - exact).norm() / exact.norm()).item<double>();
+}
+
+void check_exact(const std::string& what, const at::Tensor& result, const at::Tensor& expected) {
+  const at::Tensor wrong = (result != expected).view({-1}).nonzero();
+  if (wrong.numel() > 0) {
+    const auto at = wrong[0].item<int64_t>();
+    raise(ErrorKind::kCommunication, what, ": ", wrong.size(0), " of ", result.numel(), " elements are wrong, the first is element ", at, ": ",
+          result.view({-1})[at].item<double>(), " instead of ", expected.view({-1})[at].item<double>());
+  }
 }
 
 void print_table(std::ostream& out, const std::vector<std::vector<std::string>>& rows) {

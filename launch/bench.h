@@ -20,6 +20,8 @@ namespace drrl::bench {
 
 ExitCode attention(const Environment& environment);  // bench_attention.cpp
 ExitCode peers(const Environment& environment);      // bench_peers.cpp
+ExitCode collectives(const Environment& environment);  // bench_collectives.cpp
+ExitCode scaling(const Environment& environment);      // bench_scaling.cpp
 
 /// What one layer's attention reads.
 struct Inputs {
@@ -67,6 +69,9 @@ at::Tensor sdpa(const Inputs& in, bool causal, bool enable_gqa);
 /// Whether PyTorch has a fused kernel for enable_gqa here; without one it would compute an L x L matrix for each head.
 bool gqa_is_fused(const Inputs& in);
 
+/// CUDA: waits until the device is done.
+void synchronize(at::Device device);
+
 using Work = std::function<void()>;
 
 /// Wall times [ms] of each piece of work: after one run of each that is not counted, `rounds` times all of them in turn, from another one on in
@@ -86,6 +91,9 @@ std::optional<int64_t> peak_bytes(const Work& work, at::Device device);
 
 /// ||a - b||_F / ||b||_F, in double.
 double relative_error(const at::Tensor& a, const at::Tensor& b);
+
+/// Errors: Error(kCommunication) unless `result` is `expected` bit for bit, saying of `what` how many elements are wrong, and the first one.
+void check_exact(const std::string& what, const at::Tensor& result, const at::Tensor& expected);
 
 /// Columns aligned to the right, the first row above a rule.
 void print_table(std::ostream& out, const std::vector<std::vector<std::string>>& rows);

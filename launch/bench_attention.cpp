@@ -27,7 +27,6 @@ DEFINE_string(kv_groups, "3", "attention: KV groups (key/value heads), likewise"
 DEFINE_bool(backward, true, "attention: measure forward + backward too");
 DEFINE_bool(parts, true, "attention: measure what the forward's time is spent on, each part on its own");
 DEFINE_int64(layer, 15, "attention: layer of --model whose queries, keys and values are used");
-DEFINE_string(csv, "", "attention: file for the results, as CSV");
 DEFINE_string(plot, "", "attention: file for a plot of the speed against SDPA over the sequence length, as SVG");
 
 namespace drrl::bench {

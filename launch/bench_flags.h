@@ -5,3 +5,4 @@
 // Options that several subcommands of drrl-bench share, defined in drrl_bench.cpp.
 DECLARE_string(ranks);
 DECLARE_int64(repeats);
+DECLARE_string(csv);

@@ -1,4 +1,4 @@
-// drrl-bench: what attention costs, measured. Options: drrl-bench --help.
+// drrl-bench: what attention, communication and training steps cost, measured. Options: drrl-bench --help.
 
 #include "core/error.h"
 #include "launch/bench.h"
@@ -13,6 +13,7 @@
 
 DEFINE_string(ranks, "16,32,48", "ranks of far tokens, a comma list; 32 is r = r_v = 32, 48/16 is r = 48 and r_v = 16");
 DEFINE_int64(repeats, 5, "measurements of each competitor, at least 5, of which the median is reported");
+DEFINE_string(csv, "", "attention, collectives: file for the results, as CSV");
 
 namespace drrl::bench {
 namespace {
@@ -21,17 +22,20 @@ struct Command {
   const char* name;
   const char* purpose;
   ExitCode (*run)(const Environment&);
+  bool parallel = false;  // takes more than one process
 };
 
 constexpr Command kCommands[] = {
     {"attention", "time, memory and error of low-rank attention over sequence lengths, against PyTorch's SDPA", &attention},
     {"peers", "error and time of low-rank attention and of other ways to compress it, on a real model and text", &peers},
+    {"collectives", "time and bandwidth of collectives over message sizes, as nccl-tests reports them; under mpirun, srun or torchrun", &collectives, true},
+    {"scaling", "steps per second, exposed communication, bytes and solves of training on the processes it was started with", &scaling, true},
 };
 
 std::string summary() {
   std::string text = "usage: drrl-bench COMMAND [options]";
   for (const Command& command : kCommands) {
-    text += std::string("\n  ") + command.name + std::string(11 - std::strlen(command.name), ' ') + command.purpose;
+    text += std::string("\n  ") + command.name + std::string(13 - std::strlen(command.name), ' ') + command.purpose;
   }
   return text;
 }
@@ -46,7 +50,7 @@ int main(int argc, char** argv) {
     if (word == command.name) {
       argv[1] = argv[0];
       return run_program(argc - 1, argv + 1, bench::summary(), [&](const Environment& environment) {
-        check(ErrorKind::kUsage, environment.world_size == 1, "drrl-bench ", command.name, " measures one process, this job has ",
+        check(ErrorKind::kUsage, command.parallel || environment.world_size == 1, "drrl-bench ", command.name, " measures one process, this job has ",
               environment.world_size);
         check(ErrorKind::kUsage, FLAGS_repeats >= 5, "--repeats must be at least 5, got ", FLAGS_repeats);
         return command.run(environment);

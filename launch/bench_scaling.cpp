@@ -1,0 +1,266 @@
+// drrl-bench scaling: training steps on the processes that the program was started with, and what of their time is communication and solves.
+// launch/bench_scaling.sh runs several numbers of processes and compares them.
+
+#include "core/error.h"
+#include "core/storage.h"
+#include "distributed/mesh.h"
+#include "launch/bench.h"
+#include "launch/console.h"
+#include "launch/flags.h"
+#include "launch/options.h"
+#include "launch/policy_flags.h"
+#include "launch/program.h"
+#include "models/data.h"
+#include "models/llama.h"
+#include "models/token_file.h"
+#include "models/trainer.h"
+
+#include <ATen/Parallel.h>
+#include <gflags/gflags.h>
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <iostream>
+#include <random>
+
+DEFINE_string(scaling, "weak", "scaling: weak: a step has --sequences for each process; strong: --sequences in all");
+DEFINE_int64(sequences, 2, "scaling: sequences of a step, for each process or in all, see --scaling [sequences]");
+DEFINE_int64(steps, 5, "scaling: timed steps [steps]");
+DEFINE_int64(warmup_steps, 2, "scaling: steps before them [steps]");
+DEFINE_int64(model_hidden, 256, "scaling: hidden size of the model, unless --model is given");
+DEFINE_int64(model_layers, 4, "scaling: its layers");
+DEFINE_int64(model_heads, 4, "scaling: its query heads");
+DEFINE_int64(model_kv_groups, 2, "scaling: its KV groups (key/value heads)");
+DEFINE_int64(model_vocabulary, 4096, "scaling: its vocabulary [tokens]");
+
+namespace drrl::bench {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using Json = nlohmann::ordered_json;
+
+double ms_between(Clock::time_point begin, Clock::time_point end) {
+  return std::chrono::duration<double, std::milli>(end - begin).count();
+}
+
+/// --model's, or of the --model_ options. Its weights will be random: they change nothing about the time of a step at a fixed rank.
+ModelConfig model_config() {
+  if (!FLAGS_model.empty()) {
+    ModelConfig config = ModelConfig::load(FLAGS_model);
+    check_seq_len(config);
+    return config;
+  }
+  check(ErrorKind::kUsage, FLAGS_seq_len >= 1, "--seq_len must be at least 1, got ", FLAGS_seq_len);
+  check(ErrorKind::kUsage, FLAGS_model_heads >= 1 && FLAGS_model_hidden % FLAGS_model_heads == 0 && FLAGS_model_hidden / FLAGS_model_heads % 2 == 0,
+        "--model_hidden=", FLAGS_model_hidden, " must be an even multiple of --model_heads=", FLAGS_model_heads);
+  const Json json = {{"model_type", "llama"},
+                     {"vocab_size", FLAGS_model_vocabulary},
+                     {"hidden_size", FLAGS_model_hidden},
+                     {"intermediate_size", 3 * FLAGS_model_hidden},
+                     {"num_hidden_layers", FLAGS_model_layers},
+                     {"num_attention_heads", FLAGS_model_heads},
+                     {"num_key_value_heads", FLAGS_model_kv_groups},
+                     {"max_position_embeddings", FLAGS_seq_len},
+                     {"tie_word_embeddings", true}};
+  return ModelConfig::parse(json.dump(), "the --model_ options");
+}
+
+/// Random tokens, the same on all processes, in a file that is gone as soon as it is open.
+std::shared_ptr<const TokenFile> random_tokens(int64_t count, int64_t vocabulary) {
+  std::mt19937_64 random(FLAGS_seed);
+  std::vector<int64_t> tokens(static_cast<size_t>(count));
+  std::generate(tokens.begin(), tokens.end(), [&] { return static_cast<int64_t>(random() % static_cast<uint64_t>(vocabulary)); });
+  const auto prefix = std::filesystem::temp_directory_path() / c10::str("drrl-scaling-", getpid());
+  write_token_file(prefix, {tokens}, at::kInt);
+  auto file = std::make_shared<const TokenFile>(TokenFile::open(prefix));
+  for (const char* extension : {".bin", ".idx"}) {
+    std::filesystem::remove(prefix.string() + extension);
+  }
+  return file;
+}
+
+/// What one process sees of the timed steps.
+class Recorder {
+ public:
+  Recorder(std::shared_ptr<Traffic> traffic, bool timed_solves) : traffic_(std::move(traffic)), timed_solves_(timed_solves) {}
+
+  /// `hooks` that also tell this recorder.
+  PolicyHooks listen(PolicyHooks hooks) {
+    hooks.begin_step = [this, inner = hooks.begin_step](int64_t step) {
+      if (step > FLAGS_warmup_steps) {
+        if (begun_.empty()) {
+          traffic_->take();
+        }
+        begun_.push_back(Clock::now());
+      }
+      inner(step);
+    };
+    hooks.end_step = [this, inner = hooks.end_step] {
+      const AttentionStatistics spent = inner();
+      if (!begun_.empty()) {
+        spent_ += spent;
+      }
+      return spent;
+    };
+    return hooks;
+  }
+
+  /// After the last step.
+  void finish() { begun_.push_back(Clock::now()); }
+
+  std::vector<double> step_ms() const {
+    std::vector<double> ms;
+    for (size_t i = 1; i < begun_.size(); ++i) {
+      ms.push_back(ms_between(begun_[i - 1], begun_[i]));
+    }
+    return ms;
+  }
+
+  /// All figures are those of one step, on average; shares are of the time of all.
+  Json report(const Mesh& mesh) const {
+    const auto steps = static_cast<double>(FLAGS_steps);
+    const double all_ms = ms_between(begun_.front(), begun_.back());
+    double exposed_ms = 0, sent_bytes = 0;
+    Json kinds = Json::array();
+    for (const auto& [key, entry] : traffic_->take()) {
+      exposed_ms += entry.waited_ms;
+      sent_bytes += entry.sent_bytes;
+      kinds.push_back({{"group", key.first}, {"operation", key.second}, {"calls", static_cast<double>(entry.calls) / steps},
+                       {"sent_bytes", entry.sent_bytes / steps}, {"exposed_ms", entry.waited_ms / steps}});
+    }
+    const bool on_host = timed_solves_;
+    return {{"rank", mesh.world().rank()}, {"tp_rank", mesh.tp().rank()}, {"cp_rank", mesh.cp().rank()}, {"dp_rank", mesh.dp().rank()},
+            {"step_ms", median(step_ms())},
+            {"exposed_ms", on_host ? Json(exposed_ms / steps) : Json()}, {"exposed_share", on_host ? Json(exposed_ms / all_ms) : Json()},
+            {"basis_ms", timed_solves_ ? Json(spent_.solve_ms / steps) : Json()}, {"basis_share", timed_solves_ ? Json(spent_.solve_ms / all_ms) : Json()},
+            {"attention_forward_ms", timed_solves_ ? Json(spent_.attention_ms / steps) : Json()},
+            {"sent_bytes", sent_bytes / steps}, {"sent", kinds}};
+  }
+
+ private:
+  std::shared_ptr<Traffic> traffic_;
+  bool timed_solves_;
+  std::vector<Clock::time_point> begun_;  // of the timed steps, and the end
+  AttentionStatistics spent_;
+};
+
+/// The reports of all processes, in the order of their ranks, on every one of them.
+Json gathered(const Json& own, const Group& world) {
+  const std::string line = own.dump() + "\n";
+  at::Tensor bytes = at::from_blob(const_cast<char*>(line.data()), {static_cast<int64_t>(line.size())}, at::kByte);
+  bytes = world.all_gather_uneven(bytes.to(world.message_device())).cpu();
+  Json all = Json::array();
+  for (const std::string& one : split(std::string(static_cast<const char*>(bytes.data_ptr()), bytes.nbytes()), '\n')) {
+    all.push_back(Json::parse(one));
+  }
+  return all;
+}
+
+Json mean(const Json& ranks, const char* key) {
+  double sum = 0;
+  for (const Json& rank : ranks) {
+    if (rank[key].is_null()) {
+      return nullptr;
+    }
+    sum += rank[key].get<double>();
+  }
+  return sum / static_cast<double>(ranks.size());
+}
+
+std::string cell(const Json& value, const char* pattern, double factor = 1) {
+  return value.is_null() ? "-" : format(pattern, value.get<double>() * factor);
+}
+
+void print_results(const Json& result) {
+  std::vector<std::vector<std::string>> table = {{"rank", "tp", "cp", "dp", "step ms", "exposed ms", "exposed", "bases ms", "bases", "sent MB"}};
+  for (const Json& rank : result["ranks"]) {
+    table.push_back({rank["rank"].dump(), rank["tp_rank"].dump(), rank["cp_rank"].dump(), rank["dp_rank"].dump(), cell(rank["step_ms"], "%.1f"),
+                     cell(rank["exposed_ms"], "%.2f"), cell(rank["exposed_share"], "%.1f %%", 100), cell(rank["basis_ms"], "%.2f"),
+                     cell(rank["basis_share"], "%.1f %%", 100), cell(rank["sent_bytes"], "%.3f", 1e-6)});
+  }
+  std::cout << "\na step of each process: exposed: held by collectives, waiting for slower processes included; bases: Grams and bases of the forward "
+               "pass; sent: at best (distributed/traffic.h)\n";
+  print_table(std::cout, table);
+  std::cout << "\nstep " << cell(result["step_ms"], "%.1f") << " ms (median, the slowest process), " << cell(result["steps_per_second"], "%.3f")
+            << " steps/s, " << cell(result["tokens_per_second"], "%.0f") << " tokens/s\n";
+}
+
+void check_options(const MeshShape& shape) {
+  check(ErrorKind::kUsage, FLAGS_scaling == "weak" || FLAGS_scaling == "strong", "--scaling must be weak or strong, got '", FLAGS_scaling, "'");
+  check(ErrorKind::kUsage, FLAGS_steps >= 1 && FLAGS_warmup_steps >= 1, "--steps and --warmup_steps must be at least 1, got ", FLAGS_steps, " and ",
+        FLAGS_warmup_steps);
+  check(ErrorKind::kUsage, FLAGS_sequences >= 1, "--sequences must be at least 1, got ", FLAGS_sequences);
+  check(ErrorKind::kUsage, FLAGS_scaling == "weak" || FLAGS_sequences >= shape.dp, "--sequences=", FLAGS_sequences,
+        " in all (--scaling=strong) cannot be dealt out to ", shape.dp, " data-parallel processes");
+  check(ErrorKind::kUsage, FLAGS_attention == "full" || FLAGS_rank_policy == "fixed", "drrl-bench scaling has random weights, for which only "
+        "--rank_policy=fixed makes sense, got ", FLAGS_rank_policy);
+}
+
+}  // namespace
+
+ExitCode scaling(const Environment& environment) {
+  const MeshShape shape = mesh_flags(environment);
+  check_options(shape);
+  const at::Device device = device_flag(environment);
+  const ModelOptions model_options{.dtype = dtype_flag("dtype", FLAGS_dtype), .device = device};
+  const ModelConfig config = model_config();
+  TrainerOptions options;
+  options.global_batch = FLAGS_scaling == "weak" ? FLAGS_sequences * environment.world_size : FLAGS_sequences;
+  options.steps = FLAGS_warmup_steps + FLAGS_steps;
+  const int64_t step_tokens = options.global_batch * FLAGS_seq_len;
+  options.schedule = {.lr = 1e-4, .min_lr = 1e-4, .warmup_tokens = 0, .total_tokens = options.steps * step_tokens};
+  const auto data = std::make_shared<SequenceDataset>(random_tokens(16 * FLAGS_seq_len + 1, config.vocab_size), 0, 16 * FLAGS_seq_len + 1, FLAGS_seq_len,
+                                                      FLAGS_seed);
+
+  Mesh mesh = create_mesh(environment, shape, device);
+  const auto traffic = std::make_shared<Traffic>();
+  mesh.count(traffic);
+  guarded(environment, [&] {
+    const bool leader = environment.world_rank == 0;
+    const AttentionSetup attention = attention_flags(config, mesh, device);
+    attention.controller->set_timing(device.is_cpu());  // on CUDA it would hold up the steps
+    CausalLM model(config, mesh.tp(), attention.controller, model_options);
+    model.initialize(FLAGS_seed);
+    if (leader) {
+      print_banner(std::cout, "drrl-bench scaling",
+                   {{"model", c10::str(short_count(static_cast<double>(model.parameter_count())), " random weights: ", config.num_hidden_layers, " layers, hidden ",
+                                       config.hidden_size, ", ", config.num_attention_heads, " heads of ", config.head_dim, " in ",
+                                       config.num_key_value_heads, " KV groups, vocabulary ", config.vocab_size)},
+                    {"parallel", c10::str("tensor ", shape.tp, " x data ", shape.dp, " x context ", shape.cp, " = ", environment.world_size, " processes (",
+                                          name(environment.launcher), "), ", at::get_num_threads(), " CPU threads each")},
+                    {"attention", attention.controller->describe()},
+                    {"batch", c10::str(FLAGS_scaling, " scaling: ", options.global_batch, " sequences of ", FLAGS_seq_len, " tokens per step")},
+                    {"versions", version_line()}});
+    }
+    Recorder recorder(traffic, device.is_cpu());
+    Trainer trainer(options, model, mesh, data, nullptr, recorder.listen(attention.hooks));
+    trainer.run();
+    synchronize(device);
+    recorder.finish();
+
+    const Json ranks = gathered(recorder.report(mesh), mesh.world());
+    at::Tensor slowest = at::tensor(recorder.step_ms(), at::kDouble).to(mesh.world().message_device());
+    mesh.world().all_reduce(slowest, ReduceOp::kMax);
+    slowest = slowest.cpu();
+    const double step_ms = median({slowest.data_ptr<double>(), slowest.data_ptr<double>() + slowest.numel()});
+    if (leader) {
+      Json json = provenance("scaling");
+      json.update(Json{{"launcher", name(environment.launcher)}, {"world_size", environment.world_size}, {"processes_per_node", environment.local_size},
+                       {"tp", shape.tp}, {"cp", shape.cp}, {"dp", shape.dp}, {"scaling", FLAGS_scaling}, {"attention", attention.controller->describe()},
+                       {"parameters", model.parameter_count()}, {"sequences_per_step", options.global_batch}, {"tokens_per_step", step_tokens},
+                       {"timed_steps", FLAGS_steps}, {"step_ms", step_ms}, {"steps_per_second", 1e3 / step_ms},
+                       {"tokens_per_second", 1e3 / step_ms * static_cast<double>(step_tokens)}, {"exposed_share", mean(ranks, "exposed_share")},
+                       {"basis_share", mean(ranks, "basis_share")}, {"sent_bytes", mean(ranks, "sent_bytes")}, {"ranks", ranks}});
+      print_results(json);
+      if (!FLAGS_json.empty()) {
+        write_text(FLAGS_json, json.dump(2) + "\n");
+      }
+    }
+    mesh.world().barrier();
+  });
+  return ExitCode::kSuccess;
+}
+
+}  // namespace drrl::bench
