@@ -181,7 +181,7 @@ void print_results(const Json& result) {
                      cell(rank["basis_share"], "%.1f %%", 100), cell(rank["sent_bytes"], "%.3f", 1e-6)});
   }
   std::cout << "\na step of each process: exposed: held by collectives, waiting for slower processes included; bases: Grams and bases of the forward "
-               "pass; sent: at best (distributed/traffic.h)\n";
+               "pass; sent: at best, see launch/OPTIONS.md\n";
   print_table(std::cout, table);
   std::cout << "\nstep " << cell(result["step_ms"], "%.1f") << " ms (median, the slowest process), " << cell(result["steps_per_second"], "%.3f")
             << " steps/s, " << cell(result["tokens_per_second"], "%.0f") << " tokens/s\n";

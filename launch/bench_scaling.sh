@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# drrl-bench scaling on several numbers of processes, one thread each: prints how efficient they are against the smallest, writes one JSON file.
+#
+#   launch/bench_scaling.sh [--worlds=1,2,4] [--axis=dp|tp|cp] [--out=FILE] [options of drrl-bench scaling]
+#
+#   --worlds   numbers of processes
+#   --axis     what grows with them: data-parallel (default), tensor-parallel or context-parallel processes
+#   --out      the JSON file (default out/scaling.json): "runs", what drrl-bench wrote, and "efficiency", the table
+#
+# Variables: DRRL_BIN, a folder that holds drrl-bench: nothing is installed or built. DRRL_LAUNCH, the line that starts a job, without -np:
+# DRRL_LAUNCH="mpirun --hostfile FILE" for several hosts (default: mpirun on this one, where processes may share cores).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+worlds=1,2,4 axis=dp out=out/scaling.json options=()
+for argument in "$@"; do
+  case $argument in
+    --worlds=*) worlds=${argument#*=} ;;
+    --axis=dp | --axis=tp | --axis=cp) axis=${argument#*=} ;;
+    --axis=*) printf 'bench_scaling: error: --axis must be dp, tp or cp, got %s\n' "${argument#*=}" >&2; exit 2 ;;
+    --out=*) out=${argument#*=} ;;
+    --json=*) printf 'bench_scaling: error: the result goes to --out=FILE, not to --json\n' >&2; exit 2 ;;
+    *) options+=("$argument") ;;
+  esac
+done
+if ! [[ $worlds =~ ^[1-9][0-9]*(,[1-9][0-9]*)*$ ]]; then
+  printf 'bench_scaling: error: --worlds must be numbers of processes with commas between, got %s\n' "$worlds" >&2
+  exit 2
+fi
+if [ -z "${DRRL_BIN:-}" ]; then
+  . launch/environment.sh
+  . launch/build.sh
+  drrl_build drrl-bench
+  DRRL_BIN=build/$DRRL_PRESET/bin
+fi
+launch="mpirun --oversubscribe --bind-to none"
+[ "$(id -u)" -eq 0 ] && launch+=" --allow-run-as-root"
+read -ra launch <<<"${DRRL_LAUNCH:-$launch}"
+
+mkdir -p "$(dirname "$out")"
+runs=$(mktemp -d)
+trap 'rm -rf "$runs"' EXIT
+files=()
+for world in ${worlds//,/ }; do
+  printf '\n== %s processes\n' "$world"
+  OMP_WAIT_POLICY=passive "${launch[@]}" -np "$world" "$DRRL_BIN/drrl-bench" scaling --threads=1 "${options[@]}" "--$axis=$world" \
+    --json="$runs/$world.json" </dev/null
+  files+=("$runs/$world.json")
+done
+printf '\n'
+"${DRRL_PYTHON:-python3}" launch/scaling_table.py "$out" "${files[@]}"
