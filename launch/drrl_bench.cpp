@@ -12,7 +12,7 @@
 #include <string>
 
 DEFINE_string(ranks, "16,32,48", "ranks of far tokens, a comma list; 32 is r = r_v = 32, 48/16 is r = 48 and r_v = 16");
-DEFINE_int64(repeats, 5, "measurements of each competitor, at least 5, of which the median is reported");
+DEFINE_int64(repeats, 5, "measurements of each competitor or collective, at least 5, of which the median is reported");
 DEFINE_string(csv, "", "attention, collectives: file for the results, as CSV");
 
 namespace drrl::bench {

@@ -133,10 +133,10 @@ TEST_F(ScalingProgram, EveryAxisHasItsGroup) {
   const auto tp = run(2, std::string("scaling --scaling=strong --tp=2") + kTiny);
   EXPECT_EQ(tp["sequences_per_step"], 2);
   EXPECT_EQ(groups_of(tp), (std::set<std::string>{"tp"}));
-  EXPECT_EQ(tp["basis_share"], 0);  // exact attention has no bases
+  EXPECT_LT(tp["basis_share"], 0.01);  // exact attention has no bases
   const auto cp = run(2, std::string("scaling --scaling=strong --cp=2 --attention=lowrank") + kTiny);
   EXPECT_EQ(groups_of(cp), (std::set<std::string>{"cp", "data"}));
-  EXPECT_GT(cp["basis_share"], 0);
+  EXPECT_GT(cp["basis_share"], 0.01);
 }
 
 TEST_F(ScalingProgram, ScriptComparesNumbersOfProcesses) {
