@@ -211,8 +211,8 @@ ExitCode scaling(const Environment& environment) {
   options.steps = FLAGS_warmup_steps + FLAGS_steps;
   const int64_t step_tokens = options.global_batch * FLAGS_seq_len;
   options.schedule = {.lr = 1e-4, .min_lr = 1e-4, .warmup_tokens = 0, .total_tokens = options.steps * step_tokens};
-  const auto data = std::make_shared<SequenceDataset>(random_tokens(16 * FLAGS_seq_len + 1, config.vocab_size), 0, 16 * FLAGS_seq_len + 1, FLAGS_seq_len,
-                                                      FLAGS_seed);
+  const auto tokens = random_tokens(16 * FLAGS_seq_len + 1, config.vocab_size);
+  const auto data = std::make_shared<SequenceDataset>(tokens, 0, tokens->tokens(), FLAGS_seq_len, FLAGS_seed);
 
   Mesh mesh = create_mesh(environment, shape, device);
   const auto traffic = std::make_shared<Traffic>();
@@ -225,8 +225,8 @@ ExitCode scaling(const Environment& environment) {
     model.initialize(FLAGS_seed);
     if (leader) {
       print_banner(std::cout, "drrl-bench scaling",
-                   {{"model", c10::str(short_count(static_cast<double>(model.parameter_count())), " random weights: ", config.num_hidden_layers, " layers, hidden ",
-                                       config.hidden_size, ", ", config.num_attention_heads, " heads of ", config.head_dim, " in ",
+                   {{"model", c10::str(short_count(static_cast<double>(model.parameter_count())), " random weights: ", config.num_hidden_layers,
+                                       " layers, hidden ", config.hidden_size, ", ", config.num_attention_heads, " heads of ", config.head_dim, " in ",
                                        config.num_key_value_heads, " KV groups, vocabulary ", config.vocab_size)},
                     {"parallel", c10::str("tensor ", shape.tp, " x data ", shape.dp, " x context ", shape.cp, " = ", environment.world_size, " processes (",
                                           name(environment.launcher), "), ", at::get_num_threads(), " CPU threads each")},
