@@ -37,7 +37,8 @@ Basis solve_basis(const at::Tensor& gram_x, const at::Tensor& gram_y);
 ///
 /// right [N, d, r]; gram_x, gram_y as for solve_basis. Returns bases [N, d, r] without singular values; columns that are dependent within the accuracy
 /// of the Grams stay harmless (Cholesky with jitter). steps >= 0; 0 gives only the left factor.
-/// Errors: as solve_basis.
+/// Errors: as solve_basis. On CUDA, where d is a multiple of 4 and r of 8, the call does not wait for the device: bases of bad Grams are NaN, and a later
+/// call throws.
 Basis update_basis(const at::Tensor& right, const at::Tensor& gram_x, const at::Tensor& gram_y, int64_t steps);
 
 /// The exact loss of a basis on *any* data with the given Grams, without decomposition and for every rank at once:
