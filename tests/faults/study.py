@@ -256,20 +256,28 @@ def kill_mpirun(trial):
 
 
 def broken_memory(trial):
-    """A NaN in the memory of one process: its copy of a norm's weights, found by the bytes that the newest checkpoint has."""
+    """A NaN in the memory of one process: its copy of a norm's weights, found by the bytes of a checkpoint that was written just now. The step after it
+    changes them, so it must be a new one each time that they are not found."""
     rank = trial.rng.randrange(trial.world)
     pid = random_moment(trial) and trial.run.pid(rank)
     if not pid:
         return None
     name, shards = "model.model.layers.1.post_attention_layernorm.weight", trial.run.output / "checkpoints"
+    searched = newest = None
     while trial.run.process.poll() is None:
+        with contextlib.suppress(OSError):
+            newest = (shards / "latest").read_text().strip()
+        if searched is None or newest == searched:
+            searched = newest
+            time.sleep(0.001)
+            continue
+        searched = newest
         if not send(pid, signal.SIGSTOP):  # for less than the timeout
             return None
         try:
             hits = 0
             with contextlib.suppress(OSError):
-                file = shards / (shards / "latest").read_text().strip() / "shard-tp0.safetensors"
-                raw = file.read_bytes()
+                raw = (shards / newest / "shard-tp0.safetensors").read_bytes()
                 size = struct.unpack("<Q", raw[:8])[0]
                 begin, end = json.loads(raw[8:8 + size])[name]["data_offsets"]
                 hits = poke(pid, raw[8 + size + begin:8 + size + end], struct.pack("<f", float("nan")))
