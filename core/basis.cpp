@@ -127,16 +127,15 @@ Basis update_basis(const at::Tensor& right, const at::Tensor& gram_x, const at::
   TORCH_CHECK(right.dim() == 3 && right.size(0) == gram_x.size(0) && right.size(1) == gram_x.size(1) && right.size(2) >= 1 &&
                   right.size(2) <= right.size(1) && steps >= 0,
               "update_basis: a basis ", right.sizes(), " for Grams ", gram_x.sizes(), " and ", steps, " steps");
-  if (gram_x.is_cuda()) {
 #ifdef DRRL_WITH_CUDA
-    if (Basis result; update_basis_cuda(right, gram_x, gram_y, steps, kUpdateSettings, result)) {
-      return result;
-    }
+  if (Basis result; gram_x.is_cuda() && update_basis_cuda(right, gram_x, gram_y, steps, kUpdateSettings, result)) {
+    return result;
+  }
 #endif
-    check_finite("update_basis", gram_x, gram_y);
+  check_finite("update_basis", gram_x, gram_y);
+  if (gram_x.is_cuda()) {
     return update_batch(right, gram_x, gram_y, steps);
   }
-  check_finite("update_basis", gram_x, gram_y);
   const auto options = gram_x.options().dtype(at::kFloat);
   Basis result{at::empty(right.sizes(), options), at::empty(right.sizes(), options), {}};
   const int64_t d = right.size(1), rank = right.size(2);

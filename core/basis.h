@@ -66,7 +66,7 @@ inline constexpr int64_t kResidualColumns = 16;
 ///
 /// Returns F [N, d, m], m = min(kResidualColumns, d), float32, with F F^T the Nystrom approximation of C on the range of C times fixed random
 /// columns: below C, close to its leading part, products and a Cholesky factorization of size m only (Halko et al., arXiv 0909.4061, section 5.5).
-/// basis [N, d, r]; gram [N, d, d] float64 of `keys` [N] keys each (float64).
+/// basis [N, d, r]; gram [N, d, d] float64 of `keys` [N] keys each (any type of number).
 at::Tensor residual_factor(const Basis& basis, const at::Tensor& gram, const at::Tensor& keys);
 
 /// || q F ||^2 of each row: rows [N, .., d], factor [N, d, m] -> [N, ..], at least float32.
