@@ -2,16 +2,12 @@
 #include "policy/online_policy.h"
 
 #include "core/error.h"
-#include "distributed/mesh.h"
-#include "models/data.h"
 #include "models/llama.h"
 #include "models/tensor_parallel.h"
 #include "models/trainer.h"
-#include "tests/distributed/mpi_test.h"
-#include "tests/models/io_support.h"
+#include "tests/models/training_fixture.h"
 
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/Parallel.h>
 
 #include <map>
 
@@ -41,41 +37,16 @@ Calibration calibration() {
   return c;
 }
 
-class OnlineTraining : public MpiTest {
+class OnlineTraining : public TrainingTest {
  protected:
   void SetUp() override {
     MpiTest::SetUp();
     if (HasFatalFailure()) {
       return;
     }
-    at::set_num_threads(1);
-    char path[64] = "/tmp/drrl-online-XXXXXX";  // one folder for the world
-    if (rank_ == 0) {
-      ASSERT_NE(mkdtemp(path), nullptr);
-    }
-    MPI_Bcast(path, sizeof(path), MPI_CHAR, 0, MPI_COMM_WORLD);
-    folder_ = path;
-    if (rank_ == 0) {
-      auto generator = at::make_generator<at::CPUGeneratorImpl>(3);
-      const at::Tensor words = at::randint(61, {12000}, generator, at::kLong);
-      write_token_file(folder_ / "noise", {{words.const_data_ptr<int64_t>(), words.const_data_ptr<int64_t>() + words.numel()}});
-    }
-    MPI_Barrier(MPI_COMM_WORLD);
-    const auto file = std::make_shared<const TokenFile>(TokenFile::open(folder_ / "noise"));
-    train_ = std::make_shared<SequenceDataset>(file, 0, 11000, kSeqLen, 11);
-    valid_ = std::make_shared<SequenceDataset>(file, 11000, 12000, kSeqLen, 11);
-  }
-
-  void TearDown() override {
-    MPI_Barrier(MPI_COMM_WORLD);
-    if (rank_ == 0) {
-      std::error_code ignored;
-      std::filesystem::remove_all(folder_, ignored);
-    }
-  }
-
-  Mesh mesh(int64_t tp, int64_t dp) const {
-    return tp * dp == 1 ? Mesh() : Mesh::create(Environment::detect(), {tp, dp, 1}, at::kCPU, std::chrono::seconds(60));
+    auto generator = at::make_generator<at::CPUGeneratorImpl>(3);
+    const at::Tensor words = at::randint(61, {12000}, generator, at::kLong);
+    prepare({words.const_data_ptr<int64_t>(), words.const_data_ptr<int64_t>() + words.numel()}, 11000, kSeqLen);
   }
 
   /// A policy that learns, on the groups of `mesh`.
@@ -154,10 +125,7 @@ class OnlineTraining : public MpiTest {
   }
 
   static constexpr double kBudget = 0.9;
-  static constexpr int64_t kUpdates = 1;
-  std::filesystem::path folder_;
-  std::shared_ptr<SequenceDataset> train_, valid_;
-};
+  static constexpr int64_t kUpdates = 1;};
 
 /// Whether all processes hold the same damages.
 bool agree(const Calibration& learned) {
@@ -184,7 +152,7 @@ TEST_F(OnlineTraining, LearnsAlikeOnEveryProcess) {
       continue;
     }
     SCOPED_TRACE(tp);
-    const Outcome together = run(mesh(tp, size_ / tp), {});
+    const Outcome together = run(make_mesh(tp, size_ / tp), {});
     EXPECT_TRUE(agree(together.learned));
     EXPECT_EQ(together.updates, 4);
     if (tp == size_) {  // the same rows were drawn
@@ -214,7 +182,7 @@ TEST_F(OnlineTraining, ChangesDecisionsButNotBeforeItsTime) {
 
 TEST_F(OnlineTraining, ResumesBitForBit) {
   const int64_t tp = size_ > kGroups ? 2 : size_;
-  const Mesh layout = mesh(tp, size_ / tp);
+  const Mesh layout = make_mesh(tp, size_ / tp);
   const Outcome whole = run(layout, {.output = "whole"});
   // Stopped within a period, with a round under way and samples that were not sent.
   const Outcome first = run(layout, {.output = "parts", .stop_after = 5}), second = run(layout, {.output = "parts"});
@@ -232,8 +200,8 @@ TEST_F(OnlineTraining, ResumesOnAnotherLayout) {
     return;
   }
   // Stopped at the end of a period: nothing is dropped, and what the trainer knows goes on.
-  const Outcome first = run(mesh(size_, 1), {.output = "moved", .stop_after = 4});
-  const Outcome second = run(mesh(1, size_), {.output = "moved"});
+  const Outcome first = run(make_mesh(size_, 1), {.output = "moved", .stop_after = 4});
+  const Outcome second = run(make_mesh(1, size_), {.output = "moved"});
   EXPECT_TRUE(agree(second.learned));
   EXPECT_EQ(second.updates, 4);
   EXPECT_EQ(first.updates, 2);
@@ -243,7 +211,7 @@ TEST_F(OnlineTraining, ProcessesThatDecideOtherwiseAreNamed) {
   if (size_ == 1) {
     return;
   }
-  const Mesh layout = mesh(1, size_);
+  const Mesh layout = make_mesh(1, size_);
   const Learner policy = learner(layout, 1, std::chrono::milliseconds(500));
   policy.online->begin_step(1);
   if (rank_ + 1 == size_) {  // as broken memory might do it

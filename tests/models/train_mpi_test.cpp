@@ -1,6 +1,4 @@
 // Whole training runs of a tiny random Llama, on 1 to 4 ranks.
-#include "distributed/mesh.h"
-#include "models/data.h"
 #include "models/gradient_reducer.h"
 #include "models/llama.h"
 #include "core/safetensors.h"
@@ -8,11 +6,10 @@
 #include "models/trainer.h"
 #include "models/training_state.h"
 #include "policy/controller.h"
-#include "tests/distributed/mpi_test.h"
 #include "tests/models/io_support.h"
+#include "tests/models/training_fixture.h"
 
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/Parallel.h>
 #include <mpi.h>
 #include <nlohmann/json.hpp>
 
@@ -33,45 +30,18 @@ ModelConfig tiny_config() {
                             "tiny");
 }
 
-/// Ranks x ranks of this test's world, or one process for each rank by itself.
-Mesh make_mesh(int64_t tp, int64_t dp, int64_t cp = 1) {
-  return tp * dp * cp == 1 ? Mesh() : Mesh::create(Environment::detect(), {tp, dp, cp}, at::kCPU, std::chrono::seconds(60));
-}
-
-class Training : public MpiTest {
+class Training : public TrainingTest {
  protected:
   void SetUp() override {
     MpiTest::SetUp();
     if (HasFatalFailure()) {
       return;
     }
-    at::set_num_threads(1);
-    // One folder for the world: rank 0 makes it.
-    char path[64] = "/tmp/drrl-train-XXXXXX";
-    if (rank_ == 0) {
-      ASSERT_NE(mkdtemp(path), nullptr);
+    std::vector<int64_t> document;
+    for (int64_t i = 0; i < 3000; ++i) {
+      document.push_back((i % 3 == 0 ? 2 * i : i) % 13);  // predictable, and few of the words
     }
-    MPI_Bcast(path, sizeof(path), MPI_CHAR, 0, MPI_COMM_WORLD);
-    folder_ = path;
-    if (rank_ == 0) {
-      std::vector<std::vector<int64_t>> documents(1);
-      for (int64_t i = 0; i < 3000; ++i) {
-        documents[0].push_back((i % 3 == 0 ? 2 * i : i) % 13);  // predictable, and few of the words
-      }
-      write_token_file(folder_ / "text", documents);
-    }
-    MPI_Barrier(MPI_COMM_WORLD);
-    const auto file = std::make_shared<const TokenFile>(TokenFile::open(folder_ / "text"));
-    train_ = std::make_shared<SequenceDataset>(file, 0, 2600, kSeqLen, 11);
-    valid_ = std::make_shared<SequenceDataset>(file, 2600, 3000, kSeqLen, 11);
-  }
-
-  void TearDown() override {
-    MPI_Barrier(MPI_COMM_WORLD);
-    if (rank_ == 0) {
-      std::error_code ignored;
-      std::filesystem::remove_all(folder_, ignored);
-    }
+    prepare(document, 2600, kSeqLen);
   }
 
   TrainerOptions options(int64_t steps = 10) const {
@@ -167,8 +137,6 @@ class Training : public MpiTest {
     }
   }
 
-  std::filesystem::path folder_;
-  std::shared_ptr<const SequenceDataset> train_, valid_;
   bool low_rank_ = false;
 };
 
