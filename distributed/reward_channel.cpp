@@ -15,7 +15,7 @@ namespace drrl {
 namespace {
 
 // Whether records of unequal sizes can be gathered as they are.
-bool gathers_unequal(const Group& group) {
+bool gathers_unequal([[maybe_unused]] const Group& group) {
 #ifdef DRRL_WITH_MPI
   return group.process_group() && group.message_device().is_cpu() &&
          dynamic_cast<MpiBackend*>(group.process_group()->getBackend(at::kCPU).get()) != nullptr;
