@@ -19,7 +19,6 @@
 #include <malloc.h>
 
 #include <algorithm>
-#include <charconv>
 #include <chrono>
 #include <cstdio>
 #include <ctime>
@@ -116,19 +115,6 @@ std::vector<Inputs> captured_inputs(const std::vector<int64_t>& layers, int64_t 
   at::NoGradGuard no_grad;
   model.hidden(file.read(start, length).unsqueeze(0));
   return controller->take();
-}
-
-std::vector<int64_t> parse_list(const char* flag, const std::string& text, int64_t least) {
-  std::vector<int64_t> numbers;
-  for (const std::string& item : split(text, ',')) {
-    int64_t number = 0;
-    const auto [end, error] = std::from_chars(item.data(), item.data() + item.size(), number);
-    check(ErrorKind::kUsage, error == std::errc() && end == item.data() + item.size() && number >= least, "--", flag, "=", text, ": '", item,
-          "' is not a whole number of at least ", least);
-    numbers.push_back(number);
-  }
-  check(ErrorKind::kUsage, !numbers.empty(), "--", flag, " is empty: write numbers with commas between");
-  return numbers;
 }
 
 std::vector<Ranks> parse_ranks(const char* flag, const std::string& text) {

@@ -47,10 +47,7 @@ Inputs random_inputs(int64_t heads, int64_t groups, int64_t length, int64_t head
 /// Errors: Error(kUsage) for a layer or a length that the model does not have; Error(kModel) and Error(kData) as in drrl-eval.
 std::vector<Inputs> captured_inputs(const std::vector<int64_t>& layers, int64_t start, int64_t length);
 
-/// Numbers of a comma list. Errors: Error(kUsage) naming the flag and the item that is not a whole number of at least `least`.
-std::vector<int64_t> parse_list(const char* flag, const std::string& text, int64_t least);
-
-/// Ranks of a comma list: "32" is r = r_v = 32, "48/16" is r = 48, r_v = 16. Errors: as parse_list.
+/// Ranks of a comma list: "32" is r = r_v = 32, "48/16" is r = 48, r_v = 16. Errors: as parse_list (options.h).
 std::vector<Ranks> parse_ranks(const char* flag, const std::string& text);
 
 /// "32" or "48/16".

@@ -113,7 +113,7 @@ class Measurement {
  public:
   explicit Measurement(const Environment& environment)
       : environment_(environment), shape_(mesh_flags(environment)), device(device_flag(environment)), config(ModelConfig::load(FLAGS_model)),
-        geometry(geometry_flags()), ranks(rank_buckets(device, config.head_dim)) {
+        geometry(geometry_flags()), ranks(bucket_flags(device, config.head_dim)) {
     check(ErrorKind::kUsage, shape_.cp == 1, "drrl-policy does not split sequences, --cp=", shape_.cp);
     check(ErrorKind::kUsage, FLAGS_calibration_tokens >= 1, "--calibration_tokens must be at least 1, got ", FLAGS_calibration_tokens);
     check(ErrorKind::kUsage, FLAGS_seq_len > geometry.near_block + geometry.sink_tokens && FLAGS_seq_len <= config.max_position_embeddings,
@@ -313,7 +313,7 @@ ExitCode train(const Environment& environment) {
   options.reward_steps = FLAGS_reward_steps;
   options.held_out = FLAGS_held_out;
   options.validation = FLAGS_validation;
-  options.buckets = rank_buckets(device_flag(environment), calibration.head_dim());
+  options.buckets = bucket_flags(device_flag(environment), calibration.head_dim());
   options.update_steps = FLAGS_basis_updates;
   options.seed = FLAGS_seed;
   RankAgent agent(calibration.layers(), calibration.groups(), calibration.ranks, FLAGS_seed);

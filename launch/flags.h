@@ -24,6 +24,7 @@ DECLARE_string(json);
 DECLARE_string(attention);
 DECLARE_string(rank_policy);
 DECLARE_int64(rank);
+DECLARE_string(rank_buckets);
 DECLARE_double(rank_budget);
 DECLARE_double(energy);
 DECLARE_int64(basis_updates);

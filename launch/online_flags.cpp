@@ -27,7 +27,7 @@ std::shared_ptr<OnlinePolicy> online_policy_flags(const Environment& environment
         "--policy_update_every=", FLAGS_policy_update_every, " needs --attention=lowrank and --rank_policy=dp or rl, got ", FLAGS_attention, " and ",
         FLAGS_rank_policy);
   const Share groups = partition(config.num_key_value_heads, mesh.tp().size(), mesh.tp().rank());
-  const auto buckets = rank_buckets(device, config.head_dim);
+  const auto buckets = bucket_flags(device, config.head_dim);
   OnlinePolicy::Options options;
   options.update_every = FLAGS_policy_update_every;
   options.sampling = {.rows = FLAGS_policy_sample_rows, .seed = FLAGS_seed, .gradient_scale = static_cast<double>(tokens_per_step),

@@ -189,4 +189,17 @@ std::vector<std::string> split(const std::string& text, char separator) {
   return items;
 }
 
+std::vector<int64_t> parse_list(const char* flag, const std::string& text, int64_t least) {
+  std::vector<int64_t> numbers;
+  for (const std::string& item : split(text, ',')) {
+    int64_t number = 0;
+    const auto [end, error] = std::from_chars(item.data(), item.data() + item.size(), number);
+    check(ErrorKind::kUsage, error == std::errc() && end == item.data() + item.size() && number >= least, "--", flag, "=", text, ": '", item,
+          "' is not a whole number of at least ", least);
+    numbers.push_back(number);
+  }
+  check(ErrorKind::kUsage, !numbers.empty(), "--", flag, " is empty: write numbers with commas between");
+  return numbers;
+}
+
 }  // namespace drrl

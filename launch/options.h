@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <string>
 #include <vector>
@@ -26,5 +27,8 @@ void parse_options(int argc, char** argv, const std::string& summary);
 
 /// The items of a list between separators; "" has none.
 std::vector<std::string> split(const std::string& text, char separator);
+
+/// Numbers of a comma list. Errors: Error(kUsage) naming the flag and the item that is not a whole number of at least `least`.
+std::vector<int64_t> parse_list(const char* flag, const std::string& text, int64_t least);
 
 }  // namespace drrl

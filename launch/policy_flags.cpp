@@ -3,10 +3,12 @@
 #include "core/error.h"
 #include "distributed/agreement.h"
 #include "launch/flags.h"
+#include "launch/options.h"
 #include "models/tensor_parallel.h"
 #include "policy/agent.h"
 #include "policy/calibration.h"
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 
@@ -16,6 +18,21 @@ Geometry geometry_flags() {
   check(ErrorKind::kUsage, FLAGS_near_block >= 1, "--near_block must be at least 1, got ", FLAGS_near_block);
   check(ErrorKind::kUsage, FLAGS_sink_tokens >= 0, "--sink_tokens must not be negative, got ", FLAGS_sink_tokens);
   return {FLAGS_near_block, FLAGS_sink_tokens};
+}
+
+std::vector<int64_t> bucket_flags(const at::Device& device, int64_t head_dim) {
+  if (FLAGS_rank_buckets.empty()) {
+    return rank_buckets(device, head_dim);
+  }
+  std::vector<int64_t> buckets = parse_list("rank_buckets", FLAGS_rank_buckets, 1);
+  buckets.erase(std::remove(buckets.begin(), buckets.end(), head_dim), buckets.end());
+  for (size_t i = 0; i < buckets.size(); ++i) {
+    check(ErrorKind::kUsage, (i == 0 || buckets[i] > buckets[i - 1]) && buckets[i] < head_dim, "--rank_buckets=", FLAGS_rank_buckets,
+          ", expected ascending ranks of at most head_dim, ", head_dim);
+  }
+  check(ErrorKind::kUsage, !buckets.empty(), "--rank_buckets=", FLAGS_rank_buckets, " leaves nothing to choose: expected ranks below head_dim, ", head_dim);
+  buckets.push_back(head_dim);
+  return buckets;
 }
 
 void check_calibration(const Calibration& calibration, const ModelConfig& config) {
@@ -54,7 +71,7 @@ std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const a
     return make_fixed_policy(FLAGS_rank, config.head_dim);
   }
   check(ErrorKind::kUsage, !FLAGS_row_gates || FLAGS_rank_policy == "dp", "--row_gates needs --rank_policy=dp, got ", FLAGS_rank_policy);
-  const auto buckets = rank_buckets(device, config.head_dim);
+  const auto buckets = bucket_flags(device, config.head_dim);
   if (FLAGS_rank_policy == "energy") {
     return make_energy_policy(FLAGS_energy, buckets);
   }
@@ -97,7 +114,7 @@ AttentionSetup attention_flags(const ModelConfig& config, const Mesh& mesh, cons
   check(ErrorKind::kUsage, FLAGS_guard_eps >= 0 && FLAGS_guard_decay > 0 && FLAGS_guard_decay <= 1, "--guard_eps must not be negative and --guard_decay lie in (0, 1], got ",
         FLAGS_guard_eps, " and ", FLAGS_guard_decay);
   check(ErrorKind::kUsage, FLAGS_guard_eps == 0 || !FLAGS_policy.empty(), "--guard_eps=", FLAGS_guard_eps, " needs the starting bases of --policy=FILE");
-  GuardOptions guard{.eps = policy->exact() ? 0 : FLAGS_guard_eps, .buckets = rank_buckets(device, config.head_dim)};
+  GuardOptions guard{.eps = policy->exact() ? 0 : FLAGS_guard_eps, .buckets = bucket_flags(device, config.head_dim)};
   setup.controller = std::make_shared<LowRankController>(policy, geometry_flags(), basis_flags(config, groups, device, calibration), groups.begin, guard,
                                                          mesh.cp());
   const auto controller = setup.controller;

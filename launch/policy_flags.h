@@ -8,11 +8,15 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace drrl {
 
 /// --near_block and --sink_tokens. Errors: Error(kUsage).
 Geometry geometry_flags();
+
+/// --rank_buckets, head_dim added as the last; those of the device (rank_buckets) if it is empty. Errors: Error(kUsage).
+std::vector<int64_t> bucket_flags(const at::Device& device, int64_t head_dim);
 
 /// Errors: Error(kUsage) unless the calibration, read from --policy, is of a model of this shape.
 void check_calibration(const Calibration& calibration, const ModelConfig& config);

@@ -5,6 +5,8 @@
 #include "core/cost.h"
 #include "core/reference.h"
 #include "launch/flags.h"
+#include "launch/options.h"
+#include "launch/policy_flags.h"
 #include "launch/svg_plot.h"
 #include "models/llama.h"
 #include "core/safetensors.h"
@@ -13,6 +15,8 @@
 #include "tests/launch/shell.h"
 #include "tests/models/io_support.h"
 #include "tests/support/error_of.h"
+
+#include <gflags/gflags.h>
 
 #include <cmath>
 #include <sstream>
@@ -27,15 +31,28 @@ using test::shell;
 using test::TemporaryDirectory;
 
 TEST(BenchLists, AreParsedOrRefused) {
-  EXPECT_EQ(bench::parse_list("x", "1,20,3", 1), (std::vector<int64_t>{1, 20, 3}));
+  EXPECT_EQ(parse_list("x", "1,20,3", 1), (std::vector<int64_t>{1, 20, 3}));
   EXPECT_EQ(bench::parse_ranks("x", "32,48/16"), (std::vector<Ranks>{{32, 32}, {48, 16}}));
   EXPECT_EQ(bench::to_string({32, 32}), "32");
   EXPECT_EQ(bench::to_string({48, 16}), "48/16");
   for (const char* bad : {"", "1,,2", "1,two", "1 ", "0", "-3", "1.5", "99999999999999999999"}) {
-    EXPECT_NE(error_of(ErrorKind::kUsage, [&] { bench::parse_list("seq_lens", bad, 1); }).find("--seq_lens"), std::string::npos) << bad;
+    EXPECT_NE(error_of(ErrorKind::kUsage, [&] { parse_list("seq_lens", bad, 1); }).find("--seq_lens"), std::string::npos) << bad;
   }
   for (const char* bad : {"", "/8", "8/", "8/x", "8/2/2"}) {
     EXPECT_NE(error_of(ErrorKind::kUsage, [&] { bench::parse_ranks("ranks", bad); }).find("--ranks"), std::string::npos) << bad;
+  }
+}
+
+TEST(RankBuckets, AreTheDevicesOrTheUsers) {
+  const gflags::FlagSaver saver;
+  EXPECT_EQ(bucket_flags(at::Device(at::kCUDA, 0), 128), (std::vector<int64_t>{32, 64, 96, 128}));
+  for (const char* list : {"8,24", "8,24,128"}) {
+    FLAGS_rank_buckets = list;
+    EXPECT_EQ(bucket_flags(at::kCPU, 128), (std::vector<int64_t>{8, 24, 128}));
+  }
+  for (const char* bad : {"0", "16,16", "32,16", "136", "128", "x"}) {
+    FLAGS_rank_buckets = bad;
+    EXPECT_NE(error_of(ErrorKind::kUsage, [] { bucket_flags(at::kCPU, 128); }).find("--rank_buckets"), std::string::npos) << bad;
   }
 }
 
