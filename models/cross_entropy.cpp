@@ -33,9 +33,8 @@ Sweep sweep(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lab
   Sweep result{at::empty({n}, wide), {}, {}};
   if (with_gradients) {
     result.d_x = at::empty_like(x);
-    result.d_weight = n > 0 ? at::empty_like(weight) : at::zeros_like(weight);
+    result.d_weight = n > 0 ? at::Tensor() : at::zeros_like(weight);
   }
-  const bool accumulate_in_place = x.scalar_type() == weight.scalar_type();
   // Rows a power of two apart compete for the same cache sets, and vocabularies are round numbers: rows are padded. Matrix
   // products on the buffer are 10 to 20 % faster.
   const at::Tensor buffer = at::empty({std::min(n, chunk_rows), vocabulary + 16}, x.options()).narrow(1, 0, vocabulary);
@@ -48,10 +47,10 @@ Sweep sweep(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lab
 
     // The label's logit, from the one rank that has it.
     const at::Tensor local = labels.narrow(0, begin, count) - first_row;
-    const at::Tensor mine = at::nonzero((local >= 0).logical_and_(local < vocabulary)).squeeze(1);
-    const at::Tensor label = local.index_select(0, mine);
-    at::Tensor sums = at::zeros({2, count}, wide);  // [sum of exponentials; logit of the label]
-    sums[1].index_put_({mine}, logits.index({mine, label}).to(wide.dtype()));
+    const at::Tensor mine = (local >= 0).logical_and_(local < vocabulary).to(wide.dtype());
+    const at::Tensor label = local.clamp(0, vocabulary - 1).unsqueeze(1);
+    at::Tensor sums = at::empty({2, count}, wide);  // [sum of exponentials; logit of the label]
+    sums[1].copy_(logits.gather(1, label).squeeze(1).to(wide.dtype()).mul_(mine));
 
     auto [max, sum] = raw::exp_rows_(logits, how);
     at::Tensor global_max = max;
@@ -74,17 +73,10 @@ Sweep sweep(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lab
         factor.mul_(rescale);
       }
       raw::scale_rows_(logits, factor, how);
-      logits.index_put_({mine, label}, at::full({1}, -scale, logits.options()), /*accumulate=*/true);
+      logits.scatter_add_(1, label, mine.mul(-scale).to(logits.scalar_type()).unsqueeze(1));
       at::Tensor d_x_chunk = result.d_x.narrow(0, begin, count);
       at::mm_out(d_x_chunk, logits, cast);
-      if (!accumulate_in_place) {
-        const at::Tensor product = at::mm(logits.t(), x_chunk);
-        begin == 0 ? result.d_weight.copy_(product) : result.d_weight.add_(product);
-      } else if (begin == 0) {
-        at::mm_out(result.d_weight, logits.t(), x_chunk);
-      } else {
-        result.d_weight.addmm_(logits.t(), x_chunk);
-      }
+      add_product(result.d_weight, logits.t(), x_chunk, weight.scalar_type());
     }
   }
   if (with_gradients) {

@@ -2,6 +2,7 @@
 
 #include "core/error.h"
 #include "models/cpu_loops.h"
+#include "models/cuda/fused_ops.h"
 #include "models/gradients.h"
 
 #include <ATen/Parallel.h>
@@ -11,6 +12,12 @@
 
 namespace drrl {
 namespace {
+
+#ifdef DRRL_WITH_CUDA
+constexpr bool kWithCuda = true;
+#else
+constexpr bool kWithCuda = false;
+#endif
 
 // The element type of cpu_loops for a dtype of ATen, and its pointer.
 template <typename T>
@@ -57,6 +64,9 @@ at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& 
 }  // namespace
 
 Implementation implementation_for(const at::Tensor& x) {
+  if (kWithCuda && x.is_cuda()) {
+    return Implementation::kKernels;
+  }
   static const bool supported = loops::supported();
   return x.is_cpu() && supported ? Implementation::kLoops : Implementation::kComposed;
 }
@@ -64,10 +74,15 @@ Implementation implementation_for(const at::Tensor& x) {
 namespace raw {
 
 NormResult rms_norm_forward(const at::Tensor& x, const at::Tensor& weight, double eps, Implementation how) {
+  if constexpr (kWithCuda) {
+    if (how == Implementation::kKernels) {
+      return cuda::rms_norm_forward(x, weight, eps);
+    }
+  }
   const int64_t rows = x.size(0);
   const int64_t n = x.size(1);
   const auto wide_dtype = accumulate_dtype(x.scalar_type());
-  if (how == Implementation::kComposed) {
+  if (how != Implementation::kLoops) {
     const at::Tensor wide = x.to(wide_dtype);
     at::Tensor rstd = at::rsqrt(wide.square().mean(1) + eps);
     return {(wide * rstd.unsqueeze(1) * weight).to(x.scalar_type()), rstd};
@@ -86,9 +101,14 @@ NormResult rms_norm_forward(const at::Tensor& x, const at::Tensor& weight, doubl
 
 NormGradients rms_norm_backward(const at::Tensor& dy, const at::Tensor& dh, const at::Tensor& x, const at::Tensor& weight,
                                 const at::Tensor& rstd, Implementation how) {
+  if constexpr (kWithCuda) {
+    if (how == Implementation::kKernels && cuda::rms_norm_backward_fits(x)) {
+      return cuda::rms_norm_backward(dy, dh, x, weight, rstd);
+    }
+  }
   const int64_t rows = x.size(0);
   const int64_t n = x.size(1);
-  if (how == Implementation::kComposed) {
+  if (how != Implementation::kLoops) {
     const auto wide_dtype = accumulate_dtype(x.scalar_type());
     const at::Tensor wide = x.to(wide_dtype);
     const at::Tensor wide_dy = dy.to(wide_dtype);
@@ -124,9 +144,14 @@ NormGradients rms_norm_backward(const at::Tensor& dy, const at::Tensor& dh, cons
 std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_split_forward(const at::Tensor& qkv, const at::Tensor& cos,
                                                                   const at::Tensor& sin, int64_t batch, int64_t heads,
                                                                   int64_t groups, Implementation how) {
+  if constexpr (kWithCuda) {
+    if (how == Implementation::kKernels) {
+      return cuda::rope_split_forward(qkv, cos, sin, batch, heads, groups);
+    }
+  }
   const int64_t length = qkv.size(0) / batch;
   const int64_t d = qkv.size(1) / (heads + 2 * groups);
-  if (how == Implementation::kComposed) {
+  if (how != Implementation::kLoops) {
     const at::Tensor all = qkv.view({batch, length, heads + 2 * groups, d}).transpose(1, 2);
     return {rotate(all.narrow(1, 0, heads), cos, sin), rotate(all.narrow(1, heads, groups), cos, sin),
             all.narrow(1, heads + groups, groups).contiguous()};
@@ -146,11 +171,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_split_forward(const at::Tens
 
 at::Tensor rope_split_backward(const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv, const at::Tensor& cos,
                                const at::Tensor& sin, Implementation how) {
+  if constexpr (kWithCuda) {
+    if (how == Implementation::kKernels) {
+      return cuda::rope_split_backward(dq, dk, dv, cos, sin);
+    }
+  }
   const int64_t batch = dq.size(0);
   const int64_t length = dq.size(2);
   const int64_t d = dq.size(3);
   const int64_t width = (dq.size(1) + dk.size(1) + dv.size(1)) * d;
-  if (how == Implementation::kComposed) {
+  if (how != Implementation::kLoops) {
     const at::Tensor back = -sin;
     return at::cat({rotate(dq, cos, back), rotate(dk, cos, back), dv}, 1).transpose(1, 2).reshape({batch * length, width});
   }
@@ -169,9 +199,14 @@ at::Tensor rope_split_backward(const at::Tensor& dq, const at::Tensor& dk, const
 }
 
 at::Tensor swiglu_forward(const at::Tensor& gate_up, Implementation how) {
+  if constexpr (kWithCuda) {
+    if (how == Implementation::kKernels) {
+      return cuda::swiglu_forward(gate_up);
+    }
+  }
   const int64_t rows = gate_up.size(0);
   const int64_t n = gate_up.size(1) / 2;
-  if (how == Implementation::kComposed) {
+  if (how != Implementation::kLoops) {
     const at::Tensor wide = gate_up.to(accumulate_dtype(gate_up.scalar_type()));
     return (at::silu(wide.narrow(1, 0, n)) * wide.narrow(1, n, n)).to(gate_up.scalar_type());
   }
@@ -186,9 +221,14 @@ at::Tensor swiglu_forward(const at::Tensor& gate_up, Implementation how) {
 }
 
 SwigluGradients swiglu_backward(const at::Tensor& gate_up, const at::Tensor& dy, Implementation how) {
+  if constexpr (kWithCuda) {
+    if (how == Implementation::kKernels) {
+      return cuda::swiglu_backward(gate_up, dy);
+    }
+  }
   const int64_t rows = gate_up.size(0);
   const int64_t n = gate_up.size(1) / 2;
-  if (how == Implementation::kComposed) {
+  if (how != Implementation::kLoops) {
     const at::Tensor wide = gate_up.to(accumulate_dtype(gate_up.scalar_type()));
     const at::Tensor up = wide.narrow(1, n, n);
     const at::Tensor sigmoid = at::sigmoid(wide.narrow(1, 0, n));
@@ -208,10 +248,15 @@ SwigluGradients swiglu_backward(const at::Tensor& gate_up, const at::Tensor& dy,
 }
 
 std::pair<at::Tensor, at::Tensor> exp_rows_(at::Tensor& logits, Implementation how) {
+  if constexpr (kWithCuda) {
+    if (how == Implementation::kKernels) {
+      return cuda::exp_rows_(logits);
+    }
+  }
   const int64_t rows = logits.size(0);
   const int64_t n = logits.size(1);
   const auto wide_dtype = accumulate_dtype(logits.scalar_type());
-  if (how == Implementation::kComposed) {
+  if (how != Implementation::kLoops) {
     const at::Tensor wide = logits.to(wide_dtype);
     at::Tensor max = wide.amax(1);
     const at::Tensor exponentials = at::exp(wide - max.unsqueeze(1));
@@ -233,7 +278,12 @@ std::pair<at::Tensor, at::Tensor> exp_rows_(at::Tensor& logits, Implementation h
 }
 
 void scale_rows_(at::Tensor& logits, const at::Tensor& factor, Implementation how) {
-  if (how == Implementation::kComposed) {
+  if constexpr (kWithCuda) {
+    if (how == Implementation::kKernels) {
+      return cuda::scale_rows_(logits, factor);
+    }
+  }
+  if (how != Implementation::kLoops) {
     logits.mul_(factor.unsqueeze(1));
     return;
   }
@@ -252,7 +302,7 @@ void scale_rows_(at::Tensor& logits, const at::Tensor& factor, Implementation ho
 void scatter_add_(at::Tensor& table, const at::Tensor& ids, const at::Tensor& x, int64_t first, Implementation how) {
   const int64_t rows = table.size(0);
   const int64_t n = table.size(1);
-  if (how == Implementation::kComposed) {
+  if (how != Implementation::kLoops) {
     // index_put_ sorts the indices: deterministic, unlike index_add_ on CUDA.
     const at::Tensor local = ids - first;
     const at::Tensor mine = at::nonzero((local >= 0).logical_and_(local < rows)).squeeze(1);

@@ -10,9 +10,9 @@ namespace drrl {
 /// The element-wise operators of a decoder layer, each one pass over memory in either direction, next to the matrix products they
 /// serve. Computed in fp32 (double for double) whatever the dtype of the activations: fp32, bf16, double.
 ///
-/// Two implementations with the same results: kLoops (cpu_loops.h, vectorized, multi-threaded) on CPU tensors, kComposed (ATen
-/// operators) on other devices and on processors without the instructions of cpu_loops.cpp.
-enum class Implementation { kLoops, kComposed };
+/// Implementations with the same results: kLoops (cpu_loops.h, vectorized, multi-threaded) on CPU tensors, kKernels (cuda/fused_ops.h) on CUDA tensors, kComposed
+/// (ATen operators) where there is neither, and for what is too wide for a kernel.
+enum class Implementation { kLoops, kKernels, kComposed };
 Implementation implementation_for(const at::Tensor& x);
 
 /// RMSNorm in front of a branch of a residual network.

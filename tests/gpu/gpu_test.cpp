@@ -2,8 +2,6 @@
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
-#include <cstdlib>
-
 #include "core/attention_part.h"
 #include "core/basis.h"
 #include "core/error.h"
@@ -12,22 +10,10 @@
 #include "core/reference.h"
 #include "core/solver.h"
 #include "policy/controller.h"
+#include "tests/gpu/gpu_support.h"
 
 namespace drrl {
 namespace {
-
-double relative(const at::Tensor& a, const at::Tensor& b) {
-  const auto x = a.to(at::kCPU, at::kDouble), y = b.to(at::kCPU, at::kDouble);
-  return ((x - y).norm() / (y.norm() + 1e-300)).item<double>();
-}
-
-#define DRRL_NEEDS_GPU()                                                                                     \
-  if (!at::hasCUDA() || at::getNumGPUs() == 0) {                                                             \
-    if (std::getenv("DRRL_REQUIRE_GPU") != nullptr) {                                                        \
-      FAIL() << "this process sees no usable GPU";                                                           \
-    }                                                                                                        \
-    GTEST_SKIP() << "this process sees no usable GPU";                                                       \
-  }
 
 // Symmetric positive semidefinite matrices with decaying spectra, [n, d, d] float64.
 at::Tensor grams(int64_t n, int64_t d) {
