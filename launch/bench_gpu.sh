@@ -3,14 +3,15 @@
 # blocks of 1024 tokens, bases updated once. bf16 with d = 128 to L = 131072 and with d = 64 to L = 65536, fp32 with d = 128 to L = 16384.
 # Writes OUT/gpu-attention-DTYPE-dD.json, .csv and .svg; the JSON names date, device, driver and versions.
 #
-#   [DRRL_PYTHON=python3] [DRRL_DEPS=DIR] [DRRL_BIN=DIR] launch/bench_gpu.sh [OUT]      OUT: configs/results unless given
+#   [DRRL_PYTHON=python3] [DRRL_DEPS=DIR] [DRRL_BIN=DIR] launch/bench_gpu.sh [OUT]      OUT: configs/results/GPU-DATE unless given
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/gpu_environment.sh
-out=${1:-configs/results}
-mkdir -p "$out"
 
 gpu=$(drrl_gpu)
+name=${gpu%,*}
+out=${1:-configs/results/${name// /-}-$(date +%F)}
+mkdir -p "$out"
 drrl_gpu_build drrl-bench
 measure() {
   local dtype=$1 head_dim=$2 lengths=$3 result=$out/gpu-attention-$1-d$2
