@@ -1,4 +1,5 @@
-// drrl-eval: perplexity of a language model under a rank policy, and what its attention cost; or text that it generates. Options: drrl-eval --help.
+// drrl-eval: perplexity of a language model under a rank policy, or its accuracy on examples, and what its attention cost; or text that it generates.
+// Options: drrl-eval --help.
 
 #include "core/error.h"
 #include "distributed/mesh.h"
@@ -10,6 +11,7 @@
 #include "launch/program.h"
 #include "models/config.h"
 #include "models/data.h"
+#include "models/examples.h"
 #include "models/generate.h"
 #include "models/llama.h"
 #include "core/storage.h"
@@ -20,6 +22,7 @@
 #include <gflags/gflags.h>
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <iostream>
 #include <optional>
@@ -29,6 +32,8 @@ DEFINE_int64(max_tokens, 0, "stop after this many predicted tokens, rounded up t
 DEFINE_bool(compare_full, false, "evaluate every sequence with exact attention too, in turn, and report both");
 DEFINE_int64(audit_rows, 0, "compare certified error bounds with exact attention for this many query tokens of each block, in one process; 0: no audit [tokens]");
 DEFINE_int64(generate, 0, "instead of evaluating, continue the first --prompt_tokens of --data by this many; 0: evaluate [tokens]");
+DEFINE_string(examples, "", "instead of evaluating --data, answer the questions of this file, a JSON object a line; launch/downstream_sets.py writes such files");
+DEFINE_string(examples_out, "", "file for what became of each of --examples, a JSON object a line");
 DEFINE_int64(prompt_tokens, 64, "length of the prompt of --generate [tokens]");
 DEFINE_double(temperature, 0, "of the draws of --generate, which --seed decides; 0: always the most likely token");
 DEFINE_int64(top_k, 0, "draw only from this many most likely tokens; 0: from all [tokens]");
@@ -43,6 +48,13 @@ struct Totals {
   AttentionStatistics attention;
   std::vector<double> sequence_nll = {};  ///< mean of each sequence, 0 of those that other data-parallel ranks evaluate
 };
+
+/// What data-parallel ranks filled in, each its own places of the same list, zeros elsewhere.
+std::vector<double> merge(const std::vector<double>& mine, const Mesh& mesh) {
+  auto all = at::tensor(mine, at::kDouble);
+  mesh.dp().all_reduce(all);
+  return {all.const_data_ptr<double>(), all.const_data_ptr<double>() + all.numel()};
+}
 
 /// The whole world's totals: losses over data-parallel ranks, operations and decisions over all, times of the slowest rank of those that
 /// share a sequence.
@@ -77,9 +89,7 @@ Totals reduce(const Totals& mine, const Mesh& mesh) {
   all.attention.attention_ms = at_index(times, 0);
   all.attention.solve_ms = at_index(times, 1);
   if (!mine.sequence_nll.empty()) {
-    auto sequences = at::tensor(mine.sequence_nll, at::kDouble);
-    mesh.dp().all_reduce(sequences);
-    all.sequence_nll.assign(sequences.const_data_ptr<double>(), sequences.const_data_ptr<double>() + sequences.numel());
+    all.sequence_nll = merge(mine.sequence_nll, mesh);
   }
   return all;
 }
@@ -88,15 +98,8 @@ double mean_rank(double sum, const AttentionStatistics& a, int64_t head_dim) {
   return a.decisions > 0 ? sum / static_cast<double>(a.decisions) : static_cast<double>(head_dim);
 }
 
-nlohmann::ordered_json result_json(const Totals& t, int64_t head_dim) {
-  const double nll = t.nll / static_cast<double>(t.tokens);
-  const AttentionStatistics& a = t.attention;
-  return {{"perplexity", std::exp(nll)},
-          {"nll", nll},
-          {"tokens", t.tokens},
-          {"sequence_nll", t.sequence_nll},
-          {"seq_len", FLAGS_seq_len},
-          {"attention_flops_fraction", a.flops / a.exact_flops},
+nlohmann::ordered_json attention_json(const AttentionStatistics& a, int64_t head_dim) {
+  return {{"attention_flops_fraction", a.flops / a.exact_flops},
           {"attention_ms", a.attention_ms},
           {"refreshes", a.solves},
           {"basis_updates", a.updates},
@@ -107,6 +110,14 @@ nlohmann::ordered_json result_json(const Totals& t, int64_t head_dim) {
           {"context_basis_bytes", a.context_basis_bytes},
           {"mean_rank_qk", mean_rank(a.rank_qk, a, head_dim)},
           {"mean_rank_v", mean_rank(a.rank_v, a, head_dim)}};
+}
+
+nlohmann::ordered_json result_json(const Totals& t, int64_t head_dim) {
+  const double nll = t.nll / static_cast<double>(t.tokens);
+  nlohmann::ordered_json json = {
+      {"perplexity", std::exp(nll)}, {"nll", nll}, {"tokens", t.tokens}, {"sequence_nll", t.sequence_nll}, {"seq_len", FLAGS_seq_len}};
+  json.update(attention_json(t.attention, head_dim));
+  return json;
 }
 
 std::vector<int64_t> to_vector(const at::Tensor& ids) { return {ids.const_data_ptr<int64_t>(), ids.const_data_ptr<int64_t>() + ids.numel()}; }
@@ -156,6 +167,67 @@ void print_generation(const nlohmann::ordered_json& json) {
   std::cout << ", KV cache " << json["kv_cache_bytes"] << " bytes, " << json["kv_cache_bytes"].get<double>() / full << " of exact keys and values ("
             << json["kv_cache_bytes_peak"].get<double>() / full << " at most), mean ranks " << json["mean_rank_qk"].get<double>() << " / "
             << json["mean_rank_v"].get<double>() << "\n";
+}
+
+/// --examples: the share that is answered right, and what attention cost. `lines` <- a JSON object for each example.
+nlohmann::ordered_json answers(CausalLM& model, LowRankController& controller, const std::vector<Example>& examples, const Mesh& mesh,
+                               std::vector<nlohmann::ordered_json>& lines) {
+  const size_t count = examples.size();
+  std::vector<double> right(count), attention_ms(count), flops(count), logprobs;  // logprobs: of all targets of all examples in turn
+  Totals totals;
+  for (size_t i = 0; i < count; ++i) {
+    const Example& example = examples[i];
+    const size_t first = logprobs.size();
+    logprobs.resize(first + example.targets.size());
+    if (static_cast<int64_t>(i) % mesh.dp().size() != mesh.dp().rank()) {
+      continue;
+    }
+    controller.take_statistics();
+    const ExampleScore scored = score(model, example);
+    const AttentionStatistics spent = controller.take_statistics();
+    totals.attention += spent;
+    std::copy(scored.logprobs.begin(), scored.logprobs.end(), logprobs.begin() + static_cast<std::ptrdiff_t>(first));
+    right[i] = scored.right ? 1 : 0;
+    attention_ms[i] = spent.attention_ms;
+    flops[i] = spent.flops / spent.exact_flops;
+  }
+  const AttentionStatistics all = reduce(totals, mesh).attention;
+  right = merge(right, mesh);
+  attention_ms = merge(attention_ms, mesh);
+  flops = merge(flops, mesh);
+  logprobs = merge(logprobs, mesh);
+
+  int64_t hits = 0;
+  double nll = 0;
+  auto logprob = logprobs.begin();
+  for (size_t i = 0; i < count; ++i) {
+    const Example& example = examples[i];
+    const std::vector<double> own(logprob, logprob + static_cast<std::ptrdiff_t>(example.targets.size()));
+    logprob += static_cast<std::ptrdiff_t>(own.size());
+    const double answer_nll = -own[static_cast<size_t>(example.answer)];
+    hits += right[i] > 0 ? 1 : 0;
+    nll += answer_nll;
+    lines.push_back({{"id", example.id},
+                     {"right", right[i] > 0},
+                     {"nll", answer_nll},
+                     {"logprobs", own},
+                     {"context_tokens", example.context.numel()},
+                     {"attention_flops_fraction", flops[i]},
+                     {"attention_ms", attention_ms[i]}});
+  }
+  nlohmann::ordered_json json = {{"accuracy", static_cast<double>(hits) / static_cast<double>(count)},
+                                 {"examples", count},
+                                 {"right", hits},
+                                 {"nll", nll / static_cast<double>(count)}};
+  json.update(attention_json(all, model.config().head_dim));
+  return json;
+}
+
+void print_answers(const nlohmann::ordered_json& json) {
+  std::cout << "accuracy " << json["accuracy"].get<double>() << " (" << json["right"] << " of " << json["examples"] << " right), nll of the answer "
+            << json["nll"].get<double>() << ", attention FLOPs " << json["attention_flops_fraction"].get<double>() << " of exact, mean ranks "
+            << json["mean_rank_qk"].get<double>() << " / " << json["mean_rank_v"].get<double>() << ", attention " << json["attention_ms"].get<double>()
+            << " ms\n";
 }
 
 /// Mean loss over windows of the data under the chosen policy, and under exact attention as well if asked for.
@@ -268,7 +340,13 @@ void print_audit(const nlohmann::ordered_json& json) {
 
 ExitCode evaluate(const Environment& environment) {
   require("model", FLAGS_model);
-  require("data", FLAGS_data);
+  const bool answering = !FLAGS_examples.empty();
+  if (!answering) {
+    require("data", FLAGS_data);
+  }
+  check(ErrorKind::kUsage, answering || FLAGS_examples_out.empty(), "--examples_out=", FLAGS_examples_out, " needs --examples");
+  check(ErrorKind::kUsage, !answering || (FLAGS_data.empty() && FLAGS_generate == 0 && FLAGS_audit_rows == 0 && !FLAGS_compare_full),
+        "--examples=", FLAGS_examples, " goes neither with --data, in whose place it stands, nor with --generate, --audit_rows or --compare_full");
   check(ErrorKind::kUsage, FLAGS_max_tokens >= 0, "--max_tokens must not be negative, got ", FLAGS_max_tokens);
   check(ErrorKind::kUsage, FLAGS_generate >= 0, "--generate must not be negative, got ", FLAGS_generate);
   check(ErrorKind::kUsage, FLAGS_audit_rows >= 0, "--audit_rows must not be negative, got ", FLAGS_audit_rows);
@@ -282,10 +360,14 @@ ExitCode evaluate(const Environment& environment) {
   const MeshShape shape = mesh_flags(environment);
   const at::Device device = device_flag(environment);
   const ModelConfig config = ModelConfig::load(FLAGS_model);
-  const auto file = open_token_file(FLAGS_data, config, environment);
+  const auto file = answering ? nullptr : open_token_file(FLAGS_data, config, environment);
+  std::vector<Example> examples;
   std::optional<SequenceDataset> data;
   int64_t windows = 0;
-  if (FLAGS_generate > 0) {
+  if (answering) {
+    check(ErrorKind::kUsage, shape.cp == 1, "--examples does not go with --cp=", shape.cp, ", expected 1");
+    examples = read_examples(FLAGS_examples, config);
+  } else if (FLAGS_generate > 0) {
     check(ErrorKind::kUsage, shape.dp == 1 && shape.cp == 1, "--generate continues one sequence, --dp=", shape.dp, " times --cp=", shape.cp,
           " processes cannot share it");
     check(ErrorKind::kUsage, FLAGS_prompt_tokens >= 1 && FLAGS_prompt_tokens <= file->tokens(), "--prompt_tokens=", FLAGS_prompt_tokens,
@@ -319,7 +401,8 @@ ExitCode evaluate(const Environment& environment) {
     if (leader) {
       print_banner(std::cout, "drrl-eval",
                    {{"model", FLAGS_model},
-                    {"data", FLAGS_generate > 0 ? c10::str(FLAGS_data, ": the first ", FLAGS_prompt_tokens, " tokens")
+                    {"data", answering            ? c10::str(FLAGS_examples, ": ", examples.size(), " examples")
+                             : FLAGS_generate > 0 ? c10::str(FLAGS_data, ": the first ", FLAGS_prompt_tokens, " tokens")
                                                 : c10::str(FLAGS_data, ": ", windows, " sequences of ", FLAGS_seq_len)},
                     {"parallel", c10::str("tensor ", shape.tp, " x data ", shape.dp, " x context ", shape.cp)},
                     {"attention", description},
@@ -329,8 +412,10 @@ ExitCode evaluate(const Environment& environment) {
       }
     }
 
-    nlohmann::ordered_json json = data ? evaluation(model, *attention.controller, *data, windows, mesh)
-                                       : generation(model, *attention.controller, *file, mesh);
+    std::vector<nlohmann::ordered_json> lines;
+    nlohmann::ordered_json json = answering ? answers(model, *attention.controller, examples, mesh, lines)
+                                  : data    ? evaluation(model, *attention.controller, *data, windows, mesh)
+                                            : generation(model, *attention.controller, *file, mesh);
     if (audit) {
       add_audit(audit->report(), json);
     }
@@ -347,11 +432,18 @@ ExitCode evaluate(const Environment& environment) {
       json["options"][option.name] = option.value;
     }
     if (leader) {
-      (data ? print_evaluation : print_generation)(json);
+      (answering ? print_answers : data ? print_evaluation : print_generation)(json);
       if (audit) {
         print_audit(json);
       }
       std::cout << std::flush;
+      if (!FLAGS_examples_out.empty()) {
+        std::string text;
+        for (const nlohmann::ordered_json& line : lines) {
+          text += line.dump() + "\n";
+        }
+        write_text(FLAGS_examples_out, text);
+      }
       if (!FLAGS_json.empty()) {
         write_text(FLAGS_json, json.dump(2) + "\n");
       }
@@ -365,5 +457,5 @@ ExitCode evaluate(const Environment& environment) {
 }  // namespace drrl
 
 int main(int argc, char** argv) {
-  return drrl::run_program(argc, argv, "drrl-eval: perplexity under a rank policy, and what attention cost; with --generate, text.", &drrl::evaluate);
+  return drrl::run_program(argc, argv, "drrl-eval: perplexity under a rank policy, or with --examples accuracy, and what attention cost; with --generate, text.", &drrl::evaluate);
 }

@@ -12,34 +12,15 @@ import argparse
 import json
 import os
 import pathlib
-import subprocess
-import sys
-import tempfile
 
 import numpy
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+import study
 
 
 def evaluate(arguments, flags):
-    """The JSON of one drrl-eval run; None if its budget cannot be met at this length (exit status 2, usage)."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = pathlib.Path(folder) / "result.json"
-        command = [arguments.build / "bin/drrl-eval", "--model", arguments.model, "--data", arguments.data, f"--seq_len={arguments.seq_len}",
-                   f"--max_tokens={arguments.max_tokens}", f"--threads={arguments.threads}", "--json", result, *flags]
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-        if "cannot be met" in done.stderr:
-            return None
-        if done.returncode != 0:
-            sys.exit(f"{' '.join(map(str, command))}: exit status {done.returncode}\n{done.stderr[-2000:]}")
-        return json.loads(result.read_text())
-
-
-def interval(difference, seed=1, draws=10000):
-    """Mean and 95 % bootstrap interval of paired differences."""
-    picks = numpy.random.default_rng(seed).integers(0, len(difference), (draws, len(difference)))
-    low, high = numpy.percentile(difference[picks].mean(axis=1), [2.5, 97.5])
-    return float(difference.mean()), float(low), float(high)
+    return study.evaluate(arguments.build, ["--model", arguments.model, "--data", arguments.data, f"--seq_len={arguments.seq_len}",
+                                            f"--max_tokens={arguments.max_tokens}", f"--threads={arguments.threads}", *flags])
 
 
 def main():
@@ -52,7 +33,7 @@ def main():
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.4, 0.5, 0.585, 0.7])
     parser.add_argument("--ranks", type=int, nargs="*", default=[16, 32, 48], help="of `fixed`")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build" / os.environ.get("DRRL_PRESET", "cpu-release"))
+    parser.add_argument("--build", type=pathlib.Path, default=study.BUILD)
     parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args()
 
@@ -63,7 +44,7 @@ def main():
     print(f"{'policy':14} {'operations':>10} {'perplexity':>11}  95 % interval")
 
     def report(name, result):
-        mean, low, high = interval(numpy.array(result["sequence_nll"]) - exact)
+        mean, low, high = study.interval(numpy.array(result["sequence_nll"]) - exact)
         percent = [100 * (numpy.exp(x) - 1) for x in (mean, low, high)]
         rows.append({"policy": name, "operations": result["attention_flops_fraction"], "increase_percent": percent, "sequence_nll": result["sequence_nll"],
                      "attention": result["attention"], "options": result["options"]})
@@ -88,7 +69,7 @@ def main():
         report(f"dp {budget}", static)
         if learned:
             report(f"rl {budget}", learned)
-            mean, low, high = interval(numpy.array(learned["sequence_nll"]) - numpy.array(static["sequence_nll"]))
+            mean, low, high = study.interval(numpy.array(learned["sequence_nll"]) - numpy.array(static["sequence_nll"]))
             rows[-1]["against_dp_nats"] = [mean, low, high]
             print(f"{'':14} rl - dp: {1e3 * mean:+.3f}e-3 nats per token ({1e3 * low:+.3f} .. {1e3 * high:+.3f})", flush=True)
     if arguments.json:

@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Questions about long contexts, made of real text, for drrl-eval --examples.
+
+    downstream_sets.py lastword --model DIR --input FILE... --out FILE.jsonl [--length 2048] [--near 256] [--count 500] [--seed 1]
+    downstream_sets.py passkey  --model DIR --input FILE... --out FILE.jsonl [--length 2048] [--count 200] [--seed 1]
+
+lastword, after LAMBADA: `length` tokens of one document, cut before a word of four letters or more that stands at the end of a sentence or clause (before
+one of . , ; : ! ?). The word occurs in the context, but not among its last `near` tokens, which low-rank attention sees exactly: whoever remembers it
+has looked far back. Words whose tokens do not begin and end with them are left out. Of all such places `count` are drawn, at most one of a sentence.
+
+passkey: "The pass key is 48213. Remember it." in a haystack of `length` tokens of text, at depths of 0.1, 0.2, .. 0.9 in turn, and the question at the end;
+the target is the five digits. Haystacks begin at random tokens of the documents, put one after the other.
+
+Examples come in random order, so that the first N are a sample too; `seed` decides all that is random, and the same inputs give the same file.
+Beside what drrl-eval reads, each line holds "word" and "distance" to its last occurrence [tokens], or "key" and "depth". Exit status: 0 written, 2 wrong
+usage, 3 wrong or missing input.
+"""
+
+import argparse
+import bisect
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+from prepare import EXIT_BAD_INPUT, BadInput, read_documents, write_atomically
+
+ENDED_WORD = re.compile(r"(?<= )([A-Za-z]{4,})(?=[.,;:!?])")
+SENTENCE_END = re.compile(r"[.!?]\s")
+DEPTHS = [round(0.1 * i, 1) for i in range(1, 10)]
+OPENING = "There is a pass key hidden in the following text. Find it and remember it.\n\n"
+NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+QUESTION = "\n\nWhat is the pass key? The pass key is "
+
+
+def load_tokenizer(model):
+    from tokenizers import Tokenizer
+
+    path = Path(model) / "tokenizer.json"
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; --model must be a Hugging Face directory")
+    return Tokenizer.from_file(str(path))
+
+
+def read_named_documents(paths):
+    """[(name, text)], named after their files; a file's second document is NAME-1."""
+    documents = []
+    for path in paths:
+        for i, text in enumerate(read_documents(path)):
+            documents.append((Path(path).stem + (f"-{i}" if i else ""), text))
+    if not documents:
+        raise BadInput("no text in " + ", ".join(map(str, paths)))
+    return documents
+
+
+def lastword_places(name, text, tokenizer, length, near):
+    """All examples of one document, each with the number of its sentence."""
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    ids, starts, ends = encoding.ids, [a for a, _ in encoding.offsets], [b for _, b in encoding.offsets]
+    sentences = [match.end() for match in SENTENCE_END.finditer(text)]
+    seen = {}  # word -> token at which it occurred last
+    for match in re.finditer(r"[A-Za-z]+", text):
+        word, (begin, end) = match[0], match.span()
+        first = bisect.bisect_right(starts, begin) - 1
+        before, seen[word] = seen.get(word), first
+        if before is None or not ENDED_WORD.match(text, begin):
+            continue
+        after = bisect.bisect_left(ends, end) + 1
+        # The word's first token may hold the blank before it, as in GPT-2's vocabulary, and nothing else.
+        whole = starts[first] in (begin - 1, begin) and ends[after - 1] == end
+        if whole and near < first - before <= length <= first:
+            yield bisect.bisect(sentences, begin), {
+                "id": f"{name}:{first}", "context": ids[first - length:first], "targets": [ids[first:after]], "answer": 0, "word": word,
+                "distance": first - before}
+
+
+def command_lastword(options):
+    tokenizer = load_tokenizer(options.model)
+    places = [((name, sentence), example) for name, text in read_named_documents(options.input)
+              for sentence, example in lastword_places(name, text, tokenizer, options.length, options.near)]
+    random.Random(options.seed).shuffle(places)
+    one_of_each = {}
+    for sentence, example in places:
+        one_of_each.setdefault(sentence, example)
+    examples = list(one_of_each.values())
+    if not examples:
+        raise BadInput(f"no word of {', '.join(map(str, options.input))} has {options.length} tokens before it and occurs there, but not in the last "
+                       f"{options.near}")
+    return examples[:options.count]
+
+
+def command_passkey(options):
+    tokenizer = load_tokenizer(options.model)
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    text = [token for _, document in read_named_documents(options.input) for token in encode(document)]
+    draw = random.Random(options.seed)
+    examples = []
+    for number in range(options.count):
+        key, depth = f"{draw.randrange(10000, 100000)}", DEPTHS[number % len(DEPTHS)]
+        opening, needle, question, answered = (encode(part) for part in (OPENING, NEEDLE.format(key=key), QUESTION, QUESTION + key))
+        if answered[:len(question)] != question:  # tokens across the border: what they share with the question is asked
+            question = question[:next(i for i, (a, b) in enumerate(zip(question, answered)) if a != b)]
+        room = options.length - len(opening) - len(needle) - len(question)
+        if room < 1 or room > len(text):
+            raise BadInput(f"--length {options.length} leaves {room} tokens of text beside needle and question, expected 1 to {len(text)}, all that there is")
+        start, at = draw.randrange(len(text) - room + 1), round(depth * room)
+        hay = text[start:start + room]
+        examples.append({"id": f"{options.length}-{number}", "context": opening + hay[:at] + needle + hay[at:] + question,
+                         "targets": [answered[len(question):]], "answer": 0, "key": key, "depth": depth})
+    draw.shuffle(examples)
+    return examples
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    lastword = commands.add_parser("lastword", help="words that the far context tells")
+    lastword.add_argument("--near", type=int, default=256, help="the word is not among so many tokens before it (default 256)")
+    lastword.set_defaults(make=command_lastword, count=500)
+    passkey = commands.add_parser("passkey", help="a number hidden in a long text")
+    passkey.set_defaults(make=command_passkey, count=200)
+    for command in (lastword, passkey):
+        command.add_argument("--model", required=True, help="Hugging Face directory with tokenizer.json")
+        command.add_argument("--input", required=True, nargs="+", help=".txt or .jsonl, as prepare.py text takes them; text that no training has seen")
+        command.add_argument("--out", required=True, type=Path, help="file to write")
+        command.add_argument("--length", type=int, default=2048, help="of the context (default 2048) [tokens]")
+        command.add_argument("--count", type=int, default=command.get_default("count"), help="of examples, at most (default %(default)s)")
+        command.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    if options.length < 1 or options.count < 1:
+        parser.error(f"--length {options.length} and --count {options.count} must be at least 1")
+    try:
+        examples = options.make(options)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.out, "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
+    except (BadInput, OSError) as error:
+        print(f"downstream_sets: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    print(f"downstream_sets: {options.out}: {len(examples)} examples of {options.length} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""What low-rank attention does to answers: accuracy under rank policies against exact attention, on the same examples.
+
+    launch/study_downstream.py --model DIR --policy FILE --sets FILE.jsonl... [--limit N] [--out DIR] [--json FILE] [-- --device=cuda ...]
+
+Sets are files for drrl-eval --examples (launch/downstream_sets.py), policies `dp` at --budget with and without row gates, and `fixed`. For each: right answers, the
+difference in points with its 95 % interval (paired bootstrap over examples), the same for the answer's loss in nats, and a verdict. "equivalent": two one-sided
+tests exclude a difference of --margin points or more, at level 0.05 (the 90 % score interval lies within +- margin); else "worse" or "better" if
+the 95 % interval excludes 0; else "undecided": too few examples to tell. What follows -- goes to drrl-eval. --out keeps what became of each example,
+SET.POLICY.jsonl. Exit status: 0 measured, 1 a run failed.
+"""
+
+import argparse
+import itertools
+import json
+import pathlib
+import sys
+import tempfile
+
+import numpy
+
+import study
+
+
+def policies(arguments):
+    """name -> flags of drrl-eval"""
+    lowrank = ["--attention=lowrank", "--policy", arguments.policy]
+    dp = [*lowrank, "--rank_policy=dp", f"--rank_budget={arguments.budget}"]
+    return {"exact": ["--attention=full"],
+            f"dp {arguments.budget}": dp,
+            f"dp {arguments.budget} gates": [*dp, "--row_gates"],
+            **{f"fixed {rank}": [*lowrank, "--rank_policy=fixed", f"--rank={rank}"] for rank in arguments.ranks}}
+
+
+def answer(arguments, examples, flags, out):
+    """(JSON of the run, its lines) of one policy on a file of examples; None if the budget cannot be met."""
+    summary = study.evaluate(arguments.build, ["--model", arguments.model, "--examples", examples, "--examples_out", out, *flags, *arguments.flags])
+    return summary and (summary, [json.loads(line) for line in out.read_text().splitlines()])
+
+
+def compare(exact, lines, margin):
+    """Paired figures of two runs on the same examples; accuracies as shares."""
+    if [line["id"] for line in exact] != [line["id"] for line in lines]:
+        raise ValueError("the two runs answered different examples")
+    right, exact_right, nll, exact_nll = (numpy.array([float(line[key]) for line in run]) for key in ("right", "nll") for run in (lines, exact))
+    difference = right - exact_right
+    test = study.tost(difference, margin)
+    _, low, high = points = study.interval(difference)
+    verdict = "equivalent" if test["equivalent"] else "worse" if high < 0 else "better" if low > 0 else "undecided"
+    return {"examples": len(lines), "accuracy": float(right.mean()), "exact_accuracy": float(exact_right.mean()), "difference": points,
+            "lost": int((difference < 0).sum()), "won": int((difference > 0).sum()), "margin": margin, "tost_p": test["p"],
+            "interval_90": test["interval"], "verdict": verdict, "nll_difference": study.interval(nll - exact_nll)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face directory")
+    parser.add_argument("--policy", required=True, help="file of drrl-policy calibrate --row_gates")
+    parser.add_argument("--sets", required=True, nargs="+", type=pathlib.Path, help="examples, a JSON object a line")
+    parser.add_argument("--limit", type=int, default=0, help="only the first so many examples of each set; 0: all")
+    parser.add_argument("--budget", type=float, default=0.585, help="of `dp` (default 0.585)")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[32], help="of `fixed` (default 32)")
+    parser.add_argument("--margin", type=float, default=1.0, help="of equivalence [points] (default 1)")
+    parser.add_argument("--build", type=pathlib.Path, default=study.BUILD)
+    parser.add_argument("--out", type=pathlib.Path, help="folder for what became of each example")
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("flags", nargs="*", help="after --: more flags of drrl-eval")
+    arguments = parser.parse_args()
+    if len({path.stem for path in arguments.sets}) < len(arguments.sets):
+        parser.error("files of --sets must have different names")
+
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        out = arguments.out or pathlib.Path(temporary)
+        out.mkdir(parents=True, exist_ok=True)
+        print(f"{'set':24} {'policy':14} {'operations':>10} {'accuracy':>9} {'exact':>7} {'difference in points, 95 %':>28} {'90 % of TOST':>16}  "
+              f"{'nats of the answer, 95 %':>28}  verdict at +-{arguments.margin:g}")
+        for examples in arguments.sets:
+            with open(examples) as file:
+                chosen = list(itertools.islice((line for line in file if line.strip()), arguments.limit or None))
+            asked = pathlib.Path(temporary) / examples.name
+            asked.write_text("".join(chosen))
+            exact = None
+            for name, flags in policies(arguments).items():
+                result = answer(arguments, asked, flags, out / f"{examples.stem}.{name.replace(' ', '-')}.jsonl")
+                if result is None:
+                    print(f"{examples.stem:24} {name:14} cannot be met at this length", flush=True)
+                    rows.append({"set": examples.stem, "policy": name, "met": False})
+                    continue
+                summary, lines = result
+                exact = exact or lines
+                row = {"set": examples.stem, "policy": name, "met": True, **compare(exact, lines, arguments.margin / 100), "summary": summary}
+                rows.append(row)
+                if lines is exact:
+                    print(f"{examples.stem:24} {name:14} {1:10.4f} {100 * row['accuracy']:9.1f} {'':7} {len(lines)} examples, "
+                          f"{summary['nll']:.3f} nats an answer, attention {summary['attention_ms']:.0f} ms", flush=True)
+                    continue
+                points, tost, nll = [100 * x for x in row["difference"]], [100 * x for x in row["interval_90"]], row["nll_difference"]
+                print(f"{examples.stem:24} {name:14} {summary['attention_flops_fraction']:10.4f} {100 * row['accuracy']:9.1f} {100 * row['exact_accuracy']:7.1f} "
+                      f"{points[0]:+9.2f} ({points[1]:+.2f} .. {points[2]:+.2f}) {tost[0]:+7.2f} .. {tost[1]:+.2f}  "
+                      f"{nll[0]:+9.4f} ({nll[1]:+.4f} .. {nll[2]:+.4f})  {row['verdict']}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
