@@ -12,8 +12,8 @@ namespace drrl {
 /// A question to a language model: which of `targets` follows `context`? With one target: does the model say it by itself?
 struct Example {
   std::string id;
-  at::Tensor context;                ///< [C] int64, C >= 1
-  std::vector<at::Tensor> targets;   ///< one or more, [T_i] int64, T_i >= 1
+  at::Tensor context;                     ///< [C] int64, C >= 1
+  std::vector<at::Tensor> targets = {};   ///< one or more, [T_i] int64, T_i >= 1
   int64_t answer = 0;                ///< index of the right target
 };
 

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# What low-rank attention does to answers, from a fresh machine: installs what is missing, builds, prepares SmolLM2-135M and texts that it is asked about,
+# measures what ranks cost (row gates too), makes the sets and runs study_downstream.py on them.
+#
+#   launch/study_downstream.sh [--limit N] [-- --device=cuda ...]     arguments are study_downstream.py's; results under out/downstream
+#
+# Sets, in DRRL_CACHE/downstream: the last words of 1000 sentences after 2048 tokens of held-out books of the Bible, and of the Jargon File; pass keys in 2048, 4096
+# and 8192 tokens of the Jargon File, 300 of each. DRRL_DOWNSTREAM_SETS chooses among them, e.g. "passkey-2048 lastword-kjv-2048", of any length. On two
+# CPU cores all of it takes a day or more: take --limit. See launch/environment.sh for the variables that it listens to.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+. launch/environment.sh
+. launch/build.sh
+drrl_build drrl-eval drrl-policy
+drrl_prepare
+
+ranks=$DRRL_CACHE/ranks/SmolLM2-135M-Instruct-gates.safetensors
+if ! grep -aqs drrl-calibration-3 "$ranks"; then  # none, or one of an older version
+  mkdir -p "$(dirname "$ranks")"
+  "build/$DRRL_PRESET/bin/drrl-policy" calibrate --model "$DRRL_MODEL" --flagfile=configs/quickstart.flags --flagfile=configs/quickstart-calibrate.flags \
+    --row_gates --data "$DRRL_DATA/kjv-train" --policy "$ranks" </dev/null
+fi
+
+sets=()
+for name in ${DRRL_DOWNSTREAM_SETS:-lastword-kjv-2048 lastword-jargon-2048 passkey-2048 passkey-4096 passkey-8192}; do
+  file=$DRRL_CACHE/downstream/$name.jsonl
+  case $name in
+    lastword-kjv-*) task=(lastword --count=1000 --input "$DRRL_DATA"/text/kjv/valid/*.txt) ;;
+    lastword-jargon-*) task=(lastword --count=1000 --input "$DRRL_DATA"/text/jargon/*.txt) ;;
+    passkey-*) task=(passkey --count=300 --input "$DRRL_DATA"/text/jargon/*.txt) ;;
+    *) echo "study_downstream.sh: error: no set '$name' in DRRL_DOWNSTREAM_SETS; expected lastword-kjv-N, lastword-jargon-N or passkey-N" >&2; exit 2 ;;
+  esac
+  "$DRRL_PYTHON" launch/downstream_sets.py "${task[@]}" --model "$DRRL_MODEL" --length "${name##*-}" --out "$file"
+  sets+=("$file")
+done
+
+mkdir -p out/downstream
+exec "$DRRL_PYTHON" launch/study_downstream.py --model "$DRRL_MODEL" --policy "$ranks" --sets "${sets[@]}" --build "build/$DRRL_PRESET" \
+  --out out/downstream --json out/downstream/result.json "$@"

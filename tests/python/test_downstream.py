@@ -1,0 +1,265 @@
+#!/usr/bin/env python3
+"""Questions about long contexts: launch/downstream_sets.py, drrl-eval --examples against Transformers and over several processes, and launch/study_downstream.py
+with its statistics. Environment: DRRL_BIN."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+import numpy
+import torch
+
+from reference import load_model
+from test_parity import BIN, HERE, VOCABULARY, run, small_data, small_model
+from test_prepare import byte_tokenizer
+
+LAUNCH = HERE.parents[1] / "launch"
+sys.path.insert(0, str(LAUNCH))
+import study  # noqa: E402
+import study_downstream  # noqa: E402
+
+BAD_USAGE, BAD_DATA = 2, 4  # launch/exit_codes.h
+
+
+def sets(*arguments):
+    return subprocess.run([sys.executable, str(LAUNCH / "downstream_sets.py"), *map(str, arguments)], capture_output=True, text=True)
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_lines(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+class Folder(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+
+class SetsTest(Folder):
+    def setUp(self):
+        super().setUp()
+        self.tokenizer = byte_tokenizer(self.folder / "model")
+        words = ["stone", "river", "cat", "Garden", "window", "hé", "tall", "lantern", "morning", "of"]
+        rng = numpy.random.default_rng(2)
+        self.text = "".join(" ".join(rng.choice(words, rng.integers(4, 9))) + str(rng.choice([".", "?", ";", ","])) + " " for _ in range(300))
+        self.input = self.folder / "text.txt"
+        self.input.write_text(self.text)
+
+    def make(self, task, name, *arguments):
+        out = self.folder / name
+        result = sets(task, "--model", self.folder / "model", "--input", self.input, "--out", out, *arguments)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        return lines_of(out)
+
+    def test_last_words_stand_far_away_in_the_text(self):
+        examples = self.make("lastword", "a.jsonl", "--length", 400, "--near", 80, "--count", 1000)
+        self.assertGreater(len(examples), 10)
+        data, sentences = self.text.encode(), set()  # a token is a byte here
+        for example in examples:
+            self.assertEqual((len(example["context"]), len(example["targets"]), example["answer"]), (400, 1, 0))
+            at, word = int(example["id"].removeprefix("text:")), example["word"].encode()
+            self.assertEqual(self.tokenizer.decode(example["context"]), data[at - 400:at].decode(errors="replace"))
+            self.assertEqual(self.tokenizer.decode(example["targets"][0]), example["word"])
+            self.assertGreaterEqual(len(word), 4)
+            self.assertTrue(data[:at].endswith(b" ") and data[at:].startswith(word))
+            self.assertIn(data[at + len(word)], b".,;?")
+            self.assertTrue(80 < example["distance"] <= 400)
+            self.assertEqual(data.rindex(b" " + word, 0, at - 1) + 1, at - example["distance"])
+            sentence = data[:at].count(b". ") + data[:at].count(b"? ")
+            self.assertNotIn(sentence, sentences)
+            sentences.add(sentence)
+
+    def test_the_seed_decides_and_fewer_are_the_first(self):
+        for task, near in (("lastword", ("--near", 80)), ("passkey", ())):
+            first = self.make(task, "a.jsonl", "--length", 400, *near, "--count", 20)
+            self.assertEqual(self.make(task, "b.jsonl", "--length", 400, *near, "--count", 20), first)
+            self.assertNotEqual(self.make(task, "c.jsonl", "--length", 400, *near, "--count", 20, "--seed", 2), first)
+        everything = self.make("lastword", "a.jsonl", "--length", 400, "--near", 80, "--count", 1000)
+        self.assertEqual(self.make("lastword", "b.jsonl", "--length", 400, "--near", 80, "--count", 5), everything[:5])
+
+    def test_pass_keys_lie_where_they_should(self):
+        examples = self.make("passkey", "a.jsonl", "--length", 600, "--count", 18)
+        self.assertEqual(sorted(e["depth"] for e in examples), sorted(2 * [i / 10 for i in range(1, 10)]))
+        for example in examples:
+            self.assertEqual(len(example["context"]), 600)
+            context, key = self.tokenizer.decode(example["context"]), example["key"]
+            self.assertEqual(self.tokenizer.decode(example["targets"][0]), key)
+            self.assertEqual(context.count(key), 2)
+            self.assertTrue(context.endswith("The pass key is "))
+            opening, needle = context.index("\n\n") + 2, context.index("\nThe pass key is")
+            before, after = (len(self.tokenizer.encode(text).ids) for text in (context[opening:needle], context[needle + 59:context.rindex("\n\nWhat")]))
+            self.assertAlmostEqual(before / (before + after), example["depth"], delta=0.01)
+
+    def test_refusals(self):
+        for task, arguments, words in (("lastword", ("--length", 100000), ("100000", "text.txt")), ("passkey", ("--length", 50), ("--length 50",)),
+                                       ("passkey", ("--length", 100000), ("--length 100000",))):
+            result = sets(task, "--model", self.folder / "model", "--input", self.input, "--out", self.folder / "none.jsonl", *arguments)
+            self.assertEqual(result.returncode, 3, result.stdout)
+            for word in words:
+                self.assertIn(word, result.stderr)
+            self.assertFalse((self.folder / "none.jsonl").exists())
+        result = sets("passkey", "--model", self.folder, "--input", self.input, "--out", self.folder / "none.jsonl")
+        self.assertEqual(result.returncode, 3)
+        self.assertIn("tokenizer.json", result.stderr)
+
+
+class ProgramTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.folder = Path(folder.name)
+        cls.model = small_model(cls.folder / "model")
+        cls.data = small_data(cls.folder / "data")
+        model = load_model(cls.model).eval()
+        rng = numpy.random.default_rng(4)
+        examples, cls.expected = [], []
+        with torch.no_grad():
+            for i in range(11):  # what Transformers itself says is right; with one other token it is not
+                context = torch.from_numpy(rng.integers(0, VOCABULARY, 290 + i))
+                said = context
+                for _ in range(3):
+                    said = torch.cat([said, model(said[None]).logits[0, -1:].argmax(-1)])
+                said = said[len(context):]
+                if i % 2:
+                    said[i % 3] = (said[i % 3] + 1) % VOCABULARY
+                several = [said, (said + 1) % VOCABULARY] if i > 8 else [said]
+                logprobs = []
+                for target in several:
+                    logits = model(torch.cat([context, target])[None]).logits[0, len(context) - 1:-1]
+                    logprobs.append(logits.log_softmax(-1).gather(1, target[:, None]).sum().item())
+                answer = len(several) - 1
+                right = logprobs[-1] > logprobs[0] if answer else i % 2 == 0
+                examples.append({"id": f"e{i}", "context": context.tolist(), "targets": [t.tolist() for t in several], "answer": answer})
+                cls.expected.append((right, logprobs))
+        cls.examples = write_lines(cls.folder / "examples.jsonl", examples)
+
+    def answer(self, *flags, ranks=1):
+        out, result = self.folder / "out.jsonl", self.folder / "out.json"
+        run([BIN / "drrl-eval", "--model", self.model, "--examples", self.examples, "--examples_out", out, "--json", result, "--near_block=32", *flags], ranks)
+        return json.loads(result.read_text()), lines_of(out)
+
+    def test_exact_attention_answers_like_transformers(self):
+        summary, lines = self.answer()
+        self.assertEqual([line["id"] for line in lines], [f"e{i}" for i in range(11)])
+        self.assertEqual([line["right"] for line in lines], [right for right, _ in self.expected])
+        for line, (_, logprobs) in zip(lines, self.expected):
+            numpy.testing.assert_allclose(line["logprobs"], logprobs, atol=1e-3)
+            self.assertEqual(line["nll"], -line["logprobs"][-1])
+            self.assertGreater(line["attention_ms"], 0)
+        self.assertEqual(summary["examples"], 11)
+        self.assertAlmostEqual(summary["accuracy"], sum(right for right, _ in self.expected) / 11)
+        self.assertAlmostEqual(summary["nll"], numpy.mean([-logprobs[-1] for _, logprobs in self.expected]), places=3)
+        self.assertEqual(summary["attention_flops_fraction"], 1.0)
+
+    def test_processes_answer_like_one(self):
+        flags = ("--attention=lowrank", "--rank=8")
+        summary, lines = self.answer(*flags)
+        self.assertNotEqual(summary["attention_flops_fraction"], 1)
+        exact = [line["nll"] for line in self.answer()[1]]
+        self.assertGreater(numpy.abs(numpy.subtract(exact, [line["nll"] for line in lines])).max(), 1e-4)
+        for ranks, layout in ((2, "--dp=2"), (3, "--dp=3"), (2, "--tp=2")):
+            other, others = self.answer(*flags, layout, ranks=ranks)
+            self.assertEqual([line["id"] for line in others], [line["id"] for line in lines])
+            self.assertEqual([line["right"] for line in others], [line["right"] for line in lines])
+            numpy.testing.assert_allclose([line["nll"] for line in others], [line["nll"] for line in lines], atol=1e-4)
+            for key in ("accuracy", "examples", "right"):
+                self.assertEqual(other[key], summary[key])
+            self.assertAlmostEqual(other["attention_flops_fraction"], summary["attention_flops_fraction"], places=6)
+
+    def refused(self, code, words, *flags):
+        done = subprocess.run([BIN / "drrl-eval", "--model", self.model, *map(str, flags)], capture_output=True, text=True)
+        self.assertEqual(done.returncode, code, done.stdout + done.stderr)
+        for word in words:
+            self.assertIn(word, done.stderr)
+
+    def test_refusals(self):
+        for flag in (f"--data={self.data}", "--generate=3", "--compare_full"):
+            self.refused(BAD_USAGE, ("--examples", flag.split("=")[0]), "--examples", self.examples, flag)
+        self.refused(BAD_USAGE, ("--examples_out=x", "--examples"), "--data", self.data, "--examples_out=x")
+        bad = write_lines(self.folder / "bad.jsonl", [{"id": "a", "context": [VOCABULARY], "targets": [[1]], "answer": 0}])
+        self.refused(BAD_DATA, ("bad.jsonl:1", str(VOCABULARY)), "--examples", bad)
+        self.refused(BAD_DATA, ("nowhere.jsonl",), "--examples", "nowhere.jsonl")
+
+    def test_a_reduced_study(self):
+        policy, result, out = self.folder / "ranks.safetensors", self.folder / "study.json", self.folder / "kept"
+        run([BIN / "drrl-policy", "calibrate", "--model", self.model, "--data", self.data, "--policy", policy, "--seq_len=300", "--near_block=32",
+             "--calibration_tokens=600", "--row_gates"])
+        table = run([sys.executable, LAUNCH / "study_downstream.py", "--model", self.model, "--policy", policy, "--build", BIN.parent, "--sets",
+                     self.examples, "--limit", 7, "--budget", 0.9, "--ranks", 8, "--out", out, "--json", result, "--", "--near_block=32", "--threads=1"])
+        rows = json.loads(result.read_text())["rows"]
+        self.assertEqual([row["policy"] for row in rows], ["exact", "dp 0.9", "dp 0.9 gates", "fixed 8"])
+        exact = lines_of(out / "examples.exact.jsonl")
+        self.assertEqual([line["right"] for line in exact], [right for right, _ in self.expected[:7]])
+        for row in rows:
+            self.assertIn(row["policy"], table)
+            lines = lines_of(out / f"examples.{row['policy'].replace(' ', '-')}.jsonl")
+            self.assertEqual((row["examples"], len(lines)), (7, 7))
+            self.assertAlmostEqual(row["difference"][0], numpy.mean([int(a["right"]) - int(b["right"]) for a, b in zip(lines, exact)]))
+            self.assertNotEqual(row["verdict"], "equivalent", "seven examples cannot prove a point")
+
+
+def outcomes(better, worse, n):
+    return numpy.array([1] * better + [-1] * worse + [0] * (n - better - worse))
+
+
+class StatisticsTest(unittest.TestCase):
+    def test_verdicts_of_made_up_pairs(self):
+        for better, worse, n, margin, equivalent in ((0, 0, 20, 0.01, False), (0, 0, 267, 0.01, False), (0, 0, 268, 0.01, True), (10, 10, 1000, 0.01, True),
+                                                     (20, 20, 1000, 0.01, False), (0, 20, 1000, 0.01, False), (20, 0, 1000, 0.01, False),
+                                                     (0, 20, 1000, 0.04, True), (0, 5, 5, 0.01, False)):
+            with self.subTest(better=better, worse=worse, n=n, margin=margin):
+                test = study.tost(outcomes(better, worse, n), margin)
+                self.assertEqual(test["equivalent"], equivalent)
+                low, high = test["interval"]
+                self.assertEqual(-margin < low and high < margin, equivalent)
+                self.assertLess(low, (better - worse) / n + 1e-12)
+                self.assertGreater(high, (better - worse) / n - 1e-12)
+                mirrored = study.tost(-outcomes(better, worse, n), margin)
+                numpy.testing.assert_allclose(mirrored["interval"], [-high, -low], atol=1e-9)
+        with self.assertRaises(ValueError):
+            study.tost(numpy.array([0.5]), 0.01)
+
+    def test_what_differs_by_the_margin_is_seldom_called_equivalent(self):
+        rng = numpy.random.default_rng(7)
+        for worse, better in ((0.01, 0.0), (0.03, 0.02)):
+            draws = rng.multinomial(1000, [better, worse, 1 - better - worse], 4000)
+            called = [study.tost(outcomes(int(b), int(w), 1000), 0.01)["equivalent"] for b, w in numpy.unique(draws[:, :2], axis=0)]
+            counts = numpy.unique(draws[:, :2], axis=0, return_counts=True)[1]
+            self.assertLess(numpy.sum(counts[called]) / 4000, 0.065)  # alpha = 0.05; the score test is approximate
+
+    def test_intervals_cover_the_mean(self):
+        mean, low, high = study.interval(numpy.arange(100.0))
+        self.assertEqual(mean, 49.5)
+        self.assertAlmostEqual(low, 49.5 - 1.96 * 2.887, delta=0.3)
+        self.assertAlmostEqual(high, 49.5 + 1.96 * 2.887, delta=0.3)
+        narrow = study.interval(numpy.arange(100.0), level=0.9)
+        self.assertTrue(low < narrow[1] < narrow[2] < high)
+
+    def test_comparisons(self):
+        def answers(right, nll):
+            return [{"id": str(i), "right": bool(r), "nll": nll} for i, r in enumerate(right)]
+
+        many = [i % 3 > 0 for i in range(3000)]
+        self.assertEqual(study_downstream.compare(answers(many, 1.0), answers(many, 1.5), 0.01)["verdict"], "equivalent")
+        worse = [r and i % 10 > 0 for i, r in enumerate(many)]
+        row = study_downstream.compare(answers(many, 1.0), answers(worse, 1.5), 0.01)
+        self.assertEqual((row["verdict"], row["won"], row["lost"]), ("worse", 0, 200))
+        self.assertEqual(row["nll_difference"], (0.5, 0.5, 0.5))
+        self.assertEqual(study_downstream.compare(answers(worse, 1.0), answers(many, 1.0), 0.01)["verdict"], "better")
+        self.assertEqual(study_downstream.compare(answers(many[:50], 1.0), answers(many[:50], 1.0), 0.01)["verdict"], "undecided")
+        with self.assertRaises(ValueError):
+            study_downstream.compare(answers(many, 1.0), answers(many[1:], 1.0), 0.01)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
