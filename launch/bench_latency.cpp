@@ -67,6 +67,12 @@ class PairsPolicy final : public RankPolicy {
   Ranks first_;
 };
 
+/// What is measured at one length.
+struct Case {
+  Inputs in;
+  at::Tensor grad;  ///< of the output; undefined: forward passes alone
+};
+
 /// Measures one shape at several lengths.
 class Rig {
  public:
@@ -77,7 +83,11 @@ class Rig {
     inputs_.start = at::randn({1, shape.groups, 2, shape.head_dim, shape.head_dim}).to(device);
   }
 
-  Inputs of_length(int64_t length) const { return inputs_.prefix(length); }
+  Case of_length(int64_t length) const {
+    Inputs in = inputs_.prefix(length);
+    const at::Tensor grad = FLAGS_with_backward ? at::randn(in.q.sizes(), in.q.options()) : at::Tensor();
+    return {std::move(in), grad};
+  }
 
   std::shared_ptr<RankPolicy> uniform(int64_t length, Ranks all) const {
     const int64_t d = inputs_.head_dim();
@@ -117,18 +127,19 @@ class Rig {
     return controller.attend(layer, in.q, in.k, in.v, in.w_o, plan);
   }
 
-  Work work(const Inputs& in, const std::shared_ptr<RankPolicy>& policy, int64_t layers = 1) const {
-    return [=, this, grad = gradient(in)] {
+  Work work(const Case& at_length, const std::shared_ptr<RankPolicy>& policy, int64_t layers = 1) const {
+    return [=, this] {
       for (int64_t layer = 0; layer < layers; ++layer) {
-        pass([&](const Inputs& of) {
+        const auto attention = [&](const Inputs& in) {
           std::shared_ptr<LayerPlan> plan;
-          return attend(of, policy, layer, plan);
-        }, in, grad);
+          return attend(in, policy, layer, plan);
+        };
+        pass(attention, at_length.in, at_length.grad);
       }
     };
   }
-  Work exact_work(const Inputs& in) const {
-    return [in, grad = gradient(in)] { pass([](const Inputs& of) { return exact_attention(of.q, of.k, of.v); }, in, grad); };
+  static Work exact_work(const Case& at_length) {
+    return [=] { pass([](const Inputs& in) { return exact_attention(in.q, in.k, in.v); }, at_length.in, at_length.grad); };
   }
 
   const Geometry geometry;
@@ -136,7 +147,6 @@ class Rig {
 
  private:
   size_t levels(int64_t length) const { return static_cast<size_t>(BlockTree(length, geometry).num_levels()); }
-  static at::Tensor gradient(const Inputs& in) { return FLAGS_with_backward ? at::randn(in.q.sizes(), in.q.options()) : at::Tensor(); }
 
   Inputs inputs_;
 };
@@ -155,19 +165,19 @@ std::vector<Ranks> measured_ranks(const std::vector<int64_t>& ranks) {
 
 /// Exact attention and all measured ranks at one length.
 std::vector<LatencyPoint> measure(const Rig& rig, int64_t length, int64_t rounds, at::Device device) {
-  const Inputs in = rig.of_length(length);
+  const Case at_length = rig.of_length(length);
   std::vector<LatencyPoint> points = {{length, std::nullopt, {}, 0}};
-  std::vector<Work> work = {rig.exact_work(in)};
+  std::vector<Work> work = {Rig::exact_work(at_length)};
   for (const Ranks& ranks : measured_ranks(rig.ranks)) {
     points.push_back({length, ranks, {}, 0});
-    work.push_back(rig.work(in, rig.uniform(length, ranks)));
+    work.push_back(rig.work(at_length, rig.uniform(length, ranks)));
   }
   if (FLAGS_row_gates) {
     at::NoGradGuard no_grad;
     const Ranks ranks{rig.ranks.front(), rig.ranks.front()};
     for (const bool open : {false, true}) {
       points.push_back({length, ranks, {}, 0});
-      work.push_back(rig.work(in, rig.gated(in, ranks, open, points.back().open_rows)));
+      work.push_back(rig.work(at_length, rig.gated(at_length.in, ranks, open, points.back().open_rows)));
     }
   }
   const auto ms = interleaved_ms(work, rounds, device);
@@ -198,13 +208,14 @@ RankTable mixed_ranks(const Rig& rig, int64_t groups, int64_t levels, uint64_t s
 
 /// How far predictions are off for allocations that were not measured: mixed ones, and those of the calibration --policy, if there is one, of all its layers.
 void check_predictions(const Rig& rig, const LatencyTable& table, const std::vector<int64_t>& lengths, at::Device device) {
-  std::vector<std::vector<std::string>> rows = {{"L", "ranks", "ms", "predicted", "error"}};
+  std::vector<std::vector<std::string>> rows = {{"L", "ranks", "ms", "predicted", "error", "of exact", "predicted", "error"}};
   std::optional<Calibration> calibration;
   if (!FLAGS_policy.empty()) {
     calibration = Calibration::load(FLAGS_policy);
   }
   for (const int64_t length : lengths) {
-    const Inputs in = rig.of_length(length);
+    const Case at_length = rig.of_length(length);
+    const Inputs& in = at_length.in;
     const BlockTree tree(length, rig.geometry);
     std::vector<std::pair<std::string, RankTable>> cases = {{"mixed", mixed_ranks(rig, in.groups(), tree.num_levels(), FLAGS_seed)}};
     if (calibration) {
@@ -220,17 +231,23 @@ void check_predictions(const Rig& rig, const LatencyTable& table, const std::vec
         }
       }
     }
-    std::vector<Work> work = {rig.exact_work(in)};
+    std::vector<Work> work = {Rig::exact_work(at_length)};
     for (const auto& [name, ranks] : cases) {
-      work.push_back(rig.work(in, make_table_policy(ranks, name), ranks.layers()));
+      work.push_back(rig.work(at_length, make_table_policy(ranks, name), ranks.layers()));
     }
     const auto ms = interleaved_ms(work, FLAGS_repeats, device);
-    const auto add = [&](const std::string& name, double measured, double predicted) {
-      rows.push_back({std::to_string(length), name, format("%.2f", measured), format("%.2f", predicted), format("%+.1f %%", 100 * (predicted / measured - 1))});
+    const double exact = median(ms[0]), predicted_exact = table.prices(tree, in.groups(), in.heads() / in.groups(), in.head_dim()).exact / 1e6;
+    const auto add = [&](const std::string& name, double layers, double measured, double predicted) {
+      rows.push_back({std::to_string(length), name});
+      const auto compare = [&](double a, double b) {
+        rows.back().insert(rows.back().end(), {format("%.3f", a), format("%.3f", b), format("%+.1f %%", 100 * (b / a - 1))});
+      };
+      compare(measured, predicted);
+      compare(measured / (layers * exact), predicted / (layers * predicted_exact));
     };
-    add("exact", median(ms[0]), table.prices(tree, in.groups(), in.heads() / in.groups(), in.head_dim()).exact / 1e6);
+    add("exact", 1, exact, predicted_exact);
     for (size_t i = 0; i < cases.size(); ++i) {
-      add(cases[i].first, median(ms[i + 1]), predicted_ms(table, tree, in, cases[i].second));
+      add(cases[i].first, static_cast<double>(cases[i].second.layers()), median(ms[i + 1]), predicted_ms(table, tree, in, cases[i].second));
     }
   }
   std::cout << "\npredictions for ranks that were not measured\n";
@@ -266,10 +283,16 @@ void print_fit(const LatencyTable& table, const std::vector<LatencyPoint>& point
   for (const LatencyPoint& p : points) {
     const BlockTree tree(p.seq_len, rig.geometry);
     const Prices prices = table.prices(tree, table.groups, table.key.heads_per_group, table.key.head_dim);
-    if (!p.open_rows.empty()) {
-      continue;
+    double ns = p.ranks ? price_of(prices, tree, RankTable(1, table.groups, tree.num_levels(), *p.ranks), 0) : prices.exact;
+    for (const PairRun& run : tree.runs()) {
+      if (!p.open_rows.empty()) {
+        ns += prices.gated(run) * static_cast<double>(run.count * table.groups);
+      }
     }
-    const double ns = p.ranks ? price_of(prices, tree, RankTable(1, table.groups, tree.num_levels(), *p.ranks), 0) : prices.exact;
+    for (size_t level = 0; level < p.open_rows.size(); ++level) {
+      const PairRun& run = tree.run_of(tree.pair_index(static_cast<int64_t>(level), 0));
+      ns += static_cast<double>(p.open_rows[level]) * prices.open_rows(run) / static_cast<double>(table.key.heads_per_group * run.query_rows);
+    }
     const double error = ns / 1e6 / p.ms - 1;
     squares += error * error;
     worst = std::abs(error) > std::abs(worst) ? error : worst;
@@ -300,14 +323,15 @@ ExitCode latency(const Environment& environment) {
                {{"shape", c10::str(shape.heads, " heads in ", shape.groups, " KV groups of d = ", shape.head_dim, ", up to ", FLAGS_seq_len, " tokens")},
                 {"passes", FLAGS_with_backward ? "forward and backward" : "forward"}, {"device", table.key.device}, {"versions", version_line()}});
 
+  constexpr size_t kLengths = 6;
   std::vector<int64_t> lengths;  // ascending
-  for (int64_t length = FLAGS_seq_len; length >= 2 * FLAGS_near_block; length /= 2) {
+  for (int64_t length = FLAGS_seq_len; length >= 2 * FLAGS_near_block && lengths.size() < kLengths; length /= 2) {
     lengths.insert(lengths.begin(), length);
   }
   std::vector<LatencyPoint> points;
   for (const int64_t length : lengths) {
     std::cerr << "L = " << length << "\n";
-    const int64_t rounds = FLAGS_repeats * std::min<int64_t>(4, FLAGS_seq_len / length);  // short calls are noisy and cheap
+    const int64_t rounds = FLAGS_repeats * std::min<int64_t>(2, FLAGS_seq_len / length);  // short calls are noisy and cheap
     const auto of_length = measure(rig, length, rounds, device);
     points.insert(points.end(), of_length.begin(), of_length.end());
   }
