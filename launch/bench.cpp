@@ -17,6 +17,7 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <malloc.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -74,6 +75,17 @@ std::optional<int64_t> status_bytes(const std::string& key) {
 }
 
 }  // namespace
+
+void pass(const std::function<at::Tensor(const Inputs&)>& attention, const Inputs& in, const at::Tensor& grad) {
+  if (!grad.defined()) {
+    at::NoGradGuard no_grad;
+    attention(in);
+    return;
+  }
+  const auto leaf = [](const at::Tensor& x) { return x.detach().requires_grad_(true); };
+  const Inputs leaves{leaf(in.q), leaf(in.k), leaf(in.v), in.w_o, in.start};
+  torch::autograd::grad({attention(leaves)}, {leaves.q, leaves.k, leaves.v}, {grad});
+}
 
 void synchronize(at::Device device) {
   if (device.is_cuda()) {

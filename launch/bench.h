@@ -19,6 +19,7 @@
 namespace drrl::bench {
 
 ExitCode attention(const Environment& environment);  // bench_attention.cpp
+ExitCode latency(const Environment& environment);    // bench_latency.cpp
 ExitCode peers(const Environment& environment);      // bench_peers.cpp
 ExitCode collectives(const Environment& environment);  // bench_collectives.cpp
 ExitCode scaling(const Environment& environment);      // bench_scaling.cpp
@@ -65,6 +66,9 @@ at::Tensor lowrank(const Inputs& in, Ranks ranks, Geometry geometry, double* flo
 at::Tensor sdpa(const Inputs& in, bool causal, bool enable_gqa);
 /// Whether PyTorch has a fused kernel for enable_gqa here; without one it would compute an L x L matrix for each head.
 bool gqa_is_fused(const Inputs& in);
+
+/// One forward pass, and if `grad` is defined a backward pass to q, k and v from this gradient of the output.
+void pass(const std::function<at::Tensor(const Inputs&)>& attention, const Inputs& in, const at::Tensor& grad);
 
 /// CUDA: waits until the device is done.
 void synchronize(at::Device device);

@@ -14,7 +14,6 @@
 
 #include <ATen/Parallel.h>
 #include <gflags/gflags.h>
-#include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -101,17 +100,6 @@ std::vector<Competitor> competitors(const Inputs& inputs, Geometry geometry) {
   return result;
 }
 
-void forward(const Competitor& competitor, const Inputs& in) {
-  at::NoGradGuard no_grad;
-  competitor.run(in);
-}
-
-void forward_and_backward(const Competitor& competitor, const Inputs& in, const at::Tensor& grad) {
-  const auto leaf = [](const at::Tensor& x) { return x.detach().requires_grad_(true); };
-  const Inputs leaves{leaf(in.q), leaf(in.k), leaf(in.v), in.w_o, in.start};
-  torch::autograd::grad({competitor.run(leaves)}, {leaves.q, leaves.k, leaves.v}, {grad});
-}
-
 /// All competitors on one shape: rows of flat results.
 std::vector<Json> measure(const Inputs& in, Geometry geometry) {
   const at::Device device = in.q.device();
@@ -119,11 +107,11 @@ std::vector<Json> measure(const Inputs& in, Geometry geometry) {
   const auto grad = at::randn(in.q.sizes(), in.q.options());
   std::vector<Work> work;
   for (const Competitor& c : all) {
-    work.emplace_back([&] { forward(c, in); });
+    work.emplace_back([&] { pass(c.run, in, {}); });
   }
   if (FLAGS_backward) {
     for (const Competitor& c : all) {
-      work.emplace_back([&] { forward_and_backward(c, in, grad); });
+      work.emplace_back([&] { pass(c.run, in, grad); });
     }
   }
   const auto ms = interleaved_ms(work, FLAGS_repeats, device);

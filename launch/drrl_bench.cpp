@@ -27,6 +27,7 @@ struct Command {
 
 constexpr Command kCommands[] = {
     {"attention", "time, memory and error of low-rank attention over sequence lengths, against PyTorch's SDPA", &attention},
+    {"latency", "the --latency file: what exact and low-rank attention take on this device at each rank and distance", &latency},
     {"peers", "error and time of low-rank attention and of other ways to compress it, on a real model and text", &peers},
     {"collectives", "time and bandwidth of collectives over message sizes, as nccl-tests reports them; under mpirun, srun or torchrun", &collectives, true},
     {"scaling", "steps per second, exposed communication, bytes and solves of training on the processes it was started with", &scaling, true},

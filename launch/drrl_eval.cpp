@@ -259,6 +259,8 @@ nlohmann::ordered_json evaluation(CausalLM& model, LowRankController& controller
     }
   }
   nlohmann::ordered_json json = result_json(reduce(policy_totals, mesh), model.config().head_dim);
+  const std::optional<double> latency = chosen->latency_fraction();
+  json["latency_fraction"] = latency ? nlohmann::ordered_json(*latency) : nlohmann::ordered_json();
   if (FLAGS_compare_full) {
     const nlohmann::ordered_json exact = result_json(reduce(full_totals, mesh), model.config().head_dim);
     json["full_perplexity"] = exact["perplexity"];
@@ -274,6 +276,9 @@ void print_evaluation(const nlohmann::ordered_json& json) {
             << json["attention_flops_fraction"].get<double>() << " of exact, mean ranks " << json["mean_rank_qk"].get<double>() << " / "
             << json["mean_rank_v"].get<double>() << ", attention " << json["attention_ms"].get<double>() << " ms of which solves "
             << json["solves_ms"].get<double>() << " ms\n";
+  if (!json["latency_fraction"].is_null()) {
+    std::cout << "by the latency table these ranks take " << json["latency_fraction"].get<double>() << " of exact attention's time\n";
+  }
   if (FLAGS_compare_full) {
     const double full_ppl = json["full_perplexity"].get<double>();
     std::cout << "exact attention: perplexity " << full_ppl << ", " << json["full_attention_ms"].get<double>() << " ms; this policy: perplexity "

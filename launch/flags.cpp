@@ -30,9 +30,12 @@ DEFINE_string(attention, "full", "full: exact; lowrank: exact near and sink toke
 DEFINE_string(rank_policy, "fixed", "who chooses the ranks of --attention=lowrank: full, fixed, energy, random, greedy, dp or rl");
 DEFINE_int64(rank, 32, "rank of scores and values of far tokens under --rank_policy=fixed");
 DEFINE_string(rank_buckets, "", "the ranks to choose from, ascending, e.g. 16,32,48; exact is always there; empty: those that the device runs without waste");
-DEFINE_double(rank_budget, 0.585, "attention operations, everything counted, under --rank_policy=random, greedy, dp and rl [of exact attention]");
+DEFINE_double(rank_budget, 0.585, "attention operations, everything counted (with --latency: ms), under --rank_policy=random, greedy, dp and rl [of exact attention]");
 DEFINE_double(energy, 0.99, "share of the spectrum's energy to keep under --rank_policy=energy");
 DEFINE_string(policy, "", "file for --rank_policy=random, greedy, dp and rl; drrl-policy calibrate and train write it");
+DEFINE_string(latency, "",
+              "file that drrl-bench latency writes; random, greedy and dp then spend --rank_budget of exact attention's time on this device instead of its "
+              "operations");
 DEFINE_double(guard_eps, 0,
               "raise a far pair's ranks until its starting bases lose at most this share of the scores' and values' norm, certified without a decomposition; "
               "needs --policy; 0: no guard");

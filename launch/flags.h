@@ -32,6 +32,7 @@ DECLARE_double(guard_eps);
 DECLARE_bool(row_gates);
 DECLARE_double(guard_decay);
 DECLARE_string(policy);
+DECLARE_string(latency);
 DECLARE_int64(near_block);
 DECLARE_int64(sink_tokens);
 

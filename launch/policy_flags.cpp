@@ -4,13 +4,21 @@
 #include "distributed/agreement.h"
 #include "launch/flags.h"
 #include "launch/options.h"
+#include "launch/program.h"
 #include "models/tensor_parallel.h"
 #include "policy/agent.h"
 #include "policy/calibration.h"
 
+#include <ATen/Parallel.h>
+#ifdef DRRL_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
+#include <fstream>
 #include <optional>
+#include <set>
 
 namespace drrl {
 
@@ -46,6 +54,45 @@ void check_calibration(const Calibration& calibration, const ModelConfig& config
 
 namespace {
 
+/// "AMD EPYC", "NVIDIA H100 80GB HBM3".
+std::string device_name(const at::Device& device) {
+#ifdef DRRL_WITH_CUDA
+  if (device.is_cuda()) {
+    cudaDeviceProp properties{};
+    check(ErrorKind::kUsage, cudaGetDeviceProperties(&properties, device.index()) == cudaSuccess, "the name of ", device.str(), " cannot be read");
+    return properties.name;
+  }
+#endif
+  std::ifstream cpus("/proc/cpuinfo");
+  for (std::string line; std::getline(cpus, line);) {
+    const size_t colon = line.find(": ");
+    if (line.starts_with("model name") && colon != std::string::npos) {
+      return line.substr(colon + 2);
+    }
+  }
+  return device.str();
+}
+
+}  // namespace
+
+LatencyKey latency_key(const at::Device& device, int64_t head_dim, int64_t heads_per_group) {
+  const std::string versions = version_line();  // drrl's, LibTorch's and MPI's
+  return {.device = device_name(device), .dtype = FLAGS_dtype, .threads = device.is_cuda() ? 0 : at::get_num_threads(), .head_dim = head_dim,
+          .heads_per_group = heads_per_group, .near_block = FLAGS_near_block, .update_steps = FLAGS_basis_updates,
+          .versions = versions.substr(0, versions.rfind(", "))};
+}
+
+std::shared_ptr<const LatencyTable> latency_flag(const at::Device& device, int64_t head_dim, int64_t heads_per_group) {
+  if (FLAGS_latency.empty()) {
+    return nullptr;
+  }
+  auto table = std::make_shared<const LatencyTable>(LatencyTable::load(FLAGS_latency));
+  table->check_key(latency_key(device, head_dim, heads_per_group));
+  return table;
+}
+
+namespace {
+
 /// The --policy file, read when it is first asked for.
 class CalibrationFlag {
  public:
@@ -60,10 +107,14 @@ class CalibrationFlag {
   std::optional<Calibration> calibration_;
 };
 
-/// The rank policy that --attention, --rank_policy, --rank, --energy, --rank_budget and --policy describe; --attention=full is the policy "full".
+const std::set<std::string> kSpending = {"random", "greedy", "dp"};  // the policies that spend a budget by a table of prices
+
+/// The rank policy that --attention, --rank_policy, --rank, --energy, --rank_budget, --policy and --latency describe; --attention=full is the policy "full".
 std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const at::Device& device, CalibrationFlag& calibration) {
   check(ErrorKind::kUsage, FLAGS_attention == "full" || FLAGS_attention == "lowrank", "--attention must be full or lowrank, got '",
         FLAGS_attention, "'");
+  check(ErrorKind::kUsage, FLAGS_latency.empty() || (FLAGS_attention == "lowrank" && kSpending.contains(FLAGS_rank_policy)),
+        "--latency needs --attention=lowrank and --rank_policy=random, greedy or dp, got ", FLAGS_attention, " and ", FLAGS_rank_policy);
   if (FLAGS_attention == "full" || FLAGS_rank_policy == "full") {
     return make_full_policy();
   }
@@ -75,19 +126,20 @@ std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const a
   if (FLAGS_rank_policy == "energy") {
     return make_energy_policy(FLAGS_energy, buckets);
   }
-  const bool spends = FLAGS_rank_policy == "dp" || FLAGS_rank_policy == "greedy" || FLAGS_rank_policy == "random";
+  const bool spends = kSpending.contains(FLAGS_rank_policy);
   check(ErrorKind::kUsage, spends || FLAGS_rank_policy == "rl", "--rank_policy must be full, fixed, energy, random, greedy, dp or rl, got '",
         FLAGS_rank_policy, "'");
   check(ErrorKind::kUsage, !FLAGS_policy.empty(), "--rank_policy=", FLAGS_rank_policy, " needs --policy=FILE, made by drrl-policy ",
         spends ? "calibrate" : "train");
+  const auto latency = latency_flag(device, config.head_dim, config.num_attention_heads / config.num_key_value_heads);
   if (FLAGS_rank_policy == "dp") {
-    return make_dp_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates, FLAGS_row_gates);
+    return make_dp_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates, FLAGS_row_gates, latency);
   }
   if (FLAGS_rank_policy == "greedy") {
-    return make_greedy_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates);
+    return make_greedy_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates, latency);
   }
   if (FLAGS_rank_policy == "random") {
-    return make_random_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates, FLAGS_seed);
+    return make_random_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates, FLAGS_seed, latency);
   }
   return make_rl_policy(calibration.get(), RankAgent::load(FLAGS_policy, calibration.get()), FLAGS_rank_budget, buckets, FLAGS_basis_updates);
 }

@@ -5,6 +5,7 @@
 #include "models/trainer.h"
 #include "policy/calibration.h"
 #include "policy/controller.h"
+#include "policy/latency.h"
 
 #include <memory>
 #include <string>
@@ -21,8 +22,15 @@ std::vector<int64_t> bucket_flags(const at::Device& device, int64_t head_dim);
 /// Errors: Error(kUsage) unless the calibration, read from --policy, is of a model of this shape.
 void check_calibration(const Calibration& calibration, const ModelConfig& config);
 
+/// What times depend on in this process: the device, --dtype, --near_block, --basis_updates and these shapes.
+LatencyKey latency_key(const at::Device& device, int64_t head_dim, int64_t heads_per_group);
+
+/// The --latency file, checked to be of this process' device and these shapes; null if there is none. Errors: Error(kModel) for the file, Error(kUsage)
+/// if it is of another case.
+std::shared_ptr<const LatencyTable> latency_flag(const at::Device& device, int64_t head_dim, int64_t heads_per_group);
+
 /// A controller with the rank policy and bases that --attention, --rank_policy, --rank, --energy, --rank_budget, --policy and --basis_updates
-/// describe, checked to be the same on all ranks of the mesh (collective), and its figures for the trainer.
+/// describe (with --latency), checked to be the same on all ranks of the mesh (collective), and its figures for the trainer.
 /// Errors: Error(kUsage) for values that do not fit each other or the model; Error(kModel) for a damaged --policy file.
 struct AttentionSetup {
   std::shared_ptr<LowRankController> controller;

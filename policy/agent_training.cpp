@@ -100,7 +100,8 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
           t.sequences(), " sequences, of which ", options.held_out, " are held out and ", options.validation,
           " are for validation: at least one must be each and one must be left");
     const BlockTree tree(t.seq_len, t.geometry);
-    const Choices choices(calibration, tree, t.heads_per_group, options.buckets, options.update_steps);
+    const Prices prices = operation_prices(tree, groups, t.heads_per_group, d, options.update_steps);
+    const Choices choices(calibration, tree, options.buckets, prices);
     check(ErrorKind::kUsage, choices.columns.size() == calibration.ranks.size(), "the device's ranks ", at::IntArrayRef(options.buckets),
           " leave out some of the calibrated ones, ", at::IntArrayRef(calibration.ranks));
     const int64_t pairs = tree.num_pairs(), ranks = static_cast<int64_t>(calibration.ranks.size());
@@ -109,7 +110,7 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
     for (int64_t pair = 0; pair < pairs; ++pair) {
       for (int64_t kind = 0; kind < 2; ++kind) {
         for (int64_t i = 0; i <= ranks; ++i) {
-          operations[pair][kind][i] = choices.operations(pair, kind, static_cast<size_t>(i));
+          operations[pair][kind][i] = choices.cost(pair, kind, static_cast<size_t>(i));
         }
         for (int64_t layer = 0; layer < layers; ++layer) {
           for (int64_t group = 0; group < groups; ++group) {
@@ -129,9 +130,8 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
     length.train = items_of(t, 0, train, base, operations, scale);
     length.validation = items_of(t, train, options.validation, base, operations, scale);
     length.held_out = items_of(t, train + options.validation, options.held_out, base, operations, scale);
-    const int64_t heads = groups * t.heads_per_group;
-    length.exact = static_cast<double>(layers) * exact_attention_flops(1, heads, t.seq_len, d, false);
-    length.fixed = static_cast<double>(layers) * exact_part_flops(tree, 1, heads, groups, d, false).total();
+    length.exact = static_cast<double>(layers) * prices.exact;
+    length.fixed = static_cast<double>(layers) * prices.fixed;
     length.watching = static_cast<double>(layers * groups * pairs) * (start_loss_flops(d) + agent.flops());
     for (const double budget : options.budgets) {
       try {

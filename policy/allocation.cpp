@@ -3,16 +3,17 @@
 #include <random>
 #include <utility>
 
-#include "core/cost.h"
 #include "core/error.h"
 #include "policy/calibration.h"
+#include "policy/latency.h"
+#include "policy/prices.h"
 
 namespace drrl {
 namespace {
 
 // What can be chosen for the pairs of one layer, KV group and level, what it takes and what it spoils.
 struct Option {
-  double damage, operations;
+  double damage, cost;
   Ranks ranks;
 };
 
@@ -25,7 +26,7 @@ struct Item {
 
 }  // namespace
 
-Choices::Choices(const Calibration& calibration, const BlockTree& tree, int64_t heads_per_group, const std::vector<int64_t>& buckets, int64_t update_steps) {
+Choices::Choices(const Calibration& calibration, const BlockTree& tree, const std::vector<int64_t>& buckets, const Prices& prices) {
   const int64_t d = calibration.head_dim();
   for (size_t i = 0; i < calibration.ranks.size(); ++i) {
     if (std::find(buckets.begin(), buckets.end(), calibration.ranks[i]) != buckets.end()) {
@@ -40,9 +41,7 @@ Choices::Choices(const Calibration& calibration, const BlockTree& tree, int64_t 
     queries[static_cast<size_t>(run.level)] += static_cast<double>(run.count * run.query_rows);
     for (int64_t kind = 0; kind < 2; ++kind) {
       for (const int64_t rank : ranks) {
-        const double form = kind == 0 ? residual_factor_flops(d, rank) : 0;
-        const double basis = rank == d ? 0 : form + (update_steps >= 0 ? basis_update_flops(d, rank, update_steps) : basis_solve_flops(d));
-        costs.push_back(far_pair_flops(run, static_cast<FarKind>(kind), rank, heads_per_group, d, /*with_backward=*/false).total() + basis);
+        costs.push_back(prices.pair(run, static_cast<FarKind>(kind), rank));
       }
     }
   }
@@ -66,34 +65,34 @@ std::vector<double> Choices::damage(const Calibration& calibration, int64_t laye
 }
 
 Allocation allocate(const Calibration& calibration, double budget, const BlockTree& tree, int64_t heads_per_group, const std::vector<int64_t>& buckets,
-                    int64_t update_steps, Spending how, uint64_t seed, bool row_gates) {
+                    int64_t update_steps, Spending how, uint64_t seed, bool row_gates, const LatencyTable* latency) {
   check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
   const int64_t layers = calibration.layers(), groups = calibration.groups(), levels = tree.num_levels(), d = calibration.head_dim();
   RankTable table(layers, groups, levels, {d, d});
   if (levels == 0 || budget == 1) {
-    return {table, 0};
+    return {table, 0, 1};
   }
 
   check(ErrorKind::kUsage, !row_gates || calibration.gates.defined(), "the calibration has no row gates; make it again with this version");
-  const Choices all(calibration, tree, heads_per_group, buckets, update_steps);
+  const Prices prices = latency != nullptr ? latency->prices(tree, groups, heads_per_group, d) : operation_prices(tree, groups, heads_per_group, d, update_steps);
+  const Choices all(calibration, tree, buckets, prices);
   const std::vector<int64_t>& ranks = all.ranks;
   const size_t choices = ranks.size();
 
-  // Operations by level, kind and choice, of one layer and group; and of all rows of a level, open.
-  std::vector<double> operations(static_cast<size_t>(levels) * 2 * choices, 0.0), open_operations(static_cast<size_t>(levels), 0.0);
+  // Costs by level, kind and choice, of one layer and group; of gates on a level; and of all its rows, open.
+  std::vector<double> costs(static_cast<size_t>(levels) * 2 * choices, 0.0), gated_costs(static_cast<size_t>(levels), 0.0), open_costs = gated_costs;
   for (const PairRun& run : tree.runs()) {
-    open_operations[static_cast<size_t>(run.level)] +=
-        static_cast<double>(heads_per_group * run.count * run.query_rows) * open_row_flops(run.level, tree.geometry(), d, /*with_backward=*/false);
+    gated_costs[static_cast<size_t>(run.level)] += row_gates ? prices.gated(run) * static_cast<double>(run.count) : 0;
+    open_costs[static_cast<size_t>(run.level)] += prices.open_rows(run) * static_cast<double>(run.count);
     for (size_t kind = 0; kind < 2; ++kind) {
       for (size_t c = 0; c < choices; ++c) {
-        operations[(static_cast<size_t>(run.level) * 2 + kind) * choices + c] +=
-            all.operations(run.first_pair, static_cast<int64_t>(kind), c) * static_cast<double>(run.count);
+        costs[(static_cast<size_t>(run.level) * 2 + kind) * choices + c] +=
+            all.cost(run.first_pair, static_cast<int64_t>(kind), c) * static_cast<double>(run.count);
       }
     }
   }
-  const int64_t heads = groups * heads_per_group;
-  const double exact = static_cast<double>(layers) * exact_attention_flops(1, heads, tree.sequence_length(), d, false);
-  const double fixed = static_cast<double>(layers) * exact_part_flops(tree, 1, heads, groups, d, false).total();
+  const double exact = static_cast<double>(layers) * prices.exact;
+  const double fixed = static_cast<double>(layers) * prices.fixed;
   const double allowed = budget * exact - fixed;
 
   std::vector<Item> items;
@@ -112,7 +111,7 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
       for (int64_t level = 0; level < levels; ++level) {
         const int64_t measured = std::min(level, calibration.levels() - 1);
         const auto damage = [&](int64_t kind, size_t c) { return c + 1 < choices ? table_of[layer][group][kind][measured][all.columns[c]] : 0; };
-        const auto takes = [&](size_t kind, size_t c) { return operations[(static_cast<size_t>(level) * 2 + kind) * choices + c]; };
+        const auto takes = [&](size_t kind, size_t c) { return costs[(static_cast<size_t>(level) * 2 + kind) * choices + c]; };
         Item& item = items.emplace_back();
         for (size_t qk = 0; qk < choices; ++qk) {
           for (size_t v = 0; v < choices; ++v) {
@@ -120,7 +119,8 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
             for (size_t g = 0; g < gates.size() && (qk + 1 < choices || v + 1 < choices); ++g) {
               const auto gate = static_cast<int64_t>(g);
               const auto spoiled = [&](int64_t kind) { return gated_of[layer][group][kind][measured][column(qk)][column(v)][gate]; };
-              const double open = open_of[layer][group][measured][column(qk)][gate] * open_operations[static_cast<size_t>(level)];
+              const double open = gated_costs[static_cast<size_t>(level)] +
+                                  open_of[layer][group][measured][column(qk)][gate] * open_costs[static_cast<size_t>(level)];
               item.options.push_back({spoiled(0) + spoiled(1), low + open, {ranks[qk], ranks[v], gates[g]}});
             }
             item.options.push_back({damage(0, qk) + damage(1, v), low, {ranks[qk], ranks[v]}});
@@ -130,18 +130,18 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
     }
   }
 
-  // Chooses what is least by `value` for every item; returns the operations.
+  // Chooses what is least by `value` for every item; returns what all of them cost.
   const auto choose_least = [&](const auto& value) {
     double used = 0;
     for (Item& item : items) {
       const auto less = [&](const Option& a, const Option& b) { return value(a) < value(b); };
       item.chosen = static_cast<size_t>(std::min_element(item.options.begin(), item.options.end(), less) - item.options.begin());
-      used += item.now().operations;
+      used += item.now().cost;
     }
     return used;
   };
-  const auto choose = [&](double price) { return choose_least([&](const Option& o) { return o.damage + price * o.operations; }); };
-  const double least = choose_least([](const Option& o) { return o.operations; });
+  const auto choose = [&](double price) { return choose_least([&](const Option& o) { return o.damage + price * o.cost; }); };
+  const double least = choose_least([](const Option& o) { return o.cost; });
   check(ErrorKind::kUsage, least <= allowed, "rank budget ", budget, " cannot be met at ", tree.sequence_length(), " tokens: blocks of ",
         tree.geometry().near_block, ", sinks, Grams and the smallest rank ", ranks.front(), " everywhere take ", (fixed + least) / exact,
         " of exact attention");
@@ -169,7 +169,7 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
     std::shuffle(order.begin(), order.end(), random);
     for (Item* item : order) {
       const size_t to = random() % item->options.size();
-      const double cost = item->options[to].operations - item->now().operations;
+      const double cost = item->options[to].cost - item->now().cost;
       if (cost <= left) {
         left -= cost;
         item->chosen = to;
@@ -185,7 +185,7 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
     for (Item& item : items) {
       for (size_t c = 0; c < item.options.size(); ++c) {
         const double gain = item.now().damage - item.options[c].damage;
-        const double cost = item.options[c].operations - item.now().operations;
+        const double cost = item.options[c].cost - item.now().cost;
         if (gain > 0 && cost <= left && gain / std::max(cost, 1.0) > best) {
           best = gain / std::max(cost, 1.0);
           at = &item;
@@ -196,7 +196,7 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
     if (at == nullptr) {
       break;
     }
-    left -= at->options[to].operations - at->now().operations;
+    left -= at->options[to].cost - at->now().cost;
     at->chosen = to;
   }
 
@@ -208,7 +208,7 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
       }
     }
   }
-  return {std::move(table), price};
+  return {std::move(table), price, (fixed + allowed - left) / exact};
 }
 
 }  // namespace drrl

@@ -11,9 +11,12 @@
 #include "core/lowrank_attention.h"
 #include "core/safetensors.h"
 #include "policy/attention.h"
+#include "policy/prices.h"
 #include "policy/rank_policy.h"
 
 namespace drrl {
+
+class LatencyTable;
 
 /// What one pass over real text tells about a model: how much each KV group of each layer suffers at each rank and distance, and bases to start
 /// from. Kept in one safetensors file that serves every budget and length.
@@ -67,10 +70,10 @@ double expected_damage(const Calibration& calibration, const RankTable& table);
 /// What can be chosen for the far pairs of one tree, and what it costs and spoils.
 struct Choices {
   /// `buckets` is the device's list; only those that were calibrated are choices, and head_dim itself, exact, the last one.
-  Choices(const Calibration& calibration, const BlockTree& tree, int64_t heads_per_group, const std::vector<int64_t>& buckets, int64_t update_steps);
+  Choices(const Calibration& calibration, const BlockTree& tree, const std::vector<int64_t>& buckets, const Prices& prices);
 
-  /// Operations of one pair at choice i, everything that depends on it counted (core/cost.h, forward, bases updated in `update_steps` steps).
-  double operations(int64_t pair, int64_t kind, size_t i) const { return costs[(static_cast<size_t>(run_of[static_cast<size_t>(pair)]) * 2 + static_cast<size_t>(kind)) * ranks.size() + i]; }
+  /// What one pair costs at choice i, everything that depends on it counted.
+  double cost(int64_t pair, int64_t kind, size_t i) const { return costs[(static_cast<size_t>(run_of[static_cast<size_t>(pair)]) * 2 + static_cast<size_t>(kind)) * ranks.size() + i]; }
   /// One pair's share of its level's calibrated damage, by its queries, at each choice [nats per token of the sequence]; distances beyond the calibrated
   /// levels are taken to suffer like the last one.
   std::vector<double> damage(const Calibration& calibration, int64_t layer, int64_t group, int64_t kind, int64_t pair) const;
@@ -89,7 +92,8 @@ enum class Spending { kBest, kGreedy, kRandom };
 
 struct Allocation {
   RankTable table;
-  double price;  ///< of an operation, in nats per token: what its last ones bought; 0 unless kBest
+  double price;  ///< of an operation (or ns), in nats per token: what its last ones bought; 0 unless kBest
+  double spent;  ///< all costs, as a share of exact attention's: at most the budget, but for rounding
 };
 
 /// The ranks of least total damage whose attention, everything counted (core/cost.h, forward, bases updated in `update_steps` steps), takes at most
@@ -99,8 +103,11 @@ struct Allocation {
 /// the budget is spent on the best further steps. Optimal up to the last step (the choices are many and each is small).
 /// Choices as above. Errors: Error(kUsage) if no allocation meets the budget.
 /// row_gates: gates are chosen along with the ranks. The operations of open rows are those that the calibration met; on another text they are what they are.
+/// latency: if given, the budget is a share of exact attention's time on the device that was measured, and `update_steps` is the table's affair. Errors:
+/// Error(kUsage) also if the table is of another shape, lacks a rank of `buckets` that was calibrated, or, with row_gates, lacks gates.
 Allocation allocate(const Calibration& calibration, double budget, const BlockTree& tree, int64_t heads_per_group, const std::vector<int64_t>& buckets,
-                    int64_t update_steps, Spending how = Spending::kBest, uint64_t seed = 0, bool row_gates = false);
+                    int64_t update_steps, Spending how = Spending::kBest, uint64_t seed = 0, bool row_gates = false,
+                    const LatencyTable* latency = nullptr);
 
 /// Exact attention that measures, during a backward pass, how far each layer's output would move the model at each rank.
 ///

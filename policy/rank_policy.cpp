@@ -9,6 +9,7 @@
 #include "core/error.h"
 #include "policy/agent.h"
 #include "policy/calibration.h"
+#include "policy/latency.h"
 
 namespace drrl {
 namespace {
@@ -96,9 +97,10 @@ void check_fits(const Calibration& c, const LayerObservation& o) {
 
 class AllocatedPolicy final : public RankPolicy {
  public:
-  AllocatedPolicy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, Spending how, uint64_t seed,
-                  bool row_gates = false)
-      : calibration_(std::move(calibration)), budget_(budget), buckets_(std::move(buckets)), update_steps_(update_steps), how_(how), seed_(seed), row_gates_(row_gates) {
+  AllocatedPolicy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, Spending how, uint64_t seed, bool row_gates,
+                  std::shared_ptr<const LatencyTable> latency)
+      : calibration_(std::move(calibration)), budget_(budget), buckets_(std::move(buckets)), update_steps_(update_steps), how_(how), seed_(seed),
+        row_gates_(row_gates), latency_(std::move(latency)) {
     check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
   }
 
@@ -108,9 +110,10 @@ class AllocatedPolicy final : public RankPolicy {
     const auto key = std::pair(o.tree.sequence_length(), heads_per_group);
     auto found = tables_.find(key);
     if (found == tables_.end()) {
-      found = tables_.emplace(key, allocate(calibration_, budget_, o.tree, heads_per_group, buckets_, update_steps_, how_, seed_, row_gates_).table).first;
+      found = tables_.emplace(key, allocate(calibration_, budget_, o.tree, heads_per_group, buckets_, update_steps_, how_, seed_, row_gates_, latency_.get())).first;
     }
-    return look_up(found->second, o);
+    spent_ = found->second.spent;
+    return look_up(found->second.table, o);
   }
 
   void set_calibration(const Calibration& calibration) override {
@@ -118,9 +121,11 @@ class AllocatedPolicy final : public RankPolicy {
     tables_.clear();
   }
 
+  std::optional<double> latency_fraction() const override { return latency_ && spent_ > 0 ? std::optional(spent_) : std::nullopt; }
+
   std::string describe() const override {
     const std::string name = how_ == Spending::kBest ? "dp" : how_ == Spending::kGreedy ? "greedy" : c10::str("random ", seed_);
-    return c10::str(name, row_gates_ ? " with row gates" : "", ", budget ", budget_, ", calibrated on ", calibration_.tokens, " tokens of ", calibration_.data, " (", calibration_.digest(), ")");
+    return c10::str(name, row_gates_ ? " with row gates" : "", ", budget ", budget_, latency_ ? " of the " + latency_->describe() : "", ", calibrated on ", calibration_.tokens, " tokens of ", calibration_.data, " (", calibration_.digest(), ")");
   }
 
  private:
@@ -131,7 +136,9 @@ class AllocatedPolicy final : public RankPolicy {
   Spending how_;
   uint64_t seed_;
   bool row_gates_;
-  std::map<std::pair<int64_t, int64_t>, RankTable> tables_;
+  std::shared_ptr<const LatencyTable> latency_;
+  std::map<std::pair<int64_t, int64_t>, Allocation> tables_;
+  double spent_ = 0;
 };
 
 class LearnedPolicy final : public RankPolicy {
@@ -142,7 +149,7 @@ class LearnedPolicy final : public RankPolicy {
   std::vector<Ranks> decide(const LayerObservation& o) override {
     at::NoGradGuard no_grad;
     check_fits(calibration_, o);
-    const Prices& prices = prices_of(o);
+    const Priced& priced = prices_of(o);
     const at::Tensor factors = factors_of(o);  // [items, 2, ranks]
     const auto f = factors.accessor<double, 3>();
     std::vector<Ranks> result;
@@ -151,16 +158,16 @@ class LearnedPolicy final : public RankPolicy {
       const int64_t g = o.first_group + item / o.pair_count() % o.groups;
       Ranks ranks{};
       for (int64_t kind = 0; kind < 2; ++kind) {
-        const auto damage = prices.choices.damage(calibration_, o.layer, g, kind, pair);
+        const auto damage = priced.choices.damage(calibration_, o.layer, g, kind, pair);
         size_t best = damage.size() - 1;  // exact
         const auto value = [&](size_t i) {
-          const double factor = i + 1 < damage.size() ? f[item][kind][prices.choices.columns[i]] : 0;
-          return factor * damage[i] + prices.operation * prices.choices.operations(pair, kind, i);
+          const double factor = i + 1 < damage.size() ? f[item][kind][priced.choices.columns[i]] : 0;
+          return factor * damage[i] + priced.operation * priced.choices.cost(pair, kind, i);
         };
         for (size_t i = 0; i + 1 < damage.size(); ++i) {
           best = value(i) < value(best) ? i : best;
         }
-        (kind == 0 ? ranks.qk : ranks.v) = prices.choices.ranks[best];
+        (kind == 0 ? ranks.qk : ranks.v) = priced.choices.ranks[best];
       }
       result.push_back(ranks);
     }
@@ -182,7 +189,7 @@ class LearnedPolicy final : public RankPolicy {
   }
 
  private:
-  struct Prices {
+  struct Priced {
     Choices choices;
     double operation;
   };
@@ -199,12 +206,13 @@ class LearnedPolicy final : public RankPolicy {
     return agent_.forward(o.state.flatten(0, 2).unsqueeze(1), group, o.layer, &memory).squeeze(1).exp().to(at::kDouble).contiguous();
   }
 
-  const Prices& prices_of(const LayerObservation& o) {
+  const Priced& prices_of(const LayerObservation& o) {
     const auto key = std::pair(o.tree.sequence_length(), o.heads / o.groups);
     auto found = prices_.find(key);
     if (found == prices_.end()) {
       const double price = allocate(calibration_, budget_, o.tree, key.second, buckets_, update_steps_).price * agent_.price_factor(budget_);
-      found = prices_.emplace(key, Prices{Choices(calibration_, o.tree, key.second, buckets_, update_steps_), price}).first;
+      const Prices prices = operation_prices(o.tree, calibration_.groups(), key.second, calibration_.head_dim(), update_steps_);
+      found = prices_.emplace(key, Priced{Choices(calibration_, o.tree, buckets_, prices), price}).first;
     }
     return found->second;
   }
@@ -214,7 +222,7 @@ class LearnedPolicy final : public RankPolicy {
   double budget_;
   std::vector<int64_t> buckets_;
   int64_t update_steps_;
-  std::map<std::pair<int64_t, int64_t>, Prices> prices_;
+  std::map<std::pair<int64_t, int64_t>, Priced> prices_;
   std::map<int64_t, RankAgent::Memory> memories_;  // by first pair
 };
 
@@ -255,16 +263,19 @@ std::unique_ptr<RankPolicy> make_rl_policy(Calibration calibration, RankAgent ag
   return std::make_unique<LearnedPolicy>(std::move(calibration), std::move(agent), budget, std::move(buckets), update_steps);
 }
 
-std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, bool row_gates) {
-  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets), update_steps, Spending::kBest, 0, row_gates);
+std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, bool row_gates,
+                                           std::shared_ptr<const LatencyTable> latency) {
+  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets), update_steps, Spending::kBest, 0, row_gates, std::move(latency));
 }
 
-std::unique_ptr<RankPolicy> make_greedy_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps) {
-  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets), update_steps, Spending::kGreedy, 0);
+std::unique_ptr<RankPolicy> make_greedy_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps,
+                                               std::shared_ptr<const LatencyTable> latency) {
+  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets), update_steps, Spending::kGreedy, 0, false, std::move(latency));
 }
 
-std::unique_ptr<RankPolicy> make_random_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, uint64_t seed) {
-  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets), update_steps, Spending::kRandom, seed);
+std::unique_ptr<RankPolicy> make_random_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, uint64_t seed,
+                                               std::shared_ptr<const LatencyTable> latency) {
+  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets), update_steps, Spending::kRandom, seed, false, std::move(latency));
 }
 
 }  // namespace drrl

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -12,6 +13,7 @@
 namespace drrl {
 
 class Calibration;
+class LatencyTable;
 class RankAgent;
 
 /// Ranks for each layer, KV group of the model and tree level.
@@ -69,6 +71,8 @@ class RankPolicy {
   virtual void set_calibration(const Calibration& calibration);
   /// Whether every rank is the head dim, whatever the layer.
   virtual bool exact() const { return false; }
+  /// What the decisions made last take of exact attention's time, by the latencies that the policy spends; none: it spends no latencies, or has not decided.
+  virtual std::optional<double> latency_fraction() const { return std::nullopt; }
   /// One line for banners and for comparing runs: the name and whatever shapes the decisions.
   virtual std::string describe() const = 0;
 };
@@ -86,15 +90,18 @@ std::unique_ptr<RankPolicy> make_energy_policy(double energy, std::vector<int64_
 /// The ranks of a table, whatever the text. Errors: when it decides, c10::Error if the table is of fewer layers, groups or levels.
 std::unique_ptr<RankPolicy> make_table_policy(RankTable table, std::string description);
 
-/// Per layer, KV group, tree level and kind the ranks that do the least calibrated damage within `budget` of exact attention's operations:
-/// `allocate()`, once for each length of sequence. row_gates: and the gates (Ranks::gate) by which single rows attend exactly after all.
+/// Per layer, KV group, tree level and kind the ranks that do the least calibrated damage within `budget` of exact attention's operations, or with a
+/// latency table of its time: `allocate()`, once for each length of sequence. row_gates: and the gates (Ranks::gate) by which single rows attend exactly after all.
 /// Errors: Error(kUsage) unless 0 < budget <= 1; when it decides, also if the budget cannot be met at that length, or without calibrated gates.
-std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, bool row_gates = false);
+std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, bool row_gates = false,
+                                           std::shared_ptr<const LatencyTable> latency = nullptr);
 
 /// Baselines that spend the same budget on the same choices: step by step where it helps most at once, and at random by `seed` (Spending, calibration.h).
 /// Errors: as make_dp_policy.
-std::unique_ptr<RankPolicy> make_greedy_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps);
-std::unique_ptr<RankPolicy> make_random_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, uint64_t seed);
+std::unique_ptr<RankPolicy> make_greedy_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps,
+                                               std::shared_ptr<const LatencyTable> latency = nullptr);
+std::unique_ptr<RankPolicy> make_random_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, uint64_t seed,
+                                               std::shared_ptr<const LatencyTable> latency = nullptr);
 
 /// The learned policy: as dp, but pair by pair, and every calibrated damage times the agent's factor for what it sees of this text (agent.h). It meets
 /// the budget on average over texts like those it was trained on, not exactly on each.

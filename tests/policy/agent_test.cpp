@@ -42,7 +42,7 @@ Traces traces(const Calibration& c, int64_t sequences, bool informative) {
   at::manual_seed(11);
   t.state = at::randn(t.state.sizes());
   const auto sign = informative ? t.state.select(4, 1).sign() : at::randn(t.state.select(4, 1).sizes()).sign();
-  const Choices choices(c, tree, 3, {16, 32, 48, 64}, 2);
+  const Choices choices(c, tree, {16, 32, 48, 64}, operation_prices(tree, c.groups(), 3, c.head_dim(), 2));
   for (int64_t pair = 0; pair < tree.num_pairs(); ++pair) {
     auto damage = choices.damage(c, 0, 0, 0, pair);  // the same everywhere in this calibration
     damage.pop_back();
