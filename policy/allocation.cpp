@@ -143,8 +143,9 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
   const auto choose = [&](double price) { return choose_least([&](const Option& o) { return o.damage + price * o.cost; }); };
   const double least = choose_least([](const Option& o) { return o.cost; });
   check(ErrorKind::kUsage, least <= allowed, "rank budget ", budget, " cannot be met at ", tree.sequence_length(), " tokens: blocks of ",
-        tree.geometry().near_block, ", sinks, Grams and the smallest rank ", ranks.front(), " everywhere take ", (fixed + least) / exact,
-        " of exact attention");
+        tree.geometry().near_block, ", sinks, Grams and ",
+        latency != nullptr ? std::string("the fastest ranks") : c10::str("the smallest rank ", ranks.front()), " everywhere take ", (fixed + least) / exact,
+        " of exact attention", latency != nullptr ? "'s time" : "");
   double price = 0;
   double left = allowed - least;
   if (how == Spending::kBest) {

@@ -116,16 +116,53 @@ TEST_F(TrainProgram, TwoProcessesPrintOnce) {
   EXPECT_EQ(count(run.output, "step 3/6"), 1U) << run.output;
 }
 
-TEST_F(TrainProgram, TheRankPolicyLearnsOnTheWay) {
+// Options of a model of several far pairs and its calibration, in a folder.
+std::string calibrated_model(const TemporaryDirectory& folder, const std::filesystem::path& text) {
   const std::string longer = std::regex_replace(kConfig, std::regex("\"max_position_embeddings\": 64"), "\"max_position_embeddings\": 512");
   CausalLM model(ModelConfig::parse(longer, "tiny"), Group(), make_full_attention());
   model.initialize(5);
-  model.save(own_ / "model");
+  model.save(folder / "model");
+  const std::string common = " --model=" + (folder / "model").string() + " --data=" + text.string() + " --seq_len=257 --near_block=32 --sink_tokens=1 --threads=1 ";
+  const Ended calibrated = shell(std::string(DRRL_BINARY_DIR) + "/bin/drrl-policy calibrate --calibration_tokens=514 --policy=" +
+                                 (folder / "ranks.safetensors").string() + common);
+  EXPECT_EQ(calibrated.code, 0) << calibrated.output;
+  return common;
+}
+
+TEST_F(TrainProgram, TheBudgetMayBeOfMeasuredTime) {
+  const std::string common = calibrated_model(own_, *shared_ / "text") + "--basis_updates=1 ";
+  const std::string bin = std::string(DRRL_BINARY_DIR) + "/bin/", file = (own_ / "latency.json").string();
+  const Ended measured = shell(bin + "drrl-bench latency --row_gates --latency=" + file + common + "--policy=" + (own_ / "ranks.safetensors").string());
+  ASSERT_EQ(measured.code, 0) << measured.output;
+  for (const char* text : {"one KV group at L = 257", "fitted to", "mixed", "wrote " }) {
+    EXPECT_NE(measured.output.find(text), std::string::npos) << "lacks: " << text << "\n" << measured.output;
+  }
+  auto table = nlohmann::json::parse(read_bytes(file));
+  EXPECT_GT(table["exact"]["pair"].get<double>() + table["exact"]["row"].get<double>() + table["exact"]["area"].get<double>(), 0.0);
+  EXPECT_EQ(table["seq_len"], 257);
+  EXPECT_FALSE(table["gated"].is_null());
+
+  // So small a model gains no time by low rank: let exact attention be slow.
+  table["exact"]["pair"] = 1e3;
+  write_bytes(file, table.dump());
+  const std::string dp = bin + "drrl-eval --attention=lowrank --rank_policy=dp --rank_budget=0.9 --latency=" + file + " --policy=" +
+                         (own_ / "ranks.safetensors").string() + common;
+  const Ended run = shell(dp + "--json=" + (own_ / "eval.json").string());
+  ASSERT_EQ(run.code, 0) << run.output;
+  const auto json = nlohmann::json::parse(read_bytes(own_ / "eval.json"));
+  EXPECT_GT(json["latency_fraction"].get<double>(), 0.0);
+  EXPECT_LE(json["latency_fraction"].get<double>(), 0.9);
+  EXPECT_NE(json["attention"].get<std::string>().find("budget 0.9 of the forward ms of "), std::string::npos) << json["attention"];
+  expect_failure(dp + "--near_block=16", ExitCode::kUsage, {"latency.json", "\"near_block\" is 32, expected 16"});
+  expect_failure(dp + "--rank_policy=fixed --rank=4", ExitCode::kUsage, {"--latency needs", "fixed"});
+  expect_failure(bin + "drrl-bench latency --latency=x --seq_len=127" + std::string(" --near_block=32 --head_dims=16"), ExitCode::kUsage, {"--seq_len=127", "--near_block=32"});
+  expect_failure(bin + "drrl-bench latency --latency=x --head_dims=16,32", ExitCode::kUsage, {"--head_dims=16,32", "one shape"});
+  expect_failure(bin + "drrl-bench latency", ExitCode::kUsage, {"--latency is required"});
+}
+
+TEST_F(TrainProgram, TheRankPolicyLearnsOnTheWay) {
+  const std::string common = calibrated_model(own_, *shared_ / "text");
   const std::string bin = std::string(DRRL_BINARY_DIR) + "/bin/", policy = (own_ / "ranks.safetensors").string();
-  const std::string common = " --model=" + (own_ / "model").string() + " --data=" + (*shared_ / "text").string() +
-                             " --seq_len=257 --near_block=32 --sink_tokens=1 --threads=1 ";
-  const Ended calibrated = shell(bin + "drrl-policy calibrate --calibration_tokens=514 --policy=" + policy + common);
-  ASSERT_EQ(calibrated.code, 0) << calibrated.output;
   const std::string ranks = common + "--attention=lowrank --rank_policy=dp --rank_budget=0.9 --basis_updates=1 ";
   const Ended run = shell(mpirun(3) + bin + "drrl-train --tp=3 --steps=4 --global_batch=4 --valid_fraction=0 --policy_update_every=1 --policy_sample_rows=8 " + output() +
                           "--policy=" + policy + ranks);

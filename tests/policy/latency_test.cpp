@@ -175,7 +175,7 @@ TEST(Latency, ARankThatSavesNoTimeIsNotChosen) {
   for (const FarKind kind : {FarKind::kScores, FarKind::kValues}) {
     EXPECT_TRUE(ranks_in(allocated(0.5, tree, nullptr).table, kind).contains(16));
   }
-  for (const double budget : {0.5, 0.6, 0.8}) {
+  for (const double budget : {0.65, 0.75, 0.9}) {
     for (const Spending how : {Spending::kBest, Spending::kGreedy}) {
       const Allocation by_ms = allocated(budget, tree, &t, how);
       EXPECT_LE(by_ms.spent, budget + 1e-9);
@@ -192,6 +192,7 @@ TEST(Latency, ARankThatSavesNoTimeIsNotChosen) {
       (*curves)[i].setup = 1e3;
     }
   }
+  t.exact.area *= 4;
   EXPECT_EQ(ranks_in(allocated(0.999, BlockTree(600, kGeometry), &t).table, FarKind::kScores), (std::set<int64_t>{64}));
 }
 
