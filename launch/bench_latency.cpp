@@ -6,6 +6,7 @@
 #include "launch/bench_flags.h"
 #include "launch/console.h"
 #include "launch/flags.h"
+#include "launch/options.h"
 #include "launch/policy_flags.h"
 #include "launch/program.h"
 #include "models/config.h"
