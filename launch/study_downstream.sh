@@ -5,8 +5,8 @@
 #   launch/study_downstream.sh [--limit N] [-- --device=cuda ...]     arguments are study_downstream.py's; results under out/downstream
 #
 # Sets, in DRRL_CACHE/downstream: the last words of 1000 sentences after 2048 tokens of held-out books of the Bible, and of the Jargon File; pass keys in 2048, 4096
-# and 8192 tokens of the Jargon File, 300 of each. DRRL_DOWNSTREAM_SETS chooses among them, e.g. "passkey-2048 lastword-kjv-2048", of any length. On two
-# CPU cores all of it takes a day or more: take --limit. See launch/environment.sh for the variables that it listens to.
+# and 8192 tokens of the Jargon File, 300 of each. DRRL_DOWNSTREAM_SETS chooses among them, e.g. "passkey-2048 lastword-kjv-2048", of any length (2048 or more for dp at 0.585). On
+# CPUs take --limit. See launch/environment.sh for the variables that it listens to.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
