@@ -3,6 +3,7 @@
 
     downstream_sets.py lastword --model DIR --input FILE... --out FILE.jsonl [--length 2048] [--near 256] [--count 500] [--seed 1]
     downstream_sets.py passkey  --model DIR --input FILE... --out FILE.jsonl [--length 2048] [--count 200] [--seed 1]
+    downstream_sets.py sentiment --model DIR --input FILE.tsv --out FILE.jsonl [--length 2048] [--count 1000] [--seed 1]
 
 lastword, after LAMBADA: `length` tokens of one document, cut before a word of four letters or more that stands at the end of a sentence or clause (before
 one of . , ; : ! ?). The word occurs in the context, but not among its last `near` tokens, which low-rank attention sees exactly: whoever remembers it
@@ -11,8 +12,12 @@ has looked far back. Words whose tokens do not begin and end with them are left 
 passkey: "The pass key is 48213. Remember it." in a haystack of `length` tokens of text, at depths of 0.1, 0.2, .. 0.9 in turn, and the question at the end;
 the target is the five digits. Haystacks begin at random tokens of the documents, put one after the other.
 
+sentiment: is a sentence about a film negative or positive? Labelled sentences, as many as `length` tokens hold (the first is cut), then one without its label, and both labels
+as targets. Sentences whose mean rating is within 1 of neutral are left out, half of the questions are of each label, and no question is among the labelled
+sentences of another. The input is of `prepare.py corpus --name reviews`.
+
 Examples come in random order, so that the first N are a sample too; `seed` decides all that is random, and the same inputs give the same file.
-Beside what drrl-eval reads, each line holds "word" and "distance" to its last occurrence [tokens], or "key" and "depth". Exit status: 0 written, 2 wrong
+Beside what drrl-eval reads, each line holds "word" and "distance" to its last occurrence [tokens], "key" and "depth", or "sentence". Exit status: 0 written, 2 wrong
 usage, 3 wrong or missing input.
 """
 
@@ -32,6 +37,8 @@ DEPTHS = [round(0.1 * i, 1) for i in range(1, 10)]
 OPENING = "There is a pass key hidden in the following text. Find it and remember it.\n\n"
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is "
+REVIEW = "Review: {sentence}\nSentiment:"
+LABELS = (" negative", " positive")
 
 
 def load_tokenizer(model):
@@ -112,6 +119,52 @@ def command_passkey(options):
     return examples
 
 
+def read_ratings(paths):
+    """[negative, positive] sentences of lines of number, rating and sentence."""
+    by_label = [[], []]
+    for path in paths:
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                _, rating, sentence = line.split("\t")
+                rating = float(rating)
+            except ValueError as error:
+                raise BadInput(f"{path}, line {number}: {line[:80]!r}, expected number, rating and sentence, tabs between") from error
+            if abs(rating) >= 1:
+                by_label[rating > 0].append(sentence.strip())
+    return by_label
+
+
+def command_sentiment(options):
+    tokenizer = load_tokenizer(options.model)
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    draw = random.Random(options.seed)
+    by_label = read_ratings(options.input)
+    for sentences in by_label:
+        draw.shuffle(sentences)
+    half = min(map(len, by_label)) // 2  # of each label: to ask about; as many to show
+    shots = [encode(REVIEW.format(sentence=s) + LABELS[label] + "\n") for label in (0, 1) for s in by_label[label][half:2 * half]]
+    examples = []
+    for number in range(min(options.count, 2 * half)):
+        label = number % 2
+        sentence = by_label[label][number // 2]
+        context = encode(REVIEW.format(sentence=sentence))
+        answered = [encode(REVIEW.format(sentence=sentence) + word) for word in LABELS]
+        if any(tokens[:len(context)] != context for tokens in answered):
+            raise BadInput(f"{options.model}: the tokenizer joins the label with what stands before it in {sentence!r}")
+        targets = [tokens[len(context):] for tokens in answered]
+        for shot in draw.sample(shots, len(shots)):
+            if len(context) >= options.length:
+                break
+            context = shot + context
+        if len(context) < options.length:
+            raise BadInput(f"--length {options.length}: the {len(shots)} sentences to show and the question are {len(context)} tokens")
+        examples.append({"id": f"{options.length}-{number}", "context": context[-options.length:], "targets": targets, "answer": label, "sentence": sentence})
+    if not examples:
+        raise BadInput(f"{', '.join(map(str, options.input))}: {len(by_label[0])} negative and {len(by_label[1])} positive sentences, expected 2 of each or more")
+    draw.shuffle(examples)
+    return examples
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -120,9 +173,11 @@ def main():
     lastword.set_defaults(make=command_lastword, count=500)
     passkey = commands.add_parser("passkey", help="a number hidden in a long text")
     passkey.set_defaults(make=command_passkey, count=200)
-    for command in (lastword, passkey):
+    sentiment = commands.add_parser("sentiment", help="sentences to classify after many that are labelled")
+    sentiment.set_defaults(make=command_sentiment, count=1000)
+    for command in (lastword, passkey, sentiment):
         command.add_argument("--model", required=True, help="Hugging Face directory with tokenizer.json")
-        command.add_argument("--input", required=True, nargs="+", help=".txt or .jsonl, as prepare.py text takes them; text that no training has seen")
+        command.add_argument("--input", required=True, nargs="+", help="text that no training has seen: .txt or .jsonl, as prepare.py text takes them; of sentiment: .tsv")
         command.add_argument("--out", required=True, type=Path, help="file to write")
         command.add_argument("--length", type=int, default=2048, help="of the context (default 2048) [tokens]")
         command.add_argument("--count", type=int, default=command.get_default("count"), help="of examples, at most (default %(default)s)")

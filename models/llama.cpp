@@ -248,7 +248,8 @@ at::Tensor CausalLM::logits(const at::Tensor& tokens, int64_t last) {
   const int64_t count = last == 0 ? rows.size(0) : last;
   check(ErrorKind::kUsage, count >= 1 && count <= rows.size(0), "logits of the last ", last, " rows of ", rows.size(0));
   const at::Tensor x = forward(checked.index_select(1, rows), rows).view({tokens.size(0), -1, config_.hidden_size});
-  return head(x.narrow(1, x.size(1) - count, count).reshape({-1, config_.hidden_size})).view({tokens.size(0), count, config_.vocab_size});
+  const at::Tensor chosen = x.narrow(1, x.size(1) - count, count).reshape({-1, config_.hidden_size});
+  return head(last == 0 ? chosen : chosen.to(value(head_).scalar_type())).view({tokens.size(0), count, config_.vocab_size});
 }
 
 at::Tensor CausalLM::head(const at::Tensor& x) const {

@@ -72,6 +72,42 @@ TEST_F(ExamplesTest, LogitsOfTheLastRows) {
   expect_error(ErrorKind::kUsage, {"41", "40"}, [&] { m.logits(tokens, 41); });
 }
 
+TEST_F(ExamplesTest, UnderBf16TheHeadOfTheLastRowsIsInFp32) {
+  CausalLM m(config_, tp_, make_full_attention(), {.dtype = at::kBFloat16});
+  set_weights(m, random_weights(config_, 1), tp_);
+  const at::Tensor tokens = random_text(config_, 1, 40).tokens;
+  const at::Tensor all = m.logits(tokens), last = m.logits(tokens, 40);
+  const auto rounded = [](const at::Tensor& x) { return x.to(at::kBFloat16).to(at::kFloat); };
+  EXPECT_TRUE(all.equal(rounded(all)));
+  EXPECT_FALSE(last.equal(rounded(last)));
+  EXPECT_LE((last - all).abs().max().item<double>(), 0.01 * all.abs().max().item<double>());
+}
+
+TEST_F(ExamplesTest, TargetsOfOneTokenShareAPass) {
+  const auto controller = std::make_shared<LowRankController>(make_fixed_policy(6, 16), Geometry{8, 2});
+  CausalLM m = model(controller);
+  const at::Tensor context = random_text(config_, 1, 40).tokens[0];
+  const auto token = [](int64_t id) { return at::full({1}, id, at::kLong); };
+  const auto passes = [&](std::vector<at::Tensor> targets) {
+    controller->take_statistics();
+    const ExampleScore scored = score(m, {.id = "0", .context = context, .targets = targets});
+    const int64_t calls = controller->take_statistics().calls;
+    for (size_t i = 0; i < targets.size(); ++i) {
+      EXPECT_EQ(scored.logprobs[i], score(m, {.id = "1", .context = context, .targets = {targets[i]}}).logprobs[0]);
+    }
+    return calls / config_.num_hidden_layers;
+  };
+  EXPECT_EQ(passes({token(1), token(2), token(3)}), 1);
+  EXPECT_EQ(passes({at::tensor({1, 2}, at::kLong), at::tensor({1, 3}, at::kLong), at::tensor({2, 3}, at::kLong)}), 2);
+  EXPECT_EQ(passes({token(1), at::tensor({1, 2}, at::kLong)}), 2);
+}
+
+TEST_F(ExamplesTest, WhatTheModelRefusesNamesTheExample) {
+  CausalLM m = model(make_full_attention());
+  expect_error(ErrorKind::kData, {"example 'seven'", "4 tokens", std::to_string(config_.vocab_size)},
+               [&] { score(m, {.id = "seven", .context = at::full({4}, config_.vocab_size, at::kLong), .targets = {at::zeros({1}, at::kLong)}}); });
+}
+
 TEST_F(ExamplesTest, FilesAreRead) {
   const TemporaryDirectory folder;
   write_bytes(folder / "a.jsonl", "{\"id\": \"a\", \"context\": [1, 2, 3], \"targets\": [[4], [5, 6]], \"answer\": 1, \"depth\": 0.5}\n\n"

@@ -99,6 +99,44 @@ class SetsTest(Folder):
             before, after = (len(self.tokenizer.encode(text).ids) for text in (context[opening:needle], context[needle + 59:context.rindex("\n\nWhat")]))
             self.assertAlmostEqual(before / (before + after), example["depth"], delta=0.01)
 
+    def test_sentences_to_classify_follow_labelled_ones(self):
+        ratings = {}
+        for i in range(40):
+            rating = (-3, -1.5, 0.9, 1.5, 3)[i % 5]  # a fifth is close to neutral
+            ratings[f"Film number {i:02d} {'is é good' if rating > 0 else 'bores'}."] = rating
+        self.input = self.folder / "reviews.tsv"
+        self.input.write_text("".join(f"{i}\t{rating}\t{sentence}\n" for i, (sentence, rating) in enumerate(ratings.items())))
+        examples = self.make("sentiment", "a.jsonl", "--length", 300, "--count", 100)
+        self.assertEqual((len(examples), sum(e["answer"] for e in examples)), (16, 8))
+        asked, shown = set(), set()
+        for example in examples:
+            self.assertEqual(len(example["context"]), 300)
+            self.assertEqual([self.tokenizer.decode(t) for t in example["targets"]], [" negative", " positive"])
+            context = self.tokenizer.decode(example["context"])
+            self.assertTrue(context.endswith(f"\nReview: {example['sentence']}\nSentiment:"))
+            self.assertEqual(ratings[example["sentence"]] > 0, example["answer"] == 1)
+            asked.add(example["sentence"])
+            for shot in context.split("Review: ")[1:-1]:
+                sentence, label = shot.rstrip("\n").split("\nSentiment: ")
+                self.assertEqual(label, "positive" if ratings[sentence] > 0 else "negative")
+                shown.add(sentence)
+        self.assertGreater(len(shown), 8)
+        self.assertFalse(asked & shown)
+        self.assertGreaterEqual(min(abs(ratings[sentence]) for sentence in asked | shown), 1)
+        self.assertEqual(self.make("sentiment", "b.jsonl", "--length", 300, "--count", 100), examples)
+
+        def refused(*words):
+            result = sets("sentiment", "--model", self.folder / "model", "--input", self.input, "--out", self.folder / "none.jsonl", "--length", 3000)
+            self.assertEqual(result.returncode, 3, result.stdout)
+            for word in words:
+                self.assertIn(word, result.stderr)
+
+        refused("--length 3000", "16 sentences")
+        self.input.write_text("1\t2.0\tGood.\n2\tgood\tGood.\n")
+        refused("reviews.tsv, line 2", "2\\tgood")
+        self.input.write_text("1\t2.0\tGood.\n")
+        refused("0 negative and 1 positive")
+
     def test_refusals(self):
         for task, arguments, words in (("lastword", ("--length", 100000), ("100000", "text.txt")), ("passkey", ("--length", 50), ("--length 50",)),
                                        ("passkey", ("--length", 100000), ("--length 100000",))):

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """launch/prepare.py: token files byte for byte, splits, idempotence, what it refuses, and the way of a GGUF to a Hugging Face model."""
 
+import io
 import json
 import os
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import unittest
+import unittest.mock
 from pathlib import Path
 
 import numpy
@@ -35,6 +38,26 @@ def byte_tokenizer(directory, vocab_size=300):
     (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
     (directory / "config.json").write_text(json.dumps({"vocab_size": vocab_size}))
     return tokenizer
+
+
+class ReviewsTest(unittest.TestCase):
+    def documents(self, text):
+        with tempfile.TemporaryDirectory() as folder:
+            inner, outer = Path(folder) / "inner.tar.gz", Path(folder) / "package-1.tar.gz"
+            for path, name, content in ((inner, "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt", lambda: text.encode()),
+                                        (outer, "package-1/additional_resources/hutto_ICWSM_2014.tar.gz", inner.read_bytes)):
+                with tarfile.open(path, "w:gz") as archive:
+                    member, data = tarfile.TarInfo(name), content()
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+            with unittest.mock.patch("prepare.fetch_package", lambda *_: outer):
+                return prepare.review_documents()
+
+    def test_sentences_of_the_archive_in_the_archive(self):
+        text = "".join(f"{i}\t-1.5\tcliché {i}\r\n" for i in range(10605))
+        self.assertEqual(self.documents(text), [("reviews.tsv", text.replace("\r", ""))])
+        with self.assertRaisesRegex(prepare.BadInput, "10604 sentences, not 10605"):
+            self.documents(text[:text.index("10604\t")])
 
 
 class RandomModelTest(unittest.TestCase):
