@@ -54,6 +54,10 @@ def main():
         timed = ["--compare_full"] if arguments.time else []
         return evaluate(arguments, ["--attention=lowrank", f"--rank_policy={policy}", "--policy", arguments.policy, *flags, *timed, *arguments.flag])
 
+    def save(comparisons):
+        if arguments.json:
+            arguments.json.write_text(json.dumps({"exact": full, "rows": rows, "comparisons": comparisons}, indent=1) + "\n")
+
     def report(name, value, result):
         mean, low, high = study.interval(numpy.array(result["sequence_nll"]) - exact)
         percent = [100 * (numpy.exp(x) - 1) for x in (mean, low, high)]
@@ -62,6 +66,7 @@ def main():
                      "sequence_nll": result["sequence_nll"], "attention": result["attention"], "options": result["options"]})
         print(f"{name + ' ' + str(value):14} {result['attention_flops_fraction']:10.4f} {f'{time:6.3f}' if time else '':>6} {percent[0]:+10.2f} %  "
               f"{percent[1]:+.2f} .. {percent[2]:+.2f} %", flush=True)
+        save([])
 
     for rank in arguments.ranks:
         report("fixed", rank, run("fixed", f"--rank={rank}"))
@@ -98,8 +103,7 @@ def main():
             saved = -mean / (dp - exact).mean()
             comparisons.append({"policy": row["policy"], "value": row["value"], "unit": unit, "cost": row[unit], "saved": saved, "nats": [mean, low, high]})
             print(f"{row['policy'] + ' ' + str(row['value']):14} {unit:10} {row[unit]:.3f} {100 * saved:+6.1f} %  {1e3 * mean:+.3f} ({1e3 * low:+.3f} .. {1e3 * high:+.3f})")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"exact": full, "rows": rows, "comparisons": comparisons}, indent=1) + "\n")
+    save(comparisons)
 
 
 if __name__ == "__main__":
