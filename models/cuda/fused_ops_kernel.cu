@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "models/cpu_loops.h"
+
 namespace drrl::cuda {
 namespace {
 
@@ -13,16 +15,7 @@ constexpr int kRowThreads = 1024;  // for rows as long as a vocabulary
 constexpr int64_t kMostStripes = 1024;
 constexpr int64_t kSharedBytes = 40 * 1024;  // of the 48 KiB that every device gives without being asked
 
-template <typename T>
-struct Accumulate {
-  using type = float;
-};
-template <>
-struct Accumulate<double> {
-  using type = double;
-};
-template <typename T>
-using Acc = typename Accumulate<T>::type;
+using loops::Acc;  // what a dtype is computed in
 
 __device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ float widen(float x) { return x; }
