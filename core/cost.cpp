@@ -38,6 +38,8 @@ double stale_loss_flops(int64_t d) {
   return cube * (3 * 2 + 1.0 / 3 + 1);
 }
 
+double output_gram_flops(int64_t hidden, int64_t heads, int64_t d) { return 2.0 * static_cast<double>(hidden * heads * d * d); }
+
 double residual_factor_flops(int64_t d, int64_t rank) {
   const double n = static_cast<double>(d), r = static_cast<double>(rank), m = static_cast<double>(std::min(kResidualColumns, d));
   return 2 * (8 * n * r * m + 2 * n * n * m) + 3 * n * m * m + m * m * m / 3;

@@ -55,6 +55,9 @@ double basis_update_flops(int64_t d, int64_t rank, int64_t steps);
 /// Operations of stale_loss: three products 2 d^3, Cholesky d^3/3, a triangular solve d^3.
 double stale_loss_flops(int64_t d);
 
+/// Operations of output_gram for a w_o [hidden, heads d]: 2 d for each of its elements.
+double output_gram_flops(int64_t hidden, int64_t heads, int64_t d);
+
 /// Operations of residual_factor: C applied twice to m columns (8 d r m + 2 d^2 m each), a product, a Cholesky factorization and a triangular solve.
 double residual_factor_flops(int64_t d, int64_t rank);
 

@@ -22,8 +22,6 @@ Problem problem_of(FarKind kind, const PairGrams& grams, const at::Tensor& w_o) 
   return {grams.values.flatten(0, 2), output.expand_as(grams.values).flatten(0, 2)};
 }
 
-double output_gram_flops(const at::Tensor& w_o, int64_t d) { return 2.0 * static_cast<double>(w_o.numel() * d); }
-
 // The items whose rank of this kind is below d, by rank.
 std::map<int64_t, std::vector<int64_t>> items_by_rank(const std::vector<Ranks>& ranks, FarKind kind, int64_t d) {
   std::map<int64_t, std::vector<int64_t>> items;
@@ -57,7 +55,7 @@ FarBases solve_far_bases(const PairGrams& grams, const at::Tensor& w_o, bool sco
   }
   if (values) {
     solve(FarKind::kValues, bases.values);
-    bases.flops += output_gram_flops(w_o, d);
+    bases.flops += output_gram_flops(w_o.size(0), w_o.size(1) / d, d);
   }
   bases.flops += static_cast<double>(bases.solves) * basis_solve_flops(d);
   return bases;
@@ -72,7 +70,7 @@ FarBases update_far_bases(const PairGrams& grams, const at::Tensor& w_o, const s
     if (items_of.empty()) {
       continue;
     }
-    bases.flops += kind == FarKind::kValues ? output_gram_flops(w_o, d) : 0;
+    bases.flops += kind == FarKind::kValues ? output_gram_flops(w_o.size(0), w_o.size(1) / d, d) : 0;
     const Problem p = problem_of(kind, grams, w_o);
     const auto from = start.select(1, static_cast<int64_t>(kind));
     const int64_t columns = items_of.rbegin()->first;

@@ -6,7 +6,7 @@ Prices operation_prices(const BlockTree& tree, int64_t groups, int64_t heads_per
   const int64_t heads = groups * heads_per_group;
   Prices prices;
   prices.exact = exact_attention_flops(1, heads, tree.sequence_length(), head_dim, /*with_backward=*/false);
-  prices.fixed = exact_part_flops(tree, 1, heads, groups, head_dim, /*with_backward=*/false).total();
+  prices.fixed = exact_part_flops(tree, 1, heads, groups, head_dim, /*with_backward=*/false).total() + output_gram_flops(heads * head_dim, heads, head_dim);
   prices.pair = [=](const PairRun& run, FarKind kind, int64_t rank) {
     const double form = kind == FarKind::kScores ? residual_factor_flops(head_dim, rank) : 0;
     const double basis = rank == head_dim ? 0 : form + (update_steps >= 0 ? basis_update_flops(head_dim, rank, update_steps) : basis_solve_flops(head_dim));

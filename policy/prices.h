@@ -12,14 +12,14 @@ namespace drrl {
 /// unit so small that a whole one does not matter.
 struct Prices {
   double exact = 0;  ///< exact attention, all KV groups
-  double fixed = 0;  ///< what no rank changes, all KV groups: exact blocks, sinks, block Grams
+  double fixed = 0;  ///< what no rank changes, all KV groups: exact blocks, sinks, Grams of blocks and of W_O
   /// One pair of a run, of one KV group, at a rank of its scores or values, with all that depends on it: its product, projections, basis.
   std::function<double(const PairRun& run, FarKind kind, int64_t rank)> pair;
   std::function<double(const PairRun& run)> gated;      ///< a gate on such a pair, before it opens for any row
   std::function<double(const PairRun& run)> open_rows;  ///< all query rows of such a pair open
 };
 
-/// Operations as core/cost.h counts them, forward, bases updated in `update_steps` steps or solved.
+/// Operations as core/cost.h counts them, forward, bases updated in `update_steps` steps or solved; W_O is taken to be square.
 Prices operation_prices(const BlockTree& tree, int64_t groups, int64_t heads_per_group, int64_t head_dim, int64_t update_steps);
 
 }  // namespace drrl

@@ -83,6 +83,7 @@ double operations_of(const RankTable& table, const BlockTree& tree, int64_t head
   double sum = 0;
   for (int64_t layer = 0; layer < table.layers(); ++layer) {
     AttentionFlops flops = exact_part_flops(tree, 1, heads, table.groups(), d, false);
+    flops.solves += output_gram_flops(heads * d, heads, d);
     for (int64_t group = 0; group < table.groups(); ++group) {
       for (const PairRun& run : tree.runs()) {
         const Ranks r = table.at(layer, group, run.level);
