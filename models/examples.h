@@ -12,9 +12,9 @@ namespace drrl {
 /// A question to a language model: which of `targets` follows `context`? With one target: does the model say it by itself?
 struct Example {
   std::string id;
-  at::Tensor context;                     ///< [C] int64, C >= 1
-  std::vector<at::Tensor> targets = {};   ///< one or more, [T_i] int64, T_i >= 1
-  int64_t answer = 0;                ///< index of the right target
+  at::Tensor context;                    ///< [C] int64, C >= 1
+  std::vector<at::Tensor> targets = {};  ///< one or more, [T_i] int64, T_i >= 1
+  int64_t answer = 0;                    ///< index of the right target
 };
 
 /// A JSON object a line, {"id": str, "context": [ids], "targets": [[ids], ...], "answer": index}; other keys are left alone. Empty lines do not count.
@@ -29,8 +29,8 @@ struct ExampleScore {
   bool right = false;
 };
 
-/// One pass over context and target for each target, or one for neighbours that differ in their last tokens only; logits exist for the target's tokens only. Collective over the model's tensor-parallel ranks;
-/// not for a split sequence (context parallelism). Errors: the model's, with the example's id and length before them; Error(kNumerics) for a
+/// One pass over context and target for each target, or one for neighbours that differ in their last tokens only; logits exist for the target's tokens
+/// only. Collective over the model's tensor-parallel ranks; not for a split sequence (context parallelism). Errors: the model's, with the example's id and length before them; Error(kNumerics) for a
 /// log-probability that is not finite.
 ExampleScore score(CausalLM& model, const Example& example);
 
