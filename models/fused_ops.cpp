@@ -173,7 +173,7 @@ at::Tensor rope_split_backward(const at::Tensor& dq, const at::Tensor& dk, const
                                const at::Tensor& sin, Implementation how) {
   if constexpr (kWithCuda) {
     if (how == Implementation::kKernels) {
-      return cuda::rope_split_backward(dq, dk, dv, cos, sin);
+      return cuda::rope_split_backward(unit_inner_stride(dq), unit_inner_stride(dk), unit_inner_stride(dv), cos, sin);
     }
   }
   const int64_t batch = dq.size(0);

@@ -1,7 +1,6 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "core/cuda/rows_kernel.h"
+
+#include "core/cuda/numbers.h"
 
 namespace drrl::cuda {
 namespace {
@@ -45,23 +44,6 @@ struct Word {
   static constexpr int kCount = 16 / sizeof(T);
   T numbers[kCount];
 };
-
-template <typename T>
-__device__ float widen(T x) {
-  return static_cast<float>(x);
-}
-template <typename T>
-__device__ T narrow(float x) {
-  return static_cast<T>(x);
-}
-template <>
-__device__ __nv_bfloat16 narrow(float x) {
-  return __float2bfloat16(x);
-}
-template <>
-__device__ __half narrow(float x) {
-  return __float2half(x);
-}
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) add_kernel(Pieces p, const uint4* __restrict__ rows, const float* __restrict__ weights, int64_t row_length,

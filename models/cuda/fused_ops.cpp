@@ -31,8 +31,6 @@ void run(const at::Tensor& x, Launch&& launch) {
 
 OpHeads heads_of(const at::Tensor& x) { return {const_cast<void*>(x.const_data_ptr()), x.size(1), x.stride(0), x.stride(1), x.stride(2)}; }
 
-at::Tensor unit_inner_stride(const at::Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous(); }
-
 }  // namespace
 
 raw::NormResult rms_norm_forward(const at::Tensor& x, const at::Tensor& weight, double eps) {
@@ -46,7 +44,7 @@ raw::NormResult rms_norm_forward(const at::Tensor& x, const at::Tensor& weight, 
 bool rms_norm_backward_fits(const at::Tensor& x) { return x.size(1) <= longest_norm_row(element_of(x)); }
 
 raw::NormGradients rms_norm_backward(const at::Tensor& dy, const at::Tensor& dh, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& rstd) {
-  at::Tensor dx = at::empty_like(x), partial = at::zeros({norm_stripes(x.size(0)), x.size(1)}, wide_options(x));
+  at::Tensor dx = at::empty_like(x), partial = at::empty({norm_stripes(x.size(0)), x.size(1)}, wide_options(x));
   run(x, [&](cudaStream_t stream) {
     return launch_rms_norm_backward(element_of(x), dy.const_data_ptr(), dh.defined() ? dh.const_data_ptr() : nullptr, x.const_data_ptr(), weight.const_data_ptr(),
                                     rstd.const_data_ptr(), dx.data_ptr(), partial.data_ptr(), x.size(0), x.size(1), stream);
@@ -69,10 +67,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_split_forward(const at::Tens
 at::Tensor rope_split_backward(const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv, const at::Tensor& cos, const at::Tensor& sin) {
   const int64_t tokens = dq.size(0) * dq.size(2), d = dq.size(3);
   at::Tensor d_qkv = at::empty({tokens, (dq.size(1) + dk.size(1) + dv.size(1)) * d}, dq.options());
-  const at::Tensor q = unit_inner_stride(dq), k = unit_inner_stride(dk), v = unit_inner_stride(dv);
   run(d_qkv, [&](cudaStream_t stream) {
-    return launch_rope_split(element_of(dq), /*backward=*/true, d_qkv.data_ptr(), cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), heads_of(q), heads_of(k),
-                             heads_of(v), tokens, dq.size(2), d, stream);
+    return launch_rope_split(element_of(dq), /*backward=*/true, d_qkv.data_ptr(), cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), heads_of(dq), heads_of(dk),
+                             heads_of(dv), tokens, dq.size(2), d, stream);
   });
   return d_qkv;
 }

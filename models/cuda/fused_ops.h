@@ -12,6 +12,7 @@ bool rms_norm_backward_fits(const at::Tensor& x);
 raw::NormGradients rms_norm_backward(const at::Tensor& dy, const at::Tensor& dh, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& rstd);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_split_forward(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin, int64_t batch,
                                                                   int64_t heads, int64_t groups);
+/// The last stride of the gradients is 1.
 at::Tensor rope_split_backward(const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv, const at::Tensor& cos, const at::Tensor& sin);
 at::Tensor swiglu_forward(const at::Tensor& gate_up);
 raw::SwigluGradients swiglu_backward(const at::Tensor& gate_up, const at::Tensor& dy);

@@ -1,10 +1,9 @@
 #include "models/cuda/fused_ops_kernel.h"
 
-#include <cuda_bf16.h>
-
 #include <algorithm>
 #include <initializer_list>
 
+#include "core/cuda/numbers.h"
 #include "models/cpu_loops.h"
 
 namespace drrl::cuda {
@@ -16,18 +15,6 @@ constexpr int64_t kMostStripes = 1024;
 constexpr int64_t kSharedBytes = 40 * 1024;  // of the 48 KiB that every device gives without being asked
 
 using loops::Acc;  // what a dtype is computed in
-
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float widen(float x) { return x; }
-__device__ double widen(double x) { return x; }
-template <typename T, typename A>
-__device__ T narrow(A x) {
-  return static_cast<T>(x);
-}
-template <>
-__device__ __nv_bfloat16 narrow<__nv_bfloat16, float>(float x) {
-  return __float2bfloat16(x);
-}
 
 // N neighbours that are moved at once.
 template <typename T, int N>
