@@ -5,15 +5,13 @@ with its statistics. Environment: DRRL_BIN."""
 import json
 import subprocess
 import sys
-import tempfile
 import unittest
-from pathlib import Path
 
 import numpy
 import torch
 
 from reference import load_model
-from test_parity import BIN, HERE, VOCABULARY, run, small_data, small_model
+from test_parity import BIN, HERE, VOCABULARY, Folder, SharedModel, run
 from test_prepare import byte_tokenizer
 
 LAUNCH = HERE.parents[1] / "launch"
@@ -35,13 +33,6 @@ def lines_of(path):
 def write_lines(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
-
-
-class Folder(unittest.TestCase):
-    def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
 
 
 class SetsTest(Folder):
@@ -150,14 +141,10 @@ class SetsTest(Folder):
         self.assertIn("tokenizer.json", result.stderr)
 
 
-class ProgramTest(unittest.TestCase):
+class ProgramTest(SharedModel):
     @classmethod
     def setUpClass(cls):
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        cls.folder = Path(folder.name)
-        cls.model = small_model(cls.folder / "model")
-        cls.data = small_data(cls.folder / "data")
+        super().setUpClass()
         model = load_model(cls.model).eval()
         rng = numpy.random.default_rng(4)
         examples, cls.expected = [], []
@@ -231,7 +218,7 @@ class ProgramTest(unittest.TestCase):
     def test_a_reduced_study(self):
         policy, result, out = self.folder / "ranks.safetensors", self.folder / "study.json", self.folder / "kept"
         run([BIN / "drrl-policy", "calibrate", "--model", self.model, "--data", self.data, "--policy", policy, "--seq_len=300", "--near_block=32",
-             "--calibration_tokens=600", "--row_gates"])
+             "--calibration_tokens=600"])
         table = run([sys.executable, LAUNCH / "study_downstream.py", "--model", self.model, "--policy", policy, "--build", BIN.parent, "--sets",
                      self.examples, "--limit", 7, "--budget", 0.9, "--ranks", 8, "--out", out, "--json", result, "--", "--near_block=32", "--threads=1"])
         rows = json.loads(result.read_text())["rows"]

@@ -5,14 +5,12 @@ Environment: DRRL_BIN, DRRL_TORCH_OPS (libdrrl_torch_ops.so)."""
 import json
 import os
 import sys
-import tempfile
 import unittest
-from pathlib import Path
 
 import numpy
 
 from reference import Windows, read_tokens
-from test_parity import BIN, HERE, run, small_data, small_model
+from test_parity import BIN, HERE, SharedModel, run
 
 LIBRARY = os.environ["DRRL_TORCH_OPS"]
 STEPS, BATCH, LENGTH, SEED = 6, 2, 400, 5
@@ -23,14 +21,10 @@ def torchrun(program, *arguments):
     return run(["env", "OMP_NUM_THREADS=1", sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program, *arguments])
 
 
-class EmbedTest(unittest.TestCase):
+class EmbedTest(SharedModel):
     @classmethod
     def setUpClass(cls):
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        cls.folder = Path(folder.name)
-        cls.model = small_model(cls.folder / "model")
-        cls.data = small_data(cls.folder / "data")
+        super().setUpClass()
         windows = Windows(read_tokens(cls.data), LENGTH, SEED)
         samples = [windows.sample(index) for index in range(STEPS * BATCH)]
         numpy.save(cls.folder / "tokens.npy", numpy.concatenate([numpy.concatenate([x, y[:, -1:]], 1) for x, y in samples]))

@@ -79,11 +79,30 @@ def small_data(prefix, tokens=4000):
     return prefix
 
 
-class SmallModelTest(unittest.TestCase):
+class Folder(unittest.TestCase):
+    """A folder for each test."""
+
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
+
+
+class SharedModel(unittest.TestCase):
+    """A folder with a small model and data for all tests of a class."""
+
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.folder = Path(folder.name)
+        cls.model = small_model(cls.folder / "model")
+        cls.data = small_data(cls.folder / "data")
+
+
+class SmallModelTest(Folder):
+    def setUp(self):
+        super().setUp()
         self.data = small_data(self.folder / "data")
 
     def assert_same_logits(self, model, length=100):

@@ -3,28 +3,23 @@
 
 import json
 import sys
-import tempfile
 import unittest
-from pathlib import Path
 
 import numpy
 
-from test_parity import BIN, HERE, run, small_data, small_model
+from test_parity import BIN, HERE, SharedModel, run
 
 LAUNCH = HERE.parents[1] / "launch"
 SHAPE = ["--near_block=32", "--sink_tokens=2"]
 
 
-class StudiesTest(unittest.TestCase):
+class StudiesTest(SharedModel):
     @classmethod
     def setUpClass(cls):
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        cls.folder = Path(folder.name)
-        cls.model = small_model(cls.folder / "model")
-        cls.data, cls.policy = small_data(cls.folder / "data"), cls.folder / "ranks.safetensors"
+        super().setUpClass()
+        cls.policy = cls.folder / "ranks.safetensors"
         run([BIN / "drrl-policy", "calibrate", "--model", cls.model, "--data", cls.data, "--policy", cls.policy, "--seq_len=300", "--calibration_tokens=600",
-             "--row_gates", *SHAPE])
+             *SHAPE])
 
     def study(self, name, *arguments):
         result = self.folder / f"{name}.json"
