@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Functions shared by quickstart.sh and tests/run.sh; source it after environment.sh.
+# Functions shared by quickstart.sh, studies and tests/run.sh; source it after environment.sh.
 
 # drrl_build TARGET...: configures build/$DRRL_PRESET (once, or when the Python or CMake's files changed) and builds the targets.
 drrl_build() {
@@ -29,4 +29,18 @@ drrl_prepare() {
   local status=$?
   exec {lock}>&-
   return $status
+}
+
+# drrl_on_two COMMAND...: on two processes, which share the cores.
+drrl_on_two() {
+  "${DRRL_MPIRUN[@]}" -np 2 -x OMP_NUM_THREADS=$(($(nproc) > 1 ? $(nproc) / 2 : 1)) "$@" </dev/null
+}
+
+# drrl_calibrate: measures what low ranks do to that model, after drrl_build drrl-policy and drrl_prepare. Sets DRRL_RANKS, a file that is reused.
+drrl_calibrate() {
+  export DRRL_RANKS=$DRRL_CACHE/ranks/SmolLM2-135M-Instruct.safetensors
+  grep -aqs drrl-calibration-3 "$DRRL_RANKS" && return 0  # else there is none, or one of an older version
+  mkdir -p "$(dirname "$DRRL_RANKS")"
+  drrl_on_two "$DRRL_ROOT/build/$DRRL_PRESET/bin/drrl-policy" calibrate --model "$DRRL_MODEL" --flagfile="$DRRL_ROOT/configs/quickstart.flags" \
+    --flagfile="$DRRL_ROOT/configs/quickstart-calibrate.flags" --data "$DRRL_DATA/kjv-train" --policy "$DRRL_RANKS"
 }

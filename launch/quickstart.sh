@@ -22,12 +22,13 @@ drrl_build drrl-train drrl-eval drrl-policy
 stage "model and text"
 drrl_prepare
 
+stage "how much low ranks hurt in each layer"
+drrl_calibrate
+
 out=out/quickstart
 bin=build/$DRRL_PRESET/bin
-mpirun=("${DRRL_MPIRUN[@]}" -np 2 -x OMP_NUM_THREADS=$(($(nproc) > 1 ? $(nproc) / 2 : 1)))
 common=(--model "$DRRL_MODEL" --flagfile=configs/quickstart.flags)
-ranks=$DRRL_CACHE/ranks/SmolLM2-135M-Instruct.safetensors
-lowrank=(--attention=lowrank --rank_policy=dp --policy "$ranks")
+lowrank=(--attention=lowrank --rank_policy=dp --policy "$DRRL_RANKS")
 rm -rf "$out"
 mkdir -p "$out"
 
@@ -35,24 +36,17 @@ mkdir -p "$out"
 train() {
   local name=$1
   shift
-  "${mpirun[@]}" "$bin/drrl-train" "${common[@]}" --flagfile=configs/quickstart-train.flags --data "$DRRL_DATA/kjv-train" \
-    --output "$out/$name" ${DRRL_QUICKSTART_STEPS:+--steps="$DRRL_QUICKSTART_STEPS"} --json "$out/$name.json" "$@" </dev/null
+  drrl_on_two "$bin/drrl-train" "${common[@]}" --flagfile=configs/quickstart-train.flags --data "$DRRL_DATA/kjv-train" \
+    --output "$out/$name" ${DRRL_QUICKSTART_STEPS:+--steps="$DRRL_QUICKSTART_STEPS"} --json "$out/$name.json" "$@"
 }
 
 # evaluate NAME MODEL FLAG...: perplexity of the held-out books into $out/NAME.json
 evaluate() {
   local name=$1 model=$2
   shift 2
-  "${mpirun[@]}" "$bin/drrl-eval" "${common[@]}" --flagfile=configs/quickstart-eval.flags --model "$model" --data "$DRRL_DATA/kjv-valid" \
-    --json "$out/$name.json" "$@" </dev/null
+  drrl_on_two "$bin/drrl-eval" "${common[@]}" --flagfile=configs/quickstart-eval.flags --model "$model" --data "$DRRL_DATA/kjv-valid" \
+    --json "$out/$name.json" "$@"
 }
-
-if ! grep -aqs drrl-calibration-3 "$ranks"; then  # none, or one of an older version
-  stage "how much low ranks hurt in each layer"
-  mkdir -p "$(dirname "$ranks")"
-  "${mpirun[@]}" "$bin/drrl-policy" calibrate "${common[@]}" --flagfile=configs/quickstart-calibrate.flags --data "$DRRL_DATA/kjv-train" \
-    --policy "$ranks" </dev/null
-fi
 
 # --compare_full evaluates each sequence with both kinds of attention and times both.
 stage "held-out perplexity before training"

@@ -55,7 +55,7 @@ def compare(exact, lines, margin):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face directory")
-    parser.add_argument("--policy", required=True, help="file of drrl-policy calibrate --row_gates")
+    parser.add_argument("--policy", required=True, help="file of drrl-policy calibrate")
     parser.add_argument("--sets", required=True, nargs="+", type=pathlib.Path, help="examples, a JSON object a line")
     parser.add_argument("--limit", type=int, default=0, help="only the first so many examples of each set; 0: all")
     parser.add_argument("--budget", type=float, default=0.585, help="of `dp` (default 0.585)")

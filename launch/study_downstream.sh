@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What low-rank attention does to answers, from a fresh machine: installs what is missing, builds, prepares SmolLM2-135M and texts that it is asked about,
-# measures what ranks cost (row gates too), makes the sets and runs study_downstream.py on them.
+# measures what ranks cost, makes the sets and runs study_downstream.py on them.
 #
 #   launch/study_downstream.sh [--limit N] [-- --device=cuda ...]     arguments are study_downstream.py's; results under out/downstream
 #
@@ -15,13 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/build.sh
 drrl_build drrl-eval drrl-policy
 drrl_prepare
-
-ranks=$DRRL_CACHE/ranks/SmolLM2-135M-Instruct-gates.safetensors
-if ! grep -aqs drrl-calibration-3 "$ranks"; then  # none, or one of an older version
-  mkdir -p "$(dirname "$ranks")"
-  "build/$DRRL_PRESET/bin/drrl-policy" calibrate --model "$DRRL_MODEL" --flagfile=configs/quickstart.flags --flagfile=configs/quickstart-calibrate.flags \
-    --row_gates --data "$DRRL_DATA/kjv-train" --policy "$ranks" </dev/null
-fi
+drrl_calibrate
 
 sets=()
 for name in ${DRRL_DOWNSTREAM_SETS:-lastword-kjv-2048 lastword-jargon-2048 passkey-2048 passkey-4096 passkey-8192 sentiment-2048}; do
@@ -41,5 +35,5 @@ for name in ${DRRL_DOWNSTREAM_SETS:-lastword-kjv-2048 lastword-jargon-2048 passk
 done
 
 mkdir -p out/downstream
-exec "$DRRL_PYTHON" launch/study_downstream.py --model "$DRRL_MODEL" --policy "$ranks" --sets "${sets[@]}" --build "build/$DRRL_PRESET" \
+exec "$DRRL_PYTHON" launch/study_downstream.py --model "$DRRL_MODEL" --policy "$DRRL_RANKS" --sets "${sets[@]}" --build "build/$DRRL_PRESET" \
   --out out/downstream --json out/downstream/result.json "$@"
