@@ -22,7 +22,6 @@ Exit status: 0 measured, 1 a program, pip or a package failed.
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import statistics
@@ -33,6 +32,8 @@ import time
 import warnings
 from pathlib import Path
 
+import packages
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["performer-pytorch==1.1.4", "nystrom-attention==0.0.14", "linformer==0.2.3", "einops==0.8.2", "local-attention==1.9.15",
             "axial-positional-embedding==0.3.12", "setuptools==80.9.0"]  # setuptools: distutils, which Python 3.12 dropped
@@ -41,17 +42,9 @@ ONCE_MS = 2e3  # what takes longer than this is measured once: no warm-up matter
 
 
 def install_packages():
-    """Makes the packages importable, from a folder named after their versions."""
-    cache = Path(os.environ.get("DRRL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "drrl")
-    folder = cache / ("peers-" + hashlib.sha256(" ".join(PACKAGES).encode()).hexdigest()[:12])
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as work:
-            subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target",
-                            f"{work}/new", *PACKAGES], check=True, stdin=subprocess.DEVNULL)
-            os.rename(f"{work}/new", folder)  # complete or not there
-    sys.path.append(str(folder))
-    warnings.filterwarnings("ignore")  # the packages are older than this PyTorch
+    """Makes the packages importable."""
+    packages.add("peers", PACKAGES)
+    warnings.filterwarnings("ignore")  # they are older than this PyTorch
 
 
 def largest(cost, budget, limit):

@@ -4,6 +4,7 @@
 #include "core/error.h"
 #include "distributed/mesh.h"
 #include "launch/console.h"
+#include "launch/decisions.h"
 #include "launch/flags.h"
 #include "launch/log.h"
 #include "launch/options.h"
@@ -26,11 +27,14 @@
 #include <cmath>
 #include <iostream>
 #include <optional>
+#include <sstream>
 #include <vector>
 
 DEFINE_int64(max_tokens, 0, "stop after this many predicted tokens, rounded up to whole sequences; 0: all of --data [tokens]");
 DEFINE_bool(compare_full, false, "evaluate every sequence with exact attention too, in turn, and report both");
 DEFINE_int64(audit_rows, 0, "compare certified error bounds with exact attention for this many query tokens of each block, in one process; 0: no audit [tokens]");
+DEFINE_string(decisions, "", "file for the ranks of every far pair and the rows that attended exactly, a JSON object for each sequence and layer, from one process");
+DEFINE_string(ablate, "", "leave out, for a study: residual (of far log-sum-exps), mass (weights of keys and values in Grams), or both with a comma between");
 DEFINE_int64(generate, 0, "instead of evaluating, continue the first --prompt_tokens of --data by this many; 0: evaluate [tokens]");
 DEFINE_string(examples, "", "instead of evaluating --data, answer the questions of this file, a JSON object a line; launch/downstream_sets.py writes such files");
 DEFINE_string(examples_out, "", "file for what became of each of --examples, a JSON object a line");
@@ -231,7 +235,9 @@ void print_answers(const nlohmann::ordered_json& json) {
 }
 
 /// Mean loss over windows of the data under the chosen policy, and under exact attention as well if asked for.
-nlohmann::ordered_json evaluation(CausalLM& model, LowRankController& controller, const SequenceDataset& data, int64_t windows, const Mesh& mesh) {
+/// `decisions`, if any, writes down those of the chosen policy.
+nlohmann::ordered_json evaluation(CausalLM& model, LowRankController& controller, DecisionRecorder* decisions, const SequenceDataset& data, int64_t windows,
+                                  const Mesh& mesh) {
   const std::shared_ptr<RankPolicy> chosen = controller.policy();
   const std::shared_ptr<RankPolicy> full = make_full_policy();
   Totals policy_totals, full_totals;
@@ -240,6 +246,9 @@ nlohmann::ordered_json evaluation(CausalLM& model, LowRankController& controller
   const auto run = [&](int64_t window, const Batch& batch, const std::shared_ptr<RankPolicy>& policy, Totals& totals) {
     controller.set_policy(policy);
     controller.take_statistics();
+    if (decisions != nullptr) {
+      decisions->set_sequence(policy == chosen ? std::optional(window) : std::nullopt);
+    }
     const at::Tensor nll = model.token_nll(batch.tokens, batch.labels);
     totals.attention += controller.take_statistics();
     const double sum = nll.sum(at::kDouble).item<double>();
@@ -343,6 +352,18 @@ void print_audit(const nlohmann::ordered_json& json) {
             << of(json, "davis_kahan_bound", "median") << " (true " << of(json, "davis_kahan_true", "median") << ")\n";
 }
 
+/// --ablate. Errors: Error(kUsage).
+Ablation ablation_flag() {
+  Ablation ablation;
+  std::istringstream list(FLAGS_ablate);
+  for (std::string part; std::getline(list, part, ',');) {
+    check(ErrorKind::kUsage, part == "residual" || part == "mass", "--ablate=", FLAGS_ablate, ": expected residual, mass or both, got '", part, "'");
+    (part == "residual" ? ablation.residual : ablation.mass) = true;
+  }
+  check(ErrorKind::kUsage, FLAGS_ablate.empty() || FLAGS_attention == "lowrank", "--ablate=", FLAGS_ablate, " needs --attention=lowrank, got ", FLAGS_attention);
+  return ablation;
+}
+
 ExitCode evaluate(const Environment& environment) {
   require("model", FLAGS_model);
   const bool answering = !FLAGS_examples.empty();
@@ -362,6 +383,9 @@ ExitCode evaluate(const Environment& environment) {
   check(ErrorKind::kUsage, FLAGS_audit_rows == 0 || !FLAGS_compare_full, "--audit_rows does not go with --compare_full, whose times it would disturb");
   check(ErrorKind::kUsage, FLAGS_audit_rows == 0 || environment.world_size == 1, "--audit_rows runs in one process, this job has ",
         environment.world_size);
+  check(ErrorKind::kUsage, FLAGS_decisions.empty() || (environment.world_size == 1 && !answering && FLAGS_generate == 0), "--decisions=", FLAGS_decisions,
+        " goes with an evaluation of --data in one process, this job has ", environment.world_size);
+  const Ablation ablation = ablation_flag();
   const MeshShape shape = mesh_flags(environment);
   const at::Device device = device_flag(environment);
   const ModelConfig config = ModelConfig::load(FLAGS_model);
@@ -394,13 +418,20 @@ ExitCode evaluate(const Environment& environment) {
   guarded(environment, [&] {
     const bool leader = environment.world_rank == 0;
     const AttentionSetup attention = attention_flags(config, mesh, device);
+    if (!FLAGS_ablate.empty()) {
+      attention.controller->leave_out(ablation);
+    }
     const std::string description = attention.controller->describe();  // of the chosen policy, whatever is set later
     attention.controller->set_timing(true);
     std::shared_ptr<AuditController> audit;
     if (FLAGS_audit_rows > 0) {
       audit = std::make_shared<AuditController>(attention.controller, FLAGS_audit_rows, attention.controller->bases().start);
     }
-    const std::shared_ptr<AttentionController> used = audit ? std::static_pointer_cast<AttentionController>(audit) : attention.controller;
+    std::shared_ptr<AttentionController> used = audit ? std::static_pointer_cast<AttentionController>(audit) : attention.controller;
+    std::shared_ptr<DecisionRecorder> decisions;
+    if (!FLAGS_decisions.empty()) {
+      used = decisions = std::make_shared<DecisionRecorder>(used, geometry_flags());
+    }
     CausalLM model(config, mesh.tp(), used, {.dtype = dtype_flag("dtype", FLAGS_dtype), .device = device});
     model.load(FLAGS_model);
     if (leader) {
@@ -419,7 +450,7 @@ ExitCode evaluate(const Environment& environment) {
 
     std::vector<nlohmann::ordered_json> lines;
     nlohmann::ordered_json json = answering ? answers(model, *attention.controller, examples, mesh, lines)
-                                  : data    ? evaluation(model, *attention.controller, *data, windows, mesh)
+                                  : data    ? evaluation(model, *attention.controller, decisions.get(), *data, windows, mesh)
                                             : generation(model, *attention.controller, *file, mesh);
     if (audit) {
       add_audit(audit->report(), json);
@@ -442,12 +473,18 @@ ExitCode evaluate(const Environment& environment) {
         print_audit(json);
       }
       std::cout << std::flush;
-      if (!FLAGS_examples_out.empty()) {
+      const auto write_lines = [](const std::string& path, const std::vector<nlohmann::ordered_json>& of) {
         std::string text;
-        for (const nlohmann::ordered_json& line : lines) {
+        for (const nlohmann::ordered_json& line : of) {
           text += line.dump() + "\n";
         }
-        write_text(FLAGS_examples_out, text);
+        write_text(path, text);
+      };
+      if (!FLAGS_examples_out.empty()) {
+        write_lines(FLAGS_examples_out, lines);
+      }
+      if (decisions) {
+        write_lines(FLAGS_decisions, decisions->lines());
       }
       if (!FLAGS_json.empty()) {
         write_text(FLAGS_json, json.dump(2) + "\n");

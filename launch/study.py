@@ -1,9 +1,12 @@
-"""What the studies of rank policies share: runs of drrl-eval, and statistics of paired differences."""
+"""What the studies of rank policies share: runs of drrl-eval on the same sequences, and statistics of paired differences."""
 
+import argparse
+import hashlib
 import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,17 +18,118 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / os.environ.get("DRRL_PRESET", "cpu-release")
 
 
+class Refused(Exception):
+    """The budget of a run cannot be met at its length; says what the least is that can."""
+
+
+def run(command):
+    """Standard error of a program that must succeed, else this one ends with its complaint."""
+    command = [str(part) for part in command]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    refusal = re.search(r"rank budget .* cannot be met .*", done.stderr)
+    if refusal:
+        raise Refused(refusal.group())
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr[-2000:]}")
+
+
 def evaluate(build, flags):
-    """The JSON of one drrl-eval run; None if its budget cannot be met at this length (exit status 2, usage)."""
+    """The JSON of one drrl-eval run. Errors: Refused."""
     with tempfile.TemporaryDirectory() as folder:
         result = pathlib.Path(folder) / "result.json"
-        command = [str(part) for part in (build / "bin/drrl-eval", *flags, "--json", result)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if "cannot be met" in done.stderr:
-            return None
-        if done.returncode != 0:
-            sys.exit(f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr[-2000:]}")
+        run([build / "bin/drrl-eval", *flags, "--json", result])
         return json.loads(result.read_text())
+
+
+def arguments(doc, max_tokens=32768):
+    """The options that studies of perplexity share, as an ArgumentParser to add to."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face directory")
+    parser.add_argument("--data", required=True, help="prefix of .bin and .idx: text that neither calibration nor traces have seen")
+    parser.add_argument("--policy", required=True, help="file of drrl-policy calibrate, and train if `rl` shall take part")
+    parser.add_argument("--max_tokens", type=int, default=max_tokens, help="of --data")
+    parser.add_argument("--flag", action="append", default=[], help="a further flag of drrl-eval at low rank, e.g. --flag=--near_block=128")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--build", type=pathlib.Path, default=BUILD)
+    parser.add_argument("--json", type=pathlib.Path, help="file for all figures; launch/plots.py draws them")
+    parser.add_argument("--log", type=pathlib.Path, help="file that gets all that drrl-eval reports, a line as soon as a run ends; what it holds already of the "
+                                                         "same programs and --policy is not run again")
+    return parser
+
+
+class Study:
+    """Runs of drrl-eval as `arguments` (above) say, compared with exact attention on the same sequences."""
+
+    def __init__(self, options):
+        self.options, self.rows, self.exact_runs, self.logged = options, [], {}, {}
+        used = [options.build / "bin/drrl-eval", *sorted((options.build / "lib").glob("libdrrl*")), pathlib.Path(options.policy)]
+        self.digest = hashlib.sha256(b"".join(file.read_bytes() for file in used)).hexdigest()[:16]
+        if options.log and options.log.exists():
+            lines = map(json.loads, options.log.read_text().splitlines())
+            self.logged = {tuple(line["flags"]): line["result"] for line in lines if line["digest"] == self.digest}
+
+    def evaluate(self, seq_len, *flags):
+        """As evaluate() above, of sequences of this length."""
+        o = self.options
+        flags = tuple(str(flag) for flag in ("--model", o.model, "--data", o.data, f"--seq_len={seq_len}", f"--max_tokens={o.max_tokens}",
+                                             f"--threads={o.threads}", *flags))
+        if flags not in self.logged:
+            try:
+                self.logged[flags] = evaluate(o.build, flags)
+            except Refused as refused:
+                self.logged[flags] = {"refused": str(refused)}
+            if o.log:
+                with open(o.log, "a") as log:
+                    log.write(json.dumps({"flags": flags, "digest": self.digest, "result": self.logged[flags]}) + "\n")
+        if "refused" in self.logged[flags]:
+            raise Refused(self.logged[flags]["refused"])
+        return self.logged[flags]
+
+    def exact(self, seq_len):
+        """Exact attention at this length; announces it the first time."""
+        if seq_len not in self.exact_runs:
+            self.exact_runs[seq_len] = result = self.evaluate(seq_len, "--attention=full")
+            print(f"exact attention: perplexity {result['perplexity']:.3f}, {len(result['sequence_nll'])} sequences of {seq_len} tokens\n"
+                  f"{'policy':22} {'operations':>10} {'time':>6} {'perplexity':>11}  95 % interval", flush=True)
+        return self.exact_runs[seq_len]
+
+    def row(self, name, value, seq_len, *flags, time=False):
+        """The figures of low-rank attention under these flags, printed and added to `rows`. time: exact attention runs beside it, sequence by sequence, and the
+        time of its attention is the unit. A budget that cannot be met makes a row of "met": False and "reason", and None is returned."""
+        exact = numpy.array(self.exact(seq_len)["sequence_nll"])
+        row = {"policy": name, "value": value, "seq_len": seq_len, "met": True}
+        self.rows.append(row)
+        label = f"{name} {'' if value is None else value}"
+        try:
+            result = self.evaluate(seq_len, "--attention=lowrank", *self.options.flag, *flags, *(["--compare_full"] if time else []))
+        except Refused as refused:
+            row.update(met=False, reason=str(refused))
+            print(f"{label:22} {refused}", flush=True)
+            return None
+        percent = [100 * (numpy.exp(x) - 1) for x in interval(numpy.array(result["sequence_nll"]) - exact)]
+        row.update(operations=result["attention_flops_fraction"], time=result["attention_ms"] / result["full_attention_ms"] if time else None,
+                   perplexity=result["perplexity"], increase_percent=percent, **{key: result[key] for key in KEPT})
+        shown = f"{row['time']:6.3f}" if time else ""
+        print(f"{label:22} {row['operations']:10.4f} {shown:>6} {percent[0]:+10.2f} %  {percent[1]:+.2f} .. {percent[2]:+.2f} %", flush=True)
+        return row
+
+    def save(self, study, **more):
+        """--json, as launch/plots.py reads it."""
+        if self.options.json:
+            self.options.json.write_text(json.dumps({"study": study, "exact": self.exact_runs, "rows": self.rows, **more}, indent=1) + "\n")
+
+
+# Of drrl-eval's report, in a row.
+KEPT = ("attention_ms", "solves_ms", "refreshes", "basis_updates", "guard_violations", "mean_rank_qk", "mean_rank_v", "tokens", "sequence_nll", "attention", "options")
+
+
+def has_agent(policy):
+    """Whether a policy file serves `rl`, too."""
+    return b"agent.head" in pathlib.Path(policy).read_bytes()[:1 << 20]
+
+
+def has_gates(policy):
+    return b"gated_damage" in pathlib.Path(policy).read_bytes()[:1 << 20]
 
 
 def interval(difference, seed=1, draws=10000, level=0.95):

@@ -33,9 +33,9 @@ def policies(arguments):
 
 
 def answer(arguments, examples, flags, out):
-    """(JSON of the run, its lines) of one policy on a file of examples; None if the budget cannot be met."""
+    """(JSON of the run, its lines) of one policy on a file of examples. Errors: study.Refused."""
     summary = study.evaluate(arguments.build, ["--model", arguments.model, "--examples", examples, "--examples_out", out, *flags, *arguments.flags])
-    return summary and (summary, [json.loads(line) for line in out.read_text().splitlines()])
+    return summary, [json.loads(line) for line in out.read_text().splitlines()]
 
 
 def compare(exact, lines, margin):
@@ -82,12 +82,12 @@ def main():
             asked.write_text("".join(chosen))
             exact = None
             for name, flags in policies(arguments).items():
-                result = answer(arguments, asked, flags, out / f"{examples.stem}.{name.replace(' ', '-')}.jsonl")
-                if result is None:
-                    print(f"{examples.stem:24} {name:14} cannot be met at this length", flush=True)
-                    rows.append({"set": examples.stem, "policy": name, "met": False})
+                try:
+                    summary, lines = answer(arguments, asked, flags, out / f"{examples.stem}.{name.replace(' ', '-')}.jsonl")
+                except study.Refused as refused:
+                    print(f"{examples.stem:24} {name:14} {refused}", flush=True)
+                    rows.append({"set": examples.stem, "policy": name, "met": False, "reason": str(refused)})
                     continue
-                summary, lines = result
                 exact = exact or lines
                 row = {"set": examples.stem, "policy": name, "met": True, **compare(exact, lines, arguments.margin / 100), "summary": summary}
                 rows.append(row)

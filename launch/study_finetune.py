@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 
@@ -24,13 +23,10 @@ import study
 
 def train(arguments, output, flags):
     """drrl-train into `output`; the losses of its steps. The model lies in output/hf."""
-    command = [arguments.build / "bin/drrl-train", "--model", arguments.model, "--data", arguments.data, f"--seq_len={arguments.seq_len}",
+    study.run([arguments.build / "bin/drrl-train", "--model", arguments.model, "--data", arguments.data, f"--seq_len={arguments.seq_len}",
                f"--steps={arguments.steps}", f"--global_batch={arguments.global_batch}", f"--lr={arguments.lr}", f"--min_lr={arguments.lr / 10}",
                f"--seed={arguments.seed}", f"--device={arguments.device}", f"--dtype={arguments.dtype}", "--weight_decay=0.01", "--valid_fraction=0",
-               f"--threads={arguments.threads}", "--output", output, *flags]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"{' '.join(map(str, command))}: exit status {done.returncode}\n{done.stderr[-2000:]}")
+               f"--threads={arguments.threads}", "--output", output, *flags])
     lines = [json.loads(line) for path in sorted((output / "metrics").glob("*.jsonl")) for line in path.read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
 
@@ -76,8 +72,6 @@ def main():
             flags += ["--row_gates"] if arguments.row_gates else []
             own_losses = train(arguments, folder / str(budget), flags)
             result = evaluate(folder / str(budget) / "hf", [*flags, "--compare_full"])
-            if result is None:
-                sys.exit(f"budget {budget} cannot be met at {arguments.seq_len} tokens")
             time = result["attention_ms"] / result["full_attention_ms"]
             for name, losses_of, operations in (("low rank", result["sequence_nll"], result["attention_flops_fraction"]),
                                                 ("exact", result["full_sequence_nll"], 1.0)):
@@ -93,4 +87,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except study.Refused as refused:
+        sys.exit(f"{sys.argv[0]}: {refused}")

@@ -1,109 +1,108 @@
 #!/usr/bin/env python3
 """Rank policies against each other on the same text: perplexity over attention operations and time, with paired bootstrap intervals.
 
-    launch/study_policies.py --model DIR --data PREFIX --policy FILE [--seq_len 4096] [--budgets 0.4 0.5 0.585 0.7] [--time] [--json FILE]
+    launch/study_policies.py --model DIR --data PREFIX --policy FILE [--seq_len 2048 8192] [--budgets 0.3 0.4 0.5 0.6 0.7 0.8] [--time]
+                             [--json FILE] [--log FILE] [--markdown FILE]
 
 Every sequence is evaluated by drrl-eval under exact attention, `fixed` ranks, `energy`, and `random`, `greedy`, `dp`, `gates` (dp with --row_gates) and, if the file holds a
-trained agent, `rl`, each at every budget; `random`, `greedy` and `dp` are given the operations that `rl` really took. --time: exact attention runs beside every policy, sequence by
-sequence, and the time of its attention is the unit. Intervals: 95 %, over sequences, of the paired difference of mean loss.
+trained agent, `rl`, each at every budget and all from the same file; `random`, `greedy` and `dp` are given the operations that `rl` really took. --time: exact attention runs beside
+every policy, sequence by sequence, and the time of its attention is the unit. Intervals: 95 %, over sequences, of the paired difference of mean loss. A budget that
+cannot be met at a length is a row that says so.
 
 Then every policy that looks at the text is compared with dp at equal operations and at equal time: dp's losses between two of its budgets are interpolated, sequence by
-sequence. Prints tables; writes all figures as JSON. Exit status: 0 measured, 1 a run failed.
+sequence. Prints tables; writes all figures as JSON, and the comparison of arXiv 2512.15973 (full rank, fixed, adaptive SVD, random, DR-RL, and what drrl adds) as Markdown.
+Exit status: 0 measured, 1 a run failed.
 """
 
-import argparse
-import json
-import os
 import pathlib
 
 import numpy
 
 import study
 
+# As the paper calls them.
+TITLES = {"fixed": "fixed rank {}", "energy": "adaptive SVD (energy {})", "random": "random ranks, {}", "greedy": "greedy, {}", "dp": "dp, {}",
+          "gates": "dp with row gates, {}", "rl": "DR-RL (rl), {}"}
 
-def evaluate(arguments, flags):
-    return study.evaluate(arguments.build, ["--model", arguments.model, "--data", arguments.data, f"--seq_len={arguments.seq_len}",
-                                            f"--max_tokens={arguments.max_tokens}", f"--threads={arguments.threads}", *flags])
+
+def compare(rows, exact, unit):
+    """What `gates` and `rl` save of dp's damage at the same cost, at one length."""
+    static = sorted((row for row in rows if row["policy"] == "dp"), key=lambda row: row[unit])
+    for row in rows:
+        between = [(a, b) for a, b in zip(static, static[1:]) if a[unit] <= row[unit] <= b[unit]]
+        if row["policy"] not in ("gates", "rl") or not between:
+            continue
+        a, b = between[0]
+        share = (row[unit] - a[unit]) / (b[unit] - a[unit])
+        dp = (1 - share) * numpy.array(a["sequence_nll"]) + share * numpy.array(b["sequence_nll"])
+        mean, low, high = study.interval(numpy.array(row["sequence_nll"]) - dp)
+        yield {"policy": row["policy"], "value": row["value"], "seq_len": row["seq_len"], "unit": unit, "cost": row[unit], "saved": -mean / (dp - exact).mean(),
+               "nats": [mean, low, high]}
+
+
+def markdown(study_of, seq_lens):
+    """Tables, one for each length."""
+    lines = []
+    for seq_len in seq_lens:
+        exact = study_of.exact(seq_len)
+        lines += ["", f"L = {seq_len}, {len(exact['sequence_nll'])} sequences", "",
+                  "| policy | perplexity | increase (95 %) | operations | attention time | mean rank of scores / values | decompositions |", "|---|---|---|---|---|---|---|",
+                  f"| full rank | {exact['perplexity']:.3f} | | 1 | {'1' if any(row.get('time') for row in study_of.rows) else ''} | | 0 |"]
+        for row in study_of.rows:
+            if row["seq_len"] != seq_len:
+                continue
+            title = TITLES[row["policy"]].format(row["value"])
+            if not row["met"]:
+                lines.append(f"| {title} | cannot be met | | | | | |")
+                continue
+            mean, low, high = row["increase_percent"]
+            time = f"{row['time']:.2f}" if row["time"] else ""
+            lines.append(f"| {title} | {row['perplexity']:.3f} | {mean:+.2f} % ({low:+.2f} .. {high:+.2f}) | {row['operations']:.3f} | {time} | "
+                         f"{row['mean_rank_qk']:.1f} / {row['mean_rank_v']:.1f} | {row['refreshes']} |")
+    return "\n".join(lines[1:]) + "\n"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="Hugging Face directory")
-    parser.add_argument("--data", required=True, help="prefix of .bin and .idx: text that neither calibration nor traces have seen")
-    parser.add_argument("--policy", required=True, help="file of drrl-policy calibrate, and train if `rl` shall take part")
-    parser.add_argument("--seq_len", type=int, default=4096)
-    parser.add_argument("--max_tokens", type=int, default=32768)
+    parser = study.arguments(__doc__)
+    parser.add_argument("--seq_len", type=int, nargs="+", default=[4096])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.4, 0.5, 0.585, 0.7])
     parser.add_argument("--ranks", type=int, nargs="*", default=[16, 32, 48], help="of `fixed`")
     parser.add_argument("--energies", type=float, nargs="*", default=[0.99], help="of `energy`")
     parser.add_argument("--baselines", nargs="*", default=["random", "greedy"], help="that spend the budgets beside dp")
     parser.add_argument("--time", action="store_true", help="measure time, too: exact attention runs beside every policy")
-    parser.add_argument("--flag", action="append", default=[], help="a further flag of drrl-eval at low rank, e.g. --flag=--near_block=128")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--build", type=pathlib.Path, default=study.BUILD)
-    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--markdown", type=pathlib.Path, help="file for the comparison as tables")
     arguments = parser.parse_args()
-
-    full = evaluate(arguments, ["--attention=full"])
-    exact = numpy.array(full["sequence_nll"])
-    rows = []
-    print(f"exact attention: perplexity {full['perplexity']:.3f}, {len(exact)} sequences of {arguments.seq_len} tokens")
-    print(f"{'policy':14} {'operations':>10} {'time':>6} {'perplexity':>11}  95 % interval")
-
-    def run(policy, *flags):
-        timed = ["--compare_full"] if arguments.time else []
-        return evaluate(arguments, ["--attention=lowrank", f"--rank_policy={policy}", "--policy", arguments.policy, *flags, *timed, *arguments.flag])
-
-    def save(comparisons):
-        if arguments.json:
-            arguments.json.write_text(json.dumps({"exact": full, "rows": rows, "comparisons": comparisons}, indent=1) + "\n")
-
-    def report(name, value, result):
-        mean, low, high = study.interval(numpy.array(result["sequence_nll"]) - exact)
-        percent = [100 * (numpy.exp(x) - 1) for x in (mean, low, high)]
-        time = result["attention_ms"] / result["full_attention_ms"] if arguments.time else None
-        rows.append({"policy": name, "value": value, "operations": result["attention_flops_fraction"], "time": time, "increase_percent": percent,
-                     "sequence_nll": result["sequence_nll"], "attention": result["attention"], "options": result["options"]})
-        print(f"{name + ' ' + str(value):14} {result['attention_flops_fraction']:10.4f} {f'{time:6.3f}' if time else '':>6} {percent[0]:+10.2f} %  "
-              f"{percent[1]:+.2f} .. {percent[2]:+.2f} %", flush=True)
-        save([])
-
-    for rank in arguments.ranks:
-        report("fixed", rank, run("fixed", f"--rank={rank}"))
-    for energy in arguments.energies:
-        report("energy", energy, run("energy", f"--energy={energy}"))
-    policy_file = pathlib.Path(arguments.policy).read_bytes()[:1 << 20]
-    for budget in arguments.budgets:
-        learned = run("rl", f"--rank_budget={budget}") if b"agent.head" in policy_file else None
-        spend = f"--rank_budget={learned['attention_flops_fraction'] if learned else budget}"
-        static = run("dp", spend)
-        if static is None:
-            print(f"budget {budget}: cannot be met at this length")
-            continue
-        for baseline in arguments.baselines:
-            report(baseline, budget, run(baseline, spend))
-        report("dp", budget, static)
-        if b"gated_damage" in policy_file:
-            report("gates", budget, run("dp", spend, "--row_gates"))
-        if learned:
-            report("rl", budget, learned)
+    runs = study.Study(arguments)
 
     comparisons = []
-    print("against dp at the same cost, interpolated between its budgets: damage saved, and difference of loss in 1e-3 nats per token")
-    for unit in ("operations", "time") if arguments.time else ("operations",):
-        static = sorted((row for row in rows if row["policy"] == "dp"), key=lambda row: row[unit])
-        for row in rows:
-            between = [(a, b) for a, b in zip(static, static[1:]) if a[unit] <= row[unit] <= b[unit]]
-            if row["policy"] not in ("gates", "rl") or not between:
-                continue
-            a, b = between[0]
-            share = (row[unit] - a[unit]) / (b[unit] - a[unit])
-            dp = (1 - share) * numpy.array(a["sequence_nll"]) + share * numpy.array(b["sequence_nll"])
-            mean, low, high = study.interval(numpy.array(row["sequence_nll"]) - dp)
-            saved = -mean / (dp - exact).mean()
-            comparisons.append({"policy": row["policy"], "value": row["value"], "unit": unit, "cost": row[unit], "saved": saved, "nats": [mean, low, high]})
-            print(f"{row['policy'] + ' ' + str(row['value']):14} {unit:10} {row[unit]:.3f} {100 * saved:+6.1f} %  {1e3 * mean:+.3f} ({1e3 * low:+.3f} .. {1e3 * high:+.3f})")
-    save(comparisons)
+    for seq_len in arguments.seq_len:
+        def report(name, value, policy, *flags):
+            row = runs.row(name, value, seq_len, f"--rank_policy={policy}", "--policy", arguments.policy, *flags, time=arguments.time)
+            runs.save("policies", comparisons=comparisons)
+            return row
+
+        for rank in arguments.ranks:
+            report("fixed", rank, "fixed", f"--rank={rank}")
+        for energy in arguments.energies:
+            report("energy", energy, "energy", f"--energy={energy}")
+        for budget in arguments.budgets:
+            learned = report("rl", budget, "rl", f"--rank_budget={budget}") if study.has_agent(arguments.policy) else None
+            spend = f"--rank_budget={learned['operations'] if learned else budget}"
+            for baseline in (*arguments.baselines, "dp"):
+                report(baseline, budget, baseline, spend)
+            if study.has_gates(arguments.policy):
+                report("gates", budget, "dp", spend, "--row_gates")
+
+        print("against dp at the same cost, interpolated between its budgets: damage saved, and difference of loss in 1e-3 nats per token")
+        met = [row for row in runs.rows if row["met"] and row["seq_len"] == seq_len]
+        for unit in ("operations", "time") if arguments.time else ("operations",):
+            for c in compare(met, numpy.array(runs.exact(seq_len)["sequence_nll"]), unit):
+                comparisons.append(c)
+                mean, low, high = (1e3 * x for x in c["nats"])
+                print(f"{c['policy'] + ' ' + str(c['value']):14} {unit:10} {c['cost']:.3f} {100 * c['saved']:+6.1f} %  {mean:+.3f} ({low:+.3f} .. {high:+.3f})")
+    runs.save("policies", comparisons=comparisons)
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(runs, arguments.seq_len))
 
 
 if __name__ == "__main__":

@@ -116,9 +116,10 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
     make();
     basis_ms += watch.ms();
   };
+  const auto make_grams = [&] { grams = far_grams(q, k, v, tree, /*weighted=*/!ablation_.mass); };
   const bool grams_first = policy_->needs_spectra() || !policy_->state_ranks().empty() || (guard_.eps > 0 && !policy_->exact());
   if (grams_first) {
-    timed([&] { grams = far_grams(q, k, v, tree); });
+    timed(make_grams);
   }
   std::vector<Ranks> ranks;
   timed([&] { ranks = decide(observation, grams, w_o, bases); });
@@ -126,7 +127,7 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
 
   const bool sampled = sampler_ != nullptr && sampler_->draws(layer);
   if (!grams_first && (low || sampled)) {
-    timed([&] { grams = far_grams(q, k, v, tree); });
+    timed(make_grams);
   }
   if (sampled) {
     plan->sample = sampler_->choose(layer, tree, grams);
@@ -142,6 +143,9 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
         bases.flops += spent;
       }
       plan->lowrank = make_plan(tree, std::move(ranks), grams, bases);
+      if (ablation_.residual) {
+        plan->lowrank->residual = {};
+      }
     });
     grams = {};  // not needed any more: gone before the operator needs memory
     out = lowrank_attention(q, k, v, plan->lowrank);
@@ -244,7 +248,13 @@ FarBases LowRankController::fill_split_plan(int64_t layer, const at::Tensor& q, 
   return bases;
 }
 
+void LowRankController::leave_out(Ablation ablation) {
+  check(ErrorKind::kUsage, context_.size() == 1, "a sequence split over ", context_.size(), " processes can leave nothing out");
+  ablation_ = ablation;
+}
+
 std::unique_ptr<KvCache> LowRankController::make_cache(int64_t layers, int64_t horizon) const {
+  check(ErrorKind::kUsage, !ablation_.residual && !ablation_.mass, "a cache of a growing sequence can leave nothing out, this is ", describe());
   check(ErrorKind::kUsage, context_.size() == 1, "a cache of a growing sequence cannot be split over ", context_.size(), " processes");
   return policy_->exact() ? AttentionController::make_cache(layers, horizon) : std::make_unique<KvCache>(layers, horizon, geometry_);
 }
@@ -368,7 +378,8 @@ std::string LowRankController::describe() const {
                   bases_.update_steps == BasisOptions::kSolve ? std::string("solved")
                                                               : c10::str("updated ", bases_.update_steps, " times from ",
                                                                          bases_.start.defined() ? "the calibration" : "the first block"),
-                  first_eps_ > 0 ? c10::str(", guard ", first_eps_) : std::string(), ", ranks: ", policy_->describe());
+                  first_eps_ > 0 ? c10::str(", guard ", first_eps_) : std::string(), ablation_.residual ? ", without residual factors" : "",
+                  ablation_.mass ? ", without weights in the Grams" : "", ", ranks: ", policy_->describe());
 }
 
 AttentionStatistics LowRankController::take_statistics() { return std::exchange(statistics_, {}); }

@@ -44,6 +44,12 @@ struct GuardOptions {
   std::vector<int64_t> buckets = {};  ///< ascending, head_dim the last
 };
 
+/// What a study leaves out of the method, to see what it is worth.
+struct Ablation {
+  bool residual = false;  ///< the correction of far log-sum-exps by what projected scores lack (LowRankPlan::residual); its operations are counted all the same
+  bool mass = false;      ///< the weights of keys and values in the Grams of a sequence (attention_mass); starting bases are what they are
+};
+
 /// The near + sinks + far attention of a model: per call and layer, ask the policy for ranks, make the bases they need, run the operator.
 class LowRankController final : public AttentionController {
  public:
@@ -59,7 +65,8 @@ class LowRankController final : public AttentionController {
   at::Tensor attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
                     std::shared_ptr<LayerPlan>& plan) override;
 
-  /// A cache that holds far tokens at the policy's ranks; under an exact policy a plain one. Errors: Error(kUsage) under context parallelism.
+  /// A cache that holds far tokens at the policy's ranks; under an exact policy a plain one. Errors: Error(kUsage) under context parallelism, and if anything is
+  /// left out.
   std::unique_ptr<KvCache> make_cache(int64_t layers, int64_t horizon) const override;
   at::Tensor extend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o, KvCache& cache) override;
 
@@ -68,6 +75,9 @@ class LowRankController final : public AttentionController {
 
   /// The guard's eps from now on; only if there was one.
   void set_guard_eps(double eps) { guard_.eps = eps; }
+
+  /// From now on, in `attend`. Errors: Error(kUsage) under context parallelism.
+  void leave_out(Ablation ablation);
 
   /// Measures damages while the model is trained, whenever it is active; null: nobody does. Not under context parallelism.
   void set_sampler(std::shared_ptr<DamageSampler> sampler) { sampler_ = std::move(sampler); }
@@ -119,6 +129,7 @@ class LowRankController final : public AttentionController {
   GuardOptions guard_;
   Group context_;
   std::optional<SequenceSplit> split_;  // of the pass under way
+  Ablation ablation_;
   std::shared_ptr<DamageSampler> sampler_;
   double first_eps_;  // as constructed, for describe()
   bool timing_ = false;

@@ -36,9 +36,9 @@ std::map<int64_t, std::vector<int64_t>> items_by_rank(const std::vector<Ranks>& 
 
 }  // namespace
 
-PairGrams far_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const BlockTree& tree) {
+PairGrams far_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const BlockTree& tree, bool weighted) {
   at::NoGradGuard no_grad;
-  return pair_grams(q, k, v, tree, attention_mass(q, k, tree));
+  return pair_grams(q, k, v, tree, weighted ? attention_mass(q, k, tree) : at::Tensor());
 }
 
 FarBases solve_far_bases(const PairGrams& grams, const at::Tensor& w_o, bool scores, bool values) {

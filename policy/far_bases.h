@@ -21,8 +21,8 @@ struct FarBases {
   double flops = 0;     ///< of solves, updates, residual factors and the output Gram
 };
 
-/// The Grams that bases are made from: pair_grams with keys and values weighted by attention_mass.
-PairGrams far_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const BlockTree& tree);
+/// The Grams that bases are made from: pair_grams with keys and values weighted by attention_mass, or not.
+PairGrams far_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const BlockTree& tree, bool weighted = true);
 
 /// The best bases of every pair at all ranks at once (d columns), one full decomposition each; only of what is asked for.
 /// grams [B, G, pairs, d, d]; w_o [hidden, H d].
