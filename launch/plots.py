@@ -49,7 +49,7 @@ def loss_axis(axes, name="y"):
 def policies(result, new_figure):
     rows = [row for row in result["rows"] if row["met"]]
     lengths = sorted({row["seq_len"] for row in rows})
-    units = {"operations": "operations of exact attention", **({"time": "time of exact attention"} if all(row["time"] for row in rows) else {})}
+    units = {"operations": "operations over exact attention's", **({"time": "attention time over exact attention's"} if all(row["time"] for row in rows) else {})}
     figure, panels = new_figure(len(lengths), len(units))
     for length, of_length in zip(lengths, panels):
         for (unit, label), axes in zip(units.items(), of_length):
@@ -71,7 +71,7 @@ def updates(result, new_figure):
     for axes, (label, key) in zip(panels, xs.items()):
         for i, name in enumerate(dict.fromkeys(row["policy"] for row in rows)):
             points = [(1e3 * row[key] / row["tokens"], row["increase_percent"], row["value"]) for row in rows if row["policy"] == name]
-            line(axes, [point[:2] for point in points], label=name, **{**style(i), "linestyle": ":"})
+            line(axes, [point[:2] for point in points], label=name, **{**style(i), "linestyle": ":" if key == "solves_ms" else ""})
             for x, y, value in points:
                 axes.annotate("solved" if value < 0 else str(value), (x, y[0]), textcoords="offset points", xytext=(5, 4), fontsize=7)
         axes.set(xlabel=label, ylabel="perplexity")
@@ -119,7 +119,7 @@ def ablations(result, new_figure):
         mean, low, high = row["over_dp_percent"]
         axes.errorbar([mean], [y], xerr=[[mean - low], [high - mean]], **style(0))
     axes.set_yticks(range(len(rows)), [f"{row['policy']} ({row['operations']:.3f})" for row in rows])
-    axes.set(xlabel="perplexity over dp; in brackets: operations of exact attention")
+    axes.set(xlabel="perplexity over dp (operations over exact attention's)")
     loss_axis(axes, "x")
     return {"": figure}
 

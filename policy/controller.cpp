@@ -144,7 +144,7 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
       }
       plan->lowrank = make_plan(tree, std::move(ranks), grams, bases);
       if (ablation_.residual) {
-        plan->lowrank->residual = {};
+        plan->lowrank->residual = at::Tensor();
       }
     });
     grams = {};  // not needed any more: gone before the operator needs memory
