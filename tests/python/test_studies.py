@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Reduced runs of launch/study_policies.py and launch/study_finetune.py on a small random model: what they report is what the programs measured. Environment: DRRL_BIN."""
+"""Reduced runs of the studies in launch/ on a small random model: what they report is what the programs measured, and what launch/plots.py draws. Environment: DRRL_BIN."""
 
 import json
 import sys
 import unittest
+from pathlib import Path
 
 import numpy
 
@@ -24,32 +25,133 @@ class StudiesTest(SharedModel):
     def study(self, name, *arguments):
         result = self.folder / f"{name}.json"
         table = run([sys.executable, LAUNCH / f"{name}.py", "--model", self.model, "--data", self.data, "--policy", self.policy, "--build", BIN.parent,
-                     "--seq_len=300", "--max_tokens=900", "--threads=1", "--json", result, *(f"--flag={flag}" for flag in SHAPE), *arguments])
+                     "--max_tokens=900", "--threads=1", "--json", result, *(f"--flag={flag}" for flag in SHAPE), *arguments])
         return table, json.loads(result.read_text())
 
+    def pictures(self, name):
+        """The SVG files of a study, drawn twice: text by file name."""
+        texts = []
+        for _ in range(2):
+            try:
+                files = run([sys.executable, LAUNCH / "plots.py", self.folder / f"{name}.json"]).split()
+            except AssertionError as error:
+                if "pip" in str(error):
+                    self.skipTest("pip cannot install matplotlib here")
+                raise
+            texts.append({Path(file).name: Path(file).read_text() for file in files})
+        self.assertEqual(*texts)
+        return texts[0]
+
+    def assert_increase(self, row, exact, key="increase_percent"):
+        difference = numpy.mean(numpy.array(row["sequence_nll"]) - exact)
+        self.assertAlmostEqual(row[key][0], 100 * (numpy.exp(difference) - 1))
+        self.assertLessEqual(row[key][1], row[key][0])
+        self.assertLessEqual(row[key][0], row[key][2])
+
     def test_policies(self):
-        table, result = self.study("study_policies", "--budgets", 0.8, 0.9, 0.97, "--ranks", 8, "--energies", 0.9, "--time")
-        rows = {(row["policy"], row["value"]): row for row in result["rows"]}
-        self.assertEqual(list(rows), [("fixed", 8), ("energy", 0.9)] + [(p, b) for b in (0.8, 0.9, 0.97) for p in ("random", "greedy", "dp", "gates")])
-        exact = numpy.array(result["exact"]["sequence_nll"])
-        self.assertEqual(len(exact), 3)
-        for (policy, value), row in rows.items():
+        log, tables = self.folder / "policies.jsonl", self.folder / "policies.md"
+        budgets, lengths = (0.2, 0.8, 0.9, 0.97), (300, 500)
+        arguments = ["--seq_len", *lengths, "--budgets", *budgets, "--ranks", 8, "--energies", 0.9, "--time", "--log", log, "--markdown", tables]
+        table, result = self.study("study_policies", *arguments)
+        rows = {(row["seq_len"], row["policy"], row["value"]): row for row in result["rows"]}
+        self.assertEqual(list(rows), [(length, *of) for length in lengths
+                                      for of in [("fixed", 8), ("energy", 0.9)] + [(p, b) for b in budgets for p in ("random", "greedy", "dp", "gates")]])
+        for (length, policy, value), row in rows.items():
+            self.assertEqual(row["met"], value != 0.2, row)
+            if not row["met"]:
+                self.assertIn(f"rank budget 0.2 cannot be met at {length} tokens", row["reason"])
+                continue
             self.assertIn(f"{policy} {value}", table)
-            difference = numpy.mean(numpy.array(row["sequence_nll"]) - exact)
-            self.assertAlmostEqual(row["increase_percent"][0], 100 * (numpy.exp(difference) - 1))
-            self.assertLessEqual(row["increase_percent"][1], row["increase_percent"][0])
+            exact = result["exact"][str(length)]["sequence_nll"]
+            self.assertEqual(len(exact), -(-900 // length))
+            self.assert_increase(row, exact)
             self.assertGreater(row["time"], 0)
             if policy in ("random", "greedy", "dp"):
-                self.assertAlmostEqual(row["operations"], value, delta=0.05)
+                self.assertAlmostEqual(row["operations"], value, delta=0.1)
         by_operations = [row for row in result["comparisons"] if row["unit"] == "operations"]
         for row in by_operations:
-            at = [rows["dp", budget]["operations"] for budget in (0.8, 0.9, 0.97)]
-            loss = [numpy.mean(rows["dp", budget]["sequence_nll"]) for budget in (0.8, 0.9, 0.97)]
-            expected = numpy.mean(rows["gates", row["value"]]["sequence_nll"]) - numpy.interp(row["cost"], at, loss)
-            self.assertAlmostEqual(row["nats"][0], expected)
+            dp = [rows[row["seq_len"], "dp", budget] for budget in budgets[1:]]
+            loss = numpy.interp(row["cost"], [of["operations"] for of in dp], [numpy.mean(of["sequence_nll"]) for of in dp])
+            self.assertAlmostEqual(row["nats"][0], numpy.mean(rows[row["seq_len"], "gates", row["value"]]["sequence_nll"]) - loss)
+        lines = tables.read_text().splitlines()
+        self.assertEqual(sum("cannot be met" in line for line in lines), 8)
+        self.assertEqual(sum(line.startswith("| full rank") for line in lines), 2)
+
+        logged = log.read_text()
+        self.assertEqual(len(logged.splitlines()), len(rows) + 2)
+        again = self.study("study_policies", *arguments)
+        self.assertEqual(again, (table, result))
+        self.assertEqual(log.read_text(), logged)  # nothing ran twice
+        picture = self.pictures("study_policies")["study_policies.svg"]
+        for text in ("L = 300", "L = 500", "cannot be met: 0.2", "energy", "attention time"):
+            self.assertIn(text, picture)
+
+    def test_updates(self):
+        table, result = self.study("study_updates", "--seq_len=300", "--budgets", 0.9, "--updates", 0, 1, -1, "--rank", 8)
+        rows = {(row["policy"], row["value"]): row for row in result["rows"]}
+        first_block = "fixed 8, from the first block"
+        self.assertEqual(list(rows), [(name, updates) for name in ("dp 0.9", first_block) for updates in (0, 1, -1)])
+        pairs = 3 * 3 * 3 * (-(-(300 - 2) // 32) - 1)  # sequences, layers, KV groups, far pairs
+        for (name, updates), row in rows.items():
+            self.assertGreater(row["solves_ms"], 0)
+            if name == first_block:
+                self.assertEqual(row["refreshes"], 2 * (27 if updates >= 0 else pairs))
+                self.assertEqual(row["basis_updates"], 2 * pairs * max(0, updates))
+            elif updates >= 0:
+                self.assertEqual(row["refreshes"], 0)
+        for name in ("dp 0.9", first_block):
+            self.assertEqual(len({str(rows[name, updates]["sequence_nll"]) for updates in (0, 1, -1)}), 3)
+        self.assertIn("solved", self.pictures("study_updates")["study_updates.svg"])
+
+    def test_ranks(self):
+        out = self.folder / "decisions"
+        _, result = self.study("study_ranks", "--seq_len=300", "--budget=0.7", "--energy=0.9", "--out", out)
+        self.assertEqual(list(result["decisions"]), ["dp", "energy", "gates"])
+        for row in result["rows"]:
+            lines = [json.loads(line) for line in (out / f"{row['policy']}.jsonl").read_text().splitlines()]
+            self.assertEqual([(line["sequence"], line["layer"]) for line in lines], [(s, layer) for s in range(3) for layer in range(3)])
+            for kind in ("rank_qk", "rank_v"):  # what drrl-eval counts by itself
+                self.assertAlmostEqual(numpy.mean([line[kind] for line in lines]), row[f"mean_{kind}"])
+            level, begin, rows = (numpy.array(lines[0][key]) for key in ("level", "query_begin", "query_rows"))
+            self.assertEqual(sum(rows), sum(min(300, 2 + 32 * (block + 1)) - (2 + 32 * block) for block in range(10) for bit in range(4) if block >> bit & 1))
+            self.assertTrue(all((at - 2) // 32 >> of & 1 for at, of in zip(begin, level)))  # an odd node of its level
+            views = result["decisions"][row["policy"]]
+            self.assertEqual(numpy.shape(views["map"]["rank_qk"]), (3, 3, 4))
+            of_level = numpy.mean([numpy.array(line["rank_qk"])[1, level == 0] for line in lines if line["layer"] == 2], axis=0)
+            self.assertAlmostEqual(views["map"]["rank_qk"][2][1][0], numpy.average(of_level, weights=rows[level == 0]))
+            last = numpy.array([line["rank_v"] for line in lines if line["layer"] == 0])[:, :, begin + rows == 300]  # the pairs that the last query sees
+            self.assertAlmostEqual(views["along"]["rank_v"][0][-1], last.mean())
+            self.assertEqual(row["policy"] == "gates", "open" in views["map"])
+            if row["policy"] == "dp":  # the same for every text
+                self.assertEqual(len({str(line["rank_qk"]) for line in lines if line["layer"] == 1}), 1)
+        opened = [line["open"] for line in map(json.loads, (out / "gates.jsonl").read_text().splitlines()) if line["open"]]
+        self.assertTrue(opened)
+        self.assertTrue(0 < numpy.max(opened) <= 1)
+        pictures = self.pictures("study_ranks")
+        self.assertEqual(sorted(pictures), ["study_ranks-along.svg", "study_ranks-map.svg"])
+        self.assertIn("gates: rows that attend exactly", pictures["study_ranks-map.svg"])
+
+    def test_ablations(self):
+        _, result = self.study("study_ablations", "--seq_len=300", "--budget=0.9", "--rank=8", "--near_blocks", 64, "--guard_eps=0.1", "--calibration_data", self.data,
+                               "--calibration_tokens=300", "--calibration_seq_len=300", "--calibrations", self.folder)
+        rows = {row["policy"]: row for row in result["rows"]}
+        self.assertEqual(list(rows), ["dp", "fixed ranks", "random", "greedy", "no updates", "decompositions", "no residual factors", "unweighted Grams", "guard", "row gates",
+                                      "no sinks", "near 64"])
+        dp = rows.pop("dp")
+        self.assertEqual(dp["over_dp_percent"], [0, 0, 0])
+        for name, row in rows.items():
+            self.assert_increase(row, dp["sequence_nll"], "over_dp_percent")
+            if name not in ("greedy", "row gates"):  # which for a model so small find the same ranks, and gates that no row opens
+                self.assertNotEqual(row["sequence_nll"], dp["sequence_nll"], name)
+            self.assertNotEqual(row["attention"], dp["attention"], name)
+        for name in ("no residual factors", "unweighted Grams"):
+            self.assertEqual(rows[name]["operations"], dp["operations"])
+        self.assertGreater(rows["guard"]["guard_violations"], 0)
+        self.assertGreater(rows["guard"]["operations"], dp["operations"])
+        self.assertIn("no sinks", self.pictures("study_ablations")["study_ablations.svg"])
 
     def test_finetuning(self):
-        table, result = self.study("study_finetune", "--valid_data", self.data, "--steps", 3, "--budgets", 0.9, "--lr", 1e-3, "--row_gates")
+        table, result = self.study("study_finetune", "--seq_len=300", "--valid_data", self.data, "--steps", 3, "--budgets", 0.9, "--lr", 1e-3, "--row_gates")
         self.assertEqual([(row["budget"], row["evaluated"]) for row in result["rows"]], [(0.9, "low rank"), (0.9, "exact")])
         self.assertEqual(len(result["training_losses"]), 3)
         self.assertLess(result["exact"]["perplexity"], result["before"]["perplexity"])
