@@ -32,6 +32,7 @@ const std::array<CostName, kCostCount> kCosts = {{
     {"bases", "Gflop", "Grams and bases", "low-rank attention without --cp"},
     {"split_exact_attention", "Gflop", "exact attention under --cp", "exact attention with --cp, at short and long sequences"},
     {"split_lowrank_attention", "Gflop", "near blocks, sinks and far pairs under --cp", "low-rank attention with --cp, at short and long sequences"},
+    {"reduce", "MB", "adding up what all_reduce brings, for each byte added", "drrl-bench collectives, all_reduce and another operation"},
     {"message", "message", "latency of a message within a node", "drrl-bench collectives, small messages too"},
     {"bytes", "MB", "bytes within a node", "drrl-bench collectives, large messages too"},
     {"network_message", "message", "latency of a message between nodes", "drrl-bench collectives on several nodes, or --alpha_us"},
@@ -47,7 +48,7 @@ constexpr double kBackwardShare = 2.0 / 3;  // of a step's work: two products fo
 constexpr double kPartWeight = 0.3;         // of measured parts against whole steps: they are less like what is predicted
 constexpr int64_t kBucketBytes = int64_t{32} << 20, kLossRows = 512;  // as in gradient_reducer.h and llama.h
 
-constexpr bool is_communication(size_t cost) { return cost >= kMessage; }
+constexpr bool is_communication(size_t cost) { return cost >= kReduce; }
 
 double messages(const std::string& operation, int64_t members) {
   const double levels = std::ceil(std::log2(static_cast<double>(members)));
@@ -61,6 +62,8 @@ struct Members {
 };
 
 void add_messages(Amounts& to, const std::string& operation, const Members& members, int64_t processes_per_node, double calls, double sent_bytes) {
+  const double added = operation == "all_reduce" ? sent_bytes / 2 : operation == "reduce_scatter" ? sent_bytes : 0;
+  to[kReduce] += added / kMega;
   const bool local = members.on_one_node(processes_per_node);
   to[local ? kMessage : kNetworkMessage] += calls * messages(operation, members.count);
   to[local ? kBytes : kNetworkBytes] += sent_bytes / kMega;

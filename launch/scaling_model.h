@@ -14,7 +14,7 @@
 namespace drrl::bench {
 
 /// What a step spends time on; kCosts (scaling_model.cpp) has names and units.
-enum Cost : size_t { kUpdate, kLayer, kLinear, kExact, kLowRank, kBases, kSplitExact, kSplitLowRank, kMessage, kBytes, kNetworkMessage, kNetworkBytes };
+enum Cost : size_t { kUpdate, kLayer, kLinear, kExact, kLowRank, kBases, kSplitExact, kSplitLowRank, kReduce, kMessage, kBytes, kNetworkMessage, kNetworkBytes };
 inline constexpr size_t kCostCount = kNetworkBytes + 1;
 using Amounts = std::array<double, kCostCount>;
 
@@ -54,9 +54,9 @@ struct Demand {
   double sent_bytes = 0;     ///< of process 0
 };
 
-/// Operations as core/cost.h counts them, bytes as distributed/traffic.h does, messages one after the other in log2(n) steps (all_reduce: twice as many;
-/// all_to_all: n - 1), as trees and recursive halving need (Thakur, Rabenseifner, Gropp, IJHPCA 19, 2005). A group is within a node if
-/// its members are neighbours there, else all of its traffic counts as the network's.
+/// Operations as core/cost.h counts them, bytes as distributed/traffic.h does. A collective is as many messages after each other as trees and recursive
+/// halving need (Thakur, Rabenseifner, Gropp, IJHPCA 19, 2005): log2(n), twice that for all_reduce, n - 1 for all_to_all; and an all_reduce adds up (n - 1) / n
+/// of its message in each process. A group is within a node if its members are neighbours there, else all of its traffic counts as the network's.
 /// Errors: Error(kUsage) as parameter_layouts and SequenceSplit.
 Demand demand_of(const Workload& workload);
 
