@@ -23,6 +23,7 @@ ExitCode latency(const Environment& environment);    // bench_latency.cpp
 ExitCode peers(const Environment& environment);      // bench_peers.cpp
 ExitCode collectives(const Environment& environment);  // bench_collectives.cpp
 ExitCode scaling(const Environment& environment);      // bench_scaling.cpp
+ExitCode model(const Environment& environment);        // bench_model.cpp
 
 /// What one layer's attention reads.
 struct Inputs {

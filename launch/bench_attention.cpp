@@ -20,7 +20,7 @@
 #include <iostream>
 #include <map>
 
-DEFINE_string(seq_lens, "1024,2048,4096,8192", "attention: sequence lengths, a comma list [tokens]");
+DEFINE_string(seq_lens, "1024,2048,4096,8192", "attention, model: sequence lengths, a comma list [tokens]");
 DEFINE_string(head_dims, "64", "attention, latency (one): head dims, a comma list; item i goes with item i of --heads and --kv_groups");
 DEFINE_string(heads, "9", "attention, latency (one): query heads, a comma list as long as --head_dims, or one number for all");
 DEFINE_string(kv_groups, "3", "attention, latency (one): KV groups (key/value heads), likewise");

@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <chrono>
 #include <iostream>
+#include <thread>
 
 DEFINE_string(operations, "all_reduce,all_gather,reduce_scatter,broadcast,all_to_all", "collectives: operations to measure, a comma list");
 DEFINE_string(bytes, "1024,16384,262144,4194304", "collectives: message sizes, a comma list, rounded down to whole floats for each process [bytes]");
@@ -186,6 +187,7 @@ ExitCode collectives(const Environment& environment) {
         json["launcher"] = name(environment.launcher);
         json["world_size"] = environment.world_size;
         json["processes_per_node"] = environment.local_size;
+        json["cores_per_node"] = std::thread::hardware_concurrency();
         json["group"] = FLAGS_group;
         json["repeats"] = FLAGS_repeats;
         json["results"] = rows;

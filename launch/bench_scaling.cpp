@@ -24,9 +24,10 @@
 #include <chrono>
 #include <iostream>
 #include <random>
+#include <thread>
 
-DEFINE_string(scaling, "weak", "scaling: weak: a step has --sequences for each process; strong: --sequences in all");
-DEFINE_int64(sequences, 2, "scaling: sequences of a step, for each process or in all, see --scaling [sequences]");
+DEFINE_string(scaling, "weak", "scaling, model: weak: a step has --sequences for each process; strong: --sequences in all");
+DEFINE_int64(sequences, 2, "scaling, model: sequences of a step, for each process or in all, see --scaling [sequences]");
 DEFINE_int64(steps, 5, "scaling: timed steps [steps]");
 DEFINE_int64(warmup_steps, 2, "scaling: steps before them [steps]");
 DEFINE_int64(model_hidden, 256, "scaling: hidden size of the model, unless --model is given");
@@ -248,7 +249,8 @@ ExitCode scaling(const Environment& environment) {
     if (leader) {
       Json json = provenance("scaling");
       json.update(Json{{"launcher", name(environment.launcher)}, {"world_size", environment.world_size}, {"processes_per_node", environment.local_size},
-                       {"tp", shape.tp}, {"cp", shape.cp}, {"dp", shape.dp}, {"scaling", FLAGS_scaling}, {"attention", attention.controller->describe()},
+                       {"cores_per_node", std::thread::hardware_concurrency()}, {"tp", shape.tp}, {"cp", shape.cp}, {"dp", shape.dp}, {"scaling", FLAGS_scaling},
+                       {"attention", attention.controller->describe()}, {"config", Json::parse(config.export_json(at::kFloat))},
                        {"parameters", model.parameter_count()}, {"sequences_per_step", options.global_batch}, {"tokens_per_step", step_tokens},
                        {"timed_steps", FLAGS_steps}, {"step_ms", step_ms}, {"steps_per_second", 1e3 / step_ms},
                        {"tokens_per_second", 1e3 / step_ms * static_cast<double>(step_tokens)}, {"exposed_share", mean(ranks, "exposed_share")},

@@ -4,7 +4,7 @@
 #   launch/bench_scaling.sh [--worlds=1,2,4] [--axis=dp|tp|cp] [--out=FILE] [options of drrl-bench scaling]
 #
 #   --worlds   numbers of processes
-#   --axis     what grows with them: data-parallel (default), tensor-parallel or context-parallel processes
+#   --axis     what grows with them: tensor-parallel or context-parallel processes, or (dp, the default) data-parallel ones, as many as --tp and --cp leave
 #   --out      the JSON file (default out/scaling.json): "runs", what drrl-bench wrote, and "efficiency", the table
 #
 # Variables: DRRL_BIN, a folder that holds drrl-bench: nothing is installed or built. DRRL_LAUNCH, the line that starts a job, without -np:
@@ -42,8 +42,10 @@ runs=$(mktemp -d)
 trap 'rm -rf "$runs"' EXIT
 files=()
 for world in ${worlds//,/ }; do
+  members=$world
+  [ "$axis" = dp ] && members=0  # all that are left
   printf '\n== %s processes\n' "$world"
-  OMP_WAIT_POLICY=passive "${launch[@]}" -np "$world" "$DRRL_BIN/drrl-bench" scaling --threads=1 "${options[@]}" "--$axis=$world" \
+  OMP_WAIT_POLICY=passive "${launch[@]}" -np "$world" "$DRRL_BIN/drrl-bench" scaling --threads=1 "${options[@]}" "--$axis=$members" \
     --json="$runs/$world.json" </dev/null
   files+=("$runs/$world.json")
 done

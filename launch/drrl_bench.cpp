@@ -31,6 +31,7 @@ constexpr Command kCommands[] = {
     {"peers", "error and time of low-rank attention and of other ways to compress it, on a real model and text", &peers},
     {"collectives", "time and bandwidth of collectives over message sizes, as nccl-tests reports them; under mpirun, srun or torchrun", &collectives, true},
     {"scaling", "steps per second, exposed communication, bytes and solves of training on the processes it was started with", &scaling, true},
+    {"model", "what steps would take on more processes, from measured runs, and where low rank stops paying", &model},
 };
 
 std::string summary() {
