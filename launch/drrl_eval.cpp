@@ -3,6 +3,7 @@
 
 #include "core/error.h"
 #include "distributed/mesh.h"
+#include "launch/balance_flags.h"
 #include "launch/console.h"
 #include "launch/flags.h"
 #include "launch/log.h"
@@ -30,6 +31,9 @@
 
 DEFINE_int64(max_tokens, 0, "stop after this many predicted tokens, rounded up to whole sequences; 0: all of --data [tokens]");
 DEFINE_bool(compare_full, false, "evaluate every sequence with exact attention too, in turn, and report both");
+DEFINE_string(balance_speeds, "",
+              "evaluate the ranks that balance chooses for tensor-parallel processes of these speeds, e.g. 1,0.5, whatever --tp is (drrl-train --balance_every); "
+              "empty: those of --rank_budget");
 DEFINE_int64(audit_rows, 0, "compare certified error bounds with exact attention for this many query tokens of each block, in one process; 0: no audit [tokens]");
 DEFINE_int64(generate, 0, "instead of evaluating, continue the first --prompt_tokens of --data by this many; 0: evaluate [tokens]");
 DEFINE_string(examples, "", "instead of evaluating --data, answer the questions of this file, a JSON object a line; launch/downstream_sets.py writes such files");
@@ -362,6 +366,8 @@ ExitCode evaluate(const Environment& environment) {
   check(ErrorKind::kUsage, FLAGS_audit_rows == 0 || !FLAGS_compare_full, "--audit_rows does not go with --compare_full, whose times it would disturb");
   check(ErrorKind::kUsage, FLAGS_audit_rows == 0 || environment.world_size == 1, "--audit_rows runs in one process, this job has ",
         environment.world_size);
+  check(ErrorKind::kUsage, FLAGS_balance_speeds.empty() || (!answering && FLAGS_generate == 0), "--balance_speeds chooses ranks for sequences of --seq_len, it goes "
+        "neither with --examples nor with --generate");
   const MeshShape shape = mesh_flags(environment);
   const at::Device device = device_flag(environment);
   const ModelConfig config = ModelConfig::load(FLAGS_model);
@@ -394,6 +400,9 @@ ExitCode evaluate(const Environment& environment) {
   guarded(environment, [&] {
     const bool leader = environment.world_rank == 0;
     const AttentionSetup attention = attention_flags(config, mesh, device);
+    if (!FLAGS_balance_speeds.empty()) {
+      balance_for_speeds(FLAGS_balance_speeds, config, device, *attention.controller);
+    }
     const std::string description = attention.controller->describe();  // of the chosen policy, whatever is set later
     attention.controller->set_timing(true);
     std::shared_ptr<AuditController> audit;
