@@ -4,7 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cmath>
+#include <array>
 
 #include "core/cost.h"
 #include "core/error.h"
@@ -85,7 +85,6 @@ TEST(Balance, SpendsNothingWhereNobodyWaits) {
   const BalancedRanks lame = balance.ranks({0.8, 1});
   EXPECT_GE(lame.time({0.8, 1}), balance.plain().cost(1) * (1 - 1e-9));
   EXPECT_LT(lame.time({0.8, 1}), balance.plain().cost(1) * 1.05);
-  EXPECT_EQ(lame.cost(1), balance.plain().cost(1));
 }
 
 TEST(Balance, RelievesSlowProcessesAndThoseOfMoreGroups) {
@@ -102,8 +101,7 @@ TEST(Balance, RelievesSlowProcessesAndThoseOfMoreGroups) {
         EXPECT_NEAR(ranks.damage, expected_damage(c.calibration, ranks.table), 1e-12);
         EXPECT_LE(ranks.damage, plain.damage + c.options.damage + 1e-12);
         EXPECT_LT(ranks.time(speeds), 0.97 * plain.time(speeds)) << groups << " " << slow;
-        const auto last = static_cast<size_t>(std::max_element(groups.begin(), groups.end(), [&](int64_t a, int64_t b) { return a < b; }) - groups.begin());
-        if (groups[slow] == groups[last]) {  // it is the one that the others wait for
+        if (groups[slow] == *std::max_element(groups.begin(), groups.end())) {  // it is the one that the others wait for
           EXPECT_LT(ranks.cost(slow), 0.97 * plain.cost(slow)) << groups << " " << slow;
         }
       }
@@ -111,7 +109,7 @@ TEST(Balance, RelievesSlowProcessesAndThoseOfMoreGroups) {
   }
 }
 
-// Against all 4^8 / 4 tables of a small case: what the relaxation may miss is less than its last step.
+// Against all 4096 tables of a small case: what the relaxation may miss is less than its last step.
 TEST(Balance, IsTheFastestWithinTheDamageUpToOneStep) {
   Case c;
   c.calibration = make_calibration(2, 3, {32});
