@@ -144,6 +144,10 @@ TEST_F(OnlineBalancing, RefusesWhatItCannotMeasure) {
   const Mesh mesh = make_mesh(size_ > kGroups ? 2 : size_, size_ > kGroups ? size_ / 2 : 1);
   const std::string message = error_of(ErrorKind::kUsage, [&] { OnlineBalance(controller(mesh), balance(mesh.tp().size()), mesh.tp(), 0, true); });
   EXPECT_NE(message.find("every 0 steps"), std::string::npos) << message;
+  const Mesh split = make_mesh(1, 1, size_);
+  const auto waits = std::make_shared<LowRankController>(make_fixed_policy(4, kHeadDim), kGeometry, BasisOptions{}, 0, GuardOptions{}, split.cp());
+  const std::string waiting = error_of(ErrorKind::kUsage, [&] { OnlineBalance(waits, balance(1), Group(), 1, true); });
+  EXPECT_NE(waiting.find(c10::str("split over ", size_, " processes")), std::string::npos) << waiting;
 }
 
 }  // namespace
