@@ -3,6 +3,7 @@
 
 #include "core/error.h"
 #include "distributed/mesh.h"
+#include "launch/balance_flags.h"
 #include "launch/console.h"
 #include "launch/decisions.h"
 #include "launch/flags.h"
@@ -32,6 +33,9 @@
 
 DEFINE_int64(max_tokens, 0, "stop after this many predicted tokens, rounded up to whole sequences; 0: all of --data [tokens]");
 DEFINE_bool(compare_full, false, "evaluate every sequence with exact attention too, in turn, and report both");
+DEFINE_string(balance_speeds, "",
+              "evaluate the ranks that balance chooses for tensor-parallel processes of these speeds, e.g. 1,0.5, whatever --tp is (drrl-train --balance_every); "
+              "empty: those of --rank_budget");
 DEFINE_int64(audit_rows, 0, "compare certified error bounds with exact attention for this many query tokens of each block, in one process; 0: no audit [tokens]");
 DEFINE_string(decisions, "", "file for the ranks of every far pair and the rows that attended exactly, a JSON object for each sequence and layer, from one process");
 DEFINE_string(ablate, "", "leave out, for a study: residual (of far log-sum-exps), mass (weights of keys and values in Grams), or both with a comma between");
@@ -386,6 +390,8 @@ ExitCode evaluate(const Environment& environment) {
   check(ErrorKind::kUsage, FLAGS_decisions.empty() || (environment.world_size == 1 && !answering && FLAGS_generate == 0), "--decisions=", FLAGS_decisions,
         " goes with an evaluation of --data in one process, this job has ", environment.world_size);
   const Ablation ablation = ablation_flag();
+  check(ErrorKind::kUsage, FLAGS_balance_speeds.empty() || (!answering && FLAGS_generate == 0), "--balance_speeds chooses ranks for sequences of --seq_len, it goes "
+        "neither with --examples nor with --generate");
   const MeshShape shape = mesh_flags(environment);
   const at::Device device = device_flag(environment);
   const ModelConfig config = ModelConfig::load(FLAGS_model);
@@ -420,6 +426,9 @@ ExitCode evaluate(const Environment& environment) {
     const AttentionSetup attention = attention_flags(config, mesh, device);
     if (!FLAGS_ablate.empty()) {
       attention.controller->leave_out(ablation);
+    }
+    if (!FLAGS_balance_speeds.empty()) {
+      balance_for_speeds(FLAGS_balance_speeds, config, device, *attention.controller);
     }
     const std::string description = attention.controller->describe();  // of the chosen policy, whatever is set later
     attention.controller->set_timing(true);

@@ -2,6 +2,7 @@
 
 #include "core/error.h"
 #include "distributed/mesh.h"
+#include "launch/balance_flags.h"
 #include "launch/console.h"
 #include "launch/flags.h"
 #include "launch/log.h"
@@ -45,6 +46,9 @@ DEFINE_int64(save_every, 0, "steps between checkpoints; 0: only at the end and o
 DEFINE_int64(keep, 2, "newest checkpoints to keep; 0: all");
 DEFINE_bool(resume, false, "continue from the newest sound checkpoint in --output, or start if there is none");
 DEFINE_bool(resume_override, false, "resume although options that shape the run have changed");
+DEFINE_int64(balance_every, 0,
+             "under dp and --tp, make up for slower tensor-parallel processes so often: by measured speeds, smaller ranks for them and larger ones for those that would "
+             "wait; measured anew after --resume; 0: never [steps]");
 DEFINE_int64(log_every, 1, "steps between logged lines [steps]");
 DEFINE_int64(eval_every, 0, "steps between validations; 0: only before and after training [steps]");
 DEFINE_int64(eval_tokens, 16384, "length of one validation, from the start of the validation data; 0: all of it [tokens]");
@@ -180,7 +184,7 @@ void print_start(const Environment& environment, const MeshShape& shape, const M
 }
 
 nlohmann::ordered_json summary_json(const TrainResult& result, const TrainerOptions& options, const Environment& environment,
-                                    const MeshShape& shape) {
+                                    const MeshShape& shape, const OnlineBalance* balance) {
   nlohmann::ordered_json json;
   const auto put = [&](const char* key, double value) {
     if (std::isfinite(value)) {
@@ -206,6 +210,9 @@ nlohmann::ordered_json summary_json(const TrainResult& result, const TrainerOpti
   json["tp"] = shape.tp;
   json["dp"] = shape.dp;
   json["cp"] = shape.cp;
+  if (balance != nullptr) {
+    json["balance_speeds"] = balance->speeds();
+  }
   json["checkpoint"] = result.checkpoint.string();
   json["versions"] = version_line();
   for (const Option& option : drrl::options()) {
@@ -238,6 +245,7 @@ ExitCode train(const Environment& environment) {
   require("data", FLAGS_data);
   const MeshShape shape = mesh_flags(environment);
   check(ErrorKind::kUsage, FLAGS_timeout_s >= 1, "--timeout_s must be at least 1, got ", FLAGS_timeout_s);
+  check(ErrorKind::kUsage, FLAGS_balance_every >= 0, "--balance_every must not be negative, got ", FLAGS_balance_every);
   const at::Device device = device_flag(environment);
   const ModelOptions model_options{
       .dtype = dtype_flag("dtype", FLAGS_dtype), .device = device, .activation_checkpoint = FLAGS_activation_checkpoint};
@@ -256,6 +264,7 @@ ExitCode train(const Environment& environment) {
     at::manual_seed(FLAGS_seed * 1000003 + static_cast<uint64_t>(environment.world_rank));
     AttentionSetup attention = attention_flags(config, mesh, device);
     const auto online = online_policy_flags(environment, config, mesh, device, FLAGS_global_batch * FLAGS_seq_len, attention);
+    const auto balance = online_balance(FLAGS_balance_every, config, mesh, device, attention);
     model = std::make_unique<CausalLM>(config, mesh.tp(), attention.controller, model_options);
     model->load(FLAGS_model);
     if (leader) {
@@ -290,7 +299,7 @@ ExitCode train(const Environment& environment) {
       }
     }
     if (leader && !FLAGS_json.empty()) {
-      write_text(FLAGS_json, summary_json(result, options, environment, shape).dump(2) + "\n");
+      write_text(FLAGS_json, summary_json(result, options, environment, shape, balance.get()).dump(2) + "\n");
     }
     mesh.world().barrier();
     code = result.interrupted ? ExitCode::kInterrupted : ExitCode::kSuccess;

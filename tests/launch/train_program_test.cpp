@@ -181,6 +181,13 @@ TEST_F(TrainProgram, TheRankPolicyLearnsOnTheWay) {
   EXPECT_NE(evaluated.output.find("then 4 online updates on"), std::string::npos) << evaluated.output;
   expect_failure(bin + "drrl-train --steps=1 --policy_update_every=1 --attention=lowrank --rank_policy=fixed --rank=4" + common, ExitCode::kUsage,
                  {"--policy_update_every=1 needs --attention=lowrank and --rank_policy=dp or rl", "fixed"});
+  const std::string balanced = bin + "drrl-train --steps=1 --balance_every=1 --policy=" + policy;
+  expect_failure(balanced + ranks + "--rank_policy=fixed --rank=4", ExitCode::kUsage, {"--balance_every needs --attention=lowrank and --rank_policy=dp", "fixed"});
+  expect_failure(balanced + ranks + "--policy_update_every=1", ExitCode::kUsage, {"--balance_every does not go with --policy_update_every"});
+  expect_failure(balanced + ranks + "--balance_damage=-1", ExitCode::kUsage, {"--balance_damage", "-1"});
+  for (const char* speeds : {"1,x", "1,0", "1,1,1,1"}) {
+    expect_failure(bin + "drrl-eval --balance_speeds=" + speeds + " --policy=" + policy + ranks, ExitCode::kUsage, {std::string("--balance_speeds=") + speeds});
+  }
 }
 
 TEST_F(TrainProgram, ReadsAFlagFile) {

@@ -2,6 +2,8 @@
 """Reduced runs of the studies in launch/ on a small random model: what they report is what the programs measured, and what launch/plots.py draws. Environment: DRRL_BIN."""
 
 import json
+import os
+import statistics
 import sys
 import unittest
 from pathlib import Path
@@ -163,6 +165,38 @@ class StudiesTest(SharedModel):
         difference = numpy.mean(exact["sequence_nll"]) - result["exact"]["nll"]
         self.assertAlmostEqual(exact["increase_percent"][0], 100 * (numpy.exp(difference) - 1))
         self.assertIn("3 sequences of 300 tokens, 3 steps", table)
+
+    @unittest.skipIf(len(os.sched_getaffinity(0)) < 2, "two processes need a core each")
+    def test_straggler(self):
+        table, result = self.study("study_straggler", "--valid_data", self.data, "--budgets", 1, "--slow", 1, "--steps", 2, "--rounds", 2,
+                                   "--flag=--balance_damage=0.05")
+        (row,) = result["rows"]
+        self.assertEqual({name: len(times) for name, times in row["times"].items()}, {"undisturbed": 4, "slowed": 4, "balanced": 4})
+        self.assertEqual(row["ms"], {name: statistics.median(times) for name, times in row["times"].items()})
+        lost = row["ms"]["slowed"] - row["ms"]["undisturbed"]
+        self.assertAlmostEqual(row["recovered"], (row["ms"]["slowed"] - row["ms"]["balanced"]) / lost)
+        self.assertIn("process 1 slowed down", table)
+        # So short a step may escape the loop; whatever was measured, ranks and speeds must fit each other.
+        self.assertTrue(0 < row["balance_slowest"] <= 1)
+        if row["speeds"]:
+            self.assertEqual((len(row["speeds"]), max(row["speeds"])), (2, 1))
+            self.assertLessEqual(row["balance_damage"], 0.05)
+        else:
+            self.assertEqual((row["balance_damage"], row["balance_time"], row["increase_percent"]), (0, 1, [0, 0, 0]))
+
+    def test_balanced_ranks_are_evaluated(self):
+        def evaluate(*flags):
+            out = self.folder / "balanced.json"
+            run([BIN / "drrl-eval", "--model", self.model, "--data", self.data, "--policy", self.policy, "--attention=lowrank", "--rank_policy=dp",
+                 "--rank_budget=1", "--seq_len=300", "--max_tokens=900", *SHAPE, *flags, "--json", out])
+            return json.loads(out.read_text())
+
+        plain, lame, even = evaluate(), evaluate("--balance_speeds=0.5,1", "--balance_damage=0.05"), evaluate("--balance_speeds=2,2,2")
+        self.assertEqual((plain["mean_rank_qk"], plain["mean_rank_v"]), (16, 16))
+        self.assertEqual(even["sequence_nll"], plain["sequence_nll"])
+        self.assertLess(lame["attention_flops_fraction"], 0.99)
+        self.assertNotEqual(lame["nll"], plain["nll"])
+        self.assertIn("balanced for speeds 0.5,1 within 0.05 nats", lame["attention"])
 
 
 if __name__ == "__main__":
