@@ -168,7 +168,7 @@ class StudiesTest(SharedModel):
 
     @unittest.skipIf(len(os.sched_getaffinity(0)) < 2, "two processes need a core each")
     def test_straggler(self):
-        table, result = self.study("study_straggler", "--valid_data", self.data, "--budgets", 1, "--slow", 1, "--steps", 2, "--rounds", 2,
+        table, result = self.study("study_straggler", "--valid_data", self.data, "--seq_len", 300, "--budgets", 1, "--slow", 1, "--steps", 2, "--rounds", 2,
                                    "--flag=--balance_damage=0.05")
         (row,) = result["rows"]
         self.assertEqual({name: len(times) for name, times in row["times"].items()}, {"undisturbed": 4, "slowed": 4, "balanced": 4})
