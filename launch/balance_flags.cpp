@@ -55,16 +55,7 @@ std::shared_ptr<OnlineBalance> online_balance(int64_t every, const ModelConfig& 
                                                  device.is_cpu());
   PolicyHooks& hooks = attention.hooks;
   check(ErrorKind::kUsage, !hooks.figures, "--balance_every does not go with --policy_update_every: each decides the ranks");
-  hooks.begin_step = [balance, begin = hooks.begin_step](int64_t step) {
-    begin(step);
-    balance->begin_step(step);
-  };
-  hooks.end_step = [balance, end = hooks.end_step] {
-    const AttentionStatistics spent = end();
-    balance->end_step(spent);
-    return spent;
-  };
-  hooks.figures = [balance] { return balance->figures(); };
+  follow_steps(hooks, balance);
   return balance;
 }
 

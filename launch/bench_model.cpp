@@ -39,15 +39,10 @@ const char* name(StepModel::Source source) {
   return source == StepModel::Source::kGiven ? "given" : source == StepModel::Source::kMeasured ? "measured" : "unknown";
 }
 
-struct Measured {
-  std::vector<Equation> equations;
-  std::vector<Workload> workloads;
-};
-
 Measured read_files(const std::string& files, std::optional<std::string>& setting) {
   Measured all;
   for (const std::string& path : split(files, ',')) {
-    MeasuredFile file = read_measured(path, setting);
+    Measured file = read_measured(path, setting);
     all.equations.insert(all.equations.end(), file.equations.begin(), file.equations.end());
     all.workloads.insert(all.workloads.end(), file.workloads.begin(), file.workloads.end());
   }

@@ -28,7 +28,6 @@
 #include <cmath>
 #include <iostream>
 #include <optional>
-#include <sstream>
 #include <vector>
 
 DEFINE_int64(max_tokens, 0, "stop after this many predicted tokens, rounded up to whole sequences; 0: all of --data [tokens]");
@@ -359,8 +358,7 @@ void print_audit(const nlohmann::ordered_json& json) {
 /// --ablate. Errors: Error(kUsage).
 Ablation ablation_flag() {
   Ablation ablation;
-  std::istringstream list(FLAGS_ablate);
-  for (std::string part; std::getline(list, part, ',');) {
+  for (const std::string& part : split(FLAGS_ablate, ',')) {
     check(ErrorKind::kUsage, part == "residual" || part == "mass", "--ablate=", FLAGS_ablate, ": expected residual, mass or both, got '", part, "'");
     (part == "residual" ? ablation.residual : ablation.mass) = true;
   }

@@ -44,16 +44,7 @@ std::shared_ptr<OnlinePolicy> online_policy_flags(const Environment& environment
   auto online = std::make_shared<OnlinePolicy>(attention.controller, Calibration::load(FLAGS_policy), groups.begin, groups.count, device, std::move(channel),
                                                std::move(options));
   PolicyHooks& hooks = attention.hooks;
-  hooks.begin_step = [online, begin = hooks.begin_step](int64_t step) {
-    begin(step);
-    online->begin_step(step);
-  };
-  hooks.end_step = [online, end = hooks.end_step] {
-    const AttentionStatistics spent = end();
-    online->end_step(spent);
-    return spent;
-  };
-  hooks.figures = [online] { return online->figures(); };
+  follow_steps(hooks, online);
   // After the policy's description, up to the first zero byte.
   hooks.save = [online, save = hooks.save] { return save() + std::string(1, '\0') + online->save(); };
   hooks.load = [online, load = hooks.load](const std::string& state) {

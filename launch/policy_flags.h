@@ -38,4 +38,19 @@ struct AttentionSetup {
 };
 AttentionSetup attention_flags(const ModelConfig& config, const Mesh& mesh, const at::Device& device);
 
+/// From now on each step is also begun and ended by `online` (an OnlinePolicy or OnlineBalance), after what the hooks do already; the figures are its own.
+template <typename Online>
+void follow_steps(PolicyHooks& hooks, const std::shared_ptr<Online>& online) {
+  hooks.begin_step = [online, begin = hooks.begin_step](int64_t step) {
+    begin(step);
+    online->begin_step(step);
+  };
+  hooks.end_step = [online, end = hooks.end_step] {
+    const AttentionStatistics spent = end();
+    online->end_step(spent);
+    return spent;
+  };
+  hooks.figures = [online] { return online->figures(); };
+}
+
 }  // namespace drrl

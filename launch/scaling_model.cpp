@@ -377,7 +377,7 @@ Workload workload_of(const Reader& in, const Json& run) {
   return w;
 }
 
-void add_run(const Reader& in, const Json& run, MeasuredFile& to) {
+void add_run(const Reader& in, const Json& run, Measured& to) {
   const Workload w = workload_of(in, run);
   const Demand demand = demand_of(w);
   const std::string name = c10::str(w.rank < w.config.head_dim ? c10::str("rank ", w.rank) : "exact", ", L ", w.seq_len, ", ", w.sequences, " seq., tp ",
@@ -396,7 +396,7 @@ void add_run(const Reader& in, const Json& run, MeasuredFile& to) {
   }
 }
 
-void add_collectives(const Reader& in, const Json& json, MeasuredFile& to) {
+void add_collectives(const Reader& in, const Json& json, Measured& to) {
   const std::string group = in.text(json, "group");
   const int64_t tp = in.option(json, "tp"), cp = in.option(json, "cp"), node = in.count(json, "processes_per_node");
   const std::map<std::string, int64_t> strides = {{"world", 1}, {"tp", 1}, {"cp", tp}, {"data", tp}, {"dp", tp * cp}};
@@ -415,10 +415,10 @@ void add_collectives(const Reader& in, const Json& json, MeasuredFile& to) {
 
 }  // namespace
 
-MeasuredFile read_measured(const std::filesystem::path& path, std::optional<std::string>& setting) {
+Measured read_measured(const std::filesystem::path& path, std::optional<std::string>& setting) {
   const Reader in(path);
   const Json json = in.root();
-  MeasuredFile file;
+  Measured file;
   if (json.contains("runs")) {
     for (const Json& run : json["runs"]) {
       check_setting(in, run, setting);

@@ -93,8 +93,8 @@ struct StepModel {
   StepMs predict(const Demand& demand) const;
 };
 
-/// What a file of drrl-bench scaling, launch/bench_scaling.sh or drrl-bench collectives says.
-struct MeasuredFile {
+/// What files of drrl-bench scaling, launch/bench_scaling.sh or drrl-bench collectives say.
+struct Measured {
   std::vector<Equation> equations;  ///< of runs the step, and the Grams and bases where they are measured apart
   std::vector<Workload> workloads;  ///< of its runs
 };
@@ -102,6 +102,6 @@ struct MeasuredFile {
 /// `setting`: device, precision, threads and versions, taken from the first file that is read, expected of the others.
 /// Errors: Error(kUsage) naming the file and what is wrong: not JSON, another benchmark, a missing field, another setting, bytes that are not those
 /// that are counted here.
-MeasuredFile read_measured(const std::filesystem::path& path, std::optional<std::string>& setting);
+Measured read_measured(const std::filesystem::path& path, std::optional<std::string>& setting);
 
 }  // namespace drrl::bench

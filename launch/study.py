@@ -57,6 +57,28 @@ def arguments(doc, max_tokens=32768):
     return parser
 
 
+def training_arguments(doc, seq_len):
+    """The options that studies of training share, likewise."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face directory")
+    parser.add_argument("--data", required=True, help="prefix of .bin and .idx, to train on")
+    parser.add_argument("--valid_data", required=True, help="prefix of .bin and .idx, to judge by")
+    parser.add_argument("--policy", required=True, help="file of drrl-policy calibrate")
+    parser.add_argument("--seq_len", type=int, default=seq_len)
+    parser.add_argument("--max_tokens", type=int, default=65536, help="of --valid_data")
+    parser.add_argument("--flag", action="append", default=[], help="a further flag of drrl-train and drrl-eval at low rank, e.g. --flag=--near_block=128")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--build", type=pathlib.Path, default=BUILD)
+    parser.add_argument("--json", type=pathlib.Path)
+    return parser
+
+
+def evaluate_held_out(arguments, model, flags):
+    """`evaluate` on --valid_data of training_arguments."""
+    return evaluate(arguments.build, ["--model", model, "--data", arguments.valid_data, f"--seq_len={arguments.seq_len}",
+                                      f"--max_tokens={arguments.max_tokens}", f"--threads={arguments.threads}", *flags])
+
+
 class Study:
     """Runs of drrl-eval as `arguments` (above) say, compared with exact attention on the same sequences."""
 

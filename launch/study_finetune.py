@@ -9,9 +9,7 @@ attention beside it, and compared with the exactly trained one: difference of pe
 the forward attention over that of exact attention on --eval_device (drrl-eval --compare_full). Exit status: 0 measured, 1 a run failed.
 """
 
-import argparse
 import json
-import os
 import pathlib
 import sys
 import tempfile
@@ -32,32 +30,20 @@ def train(arguments, output, flags):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="Hugging Face directory")
-    parser.add_argument("--data", required=True, help="prefix of .bin and .idx, to train on")
-    parser.add_argument("--valid_data", required=True, help="prefix of .bin and .idx, to judge by")
-    parser.add_argument("--policy", required=True, help="file of drrl-policy calibrate")
+    parser = study.training_arguments(__doc__, seq_len=2048)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seq_len", type=int, default=2048)
     parser.add_argument("--global_batch", type=int, default=1, help="sequences in a step")
-    parser.add_argument("--max_tokens", type=int, default=65536, help="of --valid_data")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.585])
     parser.add_argument("--row_gates", action="store_true")
-    parser.add_argument("--flag", action="append", default=[], help="a further flag of drrl-train and drrl-eval at low rank, e.g. --flag=--near_block=128")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="to train on")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="to train in; evaluations are in fp32")
     parser.add_argument("--eval_device", choices=["cpu", "cuda"], help="to evaluate on (default: --device)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--build", type=pathlib.Path, default=study.BUILD)
-    parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args()
 
     def evaluate(model, flags):
-        return study.evaluate(arguments.build, ["--model", model, "--data", arguments.valid_data, f"--seq_len={arguments.seq_len}",
-                                                f"--max_tokens={arguments.max_tokens}", f"--threads={arguments.threads}",
-                                                f"--device={arguments.eval_device or arguments.device}", *flags])
+        return study.evaluate_held_out(arguments, model, [f"--device={arguments.eval_device or arguments.device}", *flags])
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:

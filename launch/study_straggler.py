@@ -8,7 +8,6 @@ For each --rank_budget, drrl-train with --tp 2, one thread a process, each on a 
 drrl-eval, between the ranks that balance arrived at and those without, with a 95 % bootstrap interval over sequences. Exit status: 0 measured, 1 a run failed.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -59,9 +58,7 @@ def train(arguments, flags, cores, untimed):
 def perplexity(arguments, flags, speeds):
     """Of the ranks for these speeds against those without balance: percent, and its interval."""
     def nll(*more):
-        flags_of_run = ["--model", arguments.model, "--data", arguments.valid_data, f"--seq_len={arguments.seq_len}", f"--max_tokens={arguments.max_tokens}",
-                        f"--threads={arguments.threads}", *flags, *more]
-        return numpy.array(study.evaluate(arguments.build, flags_of_run)["sequence_nll"])
+        return numpy.array(study.evaluate_held_out(arguments, arguments.model, [*flags, *more])["sequence_nll"])
 
     if not speeds:
         return [0.0, 0.0, 0.0]
@@ -69,22 +66,12 @@ def perplexity(arguments, flags, speeds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="Hugging Face directory")
-    parser.add_argument("--data", required=True, help="prefix of .bin and .idx, to train on")
-    parser.add_argument("--valid_data", required=True, help="prefix of .bin and .idx, to judge by")
-    parser.add_argument("--policy", required=True, help="file of drrl-policy calibrate")
-    parser.add_argument("--seq_len", type=int, default=8192)
+    parser = study.training_arguments(__doc__, seq_len=8192)
     parser.add_argument("--budgets", type=float, nargs="+", default=[1, 0.585])
     parser.add_argument("--slow", type=int, choices=[0, 1], default=0, help="the process that shares its core; of 3 KV groups process 0 holds two")
     parser.add_argument("--steps", type=int, default=4, help="timed, of each run")
     parser.add_argument("--rounds", type=int, default=1, help="how often the three runs follow each other; medians are of all")
-    parser.add_argument("--max_tokens", type=int, default=65536, help="of --valid_data")
-    parser.add_argument("--flag", action="append", default=[], help="a further flag of drrl-train and drrl-eval, e.g. --flag=--row_gates")
     parser.add_argument("--train_flag", action="append", default=[], help="a further flag of drrl-train, e.g. --train_flag=--activation_checkpoint")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of drrl-eval")
-    parser.add_argument("--build", type=pathlib.Path, default=study.BUILD)
-    parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:

@@ -285,7 +285,7 @@ TEST_F(ModelProgram, CountsTheBytesThatRealRunsSend) {
     const Ended run = shell(c10::str(DRRL_MPI_LINE, " -np ", processes, " ", DRRL_BINARY_DIR, "/bin/drrl-bench scaling ", arguments, tiny));
     ASSERT_EQ(run.code, 0) << run.output;
     std::optional<std::string> setting;
-    const MeasuredFile file = read_measured(own_ / "r.json", setting);  // throws if they are not
+    const Measured file = read_measured(own_ / "r.json", setting);  // throws if they are not
     ASSERT_EQ(file.workloads.size(), 1U);
     const auto json = ordered_json::parse(read_bytes(own_ / "r.json"));
     EXPECT_NEAR(file.equations[0].demand.sent_bytes, json["ranks"][0]["sent_bytes"].get<double>(), 1) << arguments;
