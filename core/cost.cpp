@@ -65,9 +65,7 @@ AttentionFlops far_pair_flops(const PairRun& run, FarKind kind, int64_t rank, in
   return flops;
 }
 
-double open_row_flops(int64_t level, Geometry geometry, int64_t head_dim, bool with_backward) {
-  return 4 * static_cast<double>(head_dim * (geometry.near_block << level)) * (with_backward ? kForwardAndBackward : 1.0);
-}
+double exact_entry_flops(int64_t head_dim, bool with_backward) { return 4 * static_cast<double>(head_dim) * (with_backward ? kForwardAndBackward : 1.0); }
 
 AttentionFlops exact_part_flops(const BlockTree& tree, int64_t batch, int64_t heads, int64_t groups, int64_t head_dim, bool with_backward) {
   const double d = static_cast<double>(head_dim);
@@ -103,11 +101,8 @@ AttentionFlops lowrank_attention_flops(const LowRankPlan& plan, int64_t batch, i
       }
     }
   }
-  if (plan.gates.defined()) {  // open rows attend exactly too
-    const at::Tensor open = plan.gates.sum(at::IntArrayRef{0, 1, 2}).to(at::kCPU);
-    for (int64_t level = 0; level < tree.num_levels(); ++level) {
-      flops.far += open_row_flops(level, tree.geometry(), head_dim, with_backward) * static_cast<double>(open[level].item<int64_t>());
-    }
+  if (plan.exact.defined()) {  // beside what they took at low rank
+    flops.far += exact_entry_flops(head_dim, with_backward) * static_cast<double>(plan.exact.keys.numel());
   }
   flops.solves = basis_flops;
   return flops;

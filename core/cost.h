@@ -34,13 +34,13 @@ enum class FarKind { kScores = 0, kValues = 1 };
 /// batch 1, one KV group of `heads_per_group` query heads.
 AttentionFlops far_pair_flops(const PairRun& run, FarKind kind, int64_t rank, int64_t heads_per_group, int64_t head_dim, bool with_backward);
 
-/// Operations of one row of one query head that its gate lets attend exactly to a pair of this level, beside the low rank it had first.
-double open_row_flops(int64_t level, Geometry geometry, int64_t head_dim, bool with_backward);
+/// Operations of one entry of one query head that a gate makes exact, beside the low rank it had first.
+double exact_entry_flops(int64_t head_dim, bool with_backward);
 
 /// Operations that no rank changes: exact blocks, sinks, block Grams.
 AttentionFlops exact_part_flops(const BlockTree& tree, int64_t batch, int64_t heads, int64_t groups, int64_t head_dim, bool with_backward);
 
-/// Operations of lowrank_attention as this library executes it, Grams and the open rows of its last forward pass included; those of making the bases are `basis_flops`.
+/// Operations of lowrank_attention as this library executes it, Grams and what gates made exact in its last forward pass included; those of making the bases are `basis_flops`.
 AttentionFlops lowrank_attention_flops(const LowRankPlan& plan, int64_t batch, int64_t heads, int64_t groups, int64_t head_dim,
                                        double basis_flops, bool with_backward);
 

@@ -144,7 +144,6 @@ struct FarPart {
   Projections projections;
   at::Tensor out;         // [n, g rows, r_v], in the value basis
   at::Tensor logsumexp;   // [n, g rows]
-  at::Tensor correction;  // [n, g rows]; undefined if there is none
 };
 
 // x [B, H, L, e] -> the rows of a run's queries, [B, G, count, g, rows, e], a view.
@@ -152,39 +151,73 @@ at::Tensor run_view(const at::Tensor& x, const PairRun& run, const Shape& s) {
   return token_runs(x, s.groups, run.query_begin, run.count, run.query_rows, run.stride);
 }
 
-// The open rows of a run's queries, [B G count, g rows] bool.
-at::Tensor open_rows(const LowRankPlan& plan, const PairRun& run, const Shape& s) {
-  return query_rows(plan.gates.narrow(3, run.level, 1), s.groups, run).squeeze(2);
+// A bucket with a gate, its scores as a matrix: the CPU kernel makes none. Right, but not faster than exact attention.
+struct GatedScores {
+  at::Tensor scores;  // [n, g rows, keys], scaled; exact ones where `exact`
+  at::Tensor exact;   // of the same shape, bool
+};
+
+// before [n, g rows]: the log-sum-exp of what each row met before this pair. rows, keys: at full width; low_..: projected.
+GatedScores gated_scores(const at::Tensor& rows, const at::Tensor& keys, const at::Tensor& low_rows, const at::Tensor& low_keys, const at::Tensor& correction,
+                         const at::Tensor& before, double gate, double scale) {
+  const auto of = [&](const at::Tensor& a, const at::Tensor& b) { return at::bmm(a, b.transpose(1, 2)).to(before.scalar_type()).mul_(scale); };
+  GatedScores result{of(low_rows, low_keys), {}};
+  if (correction.defined()) {
+    result.scores += correction.unsqueeze(2);
+  }
+  const auto full = of(rows, keys);
+  result.exact = at::zeros(full.sizes(), full.options().dtype(at::kBool));
+  auto met = before;
+  for (int64_t begin = 0; begin < full.size(2); begin += kGateChunk) {
+    const int64_t count = std::min(kGateChunk, full.size(2) - begin);
+    auto scores = result.scores.narrow(2, begin, count);
+    const auto heavy = scores >= (at::logaddexp(met, scores.logsumexp(2)) + std::log(gate)).unsqueeze(2);
+    scores.copy_(at::where(heavy, full.narrow(2, begin, count), scores));
+    result.exact.narrow(2, begin, count).copy_(heavy);
+    met = at::logaddexp(met, scores.logsumexp(2));
+  }
+  return result;
 }
 
-constexpr double kNoWeight = 1e30;  // a log-sum-exp that leaves a row no weight in a part
+// The token positions of a bucket's entries: rows of [B, H, L] and keys, [entries] int64 each. exact [n, g rows, keys].
+std::pair<at::Tensor, at::Tensor> entries_of(const at::Tensor& exact, const Bucket& bucket, const PairRun& run, const Shape& s) {
+  const auto at = exact.to(at::kCPU).nonzero();  // [entries, 3]
+  const auto item = at::tensor(bucket.within_run, at::kLong).index_select(0, at.select(1, 0));
+  const auto sequence = item.div(run.count, "floor"), pair = item.remainder(run.count) * run.stride;
+  const auto head = at.select(1, 1).div(run.query_rows, "floor"), row = at.select(1, 1).remainder(run.query_rows);
+  const auto token = (sequence * (s.heads / s.groups) + head) * s.length + run.query_begin + pair + row;
+  return {token, run.key_begin + pair + at.select(1, 2)};
+}
 
-// Rows whose gates open attend exactly: their part of out and log-sum-exp is replaced. Here every row of a gated bucket is computed exactly, and those are
-// taken whose gate is open; the CPU kernel computes no others. logsumexp4 [B, H, L, 1]: of all parts at their low ranks.
-void open_gates(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const LowRankPlan& plan, const Shape& s,
-                const std::vector<std::vector<Bucket>>& buckets, const at::Tensor& logsumexp4, std::vector<std::vector<FarPart>>& far,
-                std::vector<at::Tensor>& far_logsumexp) {
-  for (size_t i = 0; i < buckets.size(); ++i) {
-    const PairRun& run = plan.tree.runs()[i];
-    const auto merged = query_rows(logsumexp4, s.groups, run).squeeze(2);
-    auto open_of_run = at::zeros(merged.sizes(), plan.gates.options());
-    for (size_t b = 0; b < buckets[i].size(); ++b) {
-      const Bucket& bucket = buckets[i][b];
-      if (!bucket.ranks.gated(s.d)) {
-        continue;
+// The inverse, [n, g rows, keys] bool.
+at::Tensor exact_of(const ExactEntries& entries, const Bucket& bucket, const PairRun& run, const Shape& s) {
+  const int64_t g = s.heads / s.groups;
+  auto exact = at::zeros({static_cast<int64_t>(bucket.within_run.size()), g * run.query_rows, run.key_rows}, at::kBool);
+  auto to = exact.accessor<bool, 3>();
+  const int64_t* begin = entries.begin.const_data_ptr<int64_t>();
+  const int32_t* keys = entries.keys.const_data_ptr<int32_t>();
+  for (size_t i = 0; i < bucket.within_run.size(); ++i) {
+    const int64_t sequence = bucket.within_run[i] / run.count, pair = bucket.within_run[i] % run.count * run.stride;
+    for (int64_t n = 0; n < g * run.query_rows; ++n) {
+      const int64_t row = (sequence * g + n / run.query_rows) * s.length + run.query_begin + pair + n % run.query_rows;
+      for (int64_t e = begin[row]; e < begin[row + 1]; ++e) {
+        const int64_t key = keys[e] - run.key_begin - pair;
+        if (key >= 0 && key < run.key_rows) {
+          to[static_cast<int64_t>(i)][n][key] = true;
+        }
       }
-      FarPart& part = far[i][b];
-      const auto open = gate_value(part.logsumexp - take(merged, bucket), part.correction) >= bucket.ranks.gate;
-      const auto rows = take(query_rows(q, s.groups, run), bucket);
-      const auto [out, logsumexp] = attention_rows(rows, take(key_rows(k, run), bucket), take(key_rows(v, run), bucket), s.scale);
-      part.out = at::where(open.unsqueeze(2), out, out_of_basis(part.out, part.projections.p_o));
-      part.logsumexp = at::where(open, logsumexp, part.logsumexp);
-      put(far_logsumexp[i], bucket, part.logsumexp);
-      put(open_of_run, bucket, open);
     }
-    auto gates = run_view(plan.gates.narrow(3, run.level, 1), run, s);
-    gates.copy_(open_of_run.view(gates.sizes()));
   }
+  return exact;
+}
+
+// All entries, by row, then by key.
+ExactEntries sorted_entries(const std::vector<at::Tensor>& rows, const std::vector<at::Tensor>& keys, const Shape& s) {
+  const int64_t count = s.batch * s.heads * s.length;
+  const auto order = (at::cat(rows) * s.length + at::cat(keys)).sort();
+  const auto& sorted = std::get<0>(order);
+  const auto of_row = at::bincount(sorted.div(s.length, "floor"), {}, count);
+  return {at::cat({at::zeros({1}, at::kLong), of_row.cumsum(0)}), sorted.remainder(s.length).to(at::kInt)};
 }
 
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const LowRankPlan& plan) {
@@ -204,52 +237,55 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
     attention_part(rows, sink_keys(k, tree, s), sink_keys(v, tree, s), /*causal=*/false, s.scale, sink_out, sink_logsumexp);
   }
 
+  const auto near_logsumexp = logsumexp.clone();  // while `logsumexp` is of all that was met so far, in the end of everything
+  if (sink_out.defined()) {
+    auto rows = queries_after_sinks(logsumexp4, tree, s).squeeze(4);
+    rows.copy_(at::logaddexp(rows, sink_logsumexp));
+  }
+  const auto& runs = tree.runs();
   std::vector<std::vector<Bucket>> buckets;
   std::vector<std::vector<FarPart>> far;
   std::vector<at::Tensor> far_logsumexp;  // per run, [B G count, g rows]
-  for (const PairRun& run : tree.runs()) {
+  std::vector<at::Tensor> exact_rows, exact_keys;
+  for (const PairRun& run : runs) {
     buckets.push_back(buckets_of(run, plan));
     far.emplace_back();
     const auto rows_q = query_rows(q, s.groups, run);
     const auto rows_k = key_rows(k, run);
     const auto rows_v = key_rows(v, run);
+    auto met = run_view(logsumexp4, run, s);
     far_logsumexp.push_back(at::empty({rows_q.size(0), rows_q.size(1)}, logsumexp.options()));
     for (const Bucket& bucket : buckets.back()) {
       Projections p(bucket, plan, s, q.options());
-      const auto bucket_q = take(rows_q, bucket);
+      const auto bucket_q = take(rows_q, bucket), bucket_k = take(rows_k, bucket), bucket_v = take(rows_v, bucket);
       const auto low_q = into_basis(bucket_q, p.p_q);
-      const auto low_k = into_basis(take(rows_k, bucket), p.p_k);
-      const auto low_v = into_basis(take(rows_v, bucket), p.p_v);
-      auto [part_out, part_logsumexp] = attention_rows(low_q, low_k, low_v, s.scale);
-      const auto correction = p.correction(bucket_q, part_logsumexp.options());
-      if (correction.defined()) {
-        part_logsumexp += correction;
+      const auto low_k = into_basis(bucket_k, p.p_k);
+      const auto low_v = into_basis(bucket_v, p.p_v);
+      const auto correction = p.correction(bucket_q, logsumexp.options());
+      at::Tensor part_out, part_logsumexp;
+      if (bucket.ranks.gated(s.d)) {
+        const auto before = take(met.reshape(far_logsumexp.back().sizes()), bucket);
+        const auto gated = gated_scores(bucket_q, bucket_k, low_q, low_k, correction, before, bucket.ranks.gate, s.scale);
+        part_logsumexp = gated.scores.logsumexp(2);
+        const auto weights = (gated.scores - part_logsumexp.unsqueeze(2)).exp_().to(q.scalar_type());
+        part_out = out_of_basis(at::bmm(weights.masked_fill(gated.exact, 0), low_v), p.p_o) + at::bmm(weights * gated.exact, bucket_v);
+        const auto [rows, keys] = entries_of(gated.exact, bucket, run, s);
+        exact_rows.push_back(rows);
+        exact_keys.push_back(keys);
+      } else {
+        std::tie(part_out, part_logsumexp) = attention_rows(low_q, low_k, low_v, s.scale);
+        if (correction.defined()) {
+          part_logsumexp += correction;
+        }
       }
       put(far_logsumexp.back(), bucket, part_logsumexp);
-      far.back().push_back({std::move(p), part_out, part_logsumexp, correction});
+      far.back().push_back({std::move(p), part_out, part_logsumexp});
     }
+    met.copy_(at::logaddexp(met, far_logsumexp.back().view(met.sizes())));
   }
+  plan.exact = exact_rows.empty() ? ExactEntries() : sorted_entries(exact_rows, exact_keys, s);
 
-  // The merged log-sum-exp of every row, then each part weighted by its share exp(lse_part - lse).
-  const auto near_logsumexp = logsumexp.clone();
-  const auto& runs = tree.runs();
-  const auto merge = [&] {
-    logsumexp.copy_(near_logsumexp);
-    if (sink_out.defined()) {
-      auto rows = queries_after_sinks(logsumexp4, tree, s).squeeze(4);
-      rows.copy_(at::logaddexp(rows, sink_logsumexp));
-    }
-    for (size_t i = 0; i < runs.size(); ++i) {
-      auto rows = run_view(logsumexp4, runs[i], s);
-      rows.copy_(at::logaddexp(rows, far_logsumexp[i].view(rows.sizes())));
-    }
-  };
-  merge();
-  plan.gates = plan.gated(s.d) ? at::zeros({s.batch, s.heads, s.length, tree.num_levels()}, q.options().dtype(at::kBool)) : at::Tensor();
-  if (plan.gates.defined()) {
-    open_gates(q, k, v, plan, s, buckets, logsumexp4, far, far_logsumexp);
-    merge();
-  }
+  // Each part weighted by its share exp(lse_part - lse).
   out.mul_((near_logsumexp - logsumexp).exp_().unsqueeze(3).to(out.scalar_type()));
   if (sink_out.defined()) {
     const auto share = (sink_logsumexp - queries_after_sinks(logsumexp4, tree, s).squeeze(4)).exp_().unsqueeze(4).to(out.scalar_type());
@@ -320,23 +356,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
       if (const auto correction = p.correction(bucket_q, bucket_logsumexp.options()); correction.defined()) {
         bucket_logsumexp = bucket_logsumexp - correction;
       }
-      at::Tensor open;
+      const auto low_grad = into_basis(take(rows_grad, bucket), p.p_o);
+      at::Tensor dq, dk, dv;
       if (bucket.ranks.gated(s.d)) {
-        open = take(open_rows(plan, run, s), bucket);
-        bucket_logsumexp = bucket_logsumexp.masked_fill(open, kNoWeight);
-      }
-      auto [dq, dk, dv] = attention_rows_backward(into_basis(take(rows_grad, bucket), p.p_o), low_q, low_k, low_v, bucket_logsumexp,
-                                                  take(rows_delta, bucket), s.scale);
-      dq = out_of_basis(dq, p.p_q);
-      dk = out_of_basis(dk, p.p_k);
-      dv = out_of_basis(dv, p.p_v);
-      if (open.defined()) {
-        const auto [exact_dq, exact_dk, exact_dv] = attention_rows_backward(
-            take(rows_grad, bucket), bucket_q, take(rows_k, bucket), take(rows_v, bucket),
-            take(rows_logsumexp, bucket).masked_fill(open.logical_not(), kNoWeight), take(rows_delta, bucket), s.scale);
-        dq = dq + exact_dq;
-        dk = dk + exact_dk;
-        dv = dv + exact_dv;
+        const auto bucket_k = take(rows_k, bucket), bucket_v = take(rows_v, bucket), bucket_grad = take(rows_grad, bucket);
+        const auto exact = exact_of(plan.exact, bucket, run, s).to(q.device());
+        const auto of_kind = [&](const at::Tensor& qs, const at::Tensor& ks, const at::Tensor& vs, const at::Tensor& gs, const at::Tensor& lse, const at::Tensor& mask) {
+          const auto scores = at::bmm(qs, ks.transpose(1, 2)).to(lse.scalar_type()) * s.scale;
+          const auto weights = (scores - lse.unsqueeze(2)).exp_().masked_fill_(mask.logical_not(), 0);
+          const auto grads = weights * (at::bmm(gs, vs.transpose(1, 2)) - take(rows_delta, bucket).unsqueeze(2)) * s.scale;
+          const auto w = weights.to(q.scalar_type()), g = grads.to(q.scalar_type());
+          return std::tuple(at::bmm(g, ks), at::bmm(g.transpose(1, 2), qs), at::bmm(w.transpose(1, 2), gs));
+        };
+        std::tie(dq, dk, dv) = of_kind(low_q, low_k, low_v, low_grad, bucket_logsumexp, exact.logical_not());
+        const auto [exact_dq, exact_dk, exact_dv] = of_kind(bucket_q, bucket_k, bucket_v, bucket_grad, take(rows_logsumexp, bucket), exact);
+        dq = out_of_basis(dq, p.p_q) + exact_dq;
+        dk = out_of_basis(dk, p.p_k) + exact_dk;
+        dv = out_of_basis(dv, p.p_v) + exact_dv;
+      } else {
+        std::tie(dq, dk, dv) = attention_rows_backward(low_grad, low_q, low_k, low_v, bucket_logsumexp, take(rows_delta, bucket), s.scale);
+        dq = out_of_basis(dq, p.p_q);
+        dk = out_of_basis(dk, p.p_k);
+        dv = out_of_basis(dv, p.p_v);
       }
       put(run_grad_q, bucket, dq);
       put(run_grad_k, bucket, dk);
@@ -372,11 +413,6 @@ class LowRankAttention : public torch::autograd::Function<LowRankAttention> {
 };
 
 }  // namespace
-
-at::Tensor gate_value(const at::Tensor& share_log, const at::Tensor& correction) {
-  const auto share = share_log.clamp_max(0).exp();
-  return correction.defined() ? share * ((2 * correction).sqrt().clamp_max(kLargestSpread) + kGateBase) : share * kGateBase;
-}
 
 void near_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const BlockTree& tree, const at::Tensor& out,
                     const at::Tensor& logsumexp) {

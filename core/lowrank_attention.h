@@ -16,7 +16,8 @@ namespace drrl {
 struct Ranks {
   int64_t qk;
   int64_t v;
-  /// A query row for which gate_value (below) reaches this attends to the pair's keys exactly after all; infinity: no row does.
+  /// An entry (query row, key) of the pair whose weight at low rank is at least this share of the row's softmax so far (below) is exact after all, score and
+  /// value; infinity: none is.
   float gate = std::numeric_limits<float>::infinity();
 
   bool gated(int64_t d) const { return gate < std::numeric_limits<float>::infinity() && (qk < d || v < d); }
@@ -25,13 +26,16 @@ struct Ranks {
   auto operator<=>(const Ranks&) const = default;
 };
 
-/// Where a gate looks: gate_value = share (kGateBase + sigma), share being the part of the row's softmax that falls to the pair at its low ranks, and sigma
-/// the standard deviation of what its projected scores lack: sqrt(2) || q F ||, or 0 without a residual factor. Of the row itself and older
-/// tokens alone, so causal row by row.
-inline constexpr double kGateBase = 0.15;
-inline constexpr double kLargestSpread = 2;  ///< of sigma
-/// share_log: logarithm of the share; correction: || q F ||^2 of the same shape, or undefined.
-at::Tensor gate_value(const at::Tensor& share_log, const at::Tensor& correction);
+/// A row's softmax so far, where a gate looks: the weights of its own block, the sinks, and of its far pairs by ascending level in chunks of so many keys from the
+/// pair's first on, the entry's own chunk at low rank, earlier chunks with what was exact in them. Of the row itself and older tokens alone, so causal row by row.
+inline constexpr int64_t kGateChunk = 256;
+
+/// Entries that gates made exact, of all rows: row i of [B, H, L] has keys[begin[i]], .., keys[begin[i + 1] - 1], token positions, ascending.
+struct ExactEntries {
+  at::Tensor begin;  ///< [B H L + 1] int64
+  at::Tensor keys;   ///< int32
+  bool defined() const { return begin.defined(); }
+};
 
 /// All that one layer's low-rank attention needs besides q, k and v. Constant for autograd.
 struct LowRankPlan : torch::CustomClassHolder {
@@ -48,8 +52,8 @@ struct LowRankPlan : torch::CustomClassHolder {
   Basis values;
   /// residual_factor of each pair's score basis at its rank, [B G pairs, d, m] float32, not read where the rank is d; undefined: no correction.
   at::Tensor residual;
-  /// Written by a forward pass with gates: [B, H, L, levels] bool, the rows that attend exactly to the pair they see at each level of the tree.
-  mutable at::Tensor gates;
+  /// Written by a forward pass with gates.
+  mutable ExactEntries exact;
 
   bool gated(int64_t d) const {
     return std::any_of(ranks.begin(), ranks.end(), [&](const Ranks& r) { return r.gated(d); });

@@ -45,32 +45,37 @@ at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at:
         }
       }
       const auto softmax = [&] { return at::softmax((scores * scale).masked_fill(causal.logical_not(), -std::numeric_limits<double>::infinity()), 1); };
-      std::map<int64_t, at::Tensor> open;  // by item, [query rows, 1]
+      std::map<int64_t, at::Tensor> open;  // by item, [query rows, keys]: what is exact
       if (plan.gated(d)) {
-        at::NoGradGuard no_grad;
-        const auto low = softmax();
+        const auto exact = at::matmul(q_h, k_h.t());
+        auto met = at::full({length}, -std::numeric_limits<double>::infinity(), scores.options());  // log-sum-exp of each row so far
+        const int64_t sinks = plan.tree.sinks(), block = plan.tree.geometry().near_block;
+        for (int64_t row = 0; row < length; ++row) {
+          const auto seen = scores[row].narrow(0, 0, row + 1).detach() * scale;
+          const int64_t begin = row < sinks ? 0 : sinks + (row - sinks) / block * block;
+          met[row] = at::cat({seen.narrow(0, 0, std::min(sinks, row + 1)), seen.narrow(0, begin, row + 1 - begin).narrow(0, 0, row < sinks ? 0 : row + 1 - begin)}).logsumexp(0);
+        }
         for (const PairRun& run : plan.tree.runs()) {
           for (int64_t i = 0; i < run.count; ++i) {
             const int64_t item = (b * groups + group) * pairs + run.first_pair + i;
-            const int64_t query = run.query_begin + i * run.stride;
-            const auto share = low.narrow(0, query, run.query_rows).narrow(1, run.key_begin + i * run.stride, run.key_rows).sum(1, /*keepdim=*/true);
-            at::Tensor spread = at::zeros_like(share);
-            if (plan.residual.defined() && plan.ranks[item].qk < d) {
-              const auto missing = at::matmul(q_h.narrow(0, query, run.query_rows), plan.residual[item].to(q.scalar_type()));
-              spread = (2 * missing.pow(2).sum(1, /*keepdim=*/true)).sqrt().clamp_max(kLargestSpread);
+            const int64_t query = run.query_begin + i * run.stride, key = run.key_begin + i * run.stride;
+            const auto is_gated = plan.ranks[item].gated(d);
+            open[item] = at::zeros({run.query_rows, run.key_rows}, at::kBool);
+            auto before = met.narrow(0, query, run.query_rows);
+            for (int64_t chunk = 0; chunk < run.key_rows; chunk += kGateChunk) {
+              const int64_t count = std::min(kGateChunk, run.key_rows - chunk);
+              const auto block_of = [&](const at::Tensor& x) { return x.narrow(0, query, run.query_rows).narrow(1, key + chunk, count); };
+              const auto low = block_of(scores);
+              const auto with = [&](const at::Tensor& x) { return at::logaddexp(before, (x.detach() * scale).logsumexp(1)); };
+              auto heavy = open[item].narrow(1, chunk, count);
+              if (is_gated) {
+                heavy.copy_(low.detach() * scale >= with(low).unsqueeze(1) + std::log(static_cast<double>(plan.ranks[item].gate)));
+              }
+              const auto mixed = at::where(heavy, block_of(exact), low);
+              scores = scores.index_put({at::arange(query, query + run.query_rows).unsqueeze(1), at::arange(key + chunk, key + chunk + count).unsqueeze(0)}, mixed);
+              before.copy_(with(mixed));
             }
-            open[item] = plan.ranks[item].gated(d) ? share * (spread + kGateBase) >= plan.ranks[item].gate : at::zeros_like(share, at::kBool);
           }
-        }
-      }
-      const auto exact = at::matmul(q_h, k_h.t());
-      for (const PairRun& run : plan.tree.runs()) {
-        for (int64_t i = 0; i < run.count && !open.empty(); ++i) {
-          const int64_t item = (b * groups + group) * pairs + run.first_pair + i;
-          const int64_t query = run.query_begin + i * run.stride, key = run.key_begin + i * run.stride;
-          const auto block = [&](const at::Tensor& x) { return x.narrow(0, query, run.query_rows).narrow(1, key, run.key_rows); };
-          scores = scores.index_put({at::arange(query, query + run.query_rows).unsqueeze(1), at::arange(key, key + run.key_rows).unsqueeze(0)},
-                                    at::where(open.at(item), block(exact), block(scores)));
         }
       }
       const auto weights = softmax();
@@ -88,10 +93,8 @@ at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at:
           const auto values = v_h.narrow(0, key, run.key_rows);
           const auto p_v = plan.values.left[item].narrow(1, 0, r).to(q.scalar_type());
           const auto p_o = plan.values.right[item].narrow(1, 0, r).to(q.scalar_type());
-          auto correction = at::matmul(at::matmul(share, at::matmul(values, p_v)), p_o.t()) - at::matmul(share, values);
-          if (!open.empty()) {
-            correction = at::where(open.at(item), at::zeros_like(correction), correction);
-          }
+          const auto low = open.empty() ? share : share.masked_fill(open.at(item), 0);
+          const auto correction = at::matmul(at::matmul(low, at::matmul(values, p_v)), p_o.t()) - at::matmul(low, values);
           out = out + at::constant_pad_nd(correction, {0, 0, query, length - query - run.query_rows});
         }
       }

@@ -13,8 +13,8 @@ Prices operation_prices(const BlockTree& tree, int64_t groups, int64_t heads_per
     return far_pair_flops(run, kind, rank, heads_per_group, head_dim, /*with_backward=*/false).total() + basis;
   };
   prices.gated = [](const PairRun&) { return 0.0; };
-  prices.open_rows = [=, geometry = tree.geometry()](const PairRun& run) {
-    return static_cast<double>(heads_per_group * run.query_rows) * open_row_flops(run.level, geometry, head_dim, /*with_backward=*/false);
+  prices.exact_entries = [=](const PairRun& run) {
+    return static_cast<double>(heads_per_group * run.query_rows * run.key_rows) * exact_entry_flops(head_dim, /*with_backward=*/false);
   };
   return prices;
 }

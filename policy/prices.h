@@ -16,7 +16,7 @@ struct Prices {
   /// One pair of a run, of one KV group, at a rank of its scores or values, with all that depends on it: its product, projections, basis.
   std::function<double(const PairRun& run, FarKind kind, int64_t rank)> pair;
   std::function<double(const PairRun& run)> gated;      ///< a gate on such a pair, before it opens for any row
-  std::function<double(const PairRun& run)> open_rows;  ///< all query rows of such a pair open
+  std::function<double(const PairRun& run)> exact_entries;  ///< all entries of such a pair exact
 };
 
 /// Operations as core/cost.h counts them, forward, bases updated in `update_steps` steps or solved; W_O is taken to be square.

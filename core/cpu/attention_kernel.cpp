@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kRows = 6;            // rows of a register tile: 6 x 16 accumulators are 12 of the 16 registers
 constexpr int64_t kQueryBlock = 96;     // a block of scores, 96 x 256 floats, stays in the second-level cache
 constexpr int64_t kKeyBlock = 256;
+constexpr float kLargestExponent = 80;  // an exact score may exceed all that the row has met by so much
 constexpr int64_t kScoreStride = kKeyBlock + kWidth;  // not a power of two, so that a column does not fall into one cache set
 
 // c[M x 16] = or += sum over i < depth of a(row, i) b[i][0..15]; a(row, i) is a[row a_stride + i], or a[i a_stride + row] if transposed.
@@ -200,6 +201,13 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const float* x, int6
   }
 }
 
+void add_scaled(int64_t d, float by, const float* x, float* to) {
+  const __m256 factor = _mm256_set1_ps(by);
+  for (int64_t j = 0; j < d; j += 8) {
+    _mm256_storeu_ps(to + j, _mm256_fmadd_ps(factor, _mm256_loadu_ps(x + j), _mm256_loadu_ps(to + j)));
+  }
+}
+
 void add_rows(int64_t rows, int64_t columns, const float* x, int64_t x_stride, float* to, int64_t to_stride) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; j += 8) {
@@ -244,10 +252,25 @@ void rescale_row(float* row, int64_t width, float by) {
   }
 }
 
+// Queries at full width, for a part's exact entries, which are listed.
+struct FullRows {
+  const float* q = nullptr;
+  int64_t stride = 0, d = 0;
+  std::vector<Entry>* exact = nullptr;
+};
+
+float dot(int64_t d, const float* a, const float* b) {
+  __m256 sum = _mm256_setzero_ps();
+  for (int64_t j = 0; j < d; j += 8) {
+    sum = _mm256_fmadd_ps(_mm256_loadu_ps(a + j), _mm256_loadu_ps(b + j), sum);
+  }
+  return sum_of(sum);
+}
+
 // Adds a part's keys to the running softmax `to` of `rows` queries of the part's width; to.width is that of its values. `other` [rows][other_width] are sums
 // of the same rows that a new maximum rescales too, null if there are none.
 void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t queries_stride, const Part& part, const float* correction, const Running& to,
-              float* other, int64_t other_width, float* scores) {
+              float* other, int64_t other_width, float* scores, const FullRows& full = {}) {
   const __m256 scale = _mm256_set1_ps(scale_factor);
   const float* packed = part.packed;
   const int64_t end = std::min(part.keys, part.visible + rows - 1);
@@ -293,22 +316,26 @@ void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t qu
         }
       }
       to.total[i] += sum_of(weights);
+      if (part.exact_k == nullptr) {
+        continue;
+      }
+      const __m256 least = _mm256_set1_ps(part.gate * to.total[i]);
+      float* sum = other != nullptr ? other + i * other_width : to.sum + i * to.width;  // at full width
+      for (int64_t j = 0; j < used; j += 8) {
+        auto heavy = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(row + j), least, _CMP_GE_OQ)));
+        for (; heavy != 0; heavy &= heavy - 1) {
+          const int64_t column = j + __builtin_ctz(heavy);
+          const int64_t key = begin + column;
+          const float score = dot(full.d, full.q + i * full.stride, part.exact_k + key * full.d) * scale_factor;
+          const float weight = std::exp(std::min(score - new_maximum, kLargestExponent));
+          to.total[i] += weight - row[column];
+          row[column] = 0;
+          add_scaled(full.d, weight, part.exact_v + key * full.d, sum);
+          full.exact->push_back({static_cast<int32_t>(i), part.first_key + static_cast<int32_t>(key)});
+        }
+      }
     }
     product<false, true>(rows, part.v, seen, scores, kScoreStride, values, count, to.sum, part.v);
-  }
-}
-
-// to <- to and `other` together, for one row of each.
-void merge_row(const Running& to, int64_t i, const Running& other, int64_t j) {
-  const float maximum = std::max(to.maximum[i], other.maximum[j]);
-  const float keep = std::exp(to.maximum[i] - maximum), add = std::exp(other.maximum[j] - maximum);
-  to.maximum[i] = maximum;
-  to.total[i] = to.total[i] * keep + other.total[j] * add;
-  float* into = to.sum + i * to.width;
-  const float* from = other.sum + j * to.width;
-  const __m256 k = _mm256_set1_ps(keep), a = _mm256_set1_ps(add);
-  for (int64_t c = 0; c < to.width; c += 8) {
-    _mm256_storeu_ps(into + c, _mm256_fmadd_ps(_mm256_loadu_ps(from + c), a, _mm256_mul_ps(_mm256_loadu_ps(into + c), k)));
   }
 }
 
@@ -316,36 +343,24 @@ float log_sum(const Running& r, int64_t i) { return r.maximum[i] + std::log(r.to
 
 }  // namespace
 
-// scores; the softmax so far; that of one part or of gathered rows; projected or gathered queries; corrections; and the softmax of each gated part
-int64_t forward_rows_scratch_size(int64_t d, int64_t gated) { return kQueryBlock * (kScoreStride + 3 * d + 5 + gated * (d + 3)); }
-int64_t forward_scratch_size(const Shape& shape) { return forward_rows_scratch_size(std::max(shape.qk, shape.v), 0); }
+// scores; the softmax so far; the sums of one part; projected queries; corrections
+int64_t forward_rows_scratch_size(int64_t d) { return kQueryBlock * (kScoreStride + 3 * d + 3); }
+int64_t forward_scratch_size(const Shape& shape) { return forward_rows_scratch_size(std::max(shape.qk, shape.v)); }
 
 void forward_rows(int64_t rows, int64_t d, float scale, const float* q, int64_t q_stride, const Part* parts, int64_t count_parts, float* out,
-                  int64_t out_stride, float* logsumexp, int64_t logsumexp_stride, float* scratch) {
+                  int64_t out_stride, float* logsumexp, int64_t logsumexp_stride, std::vector<Entry>* exact, float* scratch) {
   const auto take = [&](int64_t floats) { return std::exchange(scratch, scratch + kQueryBlock * floats); };
   float* scores = take(kScoreStride);
   float* sum = take(d);
-  float* part_sum = take(d);  // [rows][v] of a part with values of its own width, [rows][d] of gathered rows
+  float* part_sum = take(d);  // [rows][v] of a part with values of its own width
   float* queries = take(d);
-  float* numbers = take(1);  // one a row: an ungated part's corrections, log-sum-exps
+  float* correction = take(1);
   float* maximum = take(1);
   float* total = take(1);
-  float* part_maximum = take(1);
-  float* part_total = take(1);
   const Running all{maximum, total, sum, d};
   all.clear(rows);
-  float* gated_scratch = scratch;
-  const auto gated_running = [&](int64_t n, const Part& part) {  // and behind it the corrections
-    float* at = gated_scratch + kQueryBlock * n * (d + 3);
-    return std::pair(Running{at, at + kQueryBlock, at + 3 * kQueryBlock, part.v}, at + 2 * kQueryBlock);
-  };
-
-  int64_t gated = 0;
+  const FullRows full{q, q_stride, d, exact};
   for (const Part* part = parts; part != parts + count_parts; ++part) {
-    auto [own, correction] = gated_running(part->exact != nullptr ? gated++ : 0, *part);
-    if (part->exact == nullptr) {
-      correction = numbers;
-    }
     std::fill(correction, correction + rows, 0.0f);
     if (part->correct != nullptr) {
       corrections(rows, d, part->correct_columns, q, q_stride, part->correct, correction, queries);
@@ -356,80 +371,13 @@ void forward_rows(int64_t rows, int64_t d, float scale, const float* q, int64_t 
     }
     const float* of_width = projects ? queries : q;
     const int64_t stride = projects ? part->qk : q_stride;
-    if (part->exact != nullptr) {
-      own.clear(rows);
-      add_keys(rows, scale, of_width, stride, *part, correction, own, nullptr, 0, scores);
-    } else if (part->expand != nullptr) {
+    if (part->expand != nullptr) {
       std::fill(part_sum, part_sum + rows * part->v, 0.0f);
-      add_keys(rows, scale, of_width, stride, *part, correction, {maximum, total, part_sum, part->v}, sum, d, scores);
+      add_keys(rows, scale, of_width, stride, *part, correction, {maximum, total, part_sum, part->v}, sum, d, scores, full);
       product<false, true>(rows, d, part->v, part_sum, part->v, part->expand, part->v, sum, d);
     } else {
-      add_keys(rows, scale, of_width, stride, *part, correction, all, nullptr, 0, scores);
+      add_keys(rows, scale, of_width, stride, *part, correction, all, nullptr, 0, scores, full);
     }
-  }
-
-  if (gated > 0) {
-    // A row's share of each gated part, as the low ranks see it, decides; only then is anything merged.
-    float* whole = numbers;  // log-sum-exp over all parts
-    for (int64_t i = 0; i < rows; ++i) {
-      whole[i] = log_sum(all, i);
-    }
-    const auto for_gated = [&](const auto& visit) {
-      int64_t n = 0;
-      for (const Part* part = parts; part != parts + count_parts; ++part) {
-        if (part->exact != nullptr) {
-          const auto [own, correction] = gated_running(n++, *part);
-          visit(*part, own, correction);
-        }
-      }
-    };
-    for_gated([&](const Part&, const Running& own, const float*) {
-      for (int64_t i = 0; i < rows; ++i) {
-        const float a = whole[i], b = log_sum(own, i), top = std::max(a, b);
-        whole[i] = top + std::log(std::exp(a - top) + std::exp(b - top));
-      }
-    });
-    for_gated([&](const Part& part, const Running& own, const float* correction) {
-      for (int64_t i = 0; i < rows; ++i) {
-        part.gates[i * part.gates_stride] = part.gate_value(log_sum(own, i) - whole[i], correction[i]) >= part.gate;
-      }
-    });
-    for_gated([&](const Part& part, const Running& own, const float*) {
-      int64_t open = 0;
-      for (int64_t i = 0; i < rows; ++i) {
-        if (part.gates[i * part.gates_stride] != 0) {  // this row starts from nothing, exactly
-          std::memcpy(queries + open * d, q + i * q_stride, static_cast<size_t>(d) * sizeof(float));
-          ++open;
-          std::fill(own.sum + i * part.v, own.sum + (i + 1) * part.v, 0.0f);
-          own.maximum[i] = -std::numeric_limits<float>::infinity();
-          own.total[i] = 0;
-        }
-      }
-      const Running expanded{own.maximum, own.total, part.expand != nullptr ? part_sum : own.sum, d};
-      if (part.expand != nullptr) {
-        product<false, false>(rows, d, part.v, own.sum, part.v, part.expand, part.v, part_sum, d);
-      }
-      for (int64_t i = 0; i < rows; ++i) {
-        if (part.gates[i * part.gates_stride] == 0) {
-          merge_row(all, i, expanded, i);
-        }
-      }
-      if (open == 0) {
-        return;
-      }
-      const Running gathered{part_maximum, part_total, part_sum, d};
-      gathered.clear(open);
-      std::fill(numbers, numbers + open, 0.0f);
-      for (int64_t b = 0; b < part.exact_count; ++b) {
-        add_keys(open, scale, queries, d, part.exact[b], numbers, gathered, nullptr, 0, scores);
-      }
-      open = 0;
-      for (int64_t i = 0; i < rows; ++i) {
-        if (part.gates[i * part.gates_stride] != 0) {
-          merge_row(all, i, gathered, open++);
-        }
-      }
-    });
   }
 
   for (int64_t i = 0; i < rows; ++i) {
@@ -448,7 +396,7 @@ void forward_block(const Shape& shape, Matrix<const float> q, const float* packe
   const Part part{packed, shape.keys, shape.qk, shape.v, shape.causal ? shape.offset + first + 1 : Part::kAll};
   // Without a basis the width of the sums is that of the values, whatever that of the queries.
   forward_rows(rows, shape.v, shape.scale, q.at(head, first), q.row, &part, 1, out.at(head, first), out.row, logsumexp.at(head, first), logsumexp.row,
-               scratch);
+               nullptr, scratch);
 }
 
 int64_t packed_queries_size(const Shape& shape) { return shape.heads * shape.queries * (shape.qk + shape.v); }
@@ -509,6 +457,15 @@ void backward_block(const Shape& shape, const BackwardOperands& x, const float* 
           const __m256 d = _mm256_mul_ps(_mm256_mul_ps(p, scale), _mm256_sub_ps(_mm256_loadu_ps(g + j), delta));
           _mm256_storeu_ps(g + j, d);
         }
+        if (x.skip.begin != nullptr) {
+          const int64_t* list = x.skip.begin + head * x.skip.head + first + i;
+          const auto from = static_cast<int32_t>(x.skip.first_key + begin);
+          const int32_t* last = x.skip.keys + list[1];
+          for (const int32_t* key = std::lower_bound(x.skip.keys + list[0], last, from); key != last && *key < from + used; ++key) {
+            w[*key - from] = 0;
+            g[*key - from] = 0;
+          }
+        }
       }
       product<true, true>(seen, shape.v, rows, weights, kScoreStride, grad_packed, rows, grad_v, shape.v);
       product<true, true>(seen, shape.qk, rows, grads, kScoreStride, q_packed, rows, grad_k, shape.qk);
@@ -520,6 +477,16 @@ void backward_block(const Shape& shape, const BackwardOperands& x, const float* 
   for (int64_t j = 0; j < count; ++j) {
     std::memcpy(x.grad_k.at(0, begin + j), grad_k + j * shape.qk, static_cast<size_t>(shape.qk) * sizeof(float));
     std::memcpy(x.grad_v.at(0, begin + j), grad_v + j * shape.v, static_cast<size_t>(shape.v) * sizeof(float));
+  }
+}
+
+void exact_row_backward(int64_t d, float scale, const float* q, const float* grad_out, float logsumexp, float delta, const int32_t* keys, int64_t count,
+                        const float* k, const float* v, float* grad_q, float* weights, float* scores) {
+  for (int64_t e = 0; e < count; ++e) {
+    const float* key = k + keys[e] * d;
+    weights[e] = std::exp(dot(d, q, key) * scale - logsumexp);
+    scores[e] = weights[e] * (dot(d, grad_out, v + keys[e] * d) - delta) * scale;
+    add_scaled(d, scores[e], key, grad_q);
   }
 }
 
@@ -536,8 +503,10 @@ void pack(const Shape&, Matrix<const float>, Matrix<const float>, float*) {}
 int64_t forward_scratch_size(const Shape&) { return 0; }
 void forward_block(const Shape&, Matrix<const float>, const float*, Matrix<float>, Matrix<float>, int64_t, int64_t, float*) {}
 int64_t query_block_rows() { return 1; }
-int64_t forward_rows_scratch_size(int64_t, int64_t) { return 0; }
-void forward_rows(int64_t, int64_t, float, const float*, int64_t, const Part*, int64_t, float*, int64_t, float*, int64_t, float*) {}
+int64_t forward_rows_scratch_size(int64_t) { return 0; }
+void forward_rows(int64_t, int64_t, float, const float*, int64_t, const Part*, int64_t, float*, int64_t, float*, int64_t, std::vector<Entry>*, float*) {}
+void exact_row_backward(int64_t, float, const float*, const float*, float, float, const int32_t*, int64_t, const float*, const float*, float*, float*, float*) {}
+void add_scaled(int64_t, float, const float*, float*) {}
 void pack_matrix(const float*, int64_t, int64_t, int64_t, float*) {}
 void pack_transposed(const float*, int64_t, int64_t, int64_t, float*) {}
 void multiply(int64_t, int64_t, int64_t, const float*, int64_t, const float*, float*, int64_t, bool) {}

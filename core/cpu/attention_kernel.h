@@ -4,6 +4,7 @@
 // leaves the second-level cache. Includes no torch header, because it alone is compiled for those instructions.
 
 #include <cstdint>
+#include <vector>
 
 namespace drrl::cpu {
 
@@ -60,22 +61,27 @@ struct Part {
   const float* project = nullptr;  ///< panels of P [d, qk] that queries are multiplied with first, if qk is not their width
   const float* expand = nullptr;   ///< panels of P^T [v, d] that the part's output is multiplied with
 
-  // A gated part: a row whose gate_value, of the logarithm of its share of the part at low rank and of its correction, is at least `gate` attends to the same keys exactly instead.
-  const Part* exact = nullptr;  ///< [exact_count] parts that hold the same keys at full width; null: not gated
-  int64_t exact_count = 0;
+  // A part with a gate: an entry (row, key) whose weight at low rank is at least `gate` of all weights that its row has met, those of its chunk of keys (key_chunk_rows)
+  // included, is attended exactly.
+  const float* exact_k = nullptr;  ///< rows of the same keys and values at full width, [keys][d]; null: no gate
+  const float* exact_v = nullptr;
   float gate = 0;
-  float (*gate_value)(float share_log, float correction) = nullptr;
-  uint8_t* gates = nullptr;  ///< gates[i gates_stride] <- whether row i went exact
-  int64_t gates_stride = 0;
+  int32_t first_key = 0;  ///< number of the part's first key among all
 };
 
 /// Most rows of one forward_rows.
 int64_t query_block_rows();
-int64_t forward_rows_scratch_size(int64_t d, int64_t gated);
-/// One softmax over all parts for `rows` query rows of width d: out[i] <- sum over parts of weights x values, logsumexp[i] its log-sum-exp. Scratch for
-/// `gated` gated parts.
+int64_t forward_rows_scratch_size(int64_t d);
+
+/// A row of some query rows and a key, by number.
+struct Entry {
+  int32_t row, key;
+};
+
+/// One softmax over all parts, in their order, for `rows` query rows of width d: out[i] <- sum over parts of weights x values, logsumexp[i] its log-sum-exp.
+/// Appends to `exact` the entries that gates made exact.
 void forward_rows(int64_t rows, int64_t d, float scale, const float* q, int64_t q_stride, const Part* parts, int64_t count, float* out,
-                  int64_t out_stride, float* logsumexp, int64_t logsumexp_stride, float* scratch);
+                  int64_t out_stride, float* logsumexp, int64_t logsumexp_stride, std::vector<Entry>* exact, float* scratch);
 
 // --- bases ---------------------------------------------------------------------------------------------------------------------------------
 
@@ -94,11 +100,20 @@ void pack_chunk(const Shape& shape, const float* k, int64_t k_stride, const floa
 
 // --- backward ----------------------------------------------------------------------------------------------------------------------------
 
+/// Keys of rows: row i of head h has keys[begin[h head + i]], .., ascending.
+struct EntryList {
+  const int64_t* begin = nullptr;  ///< null: none
+  int64_t head = 0;
+  const int32_t* keys = nullptr;
+  int32_t first_key = 0;  ///< number of a problem's key 0
+};
+
 struct BackwardOperands {
   Matrix<const float> q, grad_out, logsumexp, delta;  ///< logsumexp and delta: one float a row
   Matrix<const float> k, v;                           ///< head is not used
   Matrix<float> grad_q;                               ///< zero on entry
   Matrix<float> grad_k, grad_v;                       ///< written; head is not used
+  EntryList skip = {};                                ///< entries without weight here: those that are exact
 };
 
 /// Floats of the packed queries and output gradients of all heads of one problem.
@@ -117,5 +132,11 @@ struct Order {
 };
 void backward_block(const Shape& shape, const BackwardOperands& x, const float* packed_queries, int64_t block, const Order& order,
                     float* scratch);
+
+/// Backward of `count` exact entries of one row: weights[e], scores[e] <- softmax weight and gradient of the unscaled score of key keys[e]; grad_q += its gradient.
+void exact_row_backward(int64_t d, float scale, const float* q, const float* grad_out, float logsumexp, float delta, const int32_t* keys, int64_t count,
+                        const float* k, const float* v, float* grad_q, float* weights, float* scores);
+/// to += by x, rows of d.
+void add_scaled(int64_t d, float by, const float* x, float* to);
 
 }  // namespace drrl::cpu

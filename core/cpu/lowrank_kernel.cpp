@@ -3,7 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
-#include <limits>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 #include "core/cpu/attention_kernel.h"
@@ -41,18 +42,13 @@ struct Layout {
 // One far pair of one (batch, KV group).
 struct Item {
   int64_t sequence, index;  // index: within the plan
-  int64_t query_begin, queries, key_begin, keys, level;
+  int64_t query_begin, queries, key_begin, keys;
   Ranks ranks;
 };
 
-// drrl::gate_value of one row.
-float gate_value(float share_log, float correction) {
-  return std::exp(std::min(share_log, 0.0f)) * (static_cast<float>(kGateBase) + std::min(std::sqrt(2 * correction), static_cast<float>(kLargestSpread)));
-}
-
 Item item_of(const PairRun& run, int64_t i, int64_t sequence, const LowRankPlan& plan) {
   const int64_t index = sequence * plan.tree.num_pairs() + run.first_pair + i;
-  return {sequence, index, run.query_begin + i * run.stride, run.query_rows, run.key_begin + i * run.stride, run.key_rows, run.level,
+  return {sequence, index, run.query_begin + i * run.stride, run.query_rows, run.key_begin + i * run.stride, run.key_rows,
           plan.ranks[static_cast<size_t>(index)]};
 }
 
@@ -180,8 +176,6 @@ std::tuple<at::Tensor, at::Tensor> lowrank_forward(const at::Tensor& q, const at
   const auto packed_of = [&](int64_t i) { return packed.data_ptr<float>() + begin[static_cast<size_t>(i)]; };
   const int64_t first_item = layout.sequences * near;
   const bool gated = plan.gated(d);
-  const int64_t levels = tree.num_levels();
-  plan.gates = gated ? at::zeros({layout.batch, layout.heads, layout.length, levels}, at::kBool) : at::Tensor();
 
   std::vector<Piece> chunks;
   for (int64_t i = 0; i < static_cast<int64_t>(items.size()); ++i) {
@@ -223,17 +217,15 @@ std::tuple<at::Tensor, at::Tensor> lowrank_forward(const at::Tensor& q, const at
       cut(pieces, n, head, n < 0 ? sinks : rows_of(n), query_block_rows());
     }
   }
-  for_each_task(static_cast<int64_t>(pieces.size()), forward_rows_scratch_size(d, gated ? levels : 0), [&](int64_t task, float* scratch) {
+  std::vector<std::vector<Entry>> exact(gated ? pieces.size() : 0);
+  for_each_task(static_cast<int64_t>(pieces.size()), forward_rows_scratch_size(d), [&](int64_t task, float* scratch) {
     const auto& [n, head, first, rows] = pieces[static_cast<size_t>(task)];
     const int64_t sequence = head / layout.heads_per_group;
     const int64_t token = (n < 0 ? 0 : sinks + n * block) + first;
     const int64_t row = head * layout.length + token;
-    const auto block_part = [&](int64_t of_block, int64_t visible) { return Part{packed_of(sequence * near + 1 + of_block), rows_of(of_block), d, d, visible}; };
     std::vector<Part> parts;
-    std::vector<std::vector<Part>> exact;  // of gated parts, their keys block by block
-    exact.reserve(static_cast<size_t>(levels));
     if (n >= 0) {
-      parts.push_back(block_part(n, first + 1));
+      parts.push_back({packed_of(sequence * near + 1 + n), rows_of(n), d, d, first + 1});
     }
     if (sinks > 0) {
       parts.push_back({packed_of(sequence * near), sinks, d, d, n < 0 ? first + 1 : Part::kAll});
@@ -245,22 +237,36 @@ std::tuple<at::Tensor, at::Tensor> lowrank_forward(const at::Tensor& q, const at
                          panels.scores(i, item, BasisPanels::kLeft), panels.values(i, item, BasisPanels::kRightTransposed)});
         if (item.ranks.gated(d)) {
           Part& part = parts.back();
-          std::vector<Part>& blocks_of = exact.emplace_back();
-          for (int64_t b = (item.key_begin - sinks) / block; b < (item.key_begin + item.keys - sinks) / block; ++b) {
-            blocks_of.push_back(block_part(b, Part::kAll));
-          }
-          part.exact = blocks_of.data();
-          part.exact_count = static_cast<int64_t>(blocks_of.size());
+          part.exact_k = layout.key_rows(keys, item.sequence, item.key_begin).data;
+          part.exact_v = layout.key_rows(values, item.sequence, item.key_begin).data;
           part.gate = item.ranks.gate;
-          part.gate_value = &gate_value;
-          part.gates = static_cast<uint8_t*>(plan.gates.data_ptr()) + row * levels + item.level;
-          part.gates_stride = levels;
+          part.first_key = static_cast<int32_t>(item.key_begin);
         }
       }
     }
     forward_rows(rows, d, layout.scale, q.const_data_ptr<float>() + row * d, d, parts.data(), static_cast<int64_t>(parts.size()),
-                 out.data_ptr<float>() + row * d, d, logsumexp.data_ptr<float>() + row, 1, scratch);
+                 out.data_ptr<float>() + row * d, d, logsumexp.data_ptr<float>() + row, 1, gated ? &exact[static_cast<size_t>(task)] : nullptr, scratch);
   });
+  plan.exact = {};
+  if (gated) {
+    plan.exact.begin = at::zeros({layout.batch * layout.heads * layout.length + 1}, at::kLong);
+    int64_t* begin_of = plan.exact.begin.data_ptr<int64_t>();
+    const auto row_of = [&](const Piece& piece) { return piece.head * layout.length + (piece.owner < 0 ? 0 : sinks + piece.owner * block) + piece.first; };
+    for (size_t i = 0; i < pieces.size(); ++i) {
+      for (const Entry& entry : exact[i]) {
+        ++begin_of[row_of(pieces[i]) + entry.row + 1];
+      }
+    }
+    std::partial_sum(begin_of, begin_of + plan.exact.begin.numel(), begin_of);
+    plan.exact.keys = at::empty({begin_of[plan.exact.begin.numel() - 1]}, at::kInt);
+    auto* keys_of = plan.exact.keys.data_ptr<int32_t>();
+    for_each_task(static_cast<int64_t>(pieces.size()), 0, [&](int64_t task, float*) {
+      const Piece& piece = pieces[static_cast<size_t>(task)];
+      std::vector<Entry>& mine = exact[static_cast<size_t>(task)];
+      std::sort(mine.begin(), mine.end(), [](const Entry& a, const Entry& b) { return std::pair(a.row, a.key) < std::pair(b.row, b.key); });
+      std::transform(mine.begin(), mine.end(), keys_of + begin_of[row_of(piece)], [](const Entry& entry) { return entry.key; });
+    });
+  }
   return {out, logsumexp};
 }
 
@@ -278,6 +284,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
   const float* delta = delta_rows.const_data_ptr<float>();
   const float* keys = k.const_data_ptr<float>();
   const float* values = v.const_data_ptr<float>();
+  const int64_t* exact_begin = plan.exact.defined() ? plan.exact.begin.const_data_ptr<int64_t>() : nullptr;
+  const int32_t* exact_keys = plan.exact.defined() ? plan.exact.keys.const_data_ptr<int32_t>() : nullptr;
   float* into_q = grad_q.data_ptr<float>();
   float* into_k = grad_k.data_ptr<float>();
   float* into_v = grad_v.data_ptr<float>();
@@ -341,22 +349,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
       Matrix<float> q, grad_out, grad_q;
       Matrix<float> k, v, grad_k, grad_v;
       Matrix<float> logsumexp;  // as the uncorrected scores see it
-      // Rows that attend exactly, all heads in one: gathered operands, and the gradients of their keys and values at full width.
-      std::vector<int64_t> open;  // head queries + row
-      Matrix<float> open_q, open_grad_out, open_grad_q, open_logsumexp, open_delta, open_grad_k, open_grad_v;
     };
     std::vector<Low> low(items.size());
-    const auto is_open = [&](const Item& item, int64_t head, int64_t row) {
-      const int64_t at = (item.sequence * g + head) * layout.length + item.query_begin + row;
-      return plan.gates.const_data_ptr<bool>()[at * tree.num_levels() + item.level];
-    };
-    for (size_t i = 0; i < items.size(); ++i) {
-      for (int64_t n = 0; items[i].ranks.gated(d) && n < g * items[i].queries; ++n) {
-        if (is_open(items[i], n / items[i].queries, n % items[i].queries)) {
-          low[i].open.push_back(n);
-        }
-      }
-    }
     int64_t size = 0;
     const auto lay_out = [&](float* base) {
       size = 0;
@@ -372,7 +366,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
           take(low[i].grad_q, true, item.ranks.qk);
           take(low[i].k, false, item.ranks.qk);
         }
-        if (item.ranks.qk < d || item.ranks.gated(d)) {
+        if (item.ranks.qk < d) {
           take(low[i].logsumexp, true, 1);
         }
         if (item.ranks.v < d) {
@@ -381,19 +375,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
         }
         take(low[i].grad_k, false, item.ranks.qk);
         take(low[i].grad_v, false, item.ranks.v);
-        const auto take_rows = [&](Matrix<float>& m, int64_t rows, int64_t width) {
-          m = {base + size, 0, width};
-          size += rows * width;
-        };
-        if (const auto open = static_cast<int64_t>(low[i].open.size()); open > 0) {
-          for (Matrix<float>* m : {&low[i].open_q, &low[i].open_grad_out, &low[i].open_grad_q}) {
-            take_rows(*m, open, d);
-          }
-          take_rows(low[i].open_logsumexp, open, 1);
-          take_rows(low[i].open_delta, open, 1);
-          take_rows(low[i].open_grad_k, item.keys, d);
-          take_rows(low[i].open_grad_v, item.keys, d);
-        }
       }
     };
     lay_out(nullptr);
@@ -427,11 +408,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
           } else {
             std::copy_n(merged, rows, own);
           }
-          for (int64_t row = 0; item.ranks.gated(d) && row < rows; ++row) {
-            if (is_open(item, head, first + row)) {
-              own[row] = std::numeric_limits<float>::infinity();  // no weight in the low-rank part
-            }
-          }
         }
         if (item.ranks.v < d) {
           project(layout.query_rows(grads, item.sequence, token).at(head, 0), panels.values(i, item, BasisPanels::kRight), item.ranks.v,
@@ -445,19 +421,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
       }
       if (item.ranks.v < d) {
         project(layout.key_rows(values, item.sequence, token).data, panels.values(i, item, BasisPanels::kLeft), item.ranks.v, to.v.at(0, first));
-      }
-    });
-
-    for_each_task(static_cast<int64_t>(items.size()), 0, [&](int64_t task, float*) {
-      const Item& item = items[static_cast<size_t>(task)];
-      const Low& to = low[static_cast<size_t>(task)];
-      for (size_t j = 0; j < to.open.size(); ++j) {
-        const int64_t head = to.open[j] / item.queries, row = to.open[j] % item.queries, n = static_cast<int64_t>(j);
-        std::copy_n(layout.query_rows(queries, item.sequence, item.query_begin).at(head, row), d, to.open_q.at(0, n));
-        std::copy_n(layout.query_rows(grads, item.sequence, item.query_begin).at(head, row), d, to.open_grad_out.at(0, n));
-        std::fill_n(to.open_grad_q.at(0, n), d, 0.0f);
-        *to.open_logsumexp.at(0, n) = *layout.query_numbers(sums, item.sequence, item.query_begin).at(head, row);
-        *to.open_delta.at(0, n) = *layout.query_numbers(delta, item.sequence, item.query_begin).at(head, row);
       }
     });
 
@@ -475,11 +438,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
                            low_scores ? constant(low[i].k) : layout.key_rows(keys, item.sequence, item.key_begin),
                            low_values ? constant(low[i].v) : layout.key_rows(values, item.sequence, item.key_begin),
                            low_scores ? low[i].grad_q : layout.query_rows(into_q, item.sequence, item.query_begin), low[i].grad_k, low[i].grad_v}});
-      if (const auto open = static_cast<int64_t>(low[i].open.size()); open > 0) {
-        problems.push_back({{1, open, item.keys, d, d, /*causal=*/false, layout.scale},
-                            {constant(low[i].open_q), constant(low[i].open_grad_out), constant(low[i].open_logsumexp), constant(low[i].open_delta),
-                             layout.key_rows(keys, item.sequence, item.key_begin), layout.key_rows(values, item.sequence, item.key_begin), low[i].open_grad_q,
-                             low[i].open_grad_k, low[i].open_grad_v}});
+      if (item.ranks.gated(d)) {
+        problems.back().operands.skip = {exact_begin + item.sequence * g * layout.length + item.query_begin, layout.length, exact_keys, static_cast<int32_t>(item.key_begin)};
       }
     }
     run_backward(problems);
@@ -506,17 +466,52 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
              layout.key_rows(into_k, item.sequence, item.key_begin + first).data);
       expand(from.grad_v.at(0, first), item.ranks.v, panels.values(i, item, BasisPanels::kLeftTransposed),
              layout.key_rows(into_v, item.sequence, item.key_begin + first).data);
-      if (!from.open.empty()) {
-        add_rows(rows, d, from.open_grad_k.at(0, first), d, layout.key_rows(into_k, item.sequence, item.key_begin + first).data, d);
-        add_rows(rows, d, from.open_grad_v.at(0, first), d, layout.key_rows(into_v, item.sequence, item.key_begin + first).data, d);
+    });
+  };
+
+  // The entries that gates made exact: by rows, then, as gradients of keys and values are sums over rows, by keys.
+  const auto exact_entries = [&](int64_t sequence) {
+    const int64_t first_row = sequence * g * layout.length, rows = g * layout.length, first = exact_begin[first_row];
+    const int64_t count = exact_begin[first_row + rows] - first;
+    if (count == 0) {
+      return;
+    }
+    const float* k_rows = layout.key_rows(keys, sequence, 0).data;
+    const float* v_rows = layout.key_rows(values, sequence, 0).data;
+    const auto numbers = at::empty({2, count}, q.options());  // weights, gradients of scores
+    float* weights = numbers.data_ptr<float>();
+    float* scores = weights + count;
+    const auto tasks_of = [](int64_t all) { return ceil_div(all, key_chunk_rows()); };
+    const auto by_key = at::empty({2, count}, at::kInt);  // rows, entries
+    auto* row_of = by_key.data_ptr<int32_t>();
+    int32_t* entry_of = row_of + count;
+    std::vector<int64_t> key_begin(static_cast<size_t>(layout.length) + 1, 0);
+    for (int64_t e = 0; e < count; ++e) {
+      ++key_begin[static_cast<size_t>(exact_keys[first + e]) + 1];
+    }
+    std::partial_sum(key_begin.begin(), key_begin.end(), key_begin.begin());
+    std::vector<int64_t> next(key_begin.begin(), key_begin.end() - 1);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t e = exact_begin[first_row + row]; e < exact_begin[first_row + row + 1]; ++e) {
+        const int64_t at = next[static_cast<size_t>(exact_keys[e])]++;
+        row_of[at] = static_cast<int32_t>(row);
+        entry_of[at] = static_cast<int32_t>(e - first);
+      }
+    }
+    for_each_task(tasks_of(rows), 0, [&](int64_t task, float*) {
+      for (int64_t row = task * key_chunk_rows(); row < std::min(rows, (task + 1) * key_chunk_rows()); ++row) {
+        const int64_t at = first_row + row, e = exact_begin[at];
+        exact_row_backward(d, layout.scale, queries + at * d, grads + at * d, sums[at], delta[at], exact_keys + e, exact_begin[at + 1] - e, k_rows, v_rows,
+                           into_q + at * d, weights + (e - first), scores + (e - first));
       }
     });
-    for_each_task(static_cast<int64_t>(items.size()), 0, [&](int64_t task, float*) {
-      const Item& item = items[static_cast<size_t>(task)];
-      const Low& from = low[static_cast<size_t>(task)];
-      for (size_t j = 0; j < from.open.size(); ++j) {
-        add_rows(1, d, from.open_grad_q.at(0, static_cast<int64_t>(j)), d,
-                 layout.query_rows(into_q, item.sequence, item.query_begin).at(from.open[j] / item.queries, from.open[j] % item.queries), d);
+    for_each_task(tasks_of(layout.length), 0, [&](int64_t task, float*) {
+      for (int64_t key = task * key_chunk_rows(); key < std::min(layout.length, (task + 1) * key_chunk_rows()); ++key) {
+        for (int64_t at = key_begin[static_cast<size_t>(key)]; at < key_begin[static_cast<size_t>(key) + 1]; ++at) {
+          const int64_t row = first_row + row_of[at], e = entry_of[at];
+          add_scaled(d, scores[e], queries + row * d, layout.key_rows(into_k, sequence, key).data);
+          add_scaled(d, weights[e], grads + row * d, layout.key_rows(into_v, sequence, key).data);
+        }
       }
     });
   };
@@ -525,6 +520,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
     exact_part(sequence);
     for (int64_t level = 0; level < tree.num_levels(); ++level) {
       far_level(level, sequence);
+    }
+    if (exact_begin != nullptr) {
+      exact_entries(sequence);
     }
   }
   return {grad_q, grad_k, grad_v};
