@@ -16,7 +16,7 @@
 namespace drrl {
 namespace {
 
-constexpr const char* kFormat = "drrl-calibration-3";
+constexpr const char* kFormat = "drrl-calibration-4";
 
 }  // namespace
 
@@ -34,7 +34,7 @@ void Calibration::save(const std::filesystem::path& file) const { write_safetens
 std::vector<NamedTensor> Calibration::tensors() const {
   std::vector<NamedTensor> all = {{"damage", damage}, {"bases", bases}};
   if (gates.defined()) {
-    all.insert(all.end(), {{"gates", gates}, {"gated_damage", gated_damage}, {"open_rows", open_rows}});
+    all.insert(all.end(), {{"gates", gates}, {"gated_damage", gated_damage}, {"exact_entries", exact_entries}});
   }
   return all;
 }
@@ -70,14 +70,14 @@ Calibration Calibration::load(const std::filesystem::path& path) {
         ": expected [layers, groups, 2, levels, ranks] and [layers, groups, 2, d, d] with ranks below d");
   if (file.contains("gates")) {
     c.gates = file.tensor("gates", at::kDouble, 1);
-    c.gated_damage = file.tensor("gated_damage", at::kDouble, 7);
-    c.open_rows = file.tensor("open_rows", at::kDouble, 5);
+    c.gated_damage = file.tensor("gated_damage", at::kDouble, 6);
+    c.exact_entries = file.tensor("exact_entries", at::kDouble, 5);
     const int64_t choices = c.damage.size(4) + 1, gates = c.gates.size(0);
-    check(kind, c.gated_damage.sizes() == at::IntArrayRef({c.layers(), c.groups(), 2, c.levels(), choices, choices, gates}) &&
-                    c.open_rows.sizes() == at::IntArrayRef({c.layers(), c.groups(), c.levels(), choices, gates}),
-          path, ": gated_damage ", c.gated_damage.sizes(), " and open_rows ", c.open_rows.sizes(), " do not fit damage ", c.damage.sizes(), " and ", gates, " gates");
-    check(kind, (c.gated_damage >= 0).all().item<bool>() && (c.open_rows >= 0).all().item<bool>() && (c.open_rows <= 1 + 1e-9).all().item<bool>(), path,
-          ": a negative entry in gated_damage, or one of open_rows outside 0..1");
+    check(kind, c.gated_damage.sizes() == at::IntArrayRef({c.layers(), c.groups(), 2, c.levels(), choices - 1, gates}) &&
+                    c.exact_entries.sizes() == at::IntArrayRef({c.layers(), c.groups(), c.levels(), choices, gates}),
+          path, ": gated_damage ", c.gated_damage.sizes(), " and exact_entries ", c.exact_entries.sizes(), " do not fit damage ", c.damage.sizes(), " and ", gates, " gates");
+    check(kind, (c.gated_damage >= 0).all().item<bool>() && (c.exact_entries >= 0).all().item<bool>() && (c.exact_entries <= 1 + 1e-9).all().item<bool>(), path,
+          ": a negative entry in gated_damage, or one of exact_entries outside 0..1");
   }
   check(kind, (c.damage >= 0).all().item<bool>(), path, ": \"damage\" holds a negative entry, ", c.damage.min().item<double>());
   return c;
@@ -89,9 +89,7 @@ Calibration scaled(const Calibration& calibration, const at::Tensor& log_factors
   const at::Tensor factors = log_factors.exp();
   result.damage = calibration.damage * factors;
   if (calibration.gates.defined()) {
-    const auto with_exact = at::constant_pad_nd(factors, {0, 1}, 1.0).unsqueeze(5);  // [layers, groups, 2, levels, C, 1]
-    const auto by_score_rank = with_exact.select(2, 0).unsqueeze(5), by_value_rank = with_exact.select(2, 1).transpose(3, 4).unsqueeze(5);
-    result.gated_damage = at::stack({calibration.gated_damage.select(2, 0) * by_score_rank, calibration.gated_damage.select(2, 1) * by_value_rank}, 2);
+    result.gated_damage = calibration.gated_damage * factors.unsqueeze(5);
   }
   return result;
 }
@@ -106,11 +104,10 @@ double expected_damage(const Calibration& c, const RankTable& table) {
         const Ranks& r = table.at(layer, group, level);
         const int64_t measured = std::min(level, c.levels() - 1), qk = choice(r.qk), v = choice(r.v);
         const auto exact = static_cast<int64_t>(c.ranks.size());
-        if (r.gated(c.head_dim())) {
-          const int64_t gate = (c.gates - static_cast<double>(r.gate)).abs().argmin().item<int64_t>();
-          sum += c.gated_damage[layer][group].select(1, measured).select(1, qk).select(1, v).select(1, gate).sum().item<double>();
-        } else {
-          sum += (qk < exact ? damage[layer][group][0][measured][qk] : 0) + (v < exact ? damage[layer][group][1][measured][v] : 0);
+        const int64_t gate = r.gated(c.head_dim()) ? (c.gates - static_cast<double>(r.gate)).abs().argmin().item<int64_t>() : -1;
+        for (int64_t kind = 0; kind < 2; ++kind) {
+          const auto rank = kind == 0 ? qk : v;
+          sum += rank == exact ? 0 : gate < 0 ? damage[layer][group][kind][measured][rank] : c.gated_damage[layer][group][kind][measured][rank][gate].item<double>();
         }
       }
     }
@@ -143,10 +140,10 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
   const int64_t batch = q.size(0), groups = k.size(1), d = q.size(3);
   if (!damage_.defined()) {
     damage_ = at::zeros({layers_, groups, 2, tree.num_levels(), static_cast<int64_t>(ranks_.size())}, at::kDouble);
-    const auto choices = static_cast<int64_t>(ranks_.size()) + 1, gates = default_gates().size(0);
-    gated_damage_ = at::zeros({layers_, groups, 2, tree.num_levels(), choices, choices, gates}, at::kDouble);
-    open_rows_ = at::zeros({layers_, groups, tree.num_levels(), choices, gates}, at::kDouble);
-    rows_ = at::zeros({layers_, tree.num_levels()}, at::kDouble);
+    const auto choices = static_cast<int64_t>(ranks_.size()), gates = default_gates().size(0);
+    gated_damage_ = at::zeros({layers_, groups, 2, tree.num_levels(), choices, gates}, at::kDouble);
+    exact_entries_ = at::zeros({layers_, groups, tree.num_levels(), choices + 1, gates}, at::kDouble);
+    entries_ = at::zeros({layers_, tree.num_levels()}, at::kDouble);
     grams_ = at::zeros({layers_, groups, 4, d, d}, at::kDouble);
   }
   TORCH_CHECK(damage_.size(3) == tree.num_levels(), "calibration on a sequence of ", q.size(2), " tokens with ", tree.num_levels(),
@@ -190,15 +187,36 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
     const auto [exact_out, exact_share] = part(run_q, run_k, run_v, {}, {});
     const auto keys = at::full({run_q.size(0)}, static_cast<double>(run.key_rows), bases.scores.singular_values.options());
     const auto key_grams = pairs_of(grams_of_pairs.keys.flatten(0, 2));
-    rows_[layer][run.level] += batch * run.count * run.query_rows;
+    entries_[layer][run.level] += batch * run.count * run.query_rows * run.key_rows;
     const auto of_groups = [&](const at::Tensor& x) { return x.view({batch, groups, run.count}).sum(at::IntArrayRef{0, 2}).to(at::kCPU); };
-    std::vector<at::Tensor> open;  // by score rank and gate
-    const auto open_gates = [&](const at::Tensor& share, const at::Tensor& correction, int64_t score_rank) {
-      const auto value = gate_value(share.squeeze(2).log(), correction);
-      for (int64_t n = 0; n < gates; ++n) {
-        open.push_back(value >= thresholds[n].item<double>());
-        open_rows_[layer].select(1, run.level).select(1, score_rank).select(1, n) +=
-            of_groups(open.back().mean(1, /*keepdim=*/false, at::kDouble)) * static_cast<double>(run.query_rows);
+    const auto met_before = rows_of(met.flatten(1, 2).unsqueeze(3)).squeeze(2);
+    const auto damage_of = [&](const at::Tensor& moved) {  // [.., g rows] -> [..]
+      return 0.5 * moved.unflatten(-1, {-1, run.query_rows}).sum(-2).pow(2).sum(-1);
+    };
+    // With gates: one pair at a time, as scores are matrices here.
+    const auto with_gates = [&](int64_t kind, int64_t rank, const at::Tensor& left, const at::Tensor& right, const at::Tensor& correction) {
+      auto left_over = at::zeros({gates, run_q.size(0)}, at::kDouble), exact = at::zeros({gates, run_q.size(0)}, at::kDouble);
+      for (int64_t n = 0; n < run_q.size(0); ++n) {
+        const auto of = [&](const at::Tensor& x) { return x.narrow(0, n, 1); };
+        const auto low_q = kind == 0 ? at::bmm(of(run_q), of(left)) : of(run_q), low_k = kind == 0 ? at::bmm(of(run_k), of(right)) : of(run_k);
+        const auto low_v = kind == 0 ? of(run_v) : at::bmm(at::bmm(of(run_v), of(left)), of(right).transpose(1, 2));
+        for (int64_t gate = 0; gate < gates; ++gate) {
+          const auto gated = gated_scores(of(run_q), of(run_k), low_q, low_k, correction.defined() ? of(correction) : correction, of(met_before),
+                                          thresholds[gate].item<double>(), scale);
+          const auto weights = (gated.scores - of(run_logsumexp).unsqueeze(2)).exp();
+          const auto part_out = kind == 0 ? at::bmm(weights.to(run_v.scalar_type()), of(run_v))
+                                          : of(exact_out) + at::bmm(weights.masked_fill(gated.exact, 0).to(run_v.scalar_type()), low_v - of(run_v));
+          const auto error = (of(run_exact) - of(exact_out) + part_out) / (1 - of(exact_share) + weights.sum(2, /*keepdim=*/true)) - of(run_exact);
+          left_over[gate][n] = damage_of((error * of(run_grad)).sum(2, /*keepdim=*/false, at::kDouble)).item();
+          exact[gate][n] = gated.exact.sum().item();
+        }
+      }
+      for (int64_t gate = 0; gate < gates; ++gate) {
+        gated_damage_[layer].select(1, kind).select(1, run.level).select(1, rank).select(1, gate) += of_groups(left_over[gate]);
+        if (kind == 0 || rank == 0) {
+          const double heads = static_cast<double>(q.size(1) / groups);
+          exact_entries_[layer].select(1, run.level).select(1, kind == 0 ? rank : choices).select(1, gate) += of_groups(exact[gate]) / heads;
+        }
       }
     };
     for (int64_t kind = 0; kind < 2; ++kind) {
@@ -213,29 +231,13 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
         const auto error = (run_exact - exact_out + out) / (1 - exact_share + share) - run_exact;
         // [B G count, g rows, d] -> one number a pair and token: how far this error moves the log-likelihood there
         const auto moved = (error * run_grad).sum(2, /*keepdim=*/false, at::kDouble);
-        const auto damage_of = [&](const at::Tensor& rows) {
-          return 0.5 * rows.unflatten(1, {-1, run.query_rows}).sum(1).pow(2).sum(1).view({batch, groups, run.count});
-        };
-        const auto damage = damage_of(moved);
-        if (kind == 0) {
-          open_gates(share / (1 - exact_share + share), correction, static_cast<int64_t>(i));
-        } else if (i == 0) {
-          open_gates(exact_share, {}, choices);
-        }
-        for (int64_t score_rank = 0; score_rank <= choices; ++score_rank) {
-          for (int64_t gate = 0; gate < gates && (kind == 1 || score_rank == static_cast<int64_t>(i)); ++gate) {
-            const auto left_over = of_groups(damage_of(moved.masked_fill(open[static_cast<size_t>(score_rank * gates + gate)], 0)));
-            auto cells = gated_damage_[layer].select(1, kind).select(1, run.level).select(1, score_rank).select(2, gate);  // [groups, value ranks]
-            if (kind == 0) {
-              cells += left_over.unsqueeze(1);
-            } else {
-              cells.select(1, static_cast<int64_t>(i)) += left_over;
-            }
-          }
-        }
+        const auto damage = damage_of(moved).view({batch, groups, run.count});
+        with_gates(kind, static_cast<int64_t>(i), in_dtype(left), in_dtype(right), correction);
         of_pairs.select(2, kind).narrow(2, run.first_pair, run.count).select(3, static_cast<int64_t>(i)) += damage.to(at::kCPU);
       }
     }
+    auto met_of_run = token_runs(met.flatten(1, 2).unsqueeze(3), groups, run.query_begin, run.count, run.query_rows, run.stride);
+    met_of_run.copy_(at::logaddexp(met_of_run, exact_logsumexp.view(met_of_run.sizes())));
     damage_[layer].select(2, run.level) += of_pairs.narrow(3, run.first_pair, run.count).sum(at::IntArrayRef{0, 3});
   }
   if (start_.defined()) {

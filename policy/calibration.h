@@ -31,13 +31,12 @@ class Calibration {
   /// Expected KL(full || low rank) in nats per token that the pairs of this layer, KV group, kind (0 scores, 1 values) and tree level add at rank
   /// `ranks[i]`: [layers, groups, 2, levels, ranks] float64.
   at::Tensor damage;
-  /// Row gates (Ranks::gate) that were measured, [gates] float64 ascending; this and the next two may be undefined, in which case no gates can be chosen.
+  /// Gates (Ranks::gate) that were measured, [gates] float64 ascending; this and the next two may be undefined, in which case no gates can be chosen.
   at::Tensor gates;
-  /// Damage of each kind when rows with open gates attend exactly: [layers, groups, 2, levels, C, C, gates] float64, by score rank, value rank (C: `ranks`, then
-  /// exact; score ranks matter to values by which rows are open).
+  /// `damage` when gates make entries exact, those of values by exact scores: [layers, groups, 2, levels, ranks, gates] float64.
   at::Tensor gated_damage;
-  /// Share of a level's query rows whose gates are open: [layers, groups, levels, C, gates] float64, by score rank.
-  at::Tensor open_rows;
+  /// Share of a level's entries that gates make exact: [layers, groups, levels, C, gates] float64, by score rank (C: `ranks`, then exact).
+  at::Tensor exact_entries;
   /// Right factors (P_k for scores, P_o for values) of the best bases for all of the calibration text at once, [layers, groups, 2, d, d] float32: where
   /// `update_basis` starts from.
   at::Tensor bases;
@@ -132,12 +131,12 @@ class CalibrationController final : public AttentionController {
   /// Undefined before the first far pair.
   const at::Tensor& damage() const { return damage_; }
 
-  /// The same with gates and the rows that were open, summed likewise, as in Calibration; measured at default_gates().
+  /// The same with gates and the entries that they made exact, summed likewise, as in Calibration; measured at default_gates().
   const at::Tensor& gated_damage() const { return gated_damage_; }
-  const at::Tensor& open_rows() const { return open_rows_; }
-  /// Query rows (of a head) of each level seen so far.
-  const at::Tensor& rows() const { return rows_; }
-  static at::Tensor default_gates() { return at::tensor({0.02, 0.05, 0.1, 0.2, 0.4}, at::kDouble); }
+  const at::Tensor& exact_entries() const { return exact_entries_; }
+  /// Entries (of a head) of each level seen so far.
+  const at::Tensor& entries() const { return entries_; }
+  static at::Tensor default_gates() { return at::tensor({0.001, 0.002, 0.005, 0.01, 0.02, 0.05}, at::kDouble); }
 
   /// G_q, G_k, G_v (weighted by attention_mass) and G_o over the complete blocks of the same text, sinks left out, [layers, groups, 4, d, d] float64.
   const at::Tensor& grams() const { return grams_; }
@@ -149,7 +148,7 @@ class CalibrationController final : public AttentionController {
   int64_t layers_;
   Geometry geometry_;
   std::vector<int64_t> ranks_;
-  at::Tensor damage_, gated_damage_, open_rows_, rows_, grams_, start_, states_, pair_damage_;
+  at::Tensor damage_, gated_damage_, exact_entries_, entries_, grams_, start_, states_, pair_damage_;
 };
 
 /// The starting bases of a Calibration, from CalibrationController::grams() summed over all text: [layers, groups, 2, d, d] float32.
