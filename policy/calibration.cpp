@@ -7,6 +7,7 @@
 #include "core/attention_part.h"
 #include "core/error.h"
 #include "core/gram.h"
+#include "core/lowrank_attention.h"
 #include "core/rows.h"
 #include "distributed/agreement.h"
 #include "policy/controller.h"
@@ -17,6 +18,68 @@ namespace drrl {
 namespace {
 
 constexpr const char* kFormat = "drrl-calibration-4";
+constexpr int64_t kScoresAtOnce = 1 << 24;  // of pairs that are measured together
+
+// n pairs of R query rows, those of all heads of a group, and K keys, with scores or values at a low rank.
+struct LowPairs {
+  at::Tensor q, k, v, grad;             // at full width, [n, R or K, d]; grad: of the rows' outputs
+  at::Tensor low_q, low_k, correction;  // low scores are low_q low_k^T times scale and correction [n, R]; q, k and undefined where scores are exact
+  at::Tensor low_v;                     // [n, K, d], in and out of the basis; undefined where values are exact
+  at::Tensor logsumexp, met;            // of all of a row's exact scores; of those nearer than the pair: [n, R]
+  // With grad's product, as low rank leaves them: the row's output before it is divided by the sum of its weights; that sum; the exact output. [n, R] float64
+  at::Tensor output, weights, exact_output;
+
+  LowPairs narrow(int64_t begin, int64_t count) const {
+    LowPairs part = *this;
+    for (at::Tensor* x : {&part.q, &part.k, &part.v, &part.grad, &part.low_q, &part.low_k, &part.correction, &part.low_v, &part.logsumexp, &part.met, &part.output,
+                          &part.weights, &part.exact_output}) {
+      *x = x->defined() ? x->narrow(0, begin, count) : *x;
+    }
+    return part;
+  }
+  // How far each row's error moves the likelihood.
+  at::Tensor moved() const { return output / weights - exact_output; }
+};
+
+// The same under each gate, [gates, n, R], and how many entries it makes exact, [gates, n].
+std::pair<at::Tensor, at::Tensor> moved_behind_gates(const LowPairs& x, const at::Tensor& gates, double scale) {
+  const int64_t n = x.q.size(0), rows = x.q.size(1), keys = x.k.size(1), d = x.q.size(2), count = gates.size(0);
+  const auto wide = x.logsumexp.scalar_type();
+  const auto flat = [&](const at::Tensor& rows_of) { return rows_of.reshape({-1, d}); };
+  auto low = at::bmm(x.low_q, x.low_k.transpose(1, 2)).to(wide).mul_(scale);
+  if (x.correction.defined()) {
+    low += x.correction.unsqueeze(2);
+  }
+  low.sub_(x.logsumexp.unsqueeze(2)).clamp_max_(80).exp_();
+  auto met = (x.met - x.logsumexp).exp();
+  // What entries change, by the highest gate that makes them exact: [gates, n R].
+  auto output = at::zeros({count, n * rows}, x.output.options()), weights = at::zeros_like(output), exact = at::zeros_like(output);
+  const auto thresholds = gates.to(met.options());
+  for (int64_t begin = 0; begin < keys; begin += kGateChunk) {
+    const auto chunk = low.narrow(2, begin, std::min(kGateChunk, keys - begin));
+    met += chunk.sum(2);
+    const auto heavy = chunk >= (met * gates[0].item<double>()).unsqueeze(2);
+    const auto at = heavy.nonzero();
+    const auto row = at.select(1, 0) * rows + at.select(1, 1), key = at.select(1, 0) * keys + begin + at.select(1, 2);
+    const auto dot = [&](const at::Tensor& of_rows, const at::Tensor& of_keys) {
+      return (flat(of_rows).index_select(0, row) * flat(of_keys).index_select(0, key)).sum(1, /*keepdim=*/false, wide);
+    };
+    const auto weight = chunk.masked_select(heavy);
+    const auto gate = at::searchsorted(thresholds, weight / met.flatten().index_select(0, row), /*out_int32=*/false, /*right=*/true).sub_(1).clamp_min_(0);
+    const auto add = [&](at::Tensor& to, const at::Tensor& change) { to.view({-1}).index_add_(0, gate * (n * rows) + row, change.to(to.scalar_type())); };
+    if (x.low_v.defined()) {
+      add(output, weight * dot(x.grad, x.v - x.low_v));
+    } else {
+      const auto change = (dot(x.q, x.k) * scale - x.logsumexp.flatten().index_select(0, row)).exp() - weight;
+      add(output, change * dot(x.grad, x.v));
+      add(weights, change);
+      met.view({-1}).index_add_(0, row, change);
+    }
+    add(exact, at::ones_like(weight));
+  }
+  const auto of_gates = [&](const at::Tensor& changes) { return changes.flip(0).cumsum(0).flip(0).view({count, n, rows}); };
+  return {(x.output + of_gates(output)) / (x.weights + of_gates(weights)) - x.exact_output, of_gates(exact).sum(2)};
+}
 
 }  // namespace
 
@@ -160,21 +223,31 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
 
   const PairGrams grams_of_pairs = pair_grams(q, k, v, tree, mass);
   const FarBases bases = solve_far_bases(grams_of_pairs, w_o, /*scores=*/true, /*values=*/true);
-  const at::Tensor thresholds = default_gates();
-  const auto choices = static_cast<int64_t>(ranks_.size()), gates = thresholds.size(0);
+  const at::Tensor gates = default_gates();
+  const auto choices = static_cast<int64_t>(ranks_.size());
   const auto of_pairs = at::zeros({batch, groups, 2, tree.num_pairs(), choices}, at::kDouble);
   const double scale = 1.0 / std::sqrt(static_cast<double>(d));
-  // Exact attention again, for its log-sum-exp, by which parts are weighed.
   const auto wide = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  // Exact attention again, for its log-sum-exp, by which parts are weighed.
   auto whole = at::empty(q.sizes(), q.options()), logsumexp = at::empty({batch, groups, q.size(1) / groups, q.size(2)}, q.options().dtype(wide));
   const auto by_group = [&](const at::Tensor& x) { return x.unflatten(1, {groups, -1}); };
   attention_part(by_group(q), k, v, /*causal=*/true, scale, by_group(whole), logsumexp);
+  // Of what each row meets before its far pairs of a level, [B, H, L, 1]: its own block, the sinks, nearer pairs.
+  auto near_out = at::empty_like(q), met = at::empty({batch, q.size(1), q.size(2)}, logsumexp.options());
+  near_attention(q, k, v, tree, near_out, met);
+  if (const int64_t sinks = tree.sinks(); sinks > 0) {
+    auto behind = met.slice(2, sinks);
+    const auto scores = at::matmul(by_group(q.slice(2, sinks)), k.slice(2, 0, sinks).unsqueeze(2).transpose(3, 4)).to(wide) * scale;  // [B, G, g, L - s, s]
+    behind.copy_(at::logaddexp(behind, scores.logsumexp(4).flatten(1, 2)));
+  }
+  met = met.unsqueeze(3);
 
   for (const PairRun& run : tree.runs()) {
     const auto rows_of = [&](const at::Tensor& x) { return query_rows(x, groups, run); };  // [B G count, g rows, e]
     const auto run_q = rows_of(q), run_k = key_rows(k, run), run_v = key_rows(v, run);
     const auto run_exact = rows_of(whole), run_grad = rows_of(grad.contiguous());
     const auto run_logsumexp = rows_of(logsumexp.flatten(1, 2).unsqueeze(3)).squeeze(2);
+    const auto along_grad = [&](const at::Tensor& rows) { return (rows * run_grad).sum(2, /*keepdim=*/false, at::kDouble); };
     // The run's part of attention with these queries, keys and values, unnormalized over the whole row: its output and its share of the softmax.
     const auto part = [&](const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& correction, const at::Tensor& up) {
       const auto [out, sum] = attention_rows(queries, keys, values, scale);
@@ -187,57 +260,54 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
     const auto [exact_out, exact_share] = part(run_q, run_k, run_v, {}, {});
     const auto keys = at::full({run_q.size(0)}, static_cast<double>(run.key_rows), bases.scores.singular_values.options());
     const auto key_grams = pairs_of(grams_of_pairs.keys.flatten(0, 2));
+    const int64_t heads_per_group = q.size(1) / groups;
     entries_[layer][run.level] += batch * run.count * run.query_rows * run.key_rows;
-    const auto of_groups = [&](const at::Tensor& x) { return x.view({batch, groups, run.count}).sum(at::IntArrayRef{0, 2}).to(at::kCPU); };
-    const auto met_before = rows_of(met.flatten(1, 2).unsqueeze(3)).squeeze(2);
-    const auto damage_of = [&](const at::Tensor& moved) {  // [.., g rows] -> [..]
-      return 0.5 * moved.unflatten(-1, {-1, run.query_rows}).sum(-2).pow(2).sum(-1);
+    const auto met_of_run = token_runs(met, groups, run.query_begin, run.count, run.query_rows, run.stride);
+    LowPairs pairs{run_q, run_k, run_v, run_grad, run_q, run_k, {}, {}, run_logsumexp, rows_of(met).squeeze(2), {}, {}, along_grad(run_exact)};
+    const auto damage_of = [&](const at::Tensor& moved) {  // [.., g rows] -> [..]: all heads of a token together
+      return 0.5 * moved.unflatten(-1, {heads_per_group, run.query_rows}).sum(-2).square().sum(-1);
     };
-    // With gates: one pair at a time, as scores are matrices here.
-    const auto with_gates = [&](int64_t kind, int64_t rank, const at::Tensor& left, const at::Tensor& right, const at::Tensor& correction) {
-      auto left_over = at::zeros({gates, run_q.size(0)}, at::kDouble), exact = at::zeros({gates, run_q.size(0)}, at::kDouble);
-      for (int64_t n = 0; n < run_q.size(0); ++n) {
-        const auto of = [&](const at::Tensor& x) { return x.narrow(0, n, 1); };
-        const auto low_q = kind == 0 ? at::bmm(of(run_q), of(left)) : of(run_q), low_k = kind == 0 ? at::bmm(of(run_k), of(right)) : of(run_k);
-        const auto low_v = kind == 0 ? of(run_v) : at::bmm(at::bmm(of(run_v), of(left)), of(right).transpose(1, 2));
-        for (int64_t gate = 0; gate < gates; ++gate) {
-          const auto gated = gated_scores(of(run_q), of(run_k), low_q, low_k, correction.defined() ? of(correction) : correction, of(met_before),
-                                          thresholds[gate].item<double>(), scale);
-          const auto weights = (gated.scores - of(run_logsumexp).unsqueeze(2)).exp();
-          const auto part_out = kind == 0 ? at::bmm(weights.to(run_v.scalar_type()), of(run_v))
-                                          : of(exact_out) + at::bmm(weights.masked_fill(gated.exact, 0).to(run_v.scalar_type()), low_v - of(run_v));
-          const auto error = (of(run_exact) - of(exact_out) + part_out) / (1 - of(exact_share) + weights.sum(2, /*keepdim=*/true)) - of(run_exact);
-          left_over[gate][n] = damage_of((error * of(run_grad)).sum(2, /*keepdim=*/false, at::kDouble)).item();
-          exact[gate][n] = gated.exact.sum().item();
-        }
-      }
-      for (int64_t gate = 0; gate < gates; ++gate) {
-        gated_damage_[layer].select(1, kind).select(1, run.level).select(1, rank).select(1, gate) += of_groups(left_over[gate]);
-        if (kind == 0 || rank == 0) {
-          const double heads = static_cast<double>(q.size(1) / groups);
-          exact_entries_[layer].select(1, run.level).select(1, kind == 0 ? rank : choices).select(1, gate) += of_groups(exact[gate]) / heads;
+    const auto behind_gates = [&](int64_t kind, int64_t rank) {
+      const int64_t step = std::max<int64_t>(1, kScoresAtOnce / (pairs.q.size(1) * run.key_rows));
+      for (int64_t begin = 0; begin < run_q.size(0); begin += step) {
+        const int64_t count = std::min(step, run_q.size(0) - begin);
+        const auto [moved, exact] = moved_behind_gates(pairs.narrow(begin, count), gates, scale);
+        const auto group = (at::arange(begin, begin + count) / run.count).floor().to(at::kLong).remainder(groups);
+        const auto add = [&](at::Tensor to, const at::Tensor& of_gates) { to.index_add_(0, group, of_gates.t().to(at::kCPU)); };  // [groups, gates]
+        add(gated_damage_[layer].select(1, kind).select(1, run.level).select(1, rank), damage_of(moved));
+        if (kind == 0 || rank == 0) {  // exact scores, with values of any rank
+          add(exact_entries_[layer].select(1, run.level).select(1, kind == 0 ? rank : choices), exact / heads_per_group);
         }
       }
     };
     for (int64_t kind = 0; kind < 2; ++kind) {
       const Basis& all = kind == 0 ? bases.scores : bases.values;
-      for (size_t i = 0; i < ranks_.size(); ++i) {
-        const auto left = pairs_of(all.left).narrow(2, 0, ranks_[i]), right = pairs_of(all.right).narrow(2, 0, ranks_[i]);
-        const auto in_dtype = [&](const at::Tensor& x) { return x.to(q.scalar_type()); };
-        const at::Tensor correction = kind == 0 ? residual_correction(run_q, residual_factor({left, right, {}}, key_grams, keys)) : at::Tensor();
-        const auto [out, share] =
-            kind == 0 ? part(at::bmm(run_q, in_dtype(left)), at::bmm(run_k, in_dtype(right)), run_v, correction, {})
-                      : part(run_q, run_k, at::bmm(run_v, in_dtype(left)), {}, in_dtype(right));
-        const auto error = (run_exact - exact_out + out) / (1 - exact_share + share) - run_exact;
-        // [B G count, g rows, d] -> one number a pair and token: how far this error moves the log-likelihood there
-        const auto moved = (error * run_grad).sum(2, /*keepdim=*/false, at::kDouble);
-        const auto damage = damage_of(moved).view({batch, groups, run.count});
-        with_gates(kind, static_cast<int64_t>(i), in_dtype(left), in_dtype(right), correction);
-        of_pairs.select(2, kind).narrow(2, run.first_pair, run.count).select(3, static_cast<int64_t>(i)) += damage.to(at::kCPU);
+      for (int64_t i = 0; i < choices; ++i) {
+        const auto in_dtype = [&](const at::Tensor& x) { return pairs_of(x).narrow(2, 0, ranks_[static_cast<size_t>(i)]).to(q.scalar_type()); };
+        const auto left = in_dtype(all.left), right = in_dtype(all.right);
+        std::pair<at::Tensor, at::Tensor> low;
+        if (kind == 0) {
+          const auto columns = [&](const at::Tensor& x) { return pairs_of(x).narrow(2, 0, ranks_[static_cast<size_t>(i)]); };
+          pairs.correction = residual_correction(run_q, residual_factor({columns(all.left), columns(all.right), {}}, key_grams, keys));
+          pairs.low_q = at::bmm(run_q, left);
+          pairs.low_k = at::bmm(run_k, right);
+          low = part(pairs.low_q, pairs.low_k, run_v, pairs.correction, {});
+        } else {
+          const auto low_v = at::bmm(run_v, left);
+          pairs.low_q = run_q;
+          pairs.low_k = run_k;
+          pairs.correction.reset();
+          pairs.low_v = at::bmm(low_v, right.transpose(1, 2));
+          low = part(run_q, run_k, low_v, {}, right);
+        }
+        pairs.output = along_grad(run_exact - exact_out + low.first);
+        pairs.weights = (1 - exact_share + low.second).squeeze(2).to(at::kDouble);
+        const auto damage = damage_of(pairs.moved()).view({batch, groups, run.count});
+        of_pairs.select(2, kind).narrow(2, run.first_pair, run.count).select(3, i) += damage.to(at::kCPU);
+        behind_gates(kind, i);
       }
     }
-    auto met_of_run = token_runs(met.flatten(1, 2).unsqueeze(3), groups, run.query_begin, run.count, run.query_rows, run.stride);
-    met_of_run.copy_(at::logaddexp(met_of_run, exact_logsumexp.view(met_of_run.sizes())));
+    met_of_run.copy_(at::logaddexp(met_of_run, (exact_share.squeeze(2).log() + run_logsumexp).view(met_of_run.sizes())));
     damage_[layer].select(2, run.level) += of_pairs.narrow(3, run.first_pair, run.count).sum(at::IntArrayRef{0, 3});
   }
   if (start_.defined()) {

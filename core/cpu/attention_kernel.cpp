@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kRows = 6;            // rows of a register tile: 6 x 16 accumulators are 12 of the 16 registers
 constexpr int64_t kQueryBlock = 96;     // a block of scores, 96 x 256 floats, stays in the second-level cache
 constexpr int64_t kKeyBlock = 256;
-constexpr float kLargestExponent = 80;  // an exact score may exceed all that the row has met by so much
+constexpr float kLargestExponent = 60;  // an exact score may exceed a row's maximum by so much before the maximum is raised
 constexpr int64_t kScoreStride = kKeyBlock + kWidth;  // not a power of two, so that a column does not fall into one cache set
 
 // c[M x 16] = or += sum over i < depth of a(row, i) b[i][0..15]; a(row, i) is a[row a_stride + i], or a[i a_stride + row] if transposed.
@@ -293,8 +293,7 @@ void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t qu
       for (int64_t j = 8; j < used; j += 8) {
         top = _mm256_max_ps(top, _mm256_loadu_ps(row + j));
       }
-      const float old_maximum = to.maximum[i];
-      const float new_maximum = std::max(old_maximum, largest(top) * scale_factor + correction[i]);
+      const float new_maximum = std::max(to.maximum[i], largest(top) * scale_factor + correction[i]);
       if (new_maximum == -std::numeric_limits<float>::infinity()) {  // nothing visible yet: weights of zero
         std::fill(row, row + used, 0.0f);
         continue;
@@ -306,28 +305,37 @@ void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t qu
         _mm256_storeu_ps(row + j, e);
         weights = _mm256_add_ps(weights, e);
       }
-      if (new_maximum != old_maximum) {
-        const float rescale = std::exp(old_maximum - new_maximum);
+      const auto raise = [&](float maximum) {  // what was summed is relative to it
+        const float rescale = std::exp(to.maximum[i] - maximum);
         to.total[i] *= rescale;
-        to.maximum[i] = new_maximum;
+        to.maximum[i] = maximum;
         rescale_row(to.sum + i * to.width, to.width, rescale);
         if (other != nullptr) {
           rescale_row(other + i * other_width, other_width, rescale);
         }
+        return rescale;
+      };
+      if (new_maximum != to.maximum[i]) {
+        raise(new_maximum);
       }
       to.total[i] += sum_of(weights);
       if (part.exact_k == nullptr) {
         continue;
       }
-      const __m256 least = _mm256_set1_ps(part.gate * to.total[i]);
+      float least = part.gate * to.total[i];
       float* sum = other != nullptr ? other + i * other_width : to.sum + i * to.width;  // at full width
       for (int64_t j = 0; j < used; j += 8) {
-        auto heavy = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(row + j), least, _CMP_GE_OQ)));
+        auto heavy = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(row + j), _mm256_set1_ps(std::max(least, std::numeric_limits<float>::min())), _CMP_GE_OQ)));
         for (; heavy != 0; heavy &= heavy - 1) {
           const int64_t column = j + __builtin_ctz(heavy);
           const int64_t key = begin + column;
           const float score = dot(full.d, full.q + i * full.stride, part.exact_k + key * full.d) * scale_factor;
-          const float weight = std::exp(std::min(score - new_maximum, kLargestExponent));
+          if (score > to.maximum[i] + kLargestExponent) {
+            const float rescale = raise(score);
+            rescale_row(row, used, rescale);
+            least *= rescale;
+          }
+          const float weight = std::exp(score - to.maximum[i]);
           to.total[i] += weight - row[column];
           row[column] = 0;
           add_scaled(full.d, weight, part.exact_v + key * full.d, sum);

@@ -176,6 +176,7 @@ std::tuple<at::Tensor, at::Tensor> lowrank_forward(const at::Tensor& q, const at
   const auto packed_of = [&](int64_t i) { return packed.data_ptr<float>() + begin[static_cast<size_t>(i)]; };
   const int64_t first_item = layout.sequences * near;
   const bool gated = plan.gated(d);
+  TORCH_INTERNAL_ASSERT(!gated || key_chunk_rows() == kGateChunk);
 
   std::vector<Piece> chunks;
   for (int64_t i = 0; i < static_cast<int64_t>(items.size()); ++i) {
