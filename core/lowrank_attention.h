@@ -35,6 +35,8 @@ struct ExactEntries {
   at::Tensor begin;  ///< [B H L + 1] int64
   at::Tensor keys;   ///< int32
   bool defined() const { return begin.defined(); }
+  /// How many entries of rows [row, row + rows) of [B H L] are of a key in [key, key + key_count).
+  int64_t count(int64_t row, int64_t rows, int64_t key, int64_t key_count) const;
 };
 
 /// All that one layer's low-rank attention needs besides q, k and v. Constant for autograd.

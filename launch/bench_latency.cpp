@@ -28,7 +28,7 @@ DEFINE_bool(with_backward, false, "latency: times of forward and backward passes
 namespace drrl::bench {
 namespace {
 
-constexpr double kOpenShare = 0.1;  // of the rows, when gates are measured
+constexpr double kExactShare = 0.02;  // of the entries, when gates are measured
 
 struct Shape {
   int64_t head_dim, heads, groups;
@@ -96,31 +96,27 @@ class Rig {
     return std::make_shared<PairsPolicy>(std::vector<Ranks>(levels(length), all), exact ? Ranks{ranks.front(), ranks.front()} : Ranks{0, 0});
   }
 
-  /// At these ranks with gates that are open for about kOpenShare of each level's rows, and how many are; `open` false: for none.
-  std::shared_ptr<RankPolicy> gated(const Inputs& in, Ranks all, bool open, std::vector<int64_t>& open_rows) const {
-    const BlockTree tree(in.length(), geometry);
-    std::vector<Ranks> of_level(levels(in.length()), {all.qk, all.v, 1e6F});  // beyond any gate_value
-    std::vector<float> low(of_level.size(), 0.0F), high(of_level.size(), 3.0F);
-    const auto count = [&] {
+  /// At these ranks with a gate that makes about kExactShare of all entries exact, and how many those are; `any` false: none.
+  std::shared_ptr<RankPolicy> gated(const Inputs& in, Ranks all, bool any, std::optional<int64_t>& exact_entries) const {
+    constexpr float kNone = 2;  // more than a whole row
+    const auto at_gate = [&](float gate) { return std::make_shared<PairsPolicy>(std::vector<Ranks>(levels(in.length()), {all.qk, all.v, gate}), Ranks{0, 0}); };
+    const double entries = static_cast<double>(in.heads() * in.length()) * static_cast<double>(in.length()) / 2;
+    float low = 1e-6F, high = 1;
+    exact_entries = 0;
+    for (int step = 0; any && step < 12; ++step) {
       std::shared_ptr<LayerPlan> plan;
-      attend(in, std::make_shared<PairsPolicy>(of_level, Ranks{0, 0}), 0, plan);
-      const at::Tensor sums = plan->lowrank->gates.sum(at::IntArrayRef{0, 1, 2}).to(at::kCPU);
-      open_rows.assign(sums.const_data_ptr<int64_t>(), sums.const_data_ptr<int64_t>() + sums.numel());
-    };
-    for (int step = 0; open && step < 12; ++step) {
-      for (size_t i = 0; i < of_level.size(); ++i) {
-        of_level[i].gate = (low[i] + high[i]) / 2;
-      }
-      count();
-      for (size_t i = 0; i < of_level.size(); ++i) {
-        const double rows = static_cast<double>(in.heads() * in.length()) / 2;  // that see a pair of this level, nearly
-        (static_cast<double>(open_rows[i]) > kOpenShare * rows ? low[i] : high[i]) = of_level[i].gate;
-      }
+      attend(in, at_gate(std::sqrt(low * high)), 0, plan);
+      exact_entries = plan->lowrank->exact.keys.numel();
+      (static_cast<double>(*exact_entries) > kExactShare * entries ? low : high) = std::sqrt(low * high);
     }
-    if (!open) {
-      open_rows.assign(of_level.size(), 0);
+    if (!any) {
+      return at_gate(kNone);
     }
-    return std::make_shared<PairsPolicy>(of_level, Ranks{0, 0});
+    const auto policy = at_gate(high);
+    std::shared_ptr<LayerPlan> plan;
+    attend(in, policy, 0, plan);
+    exact_entries = plan->lowrank->exact.keys.numel();
+    return policy;
   }
 
   at::Tensor attend(const Inputs& in, const std::shared_ptr<RankPolicy>& policy, int64_t layer, std::shared_ptr<LayerPlan>& plan) const {
@@ -173,12 +169,12 @@ std::vector<LatencyPoint> measure(const Rig& rig, int64_t length, int64_t rounds
     points.push_back({length, ranks, {}, 0});
     work.push_back(rig.work(at_length, rig.uniform(length, ranks)));
   }
-  if (FLAGS_row_gates) {
+  if (FLAGS_gates) {
     at::NoGradGuard no_grad;
     const Ranks ranks{rig.ranks.front(), rig.ranks.front()};
-    for (const bool open : {false, true}) {
+    for (const bool any : {false, true}) {
       points.push_back({length, ranks, {}, 0});
-      work.push_back(rig.work(at_length, rig.gated(at_length.in, ranks, open, points.back().open_rows)));
+      work.push_back(rig.work(at_length, rig.gated(at_length.in, ranks, any, points.back().exact_entries)));
     }
   }
   const auto ms = interleaved_ms(work, rounds, device);
@@ -226,7 +222,7 @@ void check_predictions(const Rig& rig, const LatencyTable& table, const std::vec
         try {
           cases.emplace_back(c10::str("dp ", FLAGS_rank_budget, by != nullptr ? " of ms" : " of operations"),
                              allocate(*calibration, FLAGS_rank_budget, tree, in.heads() / in.groups(), rig.ranks, FLAGS_basis_updates, Spending::kBest, 0,
-                                      /*row_gates=*/false, by).table);
+                                      /*with_gates=*/false, by).table);
         } catch (const Error& error) {  // cannot be met at this length
           std::cout << error.what() << "\n";
         }
@@ -286,14 +282,12 @@ void print_fit(const LatencyTable& table, const std::vector<LatencyPoint>& point
     const Prices prices = table.prices(tree, table.groups, table.key.heads_per_group, table.key.head_dim);
     double ns = p.ranks ? price_of(prices, tree, RankTable(1, table.groups, tree.num_levels(), *p.ranks), 0) : prices.exact;
     for (const PairRun& run : tree.runs()) {
-      if (!p.open_rows.empty()) {
+      if (p.exact_entries) {
         ns += prices.gated(run) * static_cast<double>(run.count * table.groups);
       }
     }
-    for (size_t level = 0; level < p.open_rows.size(); ++level) {
-      const PairRun& run = tree.run_of(tree.pair_index(static_cast<int64_t>(level), 0));
-      ns += static_cast<double>(p.open_rows[level]) * prices.open_rows(run) / static_cast<double>(table.key.heads_per_group * run.query_rows);
-    }
+    const PairRun& run = tree.runs().front();
+    ns += static_cast<double>(p.exact_entries.value_or(0)) * prices.exact_entries(run) / static_cast<double>(table.key.heads_per_group * run.query_rows * run.key_rows);
     const double error = ns / 1e6 / p.ms - 1;
     squares += error * error;
     worst = std::abs(error) > std::abs(worst) ? error : worst;

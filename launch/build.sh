@@ -39,7 +39,7 @@ drrl_on_two() {
 # drrl_calibrate: measures what low ranks do to that model, after drrl_build drrl-policy and drrl_prepare. Sets DRRL_RANKS, a file that is reused.
 drrl_calibrate() {
   export DRRL_RANKS=$DRRL_CACHE/ranks/SmolLM2-135M-Instruct.safetensors
-  grep -aqs drrl-calibration-3 "$DRRL_RANKS" && return 0  # else there is none, or one of an older version
+  grep -aqs drrl-calibration-4 "$DRRL_RANKS" && return 0  # else there is none, or one of an older version
   mkdir -p "$(dirname "$DRRL_RANKS")"
   drrl_on_two "$DRRL_ROOT/build/$DRRL_PRESET/bin/drrl-policy" calibrate --model "$DRRL_MODEL" --flagfile="$DRRL_ROOT/configs/quickstart.flags" \
     --flagfile="$DRRL_ROOT/configs/quickstart-calibrate.flags" --data "$DRRL_DATA/kjv-train" --policy "$DRRL_RANKS"

@@ -18,30 +18,36 @@ at::Tensor DecisionRecorder::attend(int64_t layer, const at::Tensor& q, const at
   TORCH_CHECK(q.size(0) == 1 && plan != nullptr && plan->context == nullptr, "decisions are written down of one whole sequence at a time, got q ", q.sizes());
   const LowRankPlan* low = plan->lowrank.get();  // null: exact
   const BlockTree tree(q.size(2), geometry_);
-  const int64_t groups = k.size(1), d = q.size(3), pairs = tree.num_pairs();
-  const at::Tensor gates = low != nullptr && low->gates.defined() ? low->gates.to(at::kCPU).unflatten(1, {groups, -1}) : at::Tensor();  // [1, G, g, L, levels]
+  const int64_t groups = k.size(1), heads = q.size(1) / groups, d = q.size(3), pairs = tree.num_pairs();
+  const ExactEntries entries = low != nullptr ? low->exact : ExactEntries();
 
-  std::vector<int64_t> level, query_begin, query_rows;
+  std::vector<int64_t> level, query_begin, query_rows, key_begin, key_rows;
   for (const PairRun& run : tree.runs()) {
     for (int64_t i = 0; i < run.count; ++i) {
       level.push_back(run.level);
       query_begin.push_back(run.query_begin + i * run.stride);
       query_rows.push_back(run.query_rows);
+      key_begin.push_back(run.key_begin + i * run.stride);
+      key_rows.push_back(run.key_rows);
     }
   }
   std::vector<std::vector<int64_t>> rank_qk, rank_v;
-  std::vector<std::vector<double>> open;
+  std::vector<std::vector<double>> exact;
   for (int64_t group = 0; group < groups; ++group) {
     rank_qk.emplace_back();
     rank_v.emplace_back();
-    open.emplace_back();
+    exact.emplace_back();
     for (int64_t pair = 0; pair < pairs; ++pair) {
       const auto p = static_cast<size_t>(pair);
       const Ranks ranks = low != nullptr ? low->ranks[static_cast<size_t>(group * pairs + pair)] : Ranks{d, d};
       rank_qk.back().push_back(ranks.qk);
       rank_v.back().push_back(ranks.v);
-      if (gates.defined()) {
-        open.back().push_back(gates[0][group].select(2, level[p]).narrow(1, query_begin[p], query_rows[p]).to(at::kDouble).mean().item<double>());
+      if (entries.defined()) {
+        int64_t count = 0;
+        for (int64_t head = group * heads; head < (group + 1) * heads; ++head) {
+          count += entries.count(head * q.size(2) + query_begin[p], query_rows[p], key_begin[p], key_rows[p]);
+        }
+        exact.back().push_back(static_cast<double>(count) / static_cast<double>(heads * query_rows[p] * key_rows[p]));
       }
     }
   }
@@ -52,7 +58,7 @@ at::Tensor DecisionRecorder::attend(int64_t layer, const at::Tensor& q, const at
                     {"query_rows", query_rows},
                     {"rank_qk", rank_qk},
                     {"rank_v", rank_v},
-                    {"open", gates.defined() ? nlohmann::ordered_json(open) : nlohmann::ordered_json()}});
+                    {"exact", entries.defined() ? nlohmann::ordered_json(exact) : nlohmann::ordered_json()}});
   return out;
 }
 

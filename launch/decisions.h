@@ -22,8 +22,8 @@ class DecisionRecorder final : public AttentionController {
   /// The calls that follow are about this sequence, batch 1; none: they are not written down.
   void set_sequence(std::optional<int64_t> sequence) { sequence_ = sequence; }
 
-  /// {"sequence", "layer", and for each far pair "level", "query_begin" and "query_rows" [tokens]; for each KV group and pair "rank_qk", "rank_v" and, under row gates,
-  /// "open", the share of the pair's rows (those of all heads of the group) that attended exactly; else null}
+  /// {"sequence", "layer", and for each far pair "level", "query_begin" and "query_rows" [tokens]; for each KV group and pair "rank_qk", "rank_v" and, under gates,
+  /// "exact", the share of the pair's entries (those of all heads of the group) that were exact; else null}
   const std::vector<nlohmann::ordered_json>& lines() const { return lines_; }
 
  private:

@@ -69,9 +69,9 @@ Calibration gathered(const CalibrationController& mine, const ModelConfig& confi
   result.damage = whole(mine.damage()) / counted;
   result.gates = CalibrationController::default_gates();
   result.gated_damage = whole(mine.gated_damage()) / counted;
-  auto rows = mine.rows().clone();  // [layers, levels], the same for every group
-  mesh.dp().all_reduce(rows);
-  result.open_rows = whole(mine.open_rows()) / rows.view({rows.size(0), 1, rows.size(1), 1, 1});
+  auto entries = mine.entries().clone();  // [layers, levels], the same for every group
+  mesh.dp().all_reduce(entries);
+  result.exact_entries = whole(mine.exact_entries()) / entries.view({entries.size(0), 1, entries.size(1), 1, 1});
   result.bases = starting_bases(whole(mine.grams()));
   return result;
 }

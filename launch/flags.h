@@ -29,7 +29,7 @@ DECLARE_double(rank_budget);
 DECLARE_double(energy);
 DECLARE_int64(basis_updates);
 DECLARE_double(guard_eps);
-DECLARE_bool(row_gates);
+DECLARE_bool(gates);
 DECLARE_double(guard_decay);
 DECLARE_string(policy);
 DECLARE_string(latency);

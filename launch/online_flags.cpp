@@ -36,7 +36,7 @@ std::shared_ptr<OnlinePolicy> online_policy_flags(const Environment& environment
     const int64_t heads_per_group = config.num_attention_heads / config.num_key_value_heads;
     options.allocate = [tree = BlockTree(FLAGS_seq_len, geometry_flags()), heads_per_group, buckets,
                         latency = latency_flag(device, config.head_dim, heads_per_group)](const Calibration& calibration) {
-      return allocate(calibration, FLAGS_rank_budget, tree, heads_per_group, buckets, FLAGS_basis_updates, Spending::kBest, 0, FLAGS_row_gates, latency.get()).table;
+      return allocate(calibration, FLAGS_rank_budget, tree, heads_per_group, buckets, FLAGS_basis_updates, Spending::kBest, 0, FLAGS_gates, latency.get()).table;
     };
   }
   Group channel = create_world_group("policy", environment, device, std::chrono::seconds(FLAGS_timeout_s));

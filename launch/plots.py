@@ -24,7 +24,7 @@ PACKAGES = ["matplotlib==3.10.8", "contourpy==1.3.3", "cycler==0.12.1", "fonttoo
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 POLICIES = ["dp", "fixed", "gates", "random", "energy", "greedy", "rl"]  # in the order of the colours
-KINDS = {"rank_qk": "rank of scores", "rank_v": "rank of values", "open": "rows that attend exactly"}
+KINDS = {"rank_qk": "rank of scores", "rank_v": "rank of values", "exact": "share of entries that gates make exact"}
 
 
 def style(i):
@@ -105,7 +105,7 @@ def ranks(result, new_figure):
                 else:
                     edges = [*of_policy["along"]["begin"], of_policy["along"]["end"][-1]]
                     axes.set(xlabel="position of the query [tokens]")
-                image = axes.pcolormesh(edges, range(len(data) + 1), data, cmap="viridis", vmin=0, vmax=None if kind == "open" else largest, rasterized=False)
+                image = axes.pcolormesh(edges, range(len(data) + 1), data, cmap="viridis", vmin=0, vmax=None if kind == "exact" else largest, rasterized=False)
                 axes.set(title=f"{policy}: {KINDS[kind]}", ylabel="layer")
                 figure.colorbar(image, ax=axes)
         figures[f"-{view}"] = figure

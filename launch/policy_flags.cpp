@@ -121,7 +121,7 @@ std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const a
   if (FLAGS_rank_policy == "fixed") {
     return make_fixed_policy(FLAGS_rank, config.head_dim);
   }
-  check(ErrorKind::kUsage, !FLAGS_row_gates || FLAGS_rank_policy == "dp", "--row_gates needs --rank_policy=dp, got ", FLAGS_rank_policy);
+  check(ErrorKind::kUsage, !FLAGS_gates || FLAGS_rank_policy == "dp", "--gates needs --rank_policy=dp, got ", FLAGS_rank_policy);
   const auto buckets = bucket_flags(device, config.head_dim);
   if (FLAGS_rank_policy == "energy") {
     return make_energy_policy(FLAGS_energy, buckets);
@@ -133,7 +133,7 @@ std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const a
         spends ? "calibrate" : "train");
   const auto latency = latency_flag(device, config.head_dim, config.num_attention_heads / config.num_key_value_heads);
   if (FLAGS_rank_policy == "dp") {
-    return make_dp_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates, FLAGS_row_gates, latency);
+    return make_dp_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates, FLAGS_gates, latency);
   }
   if (FLAGS_rank_policy == "greedy") {
     return make_greedy_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates, latency);

@@ -10,7 +10,7 @@
     no residual factors  far log-sum-exps without what the projected scores lack
     unweighted Grams     keys and values count alike, whatever attention rests on them; the starting bases are still of weighted Grams
     guard                ranks raised until the starting bases lose at most --guard_eps, at whatever operations that takes; without it is how drrl runs
-    row gates            rows that would lose much attend exactly
+    gates                entries of large weight are exact
     rl                   the agent of --policy, if it has one (dp is "no RL")
     no sinks, near N     another geometry, with a calibration of its own on --calibration_data; without that text they are left out. As fair as --policy was made alike: give
                          --calibration_tokens and --calibration_seq_len as it had them
@@ -40,7 +40,7 @@ def variants(arguments, policy_of):
               "greedy": ["--rank_policy=greedy", *spend], "no updates": [*dp, "--basis_updates=0"], "decompositions": [*dp, "--basis_updates=-1"],
               "no residual factors": [*dp, "--ablate=residual"], "unweighted Grams": [*dp, "--ablate=mass"], "guard": [*dp, f"--guard_eps={arguments.guard_eps}"]}
     if study.has_gates(arguments.policy):
-        result["row gates"] = [*dp, "--row_gates"]
+        result["gates"] = [*dp, "--gates"]
     if study.has_agent(arguments.policy):
         result["rl"] = ["--rank_policy=rl", *spend]
     result = {name: [*flags, "--policy", arguments.policy] for name, flags in result.items()}

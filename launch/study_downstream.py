@@ -3,7 +3,7 @@
 
     launch/study_downstream.py --model DIR --policy FILE --sets FILE.jsonl... [--limit N] [--out DIR] [--json FILE] [-- --device=cuda ...]
 
-Sets are files for drrl-eval --examples (launch/downstream_sets.py), policies `dp` at --budget with and without row gates, and `fixed`. For each: right answers, the
+Sets are files for drrl-eval --examples (launch/downstream_sets.py), policies `dp` at --budget with and without gates, and `fixed`. For each: right answers, the
 difference in points with its 95 % interval (paired bootstrap over examples), the same for the answer's loss in nats, and a verdict. "equivalent": two one-sided
 tests exclude a difference of --margin points or more, at level 0.05 (the 90 % score interval lies within +- margin); else "worse" or "better" if
 the 95 % interval excludes 0; else "undecided": too few examples to tell. What follows -- goes to drrl-eval. --out keeps what became of each example,
@@ -28,7 +28,7 @@ def policies(arguments):
     dp = [*lowrank, "--rank_policy=dp", f"--rank_budget={arguments.budget}"]
     return {"exact": ["--attention=full"],
             f"dp {arguments.budget}": dp,
-            f"dp {arguments.budget} gates": [*dp, "--row_gates"],
+            f"dp {arguments.budget} gates": [*dp, "--gates"],
             **{f"fixed {rank}": [*lowrank, "--rank_policy=fixed", f"--rank={rank}"] for rank in arguments.ranks}}
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fine-tuning with low-rank attention against fine-tuning with exact attention: the same model, tokens, order and steps; then the loss on held-out text.
 
-    launch/study_finetune.py --model DIR --data PREFIX --valid_data PREFIX --policy FILE [--steps 200] [--seq_len 2048] [--budgets 0.585] [--row_gates]
+    launch/study_finetune.py --model DIR --data PREFIX --valid_data PREFIX --policy FILE [--steps 200] [--seq_len 2048] [--budgets 0.585] [--gates]
                              [--device cuda --eval_device cpu] [--json FILE]
 
 One run of drrl-train with exact attention and one with `dp` for each budget. Each model that was trained at low rank is evaluated as it was trained, and with exact
@@ -36,7 +36,7 @@ def main():
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.585])
-    parser.add_argument("--row_gates", action="store_true")
+    parser.add_argument("--gates", action="store_true")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="to train on")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="to train in; evaluations are in fp32")
     parser.add_argument("--eval_device", choices=["cpu", "cuda"], help="to evaluate on (default: --device)")
@@ -55,7 +55,7 @@ def main():
         print(f"{'budget':>7} {'evaluated':>10} {'operations':>10} {'time':>6} {'perplexity':>11}  95 % interval")
         for budget in arguments.budgets:
             flags = ["--attention=lowrank", "--rank_policy=dp", f"--rank_budget={budget}", "--policy", arguments.policy, *arguments.flag]
-            flags += ["--row_gates"] if arguments.row_gates else []
+            flags += ["--gates"] if arguments.gates else []
             own_losses = train(arguments, folder / str(budget), flags)
             result = evaluate(folder / str(budget) / "hf", [*flags, "--compare_full"])
             time = result["attention_ms"] / result["full_attention_ms"]

@@ -4,7 +4,7 @@
     launch/study_policies.py --model DIR --data PREFIX --policy FILE [--seq_len 2048 8192] [--budgets 0.3 0.4 0.5 0.6 0.7 0.8] [--time]
                              [--json FILE] [--log FILE] [--markdown FILE]
 
-Every sequence is evaluated by drrl-eval under exact attention, `fixed` ranks, `energy`, and `random`, `greedy`, `dp`, `gates` (dp with --row_gates) and, if the file holds a
+Every sequence is evaluated by drrl-eval under exact attention, `fixed` ranks, `energy`, and `random`, `greedy`, `dp`, `gates` (dp with --gates) and, if the file holds a
 trained agent, `rl`, each at every budget and all from the same file; `random`, `greedy` and `dp` are given the operations that `rl` really took. --time: exact attention runs beside
 every policy, sequence by sequence, and the time of its attention is the unit. Intervals: 95 %, over sequences, of the paired difference of mean loss. A budget that
 cannot be met at a length is a row that says so.
@@ -22,7 +22,7 @@ import study
 
 # As the paper calls them.
 TITLES = {"fixed": "fixed rank {}", "energy": "adaptive SVD (energy {})", "random": "random ranks, {}", "greedy": "greedy, {}", "dp": "dp, {}",
-          "gates": "dp with row gates, {}", "rl": "DR-RL (rl), {}"}
+          "gates": "dp with gates, {}", "rl": "DR-RL (rl), {}"}
 
 
 def compare(rows, exact, unit):
@@ -91,7 +91,7 @@ def main():
             for baseline in (*arguments.baselines, "dp"):
                 report(baseline, budget, baseline, spend)
             if study.has_gates(arguments.policy):
-                report("gates", budget, "dp", spend, "--row_gates")
+                report("gates", budget, "dp", spend, "--gates")
 
         print("against dp at the same cost, interpolated between its budgets: damage saved, and difference of loss in 1e-3 nats per token")
         met = [row for row in runs.rows if row["met"] and row["seq_len"] == seq_len]

@@ -50,14 +50,14 @@ std::vector<double> Choices::damage(const Calibration& calibration, int64_t laye
 }
 
 Allocation allocate(const Calibration& calibration, double budget, const BlockTree& tree, int64_t heads_per_group, const std::vector<int64_t>& buckets,
-                    int64_t update_steps, Spending how, uint64_t seed, bool row_gates, const LatencyTable* latency) {
+                    int64_t update_steps, Spending how, uint64_t seed, bool with_gates, const LatencyTable* latency) {
   check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
   const int64_t layers = calibration.layers(), groups = calibration.groups(), levels = tree.num_levels(), d = calibration.head_dim();
   if (levels == 0 || budget == 1) {
     return {RankTable(layers, groups, levels, {d, d}), 0, 1};
   }
   const Prices prices = latency != nullptr ? latency->prices(tree, groups, heads_per_group, d) : operation_prices(tree, groups, heads_per_group, d, update_steps);
-  std::vector<RankItem> items = rank_items(calibration, tree, buckets, prices, row_gates);
+  std::vector<RankItem> items = rank_items(calibration, tree, buckets, prices, with_gates);
   const double exact = static_cast<double>(layers) * prices.exact;
   const double fixed = static_cast<double>(layers) * prices.fixed;
   const double allowed = budget * exact - fixed;

@@ -57,7 +57,7 @@ double BalancedRanks::time(const std::vector<double>& speeds) const {
 
 RankBalance::RankBalance(const Calibration& calibration, const BlockTree& tree, int64_t heads_per_group, std::vector<int64_t> groups, const Options& options)
     : layers_(calibration.layers()), groups_of_model_(calibration.groups()), levels_(tree.num_levels()), groups_(std::move(groups)),
-      plain_{allocate(calibration, options.budget, tree, heads_per_group, options.buckets, options.update_steps, Spending::kBest, 0, options.row_gates,
+      plain_{allocate(calibration, options.budget, tree, heads_per_group, options.buckets, options.update_steps, Spending::kBest, 0, options.with_gates,
                       options.latency.get()).table, 0, {}} {
   check(ErrorKind::kUsage, std::accumulate(groups_.begin(), groups_.end(), int64_t{0}) == groups_of_model_ && std::all_of(groups_.begin(), groups_.end(), [](int64_t n) { return n >= 0; }),
         "processes of ", groups_, " KV groups, expected ", groups_of_model_, " in all");
@@ -66,7 +66,7 @@ RankBalance::RankBalance(const Calibration& calibration, const BlockTree& tree, 
   const Prices prices = options.latency != nullptr ? options.latency->prices(tree, groups_of_model_, heads_per_group, d)
                                                    : operation_prices(tree, groups_of_model_, heads_per_group, d, options.update_steps);
   fixed_ = prices.fixed / static_cast<double>(groups_of_model_);
-  items_ = rank_items(calibration, tree, options.buckets, prices, options.row_gates);
+  items_ = rank_items(calibration, tree, options.buckets, prices, options.with_gates);
   std::vector<RankItem> items = items_;
   for (size_t i = 0; i < items.size(); ++i) {
     const auto at = static_cast<int64_t>(i);

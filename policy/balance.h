@@ -33,7 +33,7 @@ class RankBalance {
     double budget = 1;  ///< of the plain ranks, and the next four: as for allocate()
     std::vector<int64_t> buckets = {};
     int64_t update_steps = 2;
-    bool row_gates = false;
+    bool with_gates = false;
     std::shared_ptr<const LatencyTable> latency = nullptr;
     double damage = 0.005;  ///< that may be added [nats per token]
   };

@@ -272,7 +272,7 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
       for (int64_t begin = 0; begin < run_q.size(0); begin += step) {
         const int64_t count = std::min(step, run_q.size(0) - begin);
         const auto [moved, exact] = moved_behind_gates(pairs.narrow(begin, count), gates, scale);
-        const auto group = (at::arange(begin, begin + count) / run.count).floor().to(at::kLong).remainder(groups);
+        const auto group = at::arange(begin, begin + count).div(run.count, "floor").remainder(groups);
         const auto add = [&](at::Tensor to, const at::Tensor& of_gates) { to.index_add_(0, group, of_gates.t().to(at::kCPU)); };  // [groups, gates]
         add(gated_damage_[layer].select(1, kind).select(1, run.level).select(1, rank), damage_of(moved));
         if (kind == 0 || rank == 0) {  // exact scores, with values of any rank

@@ -101,11 +101,11 @@ struct Allocation {
 /// A Lagrangian relaxation of the knapsack: every choice minimizes damage + lambda x operations, with the smallest lambda that fits; what is left of
 /// the budget is spent on the best further steps. Optimal up to the last step (the choices are many and each is small).
 /// Choices as above. Errors: Error(kUsage) if no allocation meets the budget.
-/// row_gates: gates are chosen along with the ranks. The operations of open rows are those that the calibration met; on another text they are what they are.
+/// with_gates: gates are chosen along with the ranks. As many entries are taken to be exact as the calibration met; on another text they are what they are.
 /// latency: if given, the budget is a share of exact attention's time on the device that was measured, and `update_steps` is the table's affair. Errors:
-/// Error(kUsage) also if the table is of another shape, lacks a rank of `buckets` that was calibrated, or, with row_gates, lacks gates.
+/// Error(kUsage) also if the table is of another shape, lacks a rank of `buckets` that was calibrated, or, with gates, lacks theirs.
 Allocation allocate(const Calibration& calibration, double budget, const BlockTree& tree, int64_t heads_per_group, const std::vector<int64_t>& buckets,
-                    int64_t update_steps, Spending how = Spending::kBest, uint64_t seed = 0, bool row_gates = false,
+                    int64_t update_steps, Spending how = Spending::kBest, uint64_t seed = 0, bool with_gates = false,
                     const LatencyTable* latency = nullptr);
 
 /// Exact attention that measures, during a backward pass, how far each layer's output would move the model at each rank.

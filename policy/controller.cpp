@@ -191,7 +191,7 @@ at::Tensor LowRankController::attend_split(int64_t layer, const at::Tensor& q, c
   FarBases bases;
   const std::vector<Ranks> ranks = decide(observation, {}, w_o, bases);
   check(ErrorKind::kUsage, std::none_of(ranks.begin(), ranks.end(), [&](const Ranks& r) { return r.gated(d); }), "a sequence split over ", context_.size(),
-        " processes takes no row gates, as ", policy_->describe(), " chose: they need exact keys, which do not travel");
+        " processes takes no gates, as ", policy_->describe(), " chose: they need exact keys, which do not travel");
   plan.context = c10::make_intrusive<ContextPlan>(*split_, context_, context_parts(*split_, ranks, d));
   if (std::any_of(ranks.begin(), ranks.end(), [&](const Ranks& r) { return r.qk < d || r.v < d; })) {
     const Stopwatch watch(timing_, q.device());

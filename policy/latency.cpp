@@ -16,7 +16,7 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr const char* kFormat = "drrl-latency-1";
+constexpr const char* kFormat = "drrl-latency-2";
 constexpr double kNanoseconds = 1e6;  // of a ms
 
 // Where each unknown of the fit stands. What grows with the rank is fitted as steps from rank to rank.
@@ -31,8 +31,8 @@ struct Columns {
   size_t row(size_t kind, size_t rank) const { return setup(kind) + 1 + low_ranks + rank; }
   size_t area(size_t kind, size_t rank) const { return setup(kind) + 1 + 2 * low_ranks + rank; }  // head_dim's too
   size_t gated(bool area) const { return 2 + 2 * per_kind() + (area ? 1 : 0); }
-  size_t open(bool row) const { return 4 + 2 * per_kind() + (row ? 1 : 0); }
-  size_t count() const { return 6 + 2 * per_kind(); }
+  size_t entry() const { return 4 + 2 * per_kind(); }
+  size_t count() const { return 5 + 2 * per_kind(); }
 };
 
 size_t index_of(const std::vector<int64_t>& ranks, int64_t rank) {
@@ -60,7 +60,7 @@ std::vector<double> spent_by(const LatencyPoint& point, const LatencyTable& tabl
         }
       }
     }
-    if (!point.open_rows.empty()) {
+    if (point.exact_entries) {
       spent[columns.gated(false)] += rows;
       spent[columns.gated(true)] += area;
     }
@@ -68,11 +68,7 @@ std::vector<double> spent_by(const LatencyPoint& point, const LatencyTable& tabl
   for (size_t kind = 0; kind < 2; ++kind) {
     spent[columns.setup(kind)] = chosen[kind] < columns.low_ranks ? static_cast<double>(tree.num_levels()) : 0;
   }
-  for (size_t level = 0; level < point.open_rows.size(); ++level) {
-    const double rows = static_cast<double>(point.open_rows[level]) / static_cast<double>(table.groups);
-    spent[columns.open(false)] += rows;
-    spent[columns.open(true)] += rows * static_cast<double>(table.key.near_block << level);
-  }
+  spent[columns.entry()] = static_cast<double>(point.exact_entries.value_or(0)) / static_cast<double>(table.groups);
   return spent;
 }
 
@@ -120,12 +116,13 @@ class Reader {
     expect(value.is_number_integer() && value.get<int64_t>() >= least, name, value, c10::str("an integer from ", least));
     return value.get<int64_t>();
   }
+  double ms(const Json& of, const std::string& which, const std::string& name) const {
+    const Json& value = field(of, which);
+    expect(value.is_number() && value.get<double>() >= 0 && std::isfinite(value.get<double>()), name, value, "a number of ms, not negative");
+    return value.get<double>();
+  }
   LatencyCurve curve(const Json& of, const std::string& name) const {
-    const auto part = [&](const char* which) {
-      const Json& value = field(of, which);
-      expect(value.is_number() && value.get<double>() >= 0 && std::isfinite(value.get<double>()), name + "." + which, value, "a number of ms, not negative");
-      return value.get<double>();
-    };
+    const auto part = [&](const char* which) { return ms(of, which, name + "." + which); };
     return {part("setup"), part("pair"), part("row"), part("area")};
   }
   void expect(bool condition, const std::string& name, const Json& value, const std::string& expected) const {
@@ -148,7 +145,7 @@ LatencyTable LatencyTable::fit(LatencyTable table, const std::vector<LatencyPoin
   for (const LatencyPoint& p : points) {
     table.seq_len = std::max(table.seq_len, p.seq_len);
     if (p.ranks) {
-      gates = gates || !p.open_rows.empty();
+      gates = gates || p.exact_entries;
       rows.push_back(spent_by(p, table, columns));
       for (double& x : rows.back()) {
         x *= of_groups / p.ms;
@@ -171,7 +168,7 @@ LatencyTable LatencyTable::fit(LatencyTable table, const std::vector<LatencyPoin
   }
   if (gates) {
     table.gated = LatencyCurve{0, 0, x[columns.gated(false)], x[columns.gated(true)]};
-    table.open_row = LatencyCurve{0, x[columns.open(false)], x[columns.open(true)], 0};
+    table.exact_entry = x[columns.entry()];
   }
   return table;
 }
@@ -193,11 +190,11 @@ Prices LatencyTable::prices(const BlockTree& tree, int64_t layer_groups, int64_t
     return kNanoseconds * (curve.setup / pairs[static_cast<size_t>(run.level)] + curve.of_pair(run.query_rows, run.key_rows));
   };
   prices.gated = [file = file_, curve = gated](const PairRun& run) {
-    check(ErrorKind::kUsage, curve.has_value(), file, " holds no latencies of row gates; measure them with drrl-bench latency --row_gates");
+    check(ErrorKind::kUsage, curve.has_value(), file, " holds no latencies of gates; measure them with drrl-bench latency --gates");
     return kNanoseconds * curve->of_pair(run.query_rows, run.key_rows);
   };
-  prices.open_rows = [curve = open_row.value_or(LatencyCurve()), heads_per_group](const PairRun& run) {
-    return kNanoseconds * static_cast<double>(heads_per_group * run.query_rows) * curve.of_pair(run.key_rows, run.key_rows);
+  prices.exact_entries = [ms = exact_entry, heads_per_group](const PairRun& run) {
+    return kNanoseconds * ms * static_cast<double>(heads_per_group * run.query_rows * run.key_rows);
   };
   return prices;
 }
@@ -228,13 +225,13 @@ std::string LatencyTable::text(const std::vector<LatencyPoint>& points) const {
                  {"near_block", key.near_block}, {"update_steps", key.update_steps}, {"versions", key.versions}}},
                {"backward", backward}, {"kv_groups", groups}, {"sink_tokens", sink_tokens}, {"seq_len", seq_len}, {"ranks", ranks},
                {"exact", to_json(exact)}, {"fixed", to_json(fixed)}, {"scores", Json::array()}, {"values", Json::array()},
-               {"gated", gated ? to_json(*gated) : Json()}, {"open_row", open_row ? to_json(*open_row) : Json()}, {"measured", Json::array()}};
+               {"gated", gated ? to_json(*gated) : Json()}, {"exact_entry", gated ? Json(exact_entry) : Json()}, {"measured", Json::array()}};
   for (size_t i = 0; i < ranks.size(); ++i) {
     json["scores"].push_back(to_json(scores[i]));
     json["values"].push_back(to_json(values[i]));
   }
   for (const LatencyPoint& p : points) {
-    Json row = {{"seq_len", p.seq_len}, {"rank_qk", nullptr}, {"rank_v", nullptr}, {"open_rows", p.open_rows}, {"ms", p.ms}};
+    Json row = {{"seq_len", p.seq_len}, {"rank_qk", nullptr}, {"rank_v", nullptr}, {"exact_entries", p.exact_entries ? Json(*p.exact_entries) : Json()}, {"ms", p.ms}};
     if (p.ranks) {
       row["rank_qk"] = p.ranks->qk;
       row["rank_v"] = p.ranks->v;
@@ -279,7 +276,7 @@ LatencyTable LatencyTable::load(const std::filesystem::path& file) {
   }
   if (!reader.field(root, "gated").is_null()) {
     table.gated = reader.curve(root["gated"], "gated");
-    table.open_row = reader.curve(reader.field(root, "open_row"), "open_row");
+    table.exact_entry = reader.ms(root, "exact_entry", "exact_entry");
   }
   return table;
 }

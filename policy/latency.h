@@ -41,8 +41,8 @@ struct LatencyCurve {
 /// One measured call of one layer's attention over one sequence.
 struct LatencyPoint {
   int64_t seq_len = 0;
-  std::optional<Ranks> ranks;      ///< of every far pair; none: exact attention. {d, d}: exact pairs, but within low-rank attention
-  std::vector<int64_t> open_rows;  ///< by level, summed over heads, if the ranks have a gate
+  std::optional<Ranks> ranks;  ///< of every far pair; none: exact attention. {d, d}: exact pairs, but within low-rank attention
+  std::optional<int64_t> exact_entries;  ///< those that gates made exact, of all heads, if the ranks have a gate
   double ms = 0;
 };
 
@@ -60,7 +60,7 @@ class LatencyTable {
   LatencyCurve fixed;          ///< what no rank changes, likewise
   std::vector<LatencyCurve> scores, values;  ///< of a far pair, by rank
   std::optional<LatencyCurve> gated;         ///< what a gate adds to a far pair; none: gates were not measured, none can be chosen
-  std::optional<LatencyCurve> open_row;      ///< what an open row (of one head) of a pair adds: of_pair(keys, keys)
+  double exact_entry = 0;                    ///< what an entry (of one head) that a gate makes exact adds [ms]
 
   /// Fits the curves to measurements of `key.head_dim` and `groups` KV groups by least squares of relative errors. No part of a curve is negative, and a
   /// higher rank below head_dim is nowhere cheaper; nor is an exact product than one at a lower rank, though it may save basis and projections.

@@ -15,7 +15,7 @@ struct Prices {
   double fixed = 0;  ///< what no rank changes, all KV groups: exact blocks, sinks, Grams of blocks and of W_O
   /// One pair of a run, of one KV group, at a rank of its scores or values, with all that depends on it: its product, projections, basis.
   std::function<double(const PairRun& run, FarKind kind, int64_t rank)> pair;
-  std::function<double(const PairRun& run)> gated;      ///< a gate on such a pair, before it opens for any row
+  std::function<double(const PairRun& run)> gated;          ///< a gate on such a pair, before it makes anything exact
   std::function<double(const PairRun& run)> exact_entries;  ///< all entries of such a pair exact
 };
 

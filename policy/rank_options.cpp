@@ -7,18 +7,18 @@
 
 namespace drrl {
 
-std::vector<RankItem> rank_items(const Calibration& calibration, const BlockTree& tree, const std::vector<int64_t>& buckets, const Prices& prices, bool row_gates) {
-  check(ErrorKind::kUsage, !row_gates || calibration.gates.defined(), "the calibration has no gates; make it again with this version");
+std::vector<RankItem> rank_items(const Calibration& calibration, const BlockTree& tree, const std::vector<int64_t>& buckets, const Prices& prices, bool with_gates) {
+  check(ErrorKind::kUsage, !with_gates || calibration.gates.defined(), "the calibration has no gates; make it again with this version");
   const Choices all(calibration, tree, buckets, prices);
   const std::vector<int64_t>& ranks = all.ranks;
   const size_t choices = ranks.size();
   const int64_t levels = tree.num_levels();
 
   // Costs by level, kind and choice, of one layer and group; of gates on a level; and of all its entries, exact.
-  std::vector<double> costs(static_cast<size_t>(levels) * 2 * choices, 0.0), gated_costs(static_cast<size_t>(levels), 0.0), open_costs = gated_costs;
+  std::vector<double> costs(static_cast<size_t>(levels) * 2 * choices, 0.0), gated_costs(static_cast<size_t>(levels), 0.0), exact_costs = gated_costs;
   for (const PairRun& run : tree.runs()) {
-    gated_costs[static_cast<size_t>(run.level)] += row_gates ? prices.gated(run) * static_cast<double>(run.count) : 0;
-    open_costs[static_cast<size_t>(run.level)] += prices.exact_entries(run) * static_cast<double>(run.count);
+    gated_costs[static_cast<size_t>(run.level)] += with_gates ? prices.gated(run) * static_cast<double>(run.count) : 0;
+    exact_costs[static_cast<size_t>(run.level)] += prices.exact_entries(run) * static_cast<double>(run.count);
     for (size_t kind = 0; kind < 2; ++kind) {
       for (size_t c = 0; c < choices; ++c) {
         costs[(static_cast<size_t>(run.level) * 2 + kind) * choices + c] +=
@@ -29,12 +29,12 @@ std::vector<RankItem> rank_items(const Calibration& calibration, const BlockTree
 
   std::vector<RankItem> items;
   const auto table_of = calibration.damage.accessor<double, 5>();
-  const at::Tensor gated_damage = row_gates ? calibration.gated_damage.contiguous() : at::zeros({0, 0, 0, 0, 0, 0}, at::kDouble);
-  const at::Tensor exact_entries = row_gates ? calibration.exact_entries.contiguous() : at::zeros({0, 0, 0, 0, 0}, at::kDouble);
+  const at::Tensor gated_damage = with_gates ? calibration.gated_damage.contiguous() : at::zeros({0, 0, 0, 0, 0, 0}, at::kDouble);
+  const at::Tensor exact_entries = with_gates ? calibration.exact_entries.contiguous() : at::zeros({0, 0, 0, 0, 0}, at::kDouble);
   const auto gated_of = gated_damage.accessor<double, 6>();
-  const auto open_of = exact_entries.accessor<double, 5>();
+  const auto exact_of = exact_entries.accessor<double, 5>();
   std::vector<float> gates;
-  for (int64_t gate = 0; row_gates && gate < calibration.gates.size(0); ++gate) {
+  for (int64_t gate = 0; with_gates && gate < calibration.gates.size(0); ++gate) {
     gates.push_back(calibration.gates[gate].to(at::kFloat).item<float>());
   }
   const auto column = [&](size_t c) { return c + 1 < choices ? all.columns[c] : static_cast<int64_t>(calibration.ranks.size()); };
@@ -51,9 +51,9 @@ std::vector<RankItem> rank_items(const Calibration& calibration, const BlockTree
             for (size_t g = 0; g < gates.size() && (qk + 1 < choices || v + 1 < choices); ++g) {
               const auto gate = static_cast<int64_t>(g);
               const auto spoiled = [&](int64_t kind, size_t c) { return c + 1 < choices ? gated_of[layer][group][kind][measured][all.columns[c]][gate] : 0; };
-              const double open = gated_costs[static_cast<size_t>(level)] +
-                                  open_of[layer][group][measured][column(qk)][gate] * open_costs[static_cast<size_t>(level)];
-              item.options.push_back({spoiled(0, qk) + spoiled(1, v), low + open, {ranks[qk], ranks[v], gates[g]}});
+              const double gate_costs = gated_costs[static_cast<size_t>(level)] +
+                                  exact_of[layer][group][measured][column(qk)][gate] * exact_costs[static_cast<size_t>(level)];
+              item.options.push_back({spoiled(0, qk) + spoiled(1, v), low + gate_costs, {ranks[qk], ranks[v], gates[g]}});
             }
             item.options.push_back({damage(0, qk) + damage(1, v), low, {ranks[qk], ranks[v]}});
           }

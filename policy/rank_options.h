@@ -20,9 +20,9 @@ struct RankItem {
   const Option& now() const { return options[chosen]; }
 };
 
-/// The items of all layers, KV groups and levels, level innermost. row_gates: with gates along with ranks; the open rows that they cost are those that the
+/// The items of all layers, KV groups and levels, level innermost. with_gates: with gates along with ranks; the entries that they make exact are as many as the
 /// calibration met.
-std::vector<RankItem> rank_items(const Calibration& calibration, const BlockTree& tree, const std::vector<int64_t>& buckets, const Prices& prices, bool row_gates);
+std::vector<RankItem> rank_items(const Calibration& calibration, const BlockTree& tree, const std::vector<int64_t>& buckets, const Prices& prices, bool with_gates);
 
 /// Takes the single steps that save most damage for their cost among those that fit into `left`, best first. Returns what is left in the end.
 double spend_left(std::span<RankItem> items, double left);

@@ -97,10 +97,10 @@ void check_fits(const Calibration& c, const LayerObservation& o) {
 
 class AllocatedPolicy final : public RankPolicy {
  public:
-  AllocatedPolicy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, Spending how, uint64_t seed, bool row_gates,
+  AllocatedPolicy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, Spending how, uint64_t seed, bool with_gates,
                   std::shared_ptr<const LatencyTable> latency)
       : calibration_(std::move(calibration)), budget_(budget), buckets_(std::move(buckets)), update_steps_(update_steps), how_(how), seed_(seed),
-        row_gates_(row_gates), latency_(std::move(latency)) {
+        with_gates_(with_gates), latency_(std::move(latency)) {
     check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
   }
 
@@ -110,7 +110,7 @@ class AllocatedPolicy final : public RankPolicy {
     const auto key = std::pair(o.tree.sequence_length(), heads_per_group);
     auto found = tables_.find(key);
     if (found == tables_.end()) {
-      found = tables_.emplace(key, allocate(calibration_, budget_, o.tree, heads_per_group, buckets_, update_steps_, how_, seed_, row_gates_, latency_.get())).first;
+      found = tables_.emplace(key, allocate(calibration_, budget_, o.tree, heads_per_group, buckets_, update_steps_, how_, seed_, with_gates_, latency_.get())).first;
     }
     spent_ = found->second.spent;
     return look_up(found->second.table, o);
@@ -125,7 +125,7 @@ class AllocatedPolicy final : public RankPolicy {
 
   std::string describe() const override {
     const std::string name = how_ == Spending::kBest ? "dp" : how_ == Spending::kGreedy ? "greedy" : c10::str("random ", seed_);
-    return c10::str(name, row_gates_ ? " with row gates" : "", ", budget ", budget_, latency_ ? " of the " + latency_->describe() : "", ", calibrated on ", calibration_.tokens, " tokens of ", calibration_.data, " (", calibration_.digest(), ")");
+    return c10::str(name, with_gates_ ? " with gates" : "", ", budget ", budget_, latency_ ? " of the " + latency_->describe() : "", ", calibrated on ", calibration_.tokens, " tokens of ", calibration_.data, " (", calibration_.digest(), ")");
   }
 
  private:
@@ -135,7 +135,7 @@ class AllocatedPolicy final : public RankPolicy {
   int64_t update_steps_;
   Spending how_;
   uint64_t seed_;
-  bool row_gates_;
+  bool with_gates_;
   std::shared_ptr<const LatencyTable> latency_;
   std::map<std::pair<int64_t, int64_t>, Allocation> tables_;
   double spent_ = 0;
@@ -263,9 +263,9 @@ std::unique_ptr<RankPolicy> make_rl_policy(Calibration calibration, RankAgent ag
   return std::make_unique<LearnedPolicy>(std::move(calibration), std::move(agent), budget, std::move(buckets), update_steps);
 }
 
-std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, bool row_gates,
+std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, bool with_gates,
                                            std::shared_ptr<const LatencyTable> latency) {
-  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets), update_steps, Spending::kBest, 0, row_gates, std::move(latency));
+  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets), update_steps, Spending::kBest, 0, with_gates, std::move(latency));
 }
 
 std::unique_ptr<RankPolicy> make_greedy_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps,

@@ -91,9 +91,9 @@ std::unique_ptr<RankPolicy> make_energy_policy(double energy, std::vector<int64_
 std::unique_ptr<RankPolicy> make_table_policy(RankTable table, std::string description);
 
 /// Per layer, KV group, tree level and kind the ranks that do the least calibrated damage within `budget` of exact attention's operations, or with a
-/// latency table of its time: `allocate()`, once for each length of sequence. row_gates: and the gates (Ranks::gate) by which single rows attend exactly after all.
+/// latency table of its time: `allocate()`, once for each length of sequence. with_gates: and the gates (Ranks::gate) by which single entries are exact after all.
 /// Errors: Error(kUsage) unless 0 < budget <= 1; when it decides, also if the budget cannot be met at that length, or without calibrated gates.
-std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, bool row_gates = false,
+std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, bool with_gates = false,
                                            std::shared_ptr<const LatencyTable> latency = nullptr);
 
 /// Baselines that spend the same budget on the same choices: step by step where it helps most at once, and at random by `seed` (Spending, calibration.h).

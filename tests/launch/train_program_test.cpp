@@ -132,7 +132,7 @@ std::string calibrated_model(const TemporaryDirectory& folder, const std::filesy
 TEST_F(TrainProgram, TheBudgetMayBeOfMeasuredTime) {
   const std::string common = calibrated_model(own_, *shared_ / "text") + "--basis_updates=1 ";
   const std::string bin = std::string(DRRL_BINARY_DIR) + "/bin/", file = (own_ / "latency.json").string();
-  const Ended measured = shell(bin + "drrl-bench latency --row_gates --latency=" + file + common + "--policy=" + (own_ / "ranks.safetensors").string());
+  const Ended measured = shell(bin + "drrl-bench latency --gates --latency=" + file + common + "--policy=" + (own_ / "ranks.safetensors").string());
   ASSERT_EQ(measured.code, 0) << measured.output;
   for (const char* text : {"one KV group at L = 257", "fitted to", "mixed", "wrote " }) {
     EXPECT_NE(measured.output.find(text), std::string::npos) << "lacks: " << text << "\n" << measured.output;

@@ -231,7 +231,7 @@ TEST_F(ContextParallel, RefusesWhatItCannotSplit) {
   RankTable gated(2, 3, 8, {4, 8, 0.1F});
   CausalLM gates = model(std::shared_ptr<RankPolicy>(make_table_policy(gated, "gated")), kSolved.geometry, Group(), m.cp());
   const Text longer = random_text(config_, 1, kSolved.length);
-  expect_error(ErrorKind::kUsage, {"no row gates", "gated"}, [&] { gates.loss(longer.tokens, longer.labels); });
+  expect_error(ErrorKind::kUsage, {"no gates", "gated"}, [&] { gates.loss(longer.tokens, longer.labels); });
   expect_error(ErrorKind::kUsage, {"cache"}, [&] { split.make_cache(40); });
 }
 

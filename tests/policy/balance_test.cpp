@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kHeadDim = 64, kHeads = 3;  // in a KV group
 
-/// Made-up damage, layers far apart; one gate that leaves a tenth of it for one row in twenty.
+/// Made-up damage, layers far apart; one gate that leaves a tenth of it for one entry in fifty.
 Calibration make_calibration(int64_t layers, int64_t groups, std::vector<int64_t> ranks) {
   Calibration c;
   c.ranks = std::move(ranks);
@@ -25,10 +25,8 @@ Calibration make_calibration(int64_t layers, int64_t groups, std::vector<int64_t
   c.damage = layer * (1 + at::rand({layers, groups, 2, 2, 1}, generator, at::kDouble)) * at::exp(-0.1 * at::tensor(c.ranks, at::kDouble));
   c.bases = at::zeros({layers, groups, 2, kHeadDim, kHeadDim});
   c.gates = at::tensor({0.1}, at::kDouble);
-  const auto exact = at::constant_pad_nd(0.1 * c.damage, {0, 1});
-  const auto scores = exact.select(2, 0).unsqueeze(4).expand({-1, -1, -1, -1, count + 1}), values = exact.select(2, 1).unsqueeze(3).expand({-1, -1, -1, count + 1, -1});
-  c.gated_damage = at::stack({scores, values}, 2).unsqueeze(6).contiguous();
-  c.open_rows = at::full({layers, groups, 2, count + 1, 1}, 0.05, at::kDouble);
+  c.gated_damage = (0.1 * c.damage).unsqueeze(5);
+  c.exact_entries = at::full({layers, groups, 2, count + 1, 1}, 0.02, at::kDouble);
   return c;
 }
 
@@ -39,7 +37,7 @@ struct Case {
 
   RankBalance balance(const std::vector<int64_t>& groups) const { return {calibration, tree, kHeads, groups, options}; }
   Allocation plain() const {
-    return allocate(calibration, options.budget, tree, kHeads, options.buckets, options.update_steps, Spending::kBest, 0, options.row_gates);
+    return allocate(calibration, options.budget, tree, kHeads, options.buckets, options.update_steps, Spending::kBest, 0, options.with_gates);
   }
   double exact_flops() const {
     return static_cast<double>(calibration.layers()) * exact_attention_flops(1, kHeads * calibration.groups(), tree.sequence_length(), kHeadDim, false);
@@ -60,7 +58,7 @@ void expect_same(const RankTable& a, const RankTable& b) {
 TEST(Balance, StartsFromThePlainRanks) {
   Case c;
   for (const bool gates : {false, true}) {
-    c.options.row_gates = gates;
+    c.options.with_gates = gates;
     const Allocation plain = c.plain();
     const BalancedRanks ranks = c.balance({3, 1}).plain();
     expect_same(ranks.table, plain.table);
@@ -90,7 +88,7 @@ TEST(Balance, SpendsNothingWhereNobodyWaits) {
 TEST(Balance, RelievesSlowProcessesAndThoseOfMoreGroups) {
   Case c;
   for (const bool gates : {false, true}) {
-    c.options.row_gates = gates;
+    c.options.with_gates = gates;
     for (const std::vector<int64_t>& groups : std::vector<std::vector<int64_t>>{{2, 2}, {3, 1}, {1, 1, 2}, {1, 1, 1, 1}}) {
       const RankBalance balance = c.balance(groups);
       for (size_t slow = 0; slow < groups.size(); ++slow) {

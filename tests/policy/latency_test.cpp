@@ -32,7 +32,7 @@ LatencyTable made_up() {
   t.scores = {{0.05, 0.02, 3e-4, 8e-7}, {0.05, 0.03, 4e-4, 9e-7}, {0.05, 0.05, 5e-4, 1.3e-6}, {0, 0, 0, 2.2e-6}};
   t.values = {{0.03, 0.01, 2e-4, 5e-7}, {0.03, 0.02, 3e-4, 7e-7}, {0.03, 0.02, 4e-4, 1.1e-6}, {0, 0, 0, 1.9e-6}};
   t.gated = LatencyCurve{0, 0, 5e-5, 1e-7};
-  t.open_row = LatencyCurve{0, 1e-4, 2e-7, 0};
+  t.exact_entry = 2e-5;
   return t;
 }
 
@@ -46,23 +46,23 @@ std::vector<LatencyPoint> measurements(const LatencyTable& t) {
   for (const int64_t length : {512, 1024, 2048, 4096, 8192}) {
     const BlockTree tree(length, kGeometry);
     const Prices prices = prices_of(t, tree);
-    const auto add = [&](std::optional<Ranks> ranks, std::vector<int64_t> open, double ns) { points.push_back({length, ranks, std::move(open), ns / 1e6}); };
-    add(std::nullopt, {}, prices.exact);
-    add(Ranks{64, 64}, {}, price_of(prices, tree, uniform(tree, {64, 64}), 0));
+    const auto add = [&](std::optional<Ranks> ranks, std::optional<int64_t> exact, double ns) { points.push_back({length, ranks, exact, ns / 1e6}); };
+    add(std::nullopt, std::nullopt, prices.exact);
+    add(Ranks{64, 64}, std::nullopt, price_of(prices, tree, uniform(tree, {64, 64}), 0));
     for (const int64_t rank : {16, 32, 48}) {
       for (const Ranks ranks : {Ranks{rank, rank}, Ranks{rank, 64}, Ranks{64, rank}}) {
-        add(ranks, {}, price_of(prices, tree, uniform(tree, ranks), 0));
+        add(ranks, std::nullopt, price_of(prices, tree, uniform(tree, ranks), 0));
       }
     }
-    double gated = price_of(prices, tree, uniform(tree, {16, 16}), 0), opened = 0;
-    std::vector<int64_t> open(static_cast<size_t>(tree.num_levels()), 0);
+    double gated = price_of(prices, tree, uniform(tree, {16, 16}), 0), all_exact = 0;
+    int64_t entries = 0;
     for (const PairRun& run : tree.runs()) {
       gated += prices.gated(run) * static_cast<double>(run.count * kGroups);
-      opened += prices.open_rows(run) * static_cast<double>(run.count * kGroups);
-      open[static_cast<size_t>(run.level)] += run.count * run.query_rows * kHeads * kGroups;
+      all_exact += prices.exact_entries(run) * static_cast<double>(run.count * kGroups);
+      entries += run.count * run.query_rows * run.key_rows * kHeads * kGroups;
     }
-    add(Ranks{16, 16}, std::vector<int64_t>(open.size(), 0), gated);
-    add(Ranks{16, 16}, open, gated + opened);
+    add(Ranks{16, 16}, 0, gated);
+    add(Ranks{16, 16}, entries, gated + all_exact);
   }
   return points;
 }
@@ -80,7 +80,7 @@ Calibration calibration() {
 }
 
 Allocation allocated(double budget, const BlockTree& tree, const LatencyTable* latency, Spending how = Spending::kBest) {
-  return allocate(calibration(), budget, tree, kHeads, kRanks, 2, how, 1, /*row_gates=*/false, latency);
+  return allocate(calibration(), budget, tree, kHeads, kRanks, 2, how, 1, /*with_gates=*/false, latency);
 }
 
 std::set<int64_t> ranks_in(const RankTable& table, FarKind kind) {
@@ -106,7 +106,8 @@ TEST(Latency, AFitPredictsWhatWasNotMeasured) {
   LatencyTable blank = truth;
   blank.exact = blank.fixed = {};
   blank.scores = blank.values = {};
-  blank.gated = blank.open_row = std::nullopt;
+  blank.gated = std::nullopt;
+  blank.exact_entry = 0;
   const LatencyTable fitted = LatencyTable::fit(blank, measurements(truth));
   for (const int64_t length : {700, 3000, 8192, 16384}) {
     const BlockTree tree(length, kGeometry);
@@ -119,7 +120,7 @@ TEST(Latency, AFitPredictsWhatWasNotMeasured) {
     EXPECT_NEAR(price_of(got, tree, mixed, 0) / price_of(expected, tree, mixed, 0), 1, 0.01) << length;
     const PairRun& run = tree.runs().back();
     EXPECT_NEAR(got.gated(run) / expected.gated(run), 1, 0.05);
-    EXPECT_NEAR(got.open_rows(run) / expected.open_rows(run), 1, 0.05);
+    EXPECT_NEAR(got.exact_entries(run) / expected.exact_entries(run), 1, 0.05);
   }
   // Noise makes no rank cheaper than a lower one.
   std::vector<LatencyPoint> noisy = measurements(truth);
@@ -228,12 +229,11 @@ TEST(Latency, GatesArePricedOrRefused) {
   LatencyTable t = made_up();
   Calibration c = calibration();
   c.gates = at::tensor({0.1}, at::kDouble);
-  const auto all = at::constant_pad_nd(0.05 * c.damage, {0, 1});
-  c.gated_damage = at::stack({all.select(2, 0).unsqueeze(4).expand({-1, -1, -1, -1, 4}), all.select(2, 1).unsqueeze(3).expand({-1, -1, -1, 4, -1})}, 2).unsqueeze(6).contiguous();
-  c.open_rows = at::full({4, kGroups, 3, 4, 1}, 0.05, at::kDouble);
+  c.gated_damage = (0.05 * c.damage).unsqueeze(5);
+  c.exact_entries = at::full({4, kGroups, 3, 4, 1}, 0.02, at::kDouble);
   const BlockTree tree(8192, kGeometry);
   const auto gates = [&] {
-    const RankTable table = allocate(c, 0.6, tree, kHeads, kRanks, 2, Spending::kBest, 0, /*row_gates=*/true, &t).table;
+    const RankTable table = allocate(c, 0.6, tree, kHeads, kRanks, 2, Spending::kBest, 0, /*with_gates=*/true, &t).table;
     int64_t gated = 0;
     for (int64_t i = 0; i < 4 * kGroups * tree.num_levels(); ++i) {
       gated += table.at(i / (kGroups * tree.num_levels()), i / tree.num_levels() % kGroups, i % tree.num_levels()).gated(kHeadDim) ? 1 : 0;
@@ -244,7 +244,7 @@ TEST(Latency, GatesArePricedOrRefused) {
   t.gated->area = 1e-5;
   EXPECT_EQ(gates(), 0);
   t.gated = std::nullopt;
-  EXPECT_NE(error_of(ErrorKind::kUsage, gates).find("--row_gates"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, gates).find("--gates"), std::string::npos);
 }
 
 TEST(Latency, SurvivesItsFile) {
@@ -295,7 +295,7 @@ TEST(Latency, NamesWhatIsWrongWithAFile) {
   std::ofstream(file) << "{";
   expect({"not a JSON object"});
   with([](auto& j) { j["format"] = "drrl-latency-0"; });
-  expect({"format", "drrl-latency-0", "drrl-latency-1"});
+  expect({"format", "drrl-latency-1", "drrl-latency-2"});
   with([](auto& j) { j["key"].erase("threads"); });
   expect({"no \"threads\""});
   with([](auto& j) { j["key"]["head_dim"] = "64"; });

@@ -176,12 +176,12 @@ TEST(Calibration, ScalesWhatGatesLeaveAndExpectsWhatTheTableSays) {
   Calibration c = calibration();
   c.gates = at::tensor({0.1, 0.4}, at::kDouble);
   at::manual_seed(9);
-  c.gated_damage = at::rand({2, 2, 2, 4, 4, 4, 2}, at::kDouble);
+  c.gated_damage = at::rand({2, 2, 2, 4, 3, 2}, at::kDouble);
   auto factors = at::zeros_like(c.damage);
   factors[1][0][0][2][1] = std::log(3.0);  // scores at rank 8
   factors[1][0][1][2][0] = std::log(5.0);  // values at rank 4
   const Calibration s = scaled(c, factors);
-  const auto cell = [](const Calibration& of, int64_t kind) { return of.gated_damage[1][0][kind][2][1][0][1].item<double>(); };
+  const auto cell = [](const Calibration& of, int64_t kind) { return of.gated_damage[1][0][kind][2][1 - kind][1].item<double>(); };
   EXPECT_DOUBLE_EQ(cell(s, 0), 3 * cell(c, 0));
   EXPECT_DOUBLE_EQ(cell(s, 1), 5 * cell(c, 1));
   EXPECT_TRUE(s.gated_damage[0].equal(c.gated_damage[0]));

@@ -47,14 +47,12 @@ Calibration make_calibration(int64_t layers, int64_t groups, int64_t levels, int
   return c;
 }
 
-// Gates that leave a tenth of the damage for one row in twenty.
+// Gates that leave a tenth of the damage for one entry in fifty.
 void add_gates(Calibration& c) {
   const auto choices = static_cast<int64_t>(c.ranks.size()) + 1;
   c.gates = at::tensor({0.1}, at::kDouble);
-  const auto exact = at::constant_pad_nd(0.1 * c.damage, {0, 1});  // [layers, groups, 2, levels, choices]
-  const auto scores = exact.select(2, 0).unsqueeze(4).expand({-1, -1, -1, -1, choices}), values = exact.select(2, 1).unsqueeze(3).expand({-1, -1, -1, choices, -1});
-  c.gated_damage = at::stack({scores, values}, 2).unsqueeze(6).contiguous();
-  c.open_rows = at::full({c.layers(), c.groups(), c.levels(), choices, 1}, 0.05, at::kDouble);
+  c.gated_damage = (0.1 * c.damage).unsqueeze(5);
+  c.exact_entries = at::full({c.layers(), c.groups(), c.levels(), choices, 1}, 0.02, at::kDouble);
 }
 
 double damage_of(const Calibration& c, const RankTable& table) {
@@ -171,10 +169,10 @@ TEST(Allocation, TakesGatesWhereTheyAreCheaperThanRanks) {
   Calibration c = make_calibration(4, 2, 3, 64, {16, 32, 48});
   const BlockTree tree(2048, {256, 4});
   const std::vector<int64_t> buckets = {16, 32, 48, 64};
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { allocate(c, 0.6, tree, 3, buckets, 2, Spending::kBest, 0, /*row_gates=*/true); }).find("no row gates"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { allocate(c, 0.6, tree, 3, buckets, 2, Spending::kBest, 0, /*with_gates=*/true); }).find("no gates"), std::string::npos);
   add_gates(c);
   const RankTable plain = allocate(c, 0.6, tree, 3, buckets, 2).table;
-  const RankTable gated = allocate(c, 0.6, tree, 3, buckets, 2, Spending::kBest, 0, /*row_gates=*/true).table;
+  const RankTable gated = allocate(c, 0.6, tree, 3, buckets, 2, Spending::kBest, 0, /*with_gates=*/true).table;
   const auto count = [&](const RankTable& table, auto&& is) {
     int64_t n = 0;
     for (int64_t i = 0; i < 4 * 2 * tree.num_levels(); ++i) {
@@ -185,9 +183,9 @@ TEST(Allocation, TakesGatesWhereTheyAreCheaperThanRanks) {
   const auto is_gated = [](const Ranks& r) { return r.gated(64); };
   EXPECT_EQ(count(plain, is_gated), 0);
   EXPECT_GT(count(gated, is_gated), 0);
-  EXPECT_EQ(count(gated, [](const Ranks& r) { return r.gate == 0.1F && r.qk == 64 && r.v == 64; }), 0);  // nothing to open
-  // Expected damage and operations, with what the gates leave and what open rows take.
-  double damage = 0, open = 0;
+  EXPECT_EQ(count(gated, [](const Ranks& r) { return r.gate == 0.1F && r.qk == 64 && r.v == 64; }), 0);  // nothing to make exact
+  // Expected damage and operations, with what the gates leave and what exact entries take.
+  double damage = 0, exact = 0;
   for (int64_t layer = 0; layer < 4; ++layer) {
     for (int64_t group = 0; group < 2; ++group) {
       for (const PairRun& run : tree.runs()) {
@@ -195,12 +193,12 @@ TEST(Allocation, TakesGatesWhereTheyAreCheaperThanRanks) {
         RankTable one(4, 2, tree.num_levels(), {64, 64});
         one.at(layer, group, run.level) = r;
         damage += run.first_pair == tree.pair_index(run.level, 0) ? damage_of(c, one) * (r.gated(64) ? 0.1 : 1) : 0;
-        open += r.gated(64) ? 0.05 * static_cast<double>(3 * run.count * run.query_rows) * open_row_flops(run.level, tree.geometry(), 64, false) : 0;
+        exact += r.gated(64) ? 0.02 * static_cast<double>(3 * run.count * run.query_rows * run.key_rows) * exact_entry_flops(64, false) : 0;
       }
     }
   }
   EXPECT_LT(damage, 0.5 * damage_of(c, plain));
-  EXPECT_LE(operations_of(gated, tree, 3, 64) + open / (4 * exact_attention_flops(1, 6, 2048, 64, false)), 0.6 + 1e-9);
+  EXPECT_LE(operations_of(gated, tree, 3, 64) + exact / (4 * exact_attention_flops(1, 6, 2048, 64, false)), 0.6 + 1e-9);
 }
 
 TEST(Allocation, RefusesWhatDoesNotFit) {
@@ -231,7 +229,7 @@ TEST(Calibration, SurvivesItsFile) {
   EXPECT_NE(gated.digest(), c.digest());
   gated.save(temporary("gated.safetensors"));
   const Calibration read = Calibration::load(temporary("gated.safetensors"));
-  EXPECT_TRUE(read.gates.equal(gated.gates) && read.gated_damage.equal(gated.gated_damage) && read.open_rows.equal(gated.open_rows));
+  EXPECT_TRUE(read.gates.equal(gated.gates) && read.gated_damage.equal(gated.gated_damage) && read.exact_entries.equal(gated.exact_entries));
   EXPECT_EQ(read.digest(), gated.digest());
 }
 
@@ -260,10 +258,10 @@ TEST(Calibration, NamesWhatIsWrongWithAFile) {
   expect("negative");
   with([](Calibration& c) { c.damage[1][0][1][0][0] = std::nan(""); });
   expect("not finite");
-  with([](Calibration& c) { add_gates(c), c.open_rows = c.open_rows.narrow(3, 0, 1).contiguous(); });
+  with([](Calibration& c) { add_gates(c), c.exact_entries = c.exact_entries.narrow(3, 0, 1).contiguous(); });
   expect("gates");
-  with([](Calibration& c) { add_gates(c), c.open_rows.fill_(1.5); });
-  expect("open_rows");
+  with([](Calibration& c) { add_gates(c), c.exact_entries.fill_(1.5); });
+  expect("exact_entries");
 }
 
 struct Rig {
@@ -499,7 +497,7 @@ TEST(CalibrationController, MeasuresHalfTheSquaredMovementOfEachPosition) {
   EXPECT_EQ(controller.damage()[0].abs().sum().item<double>(), 0);
 }
 
-// What a gate leaves is the damage of the operator with that gate, and the rows that it opens there are those counted.
+// What a gate leaves is the damage of the operator with that gate, and the entries that it makes exact there are those counted.
 TEST(CalibrationController, MeasuresGates) {
   const Rig rig;
   CalibrationController controller(1, rig.geometry, {8, 16});
@@ -507,23 +505,28 @@ TEST(CalibrationController, MeasuresGates) {
   const BlockTree tree(rig.length, rig.geometry);
   const PairGrams grams = far_grams(rig.q, rig.k, rig.v, tree);
   FarBases bases = solve_far_bases(grams, rig.w_o, true, true);
-  const auto shares = controller.open_rows() / controller.rows().view({1, 1, tree.num_levels(), 1, 1});
+  const auto shares = controller.exact_entries() / controller.entries().view({1, 1, tree.num_levels(), 1, 1});
   int64_t partly = 0;
   for (int64_t level = 0; level < tree.num_levels(); ++level) {
-    for (int64_t gate = 0; gate < controller.default_gates().size(0); ++gate) {
-      RankTable table(1, rig.groups, tree.num_levels(), {rig.d, rig.d});
-      for (int64_t group = 0; group < rig.groups; ++group) {
-        table.at(0, group, level) = {8, rig.d, controller.default_gates()[gate].to(at::kFloat).item<float>()};
+    for (int64_t kind = 0; kind < 2; ++kind) {
+      for (int64_t gate = 0; gate < controller.default_gates().size(0); ++gate) {
+        RankTable table(1, rig.groups, tree.num_levels(), {rig.d, rig.d});
+        for (int64_t group = 0; group < rig.groups; ++group) {
+          table.at(0, group, level) = {kind == 0 ? 8 : rig.d, kind == 0 ? rig.d : 8, controller.default_gates()[gate].to(at::kFloat).item<float>()};
+        }
+        const auto low = make_plan(tree, make_table_policy(table, "one level")->decide({0, 1, rig.heads, rig.groups, 0, rig.d, tree, {}, {}}), grams, bases);
+        const auto error = lowrank_attention(rig.q, rig.k, rig.v, low) - exact_attention(rig.q, rig.k, rig.v);
+        const auto expected = 0.5 * (error * g).unflatten(1, {rig.groups, -1}).sum(at::IntArrayRef{2, 4}).pow(2).sum(at::IntArrayRef{0, 2});  // [G]
+        const auto got = controller.gated_damage()[0].select(1, kind).select(1, level).select(1, 0).select(1, gate);
+        EXPECT_TRUE(at::allclose(got, expected.to(at::kDouble), 1e-3, 1e-7)) << got << expected;
+        const int64_t heads = rig.heads / rig.groups;
+        for (int64_t group = 0; group < rig.groups; ++group) {
+          const int64_t exact = low->exact.count(group * heads * rig.length, heads * rig.length, 0, rig.length);
+          const double share = shares[0][group][level][kind == 0 ? 0 : 2][gate].item<double>();
+          EXPECT_NEAR(share, static_cast<double>(exact) / static_cast<double>(heads) / controller.entries()[0][level].item<double>(), 1e-12);
+          partly += share > 0 && share < 1 ? 1 : 0;
+        }
       }
-      const auto low = make_plan(tree, make_table_policy(table, "one level")->decide({0, 1, rig.heads, rig.groups, 0, rig.d, tree, {}, {}}), grams, bases);
-      const auto error = lowrank_attention(rig.q, rig.k, rig.v, low) - exact_attention(rig.q, rig.k, rig.v);
-      const auto expected = 0.5 * (error * g).unflatten(1, {rig.groups, -1}).sum(at::IntArrayRef{2, 4}).pow(2).sum(at::IntArrayRef{0, 2});  // [G]
-      const auto got = controller.gated_damage()[0].select(1, 0).select(1, level).select(1, 0).select(2, gate);                            // [G, value ranks]
-      EXPECT_TRUE(at::allclose(got, expected.to(at::kDouble).unsqueeze(1).expand_as(got), 1e-3, 1e-7)) << got << expected;
-      const auto open = low->gates.select(3, level).unflatten(1, {rig.groups, -1}).sum(at::IntArrayRef{0, 2, 3}).to(at::kDouble) * rig.groups / rig.heads;
-      const auto share = shares[0].select(1, level).select(1, 0).select(1, gate);
-      EXPECT_TRUE(at::allclose(share, open / controller.rows()[0][level])) << share << open;
-      partly += ((share > 0) & (share < 1)).sum().item<int64_t>();
     }
   }
   EXPECT_GT(partly, 0);

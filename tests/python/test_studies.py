@@ -123,27 +123,27 @@ class StudiesTest(SharedModel):
             self.assertAlmostEqual(views["map"]["rank_qk"][2][1][0], numpy.average(of_level, weights=rows[level == 0]))
             last = numpy.array([line["rank_v"] for line in lines if line["layer"] == 0])[:, :, begin + rows == 300]  # the pairs that the last query sees
             self.assertAlmostEqual(views["along"]["rank_v"][0][-1], last.mean())
-            self.assertEqual(row["policy"] == "gates", "open" in views["map"])
+            self.assertEqual(row["policy"] == "gates", "exact" in views["map"])
             if row["policy"] == "dp":  # the same for every text
                 self.assertEqual(len({str(line["rank_qk"]) for line in lines if line["layer"] == 1}), 1)
-        opened = [line["open"] for line in map(json.loads, (out / "gates.jsonl").read_text().splitlines()) if line["open"]]
-        self.assertTrue(opened)
-        self.assertTrue(0 < numpy.max(opened) <= 1)
+        exact = [line["exact"] for line in map(json.loads, (out / "gates.jsonl").read_text().splitlines()) if line["exact"]]
+        self.assertTrue(exact)
+        self.assertTrue(0 < numpy.max(exact) <= 1)
         pictures = self.pictures("study_ranks")
         self.assertEqual(sorted(pictures), ["study_ranks-along.svg", "study_ranks-map.svg"])
-        self.assertIn("gates: rows that attend exactly", pictures["study_ranks-map.svg"])
+        self.assertIn("gates: share of entries that gates make exact", pictures["study_ranks-map.svg"])
 
     def test_ablations(self):
         _, result = self.study("study_ablations", "--seq_len=300", "--budget=0.9", "--rank=8", "--near_blocks", 64, "--guard_eps=0.1", "--calibration_data", self.data,
                                "--calibration_tokens=300", "--calibration_seq_len=300", "--calibrations", self.folder)
         rows = {row["policy"]: row for row in result["rows"]}
-        self.assertEqual(list(rows), ["dp", "fixed ranks", "random", "greedy", "no updates", "decompositions", "no residual factors", "unweighted Grams", "guard", "row gates",
+        self.assertEqual(list(rows), ["dp", "fixed ranks", "random", "greedy", "no updates", "decompositions", "no residual factors", "unweighted Grams", "guard", "gates",
                                       "no sinks", "near 64"])
         dp = rows.pop("dp")
         self.assertEqual(dp["over_dp_percent"], [0, 0, 0])
         for name, row in rows.items():
             self.assert_increase(row, dp["sequence_nll"], "over_dp_percent")
-            if name not in ("greedy", "row gates"):  # which for a model so small find the same ranks, and gates that no row opens
+            if name not in ("greedy", "gates"):  # which for a model so small find the same ranks, and gates that no entry passes
                 self.assertNotEqual(row["sequence_nll"], dp["sequence_nll"], name)
             self.assertNotEqual(row["attention"], dp["attention"], name)
         for name in ("no residual factors", "unweighted Grams"):
@@ -153,7 +153,7 @@ class StudiesTest(SharedModel):
         self.assertIn("no sinks", self.pictures("study_ablations")["study_ablations.svg"])
 
     def test_finetuning(self):
-        table, result = self.study("study_finetune", "--seq_len=300", "--valid_data", self.data, "--steps", 3, "--budgets", 0.9, "--lr", 1e-3, "--row_gates")
+        table, result = self.study("study_finetune", "--seq_len=300", "--valid_data", self.data, "--steps", 3, "--budgets", 0.9, "--lr", 1e-3, "--gates")
         self.assertEqual([(row["budget"], row["evaluated"]) for row in result["rows"]], [(0.9, "low rank"), (0.9, "exact")])
         self.assertEqual(len(result["training_losses"]), 3)
         self.assertLess(result["exact"]["perplexity"], result["before"]["perplexity"])
