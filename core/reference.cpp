@@ -71,7 +71,7 @@ at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at:
               if (is_gated) {
                 heavy.copy_(low.detach() * scale >= with(low).unsqueeze(1) + std::log(static_cast<double>(plan.ranks[item].gate)));
               }
-              const auto mixed = at::where(heavy, block_of(exact), low);
+              const auto mixed = at::where(heavy.clone(), block_of(exact), low);
               scores = scores.index_put({at::arange(query, query + run.query_rows).unsqueeze(1), at::arange(key + chunk, key + chunk + count).unsqueeze(0)}, mixed);
               before.copy_(with(mixed));
             }

@@ -137,6 +137,9 @@ TEST_P(Operator, Bfloat16StaysNearTheReference) {
 TEST_P(Operator, GradientsEqualFiniteDifferences) {
   const Case& c = GetParam();
   const Inputs in = make_inputs(c, at::kDouble);
+  if (std::any_of(c.ranks.begin(), c.ranks.end(), [&](const Ranks& r) { return r.gated(c.d) && r.gate > 0; })) {
+    GTEST_SKIP() << "which entries are exact is constant for gradients, but differs between differences";
+  }
   const auto plan = make_plan(c, in);
   plan->residual.reset();  // it is held constant in the backward, which differences would not
   std::vector<at::Tensor> x = {in.q.clone(), in.k.clone(), in.v.clone()};

@@ -294,7 +294,7 @@ TEST(Latency, NamesWhatIsWrongWithAFile) {
   };
   std::ofstream(file) << "{";
   expect({"not a JSON object"});
-  with([](auto& j) { j["format"] = "drrl-latency-0"; });
+  with([](auto& j) { j["format"] = "drrl-latency-1"; });
   expect({"format", "drrl-latency-1", "drrl-latency-2"});
   with([](auto& j) { j["key"].erase("threads"); });
   expect({"no \"threads\""});

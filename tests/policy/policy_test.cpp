@@ -518,7 +518,8 @@ TEST(CalibrationController, MeasuresGates) {
         const auto error = lowrank_attention(rig.q, rig.k, rig.v, low) - exact_attention(rig.q, rig.k, rig.v);
         const auto expected = 0.5 * (error * g).unflatten(1, {rig.groups, -1}).sum(at::IntArrayRef{2, 4}).pow(2).sum(at::IntArrayRef{0, 2});  // [G]
         const auto got = controller.gated_damage()[0].select(1, kind).select(1, level).select(1, 0).select(1, gate);
-        EXPECT_TRUE(at::allclose(got, expected.to(at::kDouble), 1e-3, 1e-7)) << got << expected;
+        const auto ungated = controller.damage()[0].select(1, kind).select(1, level).select(1, 0);  // little is left of it at the lowest gate
+        EXPECT_TRUE(((got - expected).abs() <= 1e-3 * expected + 1e-5 * ungated).all().item<bool>()) << got << expected << ungated;
         const int64_t heads = rig.heads / rig.groups;
         for (int64_t group = 0; group < rig.groups; ++group) {
           const int64_t exact = low->exact.count(group * heads * rig.length, heads * rig.length, 0, rig.length);
