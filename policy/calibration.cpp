@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <vector>
+
+#include <ATen/Parallel.h>
 
 #include "core/attention_part.h"
 #include "core/error.h"
@@ -18,67 +21,97 @@ namespace drrl {
 namespace {
 
 constexpr const char* kFormat = "drrl-calibration-4";
-constexpr int64_t kScoresAtOnce = 1 << 24;  // of pairs that are measured together
+constexpr int64_t kScoresAtOnce = 1 << 19;  // a matrix of so many stays in a cache
 
-// n pairs of R query rows, those of all heads of a group, and K keys, with scores or values at a low rank.
-struct LowPairs {
-  at::Tensor q, k, v, grad;             // at full width, [n, R or K, d]; grad: of the rows' outputs
-  at::Tensor low_q, low_k, correction;  // low scores are low_q low_k^T times scale and correction [n, R]; q, k and undefined where scores are exact
-  at::Tensor low_v;                     // [n, K, d], in and out of the basis; undefined where values are exact
-  at::Tensor logsumexp, met;            // of all of a row's exact scores; of those nearer than the pair: [n, R]
-  // With grad's product, as low rank leaves them: the row's output before it is divided by the sum of its weights; that sum; the exact output. [n, R] float64
-  at::Tensor output, weights, exact_output;
-
-  LowPairs narrow(int64_t begin, int64_t count) const {
-    LowPairs part = *this;
-    for (at::Tensor* x : {&part.q, &part.k, &part.v, &part.grad, &part.low_q, &part.low_k, &part.correction, &part.low_v, &part.logsumexp, &part.met, &part.output,
-                          &part.weights, &part.exact_output}) {
-      *x = x->defined() ? x->narrow(0, begin, count) : *x;
-    }
-    return part;
-  }
-  // How far each row's error moves the likelihood.
-  at::Tensor moved() const { return output / weights - exact_output; }
+// n pairs of R query rows, those of all heads of a group, and K keys, in float32 and, with grad's product, float64.
+struct Pairs {
+  at::Tensor q, k, v, grad;   // [n, R or K, d]; grad: of the rows' outputs
+  at::Tensor logsumexp, met;  // [n, R]: of all of a row's scores; of those nearer than the pair
+  at::Tensor output;          // [n, R] float64
 };
 
-// The same under each gate, [gates, n, R], and how many entries it makes exact, [gates, n].
-std::pair<at::Tensor, at::Tensor> moved_behind_gates(const LowPairs& x, const at::Tensor& gates, double scale) {
-  const int64_t n = x.q.size(0), rows = x.q.size(1), keys = x.k.size(1), d = x.q.size(2), count = gates.size(0);
-  const auto wide = x.logsumexp.scalar_type();
-  const auto flat = [&](const at::Tensor& rows_of) { return rows_of.reshape({-1, d}); };
-  auto low = at::bmm(x.low_q, x.low_k.transpose(1, 2)).to(wide).mul_(scale);
-  if (x.correction.defined()) {
-    low += x.correction.unsqueeze(2);
-  }
-  low.sub_(x.logsumexp.unsqueeze(2)).clamp_max_(80).exp_();
-  auto met = (x.met - x.logsumexp).exp();
-  // What entries change, by the highest gate that makes them exact: [gates, n R].
-  auto output = at::zeros({count, n * rows}, x.output.options()), weights = at::zeros_like(output), exact = at::zeros_like(output);
-  const auto thresholds = gates.to(met.options());
+// One kind of theirs at one rank, which leaves `output` before it is divided by the sum of `weights`, [n, R] float64.
+struct LowPairs {
+  at::Tensor rows, keys;   // scores: q and k in their bases; values: grad and v, [n, R or K, r]
+  at::Tensor correction;   // [n, R]; undefined for values
+  at::Tensor output, weights;
+  bool scores() const { return correction.defined(); }
+};
+
+// What gates make of it: how far each row's error moves the likelihood, [gates, n, R] float64, and how many of its entries are exact, likewise.
+struct Gated {
+  at::Tensor moved, exact;
+};
+
+// `rows` rows at `row` of one pair: adds to output, weights and exact [gates][stride], at the highest gate that each entry passes, what changes if it is exact.
+// low: weights that gates see; whole: exact ones, along: grad v^T, low_along: the same in the basis (null for scores), all [keys].
+void add_entries(const float* low, const float* whole, const float* along, const float* low_along, int64_t keys, float met, const std::vector<float>& gates,
+                 double* output, double* weights, double* exact, int64_t stride) {
   for (int64_t begin = 0; begin < keys; begin += kGateChunk) {
-    const auto chunk = low.narrow(2, begin, std::min(kGateChunk, keys - begin));
-    met += chunk.sum(2);
-    const auto heavy = chunk >= (met * gates[0].item<double>()).unsqueeze(2);
-    const auto at = heavy.nonzero();
-    const auto row = at.select(1, 0) * rows + at.select(1, 1), key = at.select(1, 0) * keys + begin + at.select(1, 2);
-    const auto dot = [&](const at::Tensor& of_rows, const at::Tensor& of_keys) {
-      return (flat(of_rows).index_select(0, row) * flat(of_keys).index_select(0, key)).sum(1, /*keepdim=*/false, wide);
-    };
-    const auto weight = chunk.masked_select(heavy);
-    const auto gate = at::searchsorted(thresholds, weight / met.flatten().index_select(0, row), /*out_int32=*/false, /*right=*/true).sub_(1).clamp_min_(0);
-    const auto add = [&](at::Tensor& to, const at::Tensor& change) { to.view({-1}).index_add_(0, gate * (n * rows) + row, change.to(to.scalar_type())); };
-    if (x.low_v.defined()) {
-      add(output, weight * dot(x.grad, x.v - x.low_v));
-    } else {
-      const auto change = (dot(x.q, x.k) * scale - x.logsumexp.flatten().index_select(0, row)).exp() - weight;
-      add(output, change * dot(x.grad, x.v));
-      add(weights, change);
-      met.view({-1}).index_add_(0, row, change);
+    const int64_t end = std::min(begin + kGateChunk, keys);
+    for (int64_t j = begin; j < end; ++j) {
+      met += low[j];
     }
-    add(exact, at::ones_like(weight));
+    const float least = gates.front() * met, so_far = met;
+    for (int64_t j = begin; j < end; ++j) {
+      if (low[j] >= least) {
+        const auto passed = std::upper_bound(gates.begin() + 1, gates.end(), low[j] / so_far) - gates.begin() - 1;
+        const int64_t at = passed * stride;
+        const float change = whole[j] - low[j];
+        output[at] += low_along != nullptr ? whole[j] * (along[j] - low_along[j]) : change * along[j];
+        weights[at] += change;
+        exact[at] += 1;
+        met += change;
+      }
+    }
   }
-  const auto of_gates = [&](const at::Tensor& changes) { return changes.flip(0).cumsum(0).flip(0).view({count, n, rows}); };
-  return {(x.output + of_gates(output)) / (x.weights + of_gates(weights)) - x.exact_output, of_gates(exact).sum(2)};
+}
+
+std::vector<Gated> behind_gates(const Pairs& x, const std::vector<LowPairs>& all, const at::Tensor& gates, double scale) {
+  const int64_t n = x.q.size(0), rows = x.q.size(1), keys = x.k.size(1), count = gates.size(0);
+  const std::vector<float> thresholds = [&] {
+    const at::Tensor f = gates.to(at::kFloat).contiguous();
+    return std::vector<float>(f.const_data_ptr<float>(), f.const_data_ptr<float>() + count);
+  }();
+  const auto zeros = [&] { return at::zeros({count, n, rows}, at::kDouble); };
+  std::vector<std::array<at::Tensor, 3>> changes;  // of output, weights and exact, by the highest gate passed
+  for (size_t i = 0; i < all.size(); ++i) {
+    changes.push_back({zeros(), zeros(), zeros()});
+  }
+  const int64_t pairs_at_once = std::max<int64_t>(1, kScoresAtOnce / (rows * keys)), rows_at_once = std::min(rows, std::max<int64_t>(1, kScoresAtOnce / keys));
+  const auto on_cpu = [](const at::Tensor& t) { return t.to(at::kCPU, at::kFloat).contiguous(); };
+  for (int64_t pair = 0; pair < n; pair += pairs_at_once) {
+    const int64_t pairs = std::min(pairs_at_once, n - pair);
+    for (int64_t row = 0; row < rows; row += rows_at_once) {
+      const int64_t some = std::min(rows_at_once, rows - row);
+      const auto of_rows = [&](const at::Tensor& t) { return t.narrow(0, pair, pairs).narrow(1, row, some); };
+      const auto product = [&](const at::Tensor& a, const at::Tensor& b) { return on_cpu(at::bmm(of_rows(a), b.narrow(0, pair, pairs).transpose(1, 2))); };
+      const auto logsumexp = on_cpu(of_rows(x.logsumexp)), met = (on_cpu(of_rows(x.met)) - logsumexp).exp();
+      const auto to_weights = [&](const at::Tensor& scores, const at::Tensor& shift) { return at::add(shift.unsqueeze(2), scores, scale).clamp_max_(80).exp_(); };
+      const auto whole = to_weights(product(x.q, x.k), -logsumexp), along = product(x.grad, x.v);
+      for (size_t i = 0; i < all.size(); ++i) {
+        const auto projected = product(all[i].rows, all[i].keys);
+        const auto low = all[i].scores() ? to_weights(projected, on_cpu(of_rows(all[i].correction)) - logsumexp) : whole;
+        const auto pointer = [&](const at::Tensor& t) { return t.const_data_ptr<float>(); };
+        at::parallel_for(0, pairs * some, 1, [&, low_at = pointer(low), whole_at = pointer(whole), along_at = pointer(along), projected_at = pointer(projected),
+                                              met_at = pointer(met)](int64_t begin, int64_t end) {
+          for (int64_t at = begin; at < end; ++at) {
+            const int64_t to = (pair + at / some) * rows + row + at % some;
+            const auto into = [&](size_t which) { return changes[i][which].data_ptr<double>() + to; };
+            add_entries(low_at + at * keys, whole_at + at * keys, along_at + at * keys, all[i].scores() ? nullptr : projected_at + at * keys, keys, met_at[at],
+                        thresholds, into(0), into(1), into(2), n * rows);
+          }
+        });
+      }
+    }
+  }
+  std::vector<Gated> result;
+  for (size_t i = 0; i < all.size(); ++i) {
+    const auto of_gates = [&](size_t which) { return changes[i][which].flip(0).cumsum(0).flip(0); };
+    const auto moved = (all[i].output.to(at::kCPU) + of_gates(0)) / (all[i].weights.to(at::kCPU) + of_gates(1)) - x.output.to(at::kCPU);
+    result.push_back({moved, of_gates(2)});
+  }
+  return result;
 }
 
 }  // namespace
@@ -263,48 +296,41 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
     const int64_t heads_per_group = q.size(1) / groups;
     entries_[layer][run.level] += batch * run.count * run.query_rows * run.key_rows;
     const auto met_of_run = token_runs(met, groups, run.query_begin, run.count, run.query_rows, run.stride);
-    LowPairs pairs{run_q, run_k, run_v, run_grad, run_q, run_k, {}, {}, run_logsumexp, rows_of(met).squeeze(2), {}, {}, along_grad(run_exact)};
-    const auto damage_of = [&](const at::Tensor& moved) {  // [.., g rows] -> [..]: all heads of a token together
+    const Pairs pairs{run_q, run_k, run_v, run_grad, run_logsumexp, rows_of(met).squeeze(2), along_grad(run_exact)};
+    const auto damage_of = [&](const at::Tensor& moved) {  // [.., n, g rows] -> [..]: all heads of a token together
       return 0.5 * moved.unflatten(-1, {heads_per_group, run.query_rows}).sum(-2).square().sum(-1);
     };
-    const auto behind_gates = [&](int64_t kind, int64_t rank) {
-      const int64_t step = std::max<int64_t>(1, kScoresAtOnce / (pairs.q.size(1) * run.key_rows));
-      for (int64_t begin = 0; begin < run_q.size(0); begin += step) {
-        const int64_t count = std::min(step, run_q.size(0) - begin);
-        const auto [moved, exact] = moved_behind_gates(pairs.narrow(begin, count), gates, scale);
-        const auto group = at::arange(begin, begin + count).div(run.count, "floor").remainder(groups);
-        const auto add = [&](at::Tensor to, const at::Tensor& of_gates) { to.index_add_(0, group, of_gates.t().to(at::kCPU)); };  // [groups, gates]
-        add(gated_damage_[layer].select(1, kind).select(1, run.level).select(1, rank), damage_of(moved));
-        if (kind == 0 || rank == 0) {  // exact scores, with values of any rank
-          add(exact_entries_[layer].select(1, run.level).select(1, kind == 0 ? rank : choices), exact / heads_per_group);
-        }
-      }
-    };
+    const auto of_groups = [&](const at::Tensor& x) { return x.unflatten(-1, {batch, groups, run.count}).sum(at::IntArrayRef{-3, -1}).t(); };  // [gates, n] -> [G, gates]
+    std::vector<LowPairs> all;
     for (int64_t kind = 0; kind < 2; ++kind) {
-      const Basis& all = kind == 0 ? bases.scores : bases.values;
       for (int64_t i = 0; i < choices; ++i) {
-        const auto in_dtype = [&](const at::Tensor& x) { return pairs_of(x).narrow(2, 0, ranks_[static_cast<size_t>(i)]).to(q.scalar_type()); };
-        const auto left = in_dtype(all.left), right = in_dtype(all.right);
-        std::pair<at::Tensor, at::Tensor> low;
+        const auto columns = [&](const at::Tensor& x) { return pairs_of(x).narrow(2, 0, ranks_[static_cast<size_t>(i)]); };
+        const Basis basis{columns((kind == 0 ? bases.scores : bases.values).left), columns((kind == 0 ? bases.scores : bases.values).right), {}};
+        const auto left = basis.left.to(q.scalar_type()), right = basis.right.to(q.scalar_type());
+        LowPairs& low = all.emplace_back();
+        std::pair<at::Tensor, at::Tensor> far;
         if (kind == 0) {
-          const auto columns = [&](const at::Tensor& x) { return pairs_of(x).narrow(2, 0, ranks_[static_cast<size_t>(i)]); };
-          pairs.correction = residual_correction(run_q, residual_factor({columns(all.left), columns(all.right), {}}, key_grams, keys));
-          pairs.low_q = at::bmm(run_q, left);
-          pairs.low_k = at::bmm(run_k, right);
-          low = part(pairs.low_q, pairs.low_k, run_v, pairs.correction, {});
+          low.correction = residual_correction(run_q, residual_factor(basis, key_grams, keys));
+          low.rows = at::bmm(run_q, left);
+          low.keys = at::bmm(run_k, right);
+          far = part(low.rows, low.keys, run_v, low.correction, {});
         } else {
-          const auto low_v = at::bmm(run_v, left);
-          pairs.low_q = run_q;
-          pairs.low_k = run_k;
-          pairs.correction.reset();
-          pairs.low_v = at::bmm(low_v, right.transpose(1, 2));
-          low = part(run_q, run_k, low_v, {}, right);
+          low.rows = at::bmm(run_grad, right);
+          low.keys = at::bmm(run_v, left);
+          far = part(run_q, run_k, low.keys, {}, right);
         }
-        pairs.output = along_grad(run_exact - exact_out + low.first);
-        pairs.weights = (1 - exact_share + low.second).squeeze(2).to(at::kDouble);
-        const auto damage = damage_of(pairs.moved()).view({batch, groups, run.count});
+        low.output = along_grad(run_exact - exact_out + far.first);
+        low.weights = (1 - exact_share + far.second).squeeze(2).to(at::kDouble);
+        const auto damage = damage_of(low.output / low.weights - pairs.output).view({batch, groups, run.count});
         of_pairs.select(2, kind).narrow(2, run.first_pair, run.count).select(3, i) += damage.to(at::kCPU);
-        behind_gates(kind, i);
+      }
+    }
+    const std::vector<Gated> gated = behind_gates(pairs, all, gates, scale);
+    for (int64_t i = 0; i < 2 * choices; ++i) {
+      const int64_t kind = i / choices, rank = i % choices;
+      gated_damage_[layer].select(1, kind).select(1, run.level).select(1, rank) += of_groups(damage_of(gated[static_cast<size_t>(i)].moved));
+      if (i <= choices) {  // by score rank; exact scores, as under values of any rank, are the last
+        exact_entries_[layer].select(1, run.level).select(1, i) += of_groups(gated[static_cast<size_t>(i)].exact.sum(-1)) / heads_per_group;
       }
     }
     met_of_run.copy_(at::logaddexp(met_of_run, (exact_share.squeeze(2).log() + run_logsumexp).view(met_of_run.sizes())));
