@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include <ATen/Parallel.h>
@@ -43,15 +44,24 @@ struct Gated {
   at::Tensor moved, exact;
 };
 
-// `rows` rows at `row` of one pair: adds to output, weights and exact [gates][stride], at the highest gate that each entry passes, what changes if it is exact.
+float sum_of(const float* x, int64_t count) {
+  std::array<float, 16> lanes{};  // which the compiler adds side by side
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    for (size_t lane = 0; lane < 16; ++lane) {
+      lanes[lane] += x[i + static_cast<int64_t>(lane)];
+    }
+  }
+  return std::accumulate(x + i, x + count, std::accumulate(lanes.begin(), lanes.end(), 0.0F));
+}
+
+// One row: adds to output, weights and exact [gates][stride], at the highest gate that each entry passes, what changes if it is exact.
 // low: weights that gates see; whole: exact ones, along: grad v^T, low_along: the same in the basis (null for scores), all [keys].
 void add_entries(const float* low, const float* whole, const float* along, const float* low_along, int64_t keys, float met, const std::vector<float>& gates,
                  double* output, double* weights, double* exact, int64_t stride) {
   for (int64_t begin = 0; begin < keys; begin += kGateChunk) {
     const int64_t end = std::min(begin + kGateChunk, keys);
-    for (int64_t j = begin; j < end; ++j) {
-      met += low[j];
-    }
+    met += sum_of(low + begin, end - begin);
     const float least = gates.front() * met, so_far = met;
     for (int64_t j = begin; j < end; ++j) {
       if (low[j] >= least) {
