@@ -1,9 +1,11 @@
 #include "core/cpu/attention_kernel.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #if defined(__AVX2__) && defined(__FMA__)
@@ -201,10 +203,58 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const float* x, int6
   }
 }
 
-void add_scaled(int64_t d, float by, const float* x, float* to) {
-  const __m256 factor = _mm256_set1_ps(by);
-  for (int64_t j = 0; j < d; j += 8) {
-    _mm256_storeu_ps(to + j, _mm256_fmadd_ps(factor, _mm256_loadu_ps(x + j), _mm256_loadu_ps(to + j)));
+void gathered_dots(int64_t d, const float* x, const float* rows, const int32_t* index, int64_t count, float* dots) {
+  const auto some = [&]<int n>(std::integral_constant<int, n>, int64_t first) {  // n at a time, for as many sums side by side
+    __m256 sums[n];
+    const float* row[n];
+    for (int i = 0; i < n; ++i) {
+      sums[i] = _mm256_setzero_ps();
+      row[i] = rows + index[first + i] * d;
+    }
+    for (int64_t j = 0; j < d; j += 8) {
+      const __m256 y = _mm256_loadu_ps(x + j);
+      for (int i = 0; i < n; ++i) {
+        sums[i] = _mm256_fmadd_ps(y, _mm256_loadu_ps(row[i] + j), sums[i]);
+      }
+    }
+    if constexpr (n == 4) {
+      const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(sums[0], sums[1]), _mm256_hadd_ps(sums[2], sums[3]));
+      _mm_storeu_ps(dots + first, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+    } else {
+      dots[first] = sum_of(sums[0]);
+    }
+  };
+  int64_t e = 0;
+  for (; e + 4 <= count; e += 4) {
+    some(std::integral_constant<int, 4>(), e);
+  }
+  for (; e < count; ++e) {
+    some(std::integral_constant<int, 1>(), e);
+  }
+}
+
+void add_gathered(int64_t d, const float* weights, const float* rows, const int32_t* index, int64_t count, float* to) {
+  const auto some = [&]<int n>(std::integral_constant<int, n>, int64_t first) {
+    __m256 factor[n];
+    const float* row[n];
+    for (int i = 0; i < n; ++i) {
+      factor[i] = _mm256_set1_ps(weights[first + i]);
+      row[i] = rows + index[first + i] * d;
+    }
+    for (int64_t j = 0; j < d; j += 8) {
+      __m256 y = _mm256_loadu_ps(to + j);
+      for (int i = 0; i < n; ++i) {
+        y = _mm256_fmadd_ps(factor[i], _mm256_loadu_ps(row[i] + j), y);
+      }
+      _mm256_storeu_ps(to + j, y);
+    }
+  };
+  int64_t e = 0;
+  for (; e + 4 <= count; e += 4) {
+    some(std::integral_constant<int, 4>(), e);
+  }
+  for (; e < count; ++e) {
+    some(std::integral_constant<int, 1>(), e);
   }
 }
 
@@ -256,16 +306,8 @@ void rescale_row(float* row, int64_t width, float by) {
 struct FullRows {
   const float* q = nullptr;
   int64_t stride = 0, d = 0;
-  std::vector<Entry>* exact = nullptr;
+  ExactList* exact = nullptr;
 };
-
-float dot(int64_t d, const float* a, const float* b) {
-  __m256 sum = _mm256_setzero_ps();
-  for (int64_t j = 0; j < d; j += 8) {
-    sum = _mm256_fmadd_ps(_mm256_loadu_ps(a + j), _mm256_loadu_ps(b + j), sum);
-  }
-  return sum_of(sum);
-}
 
 // Adds a part's keys to the running softmax `to` of `rows` queries of the part's width; to.width is that of its values. `other` [rows][other_width] are sums
 // of the same rows that a new maximum rescales too, null if there are none.
@@ -322,26 +364,35 @@ void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t qu
       if (part.exact_k == nullptr) {
         continue;
       }
-      float least = part.gate * to.total[i];
-      float* sum = other != nullptr ? other + i * other_width : to.sum + i * to.width;  // at full width
+      const __m256 least = _mm256_set1_ps(std::max(part.gate * to.total[i], std::numeric_limits<float>::min()));
+      std::array<int32_t, kKeyBlock> heavy;  // columns
+      int64_t found = 0;
       for (int64_t j = 0; j < used; j += 8) {
-        auto heavy = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(row + j), _mm256_set1_ps(std::max(least, std::numeric_limits<float>::min())), _CMP_GE_OQ)));
-        for (; heavy != 0; heavy &= heavy - 1) {
-          const int64_t column = j + __builtin_ctz(heavy);
-          const int64_t key = begin + column;
-          const float score = dot(full.d, full.q + i * full.stride, part.exact_k + key * full.d) * scale_factor;
-          if (score > to.maximum[i] + kLargestExponent) {
-            const float rescale = raise(score);
-            rescale_row(row, used, rescale);
-            least *= rescale;
-          }
-          const float weight = std::exp(score - to.maximum[i]);
-          to.total[i] += weight - row[column];
-          row[column] = 0;
-          add_scaled(full.d, weight, part.exact_v + key * full.d, sum);
-          full.exact->push_back({static_cast<int32_t>(i), part.first_key + static_cast<int32_t>(key)});
+        auto passed = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(row + j), least, _CMP_GE_OQ)));
+        for (; passed != 0; passed &= passed - 1) {
+          heavy[static_cast<size_t>(found++)] = static_cast<int32_t>(j) + __builtin_ctz(passed);
         }
       }
+      if (found == 0) {
+        continue;
+      }
+      std::array<float, kKeyBlock> exact;  // scores, then weights
+      gathered_dots(full.d, full.q + i * full.stride, part.exact_k + begin * full.d, heavy.data(), found, exact.data());
+      const float largest_score = *std::max_element(exact.begin(), exact.begin() + found) * scale_factor;
+      if (largest_score > to.maximum[i] + kLargestExponent) {
+        rescale_row(row, used, raise(largest_score));
+      }
+      for (int64_t e = 0; e < found; e += 8) {
+        const __m256 x = _mm256_fmsub_ps(_mm256_loadu_ps(exact.data() + e), scale, _mm256_set1_ps(to.maximum[i]));
+        _mm256_storeu_ps(exact.data() + e, exponential(x));
+      }
+      for (int64_t e = 0; e < found; ++e) {
+        const int32_t column = heavy[static_cast<size_t>(e)];
+        to.total[i] += exact[static_cast<size_t>(e)] - row[column];
+        row[column] = 0;
+        full.exact->entries.push_back({static_cast<int32_t>(i), part.first_key + static_cast<int32_t>(begin) + column});
+      }
+      add_gathered(full.d, exact.data(), part.exact_v + begin * full.d, heavy.data(), found, other != nullptr ? other + i * other_width : to.sum + i * to.width);
     }
     product<false, true>(rows, part.v, seen, scores, kScoreStride, values, count, to.sum, part.v);
   }
@@ -356,7 +407,7 @@ int64_t forward_rows_scratch_size(int64_t d) { return kQueryBlock * (kScoreStrid
 int64_t forward_scratch_size(const Shape& shape) { return forward_rows_scratch_size(std::max(shape.qk, shape.v)); }
 
 void forward_rows(int64_t rows, int64_t d, float scale, const float* q, int64_t q_stride, const Part* parts, int64_t count_parts, float* out,
-                  int64_t out_stride, float* logsumexp, int64_t logsumexp_stride, std::vector<Entry>* exact, float* scratch) {
+                  int64_t out_stride, float* logsumexp, int64_t logsumexp_stride, ExactList* exact, float* scratch) {
   const auto take = [&](int64_t floats) { return std::exchange(scratch, scratch + kQueryBlock * floats); };
   float* scores = take(kScoreStride);
   float* sum = take(d);
@@ -369,6 +420,9 @@ void forward_rows(int64_t rows, int64_t d, float scale, const float* q, int64_t 
   all.clear(rows);
   const FullRows full{q, q_stride, d, exact};
   for (const Part* part = parts; part != parts + count_parts; ++part) {
+    if (part->exact_k != nullptr) {
+      exact->parts.push_back(exact->entries.size());
+    }
     std::fill(correction, correction + rows, 0.0f);
     if (part->correct != nullptr) {
       corrections(rows, d, part->correct_columns, q, q_stride, part->correct, correction, queries);
@@ -490,12 +544,13 @@ void backward_block(const Shape& shape, const BackwardOperands& x, const float* 
 
 void exact_row_backward(int64_t d, float scale, const float* q, const float* grad_out, float logsumexp, float delta, const int32_t* keys, int64_t count,
                         const float* k, const float* v, float* grad_q, float* weights, float* scores) {
+  gathered_dots(d, q, k, keys, count, weights);
+  gathered_dots(d, grad_out, v, keys, count, scores);
   for (int64_t e = 0; e < count; ++e) {
-    const float* key = k + keys[e] * d;
-    weights[e] = std::exp(dot(d, q, key) * scale - logsumexp);
-    scores[e] = weights[e] * (dot(d, grad_out, v + keys[e] * d) - delta) * scale;
-    add_scaled(d, scores[e], key, grad_q);
+    weights[e] = std::exp(weights[e] * scale - logsumexp);
+    scores[e] = weights[e] * (scores[e] - delta) * scale;
   }
+  add_gathered(d, scores, k, keys, count, grad_q);
 }
 
 }  // namespace drrl::cpu
@@ -512,9 +567,9 @@ int64_t forward_scratch_size(const Shape&) { return 0; }
 void forward_block(const Shape&, Matrix<const float>, const float*, Matrix<float>, Matrix<float>, int64_t, int64_t, float*) {}
 int64_t query_block_rows() { return 1; }
 int64_t forward_rows_scratch_size(int64_t) { return 0; }
-void forward_rows(int64_t, int64_t, float, const float*, int64_t, const Part*, int64_t, float*, int64_t, float*, int64_t, std::vector<Entry>*, float*) {}
+void forward_rows(int64_t, int64_t, float, const float*, int64_t, const Part*, int64_t, float*, int64_t, float*, int64_t, ExactList*, float*) {}
 void exact_row_backward(int64_t, float, const float*, const float*, float, float, const int32_t*, int64_t, const float*, const float*, float*, float*, float*) {}
-void add_scaled(int64_t, float, const float*, float*) {}
+void add_gathered(int64_t, const float*, const float*, const int32_t*, int64_t, float*) {}
 void pack_matrix(const float*, int64_t, int64_t, int64_t, float*) {}
 void pack_transposed(const float*, int64_t, int64_t, int64_t, float*) {}
 void multiply(int64_t, int64_t, int64_t, const float*, int64_t, const float*, float*, int64_t, bool) {}

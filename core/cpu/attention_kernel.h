@@ -3,6 +3,7 @@
 // Attention in float32 on CPUs with AVX2 and FMA: register-blocked products on packed operands with the softmax between them, so that no score
 // leaves the second-level cache. Includes no torch header, because it alone is compiled for those instructions.
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -73,15 +74,20 @@ struct Part {
 int64_t query_block_rows();
 int64_t forward_rows_scratch_size(int64_t d);
 
-/// A row of some query rows and a key, by number.
-struct Entry {
-  int32_t row, key;
+/// What gates made exact: rows of some query rows and keys, by number. One after another for each part with a gate, which begins at parts[i]; within a part
+/// a row's keys ascend.
+struct ExactList {
+  struct Entry {
+    int32_t row, key;
+  };
+  std::vector<Entry> entries;
+  std::vector<std::size_t> parts;
 };
 
 /// One softmax over all parts, in their order, for `rows` query rows of width d: out[i] <- sum over parts of weights x values, logsumexp[i] its log-sum-exp.
-/// Appends to `exact` the entries that gates made exact.
+/// Appends to `exact`, which must be there if a part has a gate.
 void forward_rows(int64_t rows, int64_t d, float scale, const float* q, int64_t q_stride, const Part* parts, int64_t count, float* out,
-                  int64_t out_stride, float* logsumexp, int64_t logsumexp_stride, std::vector<Entry>* exact, float* scratch);
+                  int64_t out_stride, float* logsumexp, int64_t logsumexp_stride, ExactList* exact, float* scratch);
 
 // --- bases ---------------------------------------------------------------------------------------------------------------------------------
 
@@ -136,7 +142,7 @@ void backward_block(const Shape& shape, const BackwardOperands& x, const float* 
 /// Backward of `count` exact entries of one row: weights[e], scores[e] <- softmax weight and gradient of the unscaled score of key keys[e]; grad_q += its gradient.
 void exact_row_backward(int64_t d, float scale, const float* q, const float* grad_out, float logsumexp, float delta, const int32_t* keys, int64_t count,
                         const float* k, const float* v, float* grad_q, float* weights, float* scores);
-/// to += by x, rows of d.
-void add_scaled(int64_t d, float by, const float* x, float* to);
+/// to [d] += the sum of weights[e] times row index[e] of `rows` [.., d].
+void add_gathered(int64_t d, const float* weights, const float* rows, const int32_t* index, int64_t count, float* to);
 
 }  // namespace drrl::cpu

@@ -218,7 +218,7 @@ std::tuple<at::Tensor, at::Tensor> lowrank_forward(const at::Tensor& q, const at
       cut(pieces, n, head, n < 0 ? sinks : rows_of(n), query_block_rows());
     }
   }
-  std::vector<std::vector<Entry>> exact(gated ? pieces.size() : 0);
+  std::vector<ExactList> exact(gated ? pieces.size() : 0);
   for_each_task(static_cast<int64_t>(pieces.size()), forward_rows_scratch_size(d), [&](int64_t task, float* scratch) {
     const auto& [n, head, first, rows] = pieces[static_cast<size_t>(task)];
     const int64_t sequence = head / layout.heads_per_group;
@@ -254,7 +254,7 @@ std::tuple<at::Tensor, at::Tensor> lowrank_forward(const at::Tensor& q, const at
     int64_t* begin_of = plan.exact.begin.data_ptr<int64_t>();
     const auto row_of = [&](const Piece& piece) { return piece.head * layout.length + (piece.owner < 0 ? 0 : sinks + piece.owner * block) + piece.first; };
     for (size_t i = 0; i < pieces.size(); ++i) {
-      for (const Entry& entry : exact[i]) {
+      for (const ExactList::Entry& entry : exact[i].entries) {
         ++begin_of[row_of(pieces[i]) + entry.row + 1];
       }
     }
@@ -263,9 +263,14 @@ std::tuple<at::Tensor, at::Tensor> lowrank_forward(const at::Tensor& q, const at
     auto* keys_of = plan.exact.keys.data_ptr<int32_t>();
     for_each_task(static_cast<int64_t>(pieces.size()), 0, [&](int64_t task, float*) {
       const Piece& piece = pieces[static_cast<size_t>(task)];
-      std::vector<Entry>& mine = exact[static_cast<size_t>(task)];
-      std::sort(mine.begin(), mine.end(), [](const Entry& a, const Entry& b) { return std::pair(a.row, a.key) < std::pair(b.row, b.key); });
-      std::transform(mine.begin(), mine.end(), keys_of + begin_of[row_of(piece)], [](const Entry& entry) { return entry.key; });
+      const ExactList& mine = exact[static_cast<size_t>(task)];
+      std::vector<int64_t> next(begin_of + row_of(piece), begin_of + row_of(piece) + piece.rows);
+      size_t end = mine.entries.size();
+      for (auto part = mine.parts.rbegin(); part != mine.parts.rend(); end = *part++) {  // farther parts have smaller keys
+        for (size_t e = *part; e < end; ++e) {
+          keys_of[next[static_cast<size_t>(mine.entries[e].row)]++] = mine.entries[e].key;
+        }
+      }
     });
   }
   return {out, logsumexp};
@@ -507,12 +512,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
       }
     });
     for_each_task(tasks_of(layout.length), 0, [&](int64_t task, float*) {
+      std::vector<float> gathered;
       for (int64_t key = task * key_chunk_rows(); key < std::min(layout.length, (task + 1) * key_chunk_rows()); ++key) {
-        for (int64_t at = key_begin[static_cast<size_t>(key)]; at < key_begin[static_cast<size_t>(key) + 1]; ++at) {
-          const int64_t row = first_row + row_of[at], e = entry_of[at];
-          add_scaled(d, scores[e], queries + row * d, layout.key_rows(into_k, sequence, key).data);
-          add_scaled(d, weights[e], grads + row * d, layout.key_rows(into_v, sequence, key).data);
-        }
+        const int64_t at = key_begin[static_cast<size_t>(key)], many = key_begin[static_cast<size_t>(key) + 1] - at;
+        const auto add = [&](const float* of_entries, const float* from, float* to) {
+          gathered.resize(static_cast<size_t>(many));
+          std::transform(entry_of + at, entry_of + at + many, gathered.begin(), [&](int32_t e) { return of_entries[e]; });
+          add_gathered(d, gathered.data(), from + first_row * d, row_of + at, many, to);
+        };
+        add(scores, queries, layout.key_rows(into_k, sequence, key).data);
+        add(weights, grads, layout.key_rows(into_v, sequence, key).data);
       }
     });
   };
