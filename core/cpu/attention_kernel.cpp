@@ -203,8 +203,25 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const float* x, int6
   }
 }
 
+namespace {
+
+constexpr int64_t kAtOnce = 4;  // gathered rows
+
+template <typename Some>
+void gather(int64_t count, Some&& some) {
+  int64_t e = 0;
+  for (; e + kAtOnce <= count; e += kAtOnce) {
+    some(std::integral_constant<int, kAtOnce>(), e);
+  }
+  for (; e < count; ++e) {
+    some(std::integral_constant<int, 1>(), e);
+  }
+}
+
+}  // namespace
+
 void gathered_dots(int64_t d, const float* x, const float* rows, const int32_t* index, int64_t count, float* dots) {
-  const auto some = [&]<int n>(std::integral_constant<int, n>, int64_t first) {  // n at a time, for as many sums side by side
+  gather(count, [&]<int n>(std::integral_constant<int, n>, int64_t first) {
     __m256 sums[n];
     const float* row[n];
     for (int i = 0; i < n; ++i) {
@@ -223,18 +240,11 @@ void gathered_dots(int64_t d, const float* x, const float* rows, const int32_t* 
     } else {
       dots[first] = sum_of(sums[0]);
     }
-  };
-  int64_t e = 0;
-  for (; e + 4 <= count; e += 4) {
-    some(std::integral_constant<int, 4>(), e);
-  }
-  for (; e < count; ++e) {
-    some(std::integral_constant<int, 1>(), e);
-  }
+  });
 }
 
 void add_gathered(int64_t d, const float* weights, const float* rows, const int32_t* index, int64_t count, float* to) {
-  const auto some = [&]<int n>(std::integral_constant<int, n>, int64_t first) {
+  gather(count, [&]<int n>(std::integral_constant<int, n>, int64_t first) {
     __m256 factor[n];
     const float* row[n];
     for (int i = 0; i < n; ++i) {
@@ -248,14 +258,7 @@ void add_gathered(int64_t d, const float* weights, const float* rows, const int3
       }
       _mm256_storeu_ps(to + j, y);
     }
-  };
-  int64_t e = 0;
-  for (; e + 4 <= count; e += 4) {
-    some(std::integral_constant<int, 4>(), e);
-  }
-  for (; e < count; ++e) {
-    some(std::integral_constant<int, 1>(), e);
-  }
+  });
 }
 
 void add_rows(int64_t rows, int64_t columns, const float* x, int64_t x_stride, float* to, int64_t to_stride) {
@@ -309,6 +312,34 @@ struct FullRows {
   ExactList* exact = nullptr;
 };
 
+// Where the set bits of a mask are, from the lowest on: a byte each.
+constexpr auto kSetBits = [] {
+  std::array<uint64_t, 256> table{};
+  for (unsigned mask = 0; mask < 256; ++mask) {
+    int shift = 0;
+    for (uint64_t bit = 0; bit < 8; ++bit) {
+      if ((mask >> bit & 1U) != 0) {
+        table[mask] |= bit << shift;
+        shift += 8;
+      }
+    }
+  }
+  return table;
+}();
+
+// The columns of all x >= least, ascending; up to 8 more may be written. Returns how many there are.
+int64_t columns_from(float least, const float* x, int64_t count, int32_t* columns) {
+  const __m256 bound = _mm256_set1_ps(least);
+  int64_t found = 0;
+  for (int64_t j = 0; j < count; j += 8) {
+    const auto mask = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + j), bound, _CMP_GE_OQ)));
+    const __m256i set = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kSetBits[mask])));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(columns + found), _mm256_add_epi32(set, _mm256_set1_epi32(static_cast<int32_t>(j))));
+    found += __builtin_popcount(mask);
+  }
+  return found;
+}
+
 // Adds a part's keys to the running softmax `to` of `rows` queries of the part's width; to.width is that of its values. `other` [rows][other_width] are sums
 // of the same rows that a new maximum rescales too, null if there are none.
 void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t queries_stride, const Part& part, const float* correction, const Running& to,
@@ -316,6 +347,8 @@ void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t qu
   const __m256 scale = _mm256_set1_ps(scale_factor);
   const float* packed = part.packed;
   const int64_t end = std::min(part.keys, part.visible + rows - 1);
+  std::array<int32_t, kKeyBlock + 8> heavy;  // columns of the weights that a gate makes exact
+  std::array<float, kKeyBlock + 8> exact;    // their scores, then weights
   for (int64_t begin = 0; begin < end; begin += kKeyBlock) {
     const int64_t count = std::min(kKeyBlock, part.keys - begin);
     const int64_t padded = (count + kWidth - 1) / kWidth * kWidth;
@@ -364,35 +397,33 @@ void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t qu
       if (part.exact_k == nullptr) {
         continue;
       }
-      const __m256 least = _mm256_set1_ps(std::max(part.gate * to.total[i], std::numeric_limits<float>::min()));
-      std::array<int32_t, kKeyBlock> heavy;  // columns
-      int64_t found = 0;
-      for (int64_t j = 0; j < used; j += 8) {
-        auto passed = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(row + j), least, _CMP_GE_OQ)));
-        for (; passed != 0; passed &= passed - 1) {
-          heavy[static_cast<size_t>(found++)] = static_cast<int32_t>(j) + __builtin_ctz(passed);
-        }
-      }
+      const int64_t found = columns_from(std::max(part.gate * to.total[i], std::numeric_limits<float>::min()), row, used, heavy.data());
       if (found == 0) {
         continue;
       }
-      std::array<float, kKeyBlock> exact;  // scores, then weights
-      gathered_dots(full.d, full.q + i * full.stride, part.exact_k + begin * full.d, heavy.data(), found, exact.data());
+      const int64_t rounded = (found + kAtOnce - 1) / kAtOnce * kAtOnce;  // the rest without weight
+      std::fill(heavy.begin() + found, heavy.begin() + rounded, heavy[0]);
+      gathered_dots(full.d, full.q + i * full.stride, part.exact_k + begin * full.d, heavy.data(), rounded, exact.data());
       const float largest_score = *std::max_element(exact.begin(), exact.begin() + found) * scale_factor;
       if (largest_score > to.maximum[i] + kLargestExponent) {
         rescale_row(row, used, raise(largest_score));
       }
+      const __m256 new_shift = _mm256_set1_ps(to.maximum[i]);
       for (int64_t e = 0; e < found; e += 8) {
-        const __m256 x = _mm256_fmsub_ps(_mm256_loadu_ps(exact.data() + e), scale, _mm256_set1_ps(to.maximum[i]));
-        _mm256_storeu_ps(exact.data() + e, exponential(x));
+        _mm256_storeu_ps(exact.data() + e, exponential(_mm256_fmsub_ps(_mm256_loadu_ps(exact.data() + e), scale, new_shift)));
       }
+      std::fill(exact.begin() + found, exact.begin() + rounded, 0.0f);
+      full.exact->entries.resize(full.exact->entries.size() + static_cast<std::size_t>(found));
+      ExactList::Entry* entry = &full.exact->entries.back() + 1 - found;
+      float change = 0;
       for (int64_t e = 0; e < found; ++e) {
-        const int32_t column = heavy[static_cast<size_t>(e)];
-        to.total[i] += exact[static_cast<size_t>(e)] - row[column];
+        const int32_t column = heavy[static_cast<std::size_t>(e)];
+        change += exact[static_cast<std::size_t>(e)] - row[column];
         row[column] = 0;
-        full.exact->entries.push_back({static_cast<int32_t>(i), part.first_key + static_cast<int32_t>(begin) + column});
+        *entry++ = {static_cast<int32_t>(i), part.first_key + static_cast<int32_t>(begin) + column};
       }
-      add_gathered(full.d, exact.data(), part.exact_v + begin * full.d, heavy.data(), found, other != nullptr ? other + i * other_width : to.sum + i * to.width);
+      to.total[i] += change;
+      add_gathered(full.d, exact.data(), part.exact_v + begin * full.d, heavy.data(), rounded, other != nullptr ? other + i * other_width : to.sum + i * to.width);
     }
     product<false, true>(rows, part.v, seen, scores, kScoreStride, values, count, to.sum, part.v);
   }
