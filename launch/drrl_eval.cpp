@@ -36,7 +36,7 @@ DEFINE_string(balance_speeds, "",
               "evaluate the ranks that balance chooses for tensor-parallel processes of these speeds, e.g. 1,0.5, whatever --tp is (drrl-train --balance_every); "
               "empty: those of --rank_budget");
 DEFINE_int64(audit_rows, 0, "compare certified error bounds with exact attention for this many query tokens of each block, in one process; 0: no audit [tokens]");
-DEFINE_string(decisions, "", "file for the ranks of every far pair and the rows that attended exactly, a JSON object for each sequence and layer, from one process");
+DEFINE_string(decisions, "", "file for the ranks of every far pair and the share of entries that gates made exact, a JSON object for each sequence and layer, from one process");
 DEFINE_string(ablate, "", "leave out, for a study: residual (of far log-sum-exps), mass (weights of keys and values in Grams), or both with a comma between");
 DEFINE_int64(generate, 0, "instead of evaluating, continue the first --prompt_tokens of --data by this many; 0: evaluate [tokens]");
 DEFINE_string(examples, "", "instead of evaluating --data, answer the questions of this file, a JSON object a line; launch/downstream_sets.py writes such files");
