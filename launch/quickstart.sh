@@ -28,7 +28,7 @@ drrl_calibrate
 out=out/quickstart
 bin=build/$DRRL_PRESET/bin
 common=(--model "$DRRL_MODEL" --flagfile=configs/quickstart.flags)
-lowrank=(--attention=lowrank --rank_policy=dp --policy "$DRRL_RANKS")
+lowrank=(--attention=lowrank --rank_policy=dp --gates --policy "$DRRL_RANKS")
 rm -rf "$out"
 mkdir -p "$out"
 

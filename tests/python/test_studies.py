@@ -165,6 +165,9 @@ class StudiesTest(SharedModel):
         difference = numpy.mean(exact["sequence_nll"]) - result["exact"]["nll"]
         self.assertAlmostEqual(exact["increase_percent"][0], 100 * (numpy.exp(difference) - 1))
         self.assertIn("3 sequences of 300 tokens, 3 steps", table)
+        for spent in (result["training"], low["training"]):
+            self.assertTrue(0 < spent["attention_seconds"] < spent["step_seconds"])
+        self.assertIn(f"attention {low['training']['attention_seconds'] / result['training']['attention_seconds']:.3f} of", table)
 
     @unittest.skipIf(len(os.sched_getaffinity(0)) < 2, "two processes need a core each")
     def test_straggler(self):
