@@ -19,7 +19,8 @@ struct Prices {
   std::function<double(const PairRun& run)> exact_entries;  ///< all entries of such a pair exact
 };
 
-/// Operations as core/cost.h counts them, forward, bases updated in `update_steps` steps or solved; W_O is taken to be square.
+/// Operations as core/cost.h counts them, but entries that gates make exact at eight times theirs, as they take that long; forward, bases updated in
+/// `update_steps` steps or solved; W_O is taken to be square.
 Prices operation_prices(const BlockTree& tree, int64_t groups, int64_t heads_per_group, int64_t head_dim, int64_t update_steps);
 
 }  // namespace drrl
