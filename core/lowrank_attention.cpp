@@ -181,7 +181,7 @@ GatedScores gated_scores(const at::Tensor& rows, const at::Tensor& keys, const a
 
 // The token positions of a bucket's entries: rows of [B, H, L] and keys, [entries] int64 each. exact [n, g rows, keys].
 std::pair<at::Tensor, at::Tensor> entries_of(const at::Tensor& exact, const Bucket& bucket, const PairRun& run, const Shape& s) {
-  const auto at = exact.to(at::kCPU).nonzero();  // [entries, 3]
+  const auto at = exact.nonzero().to(at::kCPU);  // [entries, 3]
   const auto item = at::tensor(bucket.within_run, at::kLong).index_select(0, at.select(1, 0));
   const auto sequence = item.div(run.count, "floor"), pair = item.remainder(run.count) * run.stride;
   const auto head = at.select(1, 1).div(run.query_rows, "floor"), row = at.select(1, 1).remainder(run.query_rows);

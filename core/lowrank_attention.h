@@ -30,7 +30,7 @@ struct Ranks {
 /// pair's first on, the entry's own chunk at low rank, earlier chunks with what was exact in them. Of the row itself and older tokens alone, so causal row by row.
 inline constexpr int64_t kGateChunk = 256;
 
-/// Entries that gates made exact, of all rows: row i of [B, H, L] has keys[begin[i]], .., keys[begin[i + 1] - 1], token positions, ascending.
+/// Entries that gates made exact, of all rows, on the CPU: row i of [B, H, L] has keys[begin[i]], .., keys[begin[i + 1] - 1], token positions, ascending.
 struct ExactEntries {
   at::Tensor begin;  ///< [B H L + 1] int64
   at::Tensor keys;   ///< int32
