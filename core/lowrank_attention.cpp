@@ -142,8 +142,7 @@ bool has_sink_part(const BlockTree& tree, const Shape& s) { return tree.sinks() 
 // One far bucket's forward, kept until the merged log-sum-exp is known.
 struct FarPart {
   Projections projections;
-  at::Tensor out;         // [n, g rows, r_v], in the value basis
-  at::Tensor logsumexp;   // [n, g rows]
+  at::Tensor out;  // [n, g rows, r_v], in the value basis
 };
 
 // x [B, H, L, e] -> the rows of a run's queries, [B, G, count, g, rows, e], a view.
@@ -151,7 +150,7 @@ at::Tensor run_view(const at::Tensor& x, const PairRun& run, const Shape& s) {
   return token_runs(x, s.groups, run.query_begin, run.count, run.query_rows, run.stride);
 }
 
-// A bucket with a gate, its scores as a matrix: the CPU kernel makes none. Right, but not faster than exact attention.
+// Of a bucket with a gate, as a matrix, which the CPU kernel does without: right, but not faster than exact attention.
 struct GatedScores {
   at::Tensor scores;  // [n, g rows, keys], scaled; exact ones where `exact`
   at::Tensor exact;   // of the same shape, bool
@@ -279,7 +278,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
         }
       }
       put(far_logsumexp.back(), bucket, part_logsumexp);
-      far.back().push_back({std::move(p), part_out, part_logsumexp});
+      far.back().push_back({std::move(p), part_out});
     }
     met.copy_(at::logaddexp(met, far_logsumexp.back().view(met.sizes())));
   }
@@ -357,27 +356,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
         bucket_logsumexp = bucket_logsumexp - correction;
       }
       const auto low_grad = into_basis(take(rows_grad, bucket), p.p_o);
-      at::Tensor dq, dk, dv;
-      if (bucket.ranks.gated(s.d)) {
-        const auto bucket_k = take(rows_k, bucket), bucket_v = take(rows_v, bucket), bucket_grad = take(rows_grad, bucket);
-        const auto exact = exact_of(plan.exact, bucket, run, s).to(q.device());
-        const auto of_kind = [&](const at::Tensor& qs, const at::Tensor& ks, const at::Tensor& vs, const at::Tensor& gs, const at::Tensor& lse, const at::Tensor& mask) {
-          const auto scores = at::bmm(qs, ks.transpose(1, 2)).to(lse.scalar_type()) * s.scale;
-          const auto weights = (scores - lse.unsqueeze(2)).exp_().masked_fill_(mask.logical_not(), 0);
-          const auto grads = weights * (at::bmm(gs, vs.transpose(1, 2)) - take(rows_delta, bucket).unsqueeze(2)) * s.scale;
-          const auto w = weights.to(q.scalar_type()), g = grads.to(q.scalar_type());
-          return std::tuple(at::bmm(g, ks), at::bmm(g.transpose(1, 2), qs), at::bmm(w.transpose(1, 2), gs));
-        };
-        std::tie(dq, dk, dv) = of_kind(low_q, low_k, low_v, low_grad, bucket_logsumexp, exact.logical_not());
-        const auto [exact_dq, exact_dk, exact_dv] = of_kind(bucket_q, bucket_k, bucket_v, bucket_grad, take(rows_logsumexp, bucket), exact);
-        dq = out_of_basis(dq, p.p_q) + exact_dq;
-        dk = out_of_basis(dk, p.p_k) + exact_dk;
-        dv = out_of_basis(dv, p.p_v) + exact_dv;
-      } else {
-        std::tie(dq, dk, dv) = attention_rows_backward(low_grad, low_q, low_k, low_v, bucket_logsumexp, take(rows_delta, bucket), s.scale);
-        dq = out_of_basis(dq, p.p_q);
-        dk = out_of_basis(dk, p.p_k);
-        dv = out_of_basis(dv, p.p_v);
+      const at::Tensor bucket_delta = take(rows_delta, bucket);
+      const auto gradients_of = [&](const at::Tensor& qs, const at::Tensor& ks, const at::Tensor& vs, const at::Tensor& gs, const at::Tensor& lse, const at::Tensor& left_out) {
+        const auto scores = at::bmm(qs, ks.transpose(1, 2)).to(lse.scalar_type()) * s.scale;
+        const auto weights = (scores - lse.unsqueeze(2)).exp_().masked_fill_(left_out, 0);
+        const auto grads = weights * (at::bmm(gs, vs.transpose(1, 2)) - bucket_delta.unsqueeze(2)) * s.scale;
+        const auto w = weights.to(q.scalar_type()), g = grads.to(q.scalar_type());
+        return std::tuple(at::bmm(g, ks), at::bmm(g.transpose(1, 2), qs), at::bmm(w.transpose(1, 2), gs));
+      };
+      const at::Tensor exact = bucket.ranks.gated(s.d) ? exact_of(plan.exact, bucket, run, s).to(q.device()) : at::Tensor();
+      auto [dq, dk, dv] = exact.defined() ? gradients_of(low_q, low_k, low_v, low_grad, bucket_logsumexp, exact)
+                                          : attention_rows_backward(low_grad, low_q, low_k, low_v, bucket_logsumexp, bucket_delta, s.scale);
+      dq = out_of_basis(dq, p.p_q);
+      dk = out_of_basis(dk, p.p_k);
+      dv = out_of_basis(dv, p.p_v);
+      if (exact.defined()) {
+        const auto [exact_dq, exact_dk, exact_dv] = gradients_of(bucket_q, take(rows_k, bucket), take(rows_v, bucket), take(rows_grad, bucket),
+                                                                 take(rows_logsumexp, bucket), exact.logical_not());
+        dq = dq + exact_dq;
+        dk = dk + exact_dk;
+        dv = dv + exact_dv;
       }
       put(run_grad_q, bucket, dq);
       put(run_grad_k, bucket, dk);

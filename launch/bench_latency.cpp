@@ -101,21 +101,18 @@ class Rig {
     constexpr float kNone = 2;  // more than a whole row
     const auto at_gate = [&](float gate) { return std::make_shared<PairsPolicy>(std::vector<Ranks>(levels(in.length()), {all.qk, all.v, gate}), Ranks{0, 0}); };
     const double entries = static_cast<double>(in.heads() * in.length()) * static_cast<double>(in.length()) / 2;
-    float low = 1e-6F, high = 1;
-    exact_entries = 0;
-    for (int step = 0; any && step < 12; ++step) {
+    const auto exact_under = [&](const std::shared_ptr<RankPolicy>& policy) {
       std::shared_ptr<LayerPlan> plan;
-      attend(in, at_gate(std::sqrt(low * high)), 0, plan);
-      exact_entries = plan->lowrank->exact.keys.numel();
-      (static_cast<double>(*exact_entries) > kExactShare * entries ? low : high) = std::sqrt(low * high);
+      attend(in, policy, 0, plan);
+      return plan->lowrank->exact.keys.numel();
+    };
+    float low = 1e-6F, high = 1;
+    for (int step = 0; any && step < 12; ++step) {
+      const float middle = std::sqrt(low * high);
+      (static_cast<double>(exact_under(at_gate(middle))) > kExactShare * entries ? low : high) = middle;
     }
-    if (!any) {
-      return at_gate(kNone);
-    }
-    const auto policy = at_gate(high);
-    std::shared_ptr<LayerPlan> plan;
-    attend(in, policy, 0, plan);
-    exact_entries = plan->lowrank->exact.keys.numel();
+    const auto policy = at_gate(any ? high : kNone);
+    exact_entries = exact_under(policy);
     return policy;
   }
 

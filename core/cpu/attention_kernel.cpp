@@ -234,7 +234,7 @@ void gathered_dots(int64_t d, const float* x, const float* rows, const int32_t* 
         sums[i] = _mm256_fmadd_ps(y, _mm256_loadu_ps(row[i] + j), sums[i]);
       }
     }
-    if constexpr (n == 4) {
+    if constexpr (n == kAtOnce) {
       const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(sums[0], sums[1]), _mm256_hadd_ps(sums[2], sums[3]));
       _mm_storeu_ps(dots + first, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
     } else {
