@@ -185,7 +185,7 @@ void print_start(const Environment& environment, const MeshShape& shape, const M
 }
 
 nlohmann::ordered_json summary_json(const TrainResult& result, const TrainerOptions& options, const Environment& environment,
-                                    const MeshShape& shape, const OnlineBalance* balance, const AttentionClock& clock) {
+                                    const MeshShape& shape, const OnlineBalance* balance, const AttentionClock* clock) {
   nlohmann::ordered_json json;
   const auto put = [&](const char* key, double value) {
     if (std::isfinite(value)) {
@@ -202,8 +202,8 @@ nlohmann::ordered_json summary_json(const TrainResult& result, const TrainerOpti
   put("valid_ppl_before", std::exp(result.valid_loss_before));
   put("valid_ppl_after", std::exp(result.valid_loss_after));
   put("step_seconds", result.step_seconds);
-  if (FLAGS_device == "cpu") {
-    json["attention_seconds"] = clock.seconds();  // a GPU's work goes on after the call
+  if (clock != nullptr) {
+    json["attention_seconds"] = clock->seconds();
   }
   put("tokens_per_second",
       static_cast<double>(result.steps_this_run * options.global_batch * FLAGS_seq_len) / result.step_seconds);
@@ -269,8 +269,8 @@ ExitCode train(const Environment& environment) {
     AttentionSetup attention = attention_flags(config, mesh, device);
     const auto online = online_policy_flags(environment, config, mesh, device, FLAGS_global_batch * FLAGS_seq_len, attention);
     const auto balance = online_balance(FLAGS_balance_every, config, mesh, device, attention);
-    const auto clock = std::make_shared<AttentionClock>(attention.controller);
-    model = std::make_unique<CausalLM>(config, mesh.tp(), clock, model_options);
+    const auto clock = device.is_cpu() ? std::make_shared<AttentionClock>(attention.controller) : nullptr;  // a GPU's work goes on after the call
+    model = std::make_unique<CausalLM>(config, mesh.tp(), clock ? clock : std::shared_ptr<AttentionController>(attention.controller), model_options);
     model->load(FLAGS_model);
     if (leader) {
       print_start(environment, shape, config, *model, attention.controller->describe(), data, options);
@@ -304,7 +304,7 @@ ExitCode train(const Environment& environment) {
       }
     }
     if (leader && !FLAGS_json.empty()) {
-      write_text(FLAGS_json, summary_json(result, options, environment, shape, balance.get(), *clock).dump(2) + "\n");
+      write_text(FLAGS_json, summary_json(result, options, environment, shape, balance.get(), clock.get()).dump(2) + "\n");
     }
     mesh.world().barrier();
     code = result.interrupted ? ExitCode::kInterrupted : ExitCode::kSuccess;
