@@ -2,7 +2,9 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <atomic>
+#include <map>
 
 #include "core/cpu/basis_kernel.h"
 #include "core/cpu/tasks.h"
@@ -119,6 +121,30 @@ void for_each_share(int64_t n, const Work& work) {
   });
 }
 
+// update_bases by the CPU's kernel, which must fit d and the ranks; right [S, d, d or more than the largest rank]. False if an item failed.
+bool update_items(const at::Tensor& right, const at::Tensor& gram_x, const at::Tensor& gram_y, const std::vector<int64_t>& ranks, int64_t steps, Basis& result) {
+  const int64_t n = gram_x.size(0), d = gram_x.size(1);
+  int64_t columns = 0;
+  for (const int64_t rank : ranks) {
+    columns = rank < d || right.size(2) < d ? std::max(columns, rank) : columns;
+  }
+  const auto options = gram_x.options().dtype(at::kFloat);
+  result = {at::empty({n, d, columns}, options), at::empty({n, d, columns}, options), {}};
+  const auto start = right.contiguous(), x = gram_x.contiguous(), y = gram_y.contiguous();
+  const auto item_of = [&](const auto* data, const at::Tensor& of, int64_t i) { return data + i * of.size(0) / n * of.stride(0); };
+  std::atomic<bool> failed{false};
+  cpu::for_each_task(n, 2 * cpu::update_scratch_size(d, columns), [&](int64_t i, float* scratch) {
+    const int64_t rank = ranks[static_cast<size_t>(i)];
+    if (rank <= columns && !cpu::update_item(d, rank, steps, item_of(start.const_data_ptr<float>(), start, i), start.size(2),
+                                             item_of(x.const_data_ptr<double>(), x, i), item_of(y.const_data_ptr<double>(), y, i), kUpdateSettings,
+                                             result.left.data_ptr<float>() + i * d * columns, result.right.data_ptr<float>() + i * d * columns, columns,
+                                             reinterpret_cast<double*>(scratch))) {
+      failed = true;
+    }
+  });
+  return !failed;
+}
+
 }  // namespace
 
 Basis update_basis(const at::Tensor& right, const at::Tensor& gram_x, const at::Tensor& gram_y, int64_t steps) {
@@ -132,33 +158,55 @@ Basis update_basis(const at::Tensor& right, const at::Tensor& gram_x, const at::
     return result;
   }
 #endif
+  if (!gram_x.is_cuda() && right.scalar_type() == at::kFloat && cpu::basis_kernel_fits(right.size(1), right.size(2))) {
+    const std::vector<int64_t> ranks(static_cast<size_t>(right.size(0)), right.size(2));
+    if (Basis result; update_items(right, gram_x, gram_y, ranks, steps, result)) {
+      return result;
+    }  // else below, which says what is wrong
+  }
   check_finite("update_basis", gram_x, gram_y);
   if (gram_x.is_cuda()) {
     return update_batch(right, gram_x, gram_y, steps);
   }
   const auto options = gram_x.options().dtype(at::kFloat);
   Basis result{at::empty(right.sizes(), options), at::empty(right.sizes(), options), {}};
-  const int64_t d = right.size(1), rank = right.size(2);
-  if (right.scalar_type() == at::kFloat && cpu::basis_kernel_fits(d, rank)) {
-    const auto start = right.contiguous(), x = gram_x.contiguous(), y = gram_y.contiguous();
-    std::atomic<bool> failed{false};
-    cpu::for_each_task(right.size(0), 2 * cpu::update_scratch_size(d, rank), [&](int64_t i, float* scratch) {
-      const auto of = [&](const auto& tensor, int64_t width) { return tensor + i * d * width; };
-      if (!cpu::update_item(d, rank, steps, of(start.const_data_ptr<float>(), rank), of(x.const_data_ptr<double>(), d),
-                            of(y.const_data_ptr<double>(), d), kUpdateSettings, of(result.left.data_ptr<float>(), rank),
-                            of(result.right.data_ptr<float>(), rank), reinterpret_cast<double*>(scratch))) {
-        failed = true;
-      }
-    });
-    if (!failed) {
-      return result;
-    }  // else below, which says what is wrong
-  }
   for_each_share(right.size(0), [&](int64_t begin, int64_t end) {
     const Basis part = update_batch(right.slice(0, begin, end), gram_x.slice(0, begin, end), gram_y.slice(0, begin, end), steps);
     result.left.slice(0, begin, end).copy_(part.left);
     result.right.slice(0, begin, end).copy_(part.right);
   });
+  return result;
+}
+
+Basis update_bases(const at::Tensor& right, const at::Tensor& gram_x, const at::Tensor& gram_y, const std::vector<int64_t>& ranks, int64_t steps) {
+  at::NoGradGuard no_grad;
+  const int64_t n = gram_x.size(0), d = gram_x.size(1);
+  TORCH_CHECK(right.dim() == 3 && gram_x.dim() == 3 && gram_y.dim() == 3 && gram_x.size(2) == d && gram_y.sizes().slice(1) == gram_x.sizes().slice(1) &&
+                  right.sizes().slice(1) == gram_x.sizes().slice(1) && right.size(0) > 0 && n % right.size(0) == 0 && gram_y.size(0) > 0 && n % gram_y.size(0) == 0,
+              "update_bases: starts ", right.sizes(), ", Grams ", gram_x.sizes(), " and ", gram_y.sizes());
+  std::map<int64_t, std::vector<int64_t>> items_of;
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    if (ranks[i] < d) {
+      items_of[ranks[i]].push_back(static_cast<int64_t>(i));
+    }
+  }
+  TORCH_CHECK(static_cast<int64_t>(ranks.size()) == n && !items_of.empty() && items_of.begin()->first >= 1, "update_bases: ", ranks.size(), " ranks of ", n,
+              " items of head dim ", d, ", expected one each from 1 on, some below ", d);
+  const bool in_kernel = !gram_x.is_cuda() && right.scalar_type() == at::kFloat &&
+                         std::all_of(items_of.begin(), items_of.end(), [&](const auto& of) { return cpu::basis_kernel_fits(d, of.first); });
+  Basis result;
+  if (in_kernel && update_items(right, gram_x, gram_y, ranks, steps, result)) {
+    return result;
+  }
+  const auto room = [&] { return at::empty({n, d, items_of.rbegin()->first}, gram_x.options().dtype(at::kFloat)); };
+  result = {room(), room(), {}};
+  for (const auto& [rank, items] : items_of) {
+    const auto index = on_device(items, gram_x.device());
+    const auto shared = [&](const at::Tensor& x) { return x.index_select(0, index.div(n / x.size(0), "floor")); };
+    const Basis updated = update_basis(shared(right.narrow(2, 0, rank)), shared(gram_x), shared(gram_y), steps);
+    result.left.narrow(2, 0, rank).index_copy_(0, index, updated.left);
+    result.right.narrow(2, 0, rank).index_copy_(0, index, updated.right);
+  }
   return result;
 }
 

@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include <vector>
+
 namespace drrl {
 
 /// Bases of the best low-rank approximations of products X Y^T, known only through their Grams.
@@ -40,6 +42,13 @@ Basis solve_basis(const at::Tensor& gram_x, const at::Tensor& gram_y);
 /// Errors: as solve_basis. On CUDA, where d is a multiple of 4 and r of 8, the call does not wait for the device: bases of bad Grams are NaN, and a later
 /// call throws.
 Basis update_basis(const at::Tensor& right, const at::Tensor& gram_x, const at::Tensor& gram_y, int64_t steps);
+
+/// update_basis of items whose ranks differ, in one call. Item i of N starts from the first ranks[i] columns of right[i S / N] and takes gram_x[i] and
+/// gram_y[i M / N]: neighbours share what is theirs in common. A rank of d makes no basis.
+///
+/// right [S, d, d] float32, gram_x [N, d, d], gram_y [M, d, d], S and M divisors of N; N ranks from 1 to d, some below d. Returns bases [N, d, largest rank below d]; columns
+/// beyond an item's rank are not defined. Errors: as update_basis.
+Basis update_bases(const at::Tensor& right, const at::Tensor& gram_x, const at::Tensor& gram_y, const std::vector<int64_t>& ranks, int64_t steps);
 
 /// The exact loss of a basis on *any* data with the given Grams, without decomposition and for every rank at once:
 ///   tail(r) = || X Y^T - X P_x P_y^T Y^T ||_F^2 = tr(G_x M_r G_y M_r^T),  M_r = I - left[:, :r] right[:, :r]^T.

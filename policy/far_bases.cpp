@@ -9,7 +9,7 @@
 namespace drrl {
 namespace {
 
-// The matrices X^T X and Y^T Y of each pair's product X Y^T, [B G pairs, d, d].
+// The matrices X^T X [B G pairs, d, d] and Y^T Y of each pair's product X Y^T; Y^T Y for every pair, or one for all pairs of a sequence and KV group, [B G, d, d].
 struct Problem {
   at::Tensor gram_x, gram_y;
 };
@@ -18,8 +18,7 @@ Problem problem_of(FarKind kind, const PairGrams& grams, const at::Tensor& w_o) 
   if (kind == FarKind::kScores) {
     return {grams.queries.flatten(0, 2), grams.keys.flatten(0, 2)};
   }
-  const auto output = output_gram(w_o, grams.values.size(1), grams.values.size(4)).unsqueeze(1);
-  return {grams.values.flatten(0, 2), output.expand_as(grams.values).flatten(0, 2)};
+  return {grams.values.flatten(0, 2), for_batch(output_gram(w_o, grams.values.size(1), grams.values.size(4)), grams.values.size(0))};
 }
 
 // The items whose rank of this kind is below d, by rank.
@@ -47,7 +46,7 @@ FarBases solve_far_bases(const PairGrams& grams, const at::Tensor& w_o, bool sco
   FarBases bases;
   const auto solve = [&](FarKind kind, Basis& into) {
     const Problem p = problem_of(kind, grams, w_o);
-    into = solve_basis(p.gram_x, p.gram_y);
+    into = solve_basis(p.gram_x, p.gram_y.repeat_interleave(p.gram_x.size(0) / p.gram_y.size(0), 0));
     bases.solves += p.gram_x.size(0);
   };
   if (scores) {
@@ -63,7 +62,7 @@ FarBases solve_far_bases(const PairGrams& grams, const at::Tensor& w_o, bool sco
 
 FarBases update_far_bases(const PairGrams& grams, const at::Tensor& w_o, const std::vector<Ranks>& ranks, const at::Tensor& start, int64_t steps) {
   at::NoGradGuard no_grad;
-  const int64_t d = grams.keys.size(4), pairs = grams.keys.size(2);
+  const int64_t d = grams.keys.size(4);
   FarBases bases;
   for (const FarKind kind : {FarKind::kScores, FarKind::kValues}) {
     const auto items_of = items_by_rank(ranks, kind, d);
@@ -71,19 +70,14 @@ FarBases update_far_bases(const PairGrams& grams, const at::Tensor& w_o, const s
       continue;
     }
     bases.flops += kind == FarKind::kValues ? output_gram_flops(w_o.size(0), w_o.size(1) / d, d) : 0;
+    std::vector<int64_t> of_kind;
+    for (const Ranks& r : ranks) {
+      of_kind.push_back(kind == FarKind::kScores ? r.qk : r.v);
+    }
     const Problem p = problem_of(kind, grams, w_o);
-    const auto from = start.select(1, static_cast<int64_t>(kind));
-    const int64_t columns = items_of.rbegin()->first;
-    const auto room = [&] { return at::empty({p.gram_x.size(0), d, columns}, p.gram_x.options().dtype(at::kFloat)); };
     Basis& result = kind == FarKind::kScores ? bases.scores : bases.values;
-    result = {room(), room(), {}};
+    result = update_bases(start.select(1, static_cast<int64_t>(kind)), p.gram_x, p.gram_y, of_kind, steps);
     for (const auto& [rank, items] : items_of) {
-      const auto index = on_device(items, p.gram_x.device());
-      const auto of = [&](const at::Tensor& x) { return x.index_select(0, index); };
-      const auto first = from.narrow(2, 0, rank).index_select(0, index.div(pairs, "floor"));
-      const Basis updated = update_basis(first, of(p.gram_x), of(p.gram_y), steps);
-      result.left.narrow(2, 0, rank).index_copy_(0, index, updated.left);
-      result.right.narrow(2, 0, rank).index_copy_(0, index, updated.right);
       bases.updates += static_cast<int64_t>(items.size()) * steps;
       bases.flops += static_cast<double>(items.size()) * basis_update_flops(d, rank, steps);
     }
@@ -98,7 +92,11 @@ at::Tensor first_pair_bases(const PairGrams& grams, const at::Tensor& w_o) {
   return at::stack({bases.scores.right, bases.values.right}, 1);
 }
 
-at::Tensor for_batch(const at::Tensor& of_layer, int64_t batch) { return of_layer.repeat({batch, 1, 1, 1}); }
+at::Tensor for_batch(const at::Tensor& of_layer, int64_t batch) {
+  std::vector<int64_t> times(static_cast<size_t>(of_layer.dim()), 1);
+  times.front() = batch;
+  return of_layer.repeat(times);
+}
 
 at::Tensor residual_factors(const PairGrams& grams, const Basis& scores, const std::vector<Ranks>& ranks, const std::vector<int64_t>& keys) {
   at::NoGradGuard no_grad;

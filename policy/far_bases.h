@@ -36,7 +36,7 @@ FarBases update_far_bases(const PairGrams& grams, const at::Tensor& w_o, const s
 /// queries; one for each (sequence, KV group) and kind.
 at::Tensor first_pair_bases(const PairGrams& grams, const at::Tensor& w_o);
 
-/// A layer's starting bases [G, 2, d, d] for every sequence of a batch: [B G, 2, d, d].
+/// What a layer has for each KV group, such as starting bases [G, 2, d, d], for every sequence of a batch: [B G, ..].
 at::Tensor for_batch(const at::Tensor& of_layer, int64_t batch);
 
 /// residual_factor of each pair's score basis at its rank: [B G pairs, d, m] float32, of pairs with `keys[pair]` keys. Undefined if every rank is d; not

@@ -20,9 +20,9 @@ constexpr int64_t kKeyBlock = 256;
 constexpr float kLargestExponent = 60;  // an exact score may exceed a row's maximum by so much before the maximum is raised
 constexpr int64_t kScoreStride = kKeyBlock + kWidth;  // not a power of two, so that a column does not fall into one cache set
 
-// c[M x 16] = or += sum over i < depth of a(row, i) b[i][0..15]; a(row, i) is a[row a_stride + i], or a[i a_stride + row] if transposed.
+// c[M x 16] = or += sum over i < depth of a(row, i) b[i b_stride + 0..15]; a(row, i) is a[row a_stride + i], or a[i a_stride + row] if transposed.
 template <int M, bool kTransposed, bool kAccumulate>
-inline void tile(int64_t depth, const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride) {
+inline void tile(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride) {
   __m256 sum[M][2];
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m) {
@@ -32,7 +32,7 @@ inline void tile(int64_t depth, const float* a, int64_t a_stride, const float* b
   for (int64_t i = 0; i < depth; ++i) {
     const __m256 b0 = _mm256_loadu_ps(b);
     const __m256 b1 = _mm256_loadu_ps(b + 8);
-    b += kWidth;
+    b += b_stride;
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
       const __m256 x = _mm256_broadcast_ss(kTransposed ? a + m : a + m * a_stride);
@@ -48,26 +48,32 @@ inline void tile(int64_t depth, const float* a, int64_t a_stride, const float* b
   }
 }
 
+// c[rows x 16] likewise, of any number of rows.
+template <bool kTransposed, bool kAccumulate>
+inline void panel(int64_t rows, int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride) {
+  int64_t m = 0;
+  for (; m + kRows <= rows; m += kRows) {
+    tile<kRows, kTransposed, kAccumulate>(depth, kTransposed ? a + m : a + m * a_stride, a_stride, b, b_stride, c + m * c_stride, c_stride);
+  }
+  const float* rest = kTransposed ? a + m : a + m * a_stride;
+  float* to = c + m * c_stride;
+  switch (rows - m) {
+    case 1: tile<1, kTransposed, kAccumulate>(depth, rest, a_stride, b, b_stride, to, c_stride); break;
+    case 2: tile<2, kTransposed, kAccumulate>(depth, rest, a_stride, b, b_stride, to, c_stride); break;
+    case 3: tile<3, kTransposed, kAccumulate>(depth, rest, a_stride, b, b_stride, to, c_stride); break;
+    case 4: tile<4, kTransposed, kAccumulate>(depth, rest, a_stride, b, b_stride, to, c_stride); break;
+    case 5: tile<5, kTransposed, kAccumulate>(depth, rest, a_stride, b, b_stride, to, c_stride); break;
+    default: break;
+  }
+}
+
 // c[rows x columns] = or += a b with b packed in panels of 16 columns: [columns / 16][depth][16]. `panel_depth` is the depth that b was packed
 // with, at least `depth`.
 template <bool kTransposed, bool kAccumulate>
 void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t panel_depth, float* c,
              int64_t c_stride) {
   for (int64_t n = 0; n < columns; n += kWidth, b += panel_depth * kWidth) {
-    int64_t m = 0;
-    for (; m + kRows <= rows; m += kRows) {
-      tile<kRows, kTransposed, kAccumulate>(depth, kTransposed ? a + m : a + m * a_stride, a_stride, b, c + m * c_stride + n, c_stride);
-    }
-    const float* rest = kTransposed ? a + m : a + m * a_stride;
-    float* to = c + m * c_stride + n;
-    switch (rows - m) {
-      case 1: tile<1, kTransposed, kAccumulate>(depth, rest, a_stride, b, to, c_stride); break;
-      case 2: tile<2, kTransposed, kAccumulate>(depth, rest, a_stride, b, to, c_stride); break;
-      case 3: tile<3, kTransposed, kAccumulate>(depth, rest, a_stride, b, to, c_stride); break;
-      case 4: tile<4, kTransposed, kAccumulate>(depth, rest, a_stride, b, to, c_stride); break;
-      case 5: tile<5, kTransposed, kAccumulate>(depth, rest, a_stride, b, to, c_stride); break;
-      default: break;
-    }
+    panel<kTransposed, kAccumulate>(rows, depth, a, a_stride, b, kWidth, c + n, c_stride);
   }
 }
 
@@ -266,6 +272,23 @@ void add_rows(int64_t rows, int64_t columns, const float* x, int64_t x_stride, f
     for (int64_t j = 0; j < columns; j += 8) {
       float* y = to + i * to_stride + j;
       _mm256_storeu_ps(y, _mm256_add_ps(_mm256_loadu_ps(y), _mm256_loadu_ps(x + i * x_stride + j)));
+    }
+  }
+}
+
+void add_gram(int64_t rows, int64_t d, const float* x, int64_t x_stride, const float* weights, float* gram, float* scratch) {
+  for (int64_t first = 0; first < rows; first += kKeyBlock) {  // what is read again for every panel stays in the first-level cache
+    const int64_t count = std::min(kKeyBlock, rows - first);
+    const float* chunk = x + first * x_stride;
+    for (int64_t i = 0; weights != nullptr && i < count; ++i) {
+      const __m256 w = _mm256_set1_ps(weights[first + i]);
+      for (int64_t j = 0; j < d; j += 8) {
+        _mm256_storeu_ps(scratch + i * d + j, _mm256_mul_ps(_mm256_loadu_ps(chunk + i * x_stride + j), w));
+      }
+    }
+    for (int64_t n = 0; n < d; n += kWidth) {
+      const float* right = weights != nullptr ? scratch + n : chunk + n;
+      panel<true, true>(n + kWidth, count, chunk, x_stride, right, weights != nullptr ? d : x_stride, gram + n, d);
     }
   }
 }
@@ -606,6 +629,7 @@ void pack_transposed(const float*, int64_t, int64_t, int64_t, float*) {}
 void multiply(int64_t, int64_t, int64_t, const float*, int64_t, const float*, float*, int64_t, bool) {}
 void corrections(int64_t, int64_t, int64_t, const float*, int64_t, const float*, float*, float*) {}
 void add_rows(int64_t, int64_t, const float*, int64_t, float*, int64_t) {}
+void add_gram(int64_t, int64_t, const float*, int64_t, const float*, float*, float*) {}
 int64_t key_chunk_rows() { return 1; }
 void pack_chunk(const Shape&, const float*, int64_t, const float*, int64_t, int64_t, float*) {}
 int64_t packed_queries_size(const Shape&) { return 0; }

@@ -99,6 +99,9 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const float* x, int6
 /// correction[i] = || q_i F ||^2 for the panels of F [d, columns]; scratch: rows columns floats.
 void corrections(int64_t rows, int64_t d, int64_t columns, const float* q, int64_t q_stride, const float* panels, float* correction, float* scratch);
 void add_rows(int64_t rows, int64_t columns, const float* x, int64_t x_stride, float* to, int64_t to_stride);
+/// gram [d, d] += X^T diag(weights) X for x [rows, d] and weights [rows], null: ones; its upper triangle, other entries are not defined. d: a multiple of kWidth;
+/// scratch: key_chunk_rows() d floats.
+void add_gram(int64_t rows, int64_t d, const float* x, int64_t x_stride, const float* weights, float* gram, float* scratch);
 
 /// Rows of keys in one chunk of the packed layout, and chunk `chunk` of `pack`: all its rows belong to keys [chunk key_chunk_rows(), ...).
 int64_t key_chunk_rows();

@@ -172,8 +172,8 @@ bool basis_kernel_fits(int64_t d, int64_t rank) {
 
 int64_t update_scratch_size(int64_t d, int64_t rank) { return 4 * rank * d + 2 * rank * rank + rank; }
 
-bool update_item(int64_t d, int64_t rank, int64_t steps, const float* start, const double* gram_x, const double* gram_y,
-                 const UpdateSettings& settings, float* left, float* right, double* scratch) {
+bool update_item(int64_t d, int64_t rank, int64_t steps, const float* start, int64_t start_columns, const double* gram_x, const double* gram_y,
+                 const UpdateSettings& settings, float* left, float* right, int64_t columns, double* scratch) {
   const int64_t size = rank * d;
   double *l = scratch, *r = l + size;
   double* inner = r + size;
@@ -181,7 +181,7 @@ bool update_item(int64_t d, int64_t rank, int64_t steps, const float* start, con
   const Item item{d, rank, settings, inner, inner + rank * rank, image, image + size, image + 2 * size};
   for (int64_t i = 0; i < rank; ++i) {
     for (int64_t j = 0; j < d; ++j) {
-      r[i * d + j] = start[j * rank + i];
+      r[i * d + j] = start[j * start_columns + i];
     }
   }
   item.unit(r);
@@ -202,8 +202,8 @@ bool update_item(int64_t d, int64_t rank, int64_t steps, const float* start, con
     const double of_left = std::sqrt(dot(d, l + i * d, l + i * d)), of_right = std::sqrt(dot(d, r + i * d, r + i * d));
     const double balance = std::max(std::sqrt(of_right / std::max(of_left, 1e-300)), 1e-300);
     for (int64_t j = 0; j < d; ++j) {
-      left[j * rank + i] = static_cast<float>(l[i * d + j] * balance);
-      right[j * rank + i] = static_cast<float>(r[i * d + j] / balance);
+      left[j * columns + i] = static_cast<float>(l[i * d + j] * balance);
+      right[j * columns + i] = static_cast<float>(r[i * d + j] / balance);
     }
   }
   return true;
@@ -271,7 +271,7 @@ namespace drrl::cpu {
 
 bool basis_kernel_fits(int64_t, int64_t) { return false; }
 int64_t update_scratch_size(int64_t, int64_t) { return 0; }
-bool update_item(int64_t, int64_t, int64_t, const float*, const double*, const double*, const UpdateSettings&, float*, float*, double*) {
+bool update_item(int64_t, int64_t, int64_t, const float*, int64_t, const double*, const double*, const UpdateSettings&, float*, float*, int64_t, double*) {
   return false;
 }
 int64_t residual_scratch_size(int64_t, int64_t, int64_t) { return 0; }
