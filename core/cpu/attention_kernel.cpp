@@ -20,8 +20,8 @@ constexpr int64_t kKeyBlock = 256;
 constexpr float kLargestExponent = 60;  // an exact score may exceed a row's maximum by so much before the maximum is raised
 constexpr int64_t kScoreStride = kKeyBlock + kWidth;  // not a power of two, so that a column does not fall into one cache set
 
-// c[M x 16] = or += sum over i < depth of a(row, i) b[i b_stride + 0..15]; a(row, i) is a[row a_stride + i], or a[i a_stride + row] if transposed.
-template <int M, bool kTransposed, bool kAccumulate>
+// c[M x 16] = or += sum over i < depth of a(row, i) b[i b_stride + 0..15]; a(row, i) is a[row a_stride + i], or a[i a_stride + row] if transposed. Packed: b_stride is kWidth.
+template <int M, bool kTransposed, bool kAccumulate, bool kPacked>
 inline void tile(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride) {
   __m256 sum[M][2];
 #pragma GCC unroll 6
@@ -32,7 +32,7 @@ inline void tile(int64_t depth, const float* a, int64_t a_stride, const float* b
   for (int64_t i = 0; i < depth; ++i) {
     const __m256 b0 = _mm256_loadu_ps(b);
     const __m256 b1 = _mm256_loadu_ps(b + 8);
-    b += b_stride;
+    b += kPacked ? kWidth : b_stride;
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
       const __m256 x = _mm256_broadcast_ss(kTransposed ? a + m : a + m * a_stride);
@@ -49,20 +49,20 @@ inline void tile(int64_t depth, const float* a, int64_t a_stride, const float* b
 }
 
 // c[rows x 16] likewise, of any number of rows.
-template <bool kTransposed, bool kAccumulate>
+template <bool kTransposed, bool kAccumulate, bool kPacked>
 inline void panel(int64_t rows, int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride) {
   int64_t m = 0;
   for (; m + kRows <= rows; m += kRows) {
-    tile<kRows, kTransposed, kAccumulate>(depth, kTransposed ? a + m : a + m * a_stride, a_stride, b, b_stride, c + m * c_stride, c_stride);
+    tile<kRows, kTransposed, kAccumulate, kPacked>(depth, kTransposed ? a + m : a + m * a_stride, a_stride, b, b_stride, c + m * c_stride, c_stride);
   }
   const float* rest = kTransposed ? a + m : a + m * a_stride;
   float* to = c + m * c_stride;
   switch (rows - m) {
-    case 1: tile<1, kTransposed, kAccumulate>(depth, rest, a_stride, b, b_stride, to, c_stride); break;
-    case 2: tile<2, kTransposed, kAccumulate>(depth, rest, a_stride, b, b_stride, to, c_stride); break;
-    case 3: tile<3, kTransposed, kAccumulate>(depth, rest, a_stride, b, b_stride, to, c_stride); break;
-    case 4: tile<4, kTransposed, kAccumulate>(depth, rest, a_stride, b, b_stride, to, c_stride); break;
-    case 5: tile<5, kTransposed, kAccumulate>(depth, rest, a_stride, b, b_stride, to, c_stride); break;
+    case 1: tile<1, kTransposed, kAccumulate, kPacked>(depth, rest, a_stride, b, b_stride, to, c_stride); break;
+    case 2: tile<2, kTransposed, kAccumulate, kPacked>(depth, rest, a_stride, b, b_stride, to, c_stride); break;
+    case 3: tile<3, kTransposed, kAccumulate, kPacked>(depth, rest, a_stride, b, b_stride, to, c_stride); break;
+    case 4: tile<4, kTransposed, kAccumulate, kPacked>(depth, rest, a_stride, b, b_stride, to, c_stride); break;
+    case 5: tile<5, kTransposed, kAccumulate, kPacked>(depth, rest, a_stride, b, b_stride, to, c_stride); break;
     default: break;
   }
 }
@@ -73,7 +73,7 @@ template <bool kTransposed, bool kAccumulate>
 void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t panel_depth, float* c,
              int64_t c_stride) {
   for (int64_t n = 0; n < columns; n += kWidth, b += panel_depth * kWidth) {
-    panel<kTransposed, kAccumulate>(rows, depth, a, a_stride, b, kWidth, c + n, c_stride);
+    panel<kTransposed, kAccumulate, true>(rows, depth, a, a_stride, b, kWidth, c + n, c_stride);
   }
 }
 
@@ -288,7 +288,7 @@ void add_gram(int64_t rows, int64_t d, const float* x, int64_t x_stride, const f
     }
     for (int64_t n = 0; n < d; n += kWidth) {
       const float* right = weights != nullptr ? scratch + n : chunk + n;
-      panel<true, true>(n + kWidth, count, chunk, x_stride, right, weights != nullptr ? d : x_stride, gram + n, d);
+      panel<true, true, false>(n + kWidth, count, chunk, x_stride, right, weights != nullptr ? d : x_stride, gram + n, d);
     }
   }
 }
