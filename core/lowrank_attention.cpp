@@ -150,7 +150,19 @@ at::Tensor run_view(const at::Tensor& x, const PairRun& run, const Shape& s) {
   return token_runs(x, s.groups, run.query_begin, run.count, run.query_rows, run.stride);
 }
 
-// Of a bucket with a gate, as a matrix, which the CPU kernel does without: right, but not faster than exact attention.
+// Buckets with a gate make their scores a matrix, which the CPU kernel does without: right, but not faster than exact attention. Some rows at a time, so that
+// a matrix has at most so many entries.
+constexpr int64_t kMatrixEntries = 1 << 20;
+
+// work(first row, rows) for matrices [n, rows, keys], or one row of each.
+template <typename Work>
+void for_row_slices(int64_t n, int64_t rows, int64_t keys, const Work& work) {
+  const int64_t most = std::max<int64_t>(1, kMatrixEntries / (n * keys));
+  for (int64_t first = 0; first < rows; first += most) {
+    work(first, std::min(most, rows - first));
+  }
+}
+
 struct GatedScores {
   at::Tensor scores;  // [n, g rows, keys], scaled; exact ones where `exact`
   at::Tensor exact;   // of the same shape, bool
@@ -178,31 +190,31 @@ GatedScores gated_scores(const at::Tensor& rows, const at::Tensor& keys, const a
   return result;
 }
 
-// The token positions of a bucket's entries: rows of [B, H, L] and keys, [entries] int64 each. exact [n, g rows, keys].
-std::pair<at::Tensor, at::Tensor> entries_of(const at::Tensor& exact, const Bucket& bucket, const PairRun& run, const Shape& s) {
+// The token positions of a bucket's entries: rows of [B, H, L] and keys, [entries] int64 each. exact [n, rows, keys] of the g rows from `first` on.
+std::pair<at::Tensor, at::Tensor> entries_of(const at::Tensor& exact, int64_t first, const Bucket& bucket, const PairRun& run, const Shape& s) {
   const auto at = exact.nonzero().to(at::kCPU);  // [entries, 3]
   const auto item = at::tensor(bucket.within_run, at::kLong).index_select(0, at.select(1, 0));
   const auto sequence = item.div(run.count, "floor"), pair = item.remainder(run.count) * run.stride;
-  const auto head = at.select(1, 1).div(run.query_rows, "floor"), row = at.select(1, 1).remainder(run.query_rows);
-  const auto token = (sequence * (s.heads / s.groups) + head) * s.length + run.query_begin + pair + row;
+  const auto row = at.select(1, 1) + first, head = row.div(run.query_rows, "floor");
+  const auto token = (sequence * (s.heads / s.groups) + head) * s.length + run.query_begin + pair + row.remainder(run.query_rows);
   return {token, run.key_begin + pair + at.select(1, 2)};
 }
 
-// The inverse, [n, g rows, keys] bool.
-at::Tensor exact_of(const ExactEntries& entries, const Bucket& bucket, const PairRun& run, const Shape& s) {
+// The inverse, [n, rows, keys] bool.
+at::Tensor exact_of(const ExactEntries& entries, int64_t first, int64_t rows, const Bucket& bucket, const PairRun& run, const Shape& s) {
   const int64_t g = s.heads / s.groups;
-  auto exact = at::zeros({static_cast<int64_t>(bucket.within_run.size()), g * run.query_rows, run.key_rows}, at::kBool);
+  auto exact = at::zeros({static_cast<int64_t>(bucket.within_run.size()), rows, run.key_rows}, at::kBool);
   auto to = exact.accessor<bool, 3>();
   const int64_t* begin = entries.begin.const_data_ptr<int64_t>();
   const int32_t* keys = entries.keys.const_data_ptr<int32_t>();
   for (size_t i = 0; i < bucket.within_run.size(); ++i) {
     const int64_t sequence = bucket.within_run[i] / run.count, pair = bucket.within_run[i] % run.count * run.stride;
-    for (int64_t n = 0; n < g * run.query_rows; ++n) {
+    for (int64_t n = first; n < first + rows; ++n) {
       const int64_t row = (sequence * g + n / run.query_rows) * s.length + run.query_begin + pair + n % run.query_rows;
       for (int64_t e = begin[row]; e < begin[row + 1]; ++e) {
         const int64_t key = keys[e] - run.key_begin - pair;
         if (key >= 0 && key < run.key_rows) {
-          to[static_cast<int64_t>(i)][n][key] = true;
+          to[static_cast<int64_t>(i)][n - first][key] = true;
         }
       }
     }
@@ -264,13 +276,19 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
       at::Tensor part_out, part_logsumexp;
       if (bucket.ranks.gated(s.d)) {
         const auto before = take(met.reshape(far_logsumexp.back().sizes()), bucket);
-        const auto gated = gated_scores(bucket_q, bucket_k, low_q, low_k, correction, before, bucket.ranks.gate, s.scale);
-        part_logsumexp = gated.scores.logsumexp(2);
-        const auto weights = (gated.scores - part_logsumexp.unsqueeze(2)).exp_().to(q.scalar_type());
-        part_out = out_of_basis(at::bmm(weights.masked_fill(gated.exact, 0), low_v), p.p_o) + at::bmm(weights * gated.exact, bucket_v);
-        const auto [rows, keys] = entries_of(gated.exact, bucket, run, s);
-        exact_rows.push_back(rows);
-        exact_keys.push_back(keys);
+        std::vector<at::Tensor> outs, sums;
+        for_row_slices(bucket_q.size(0), bucket_q.size(1), run.key_rows, [&](int64_t first, int64_t rows) {
+          const auto of = [&](const at::Tensor& x) { return x.defined() ? x.narrow(1, first, rows) : x; };
+          const auto gated = gated_scores(of(bucket_q), bucket_k, of(low_q), low_k, of(correction), of(before), bucket.ranks.gate, s.scale);
+          sums.push_back(gated.scores.logsumexp(2));
+          const auto weights = (gated.scores - sums.back().unsqueeze(2)).exp_().to(q.scalar_type());
+          outs.push_back(out_of_basis(at::bmm(weights.masked_fill(gated.exact, 0), low_v), p.p_o) + at::bmm(weights * gated.exact, bucket_v));
+          const auto [at_rows, at_keys] = entries_of(gated.exact, first, bucket, run, s);
+          exact_rows.push_back(at_rows);
+          exact_keys.push_back(at_keys);
+        });
+        part_out = at::cat(outs, 1);
+        part_logsumexp = at::cat(sums, 1);
       } else {
         std::tie(part_out, part_logsumexp) = attention_rows(low_q, low_k, low_v, s.scale);
         if (correction.defined()) {
@@ -306,6 +324,41 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
     add_rows(out, s.groups, runs[i], runs[i].query_begin, runs[i].query_rows, expanded, share);
   }
   return {out, logsumexp};
+}
+
+struct Operands {
+  at::Tensor q, k, v, grad, logsumexp;  // [n, rows or keys, width], [n, rows]
+};
+struct Gradients {
+  at::Tensor q, k, v;
+};
+
+// Gradients of a bucket with a gate: of its entries at low rank, and of those that are exact. exact(first row, rows) says which are, [n, rows, keys].
+template <typename Exact>
+std::pair<Gradients, Gradients> gated_backward(const Operands& low, const Operands& full, const at::Tensor& delta, const Shape& s, const Exact& exact) {
+  struct Sums {
+    std::vector<at::Tensor> q;
+    at::Tensor k, v;
+  };
+  Sums of_low, of_exact;
+  for_row_slices(low.q.size(0), low.q.size(1), low.k.size(1), [&](int64_t first, int64_t rows) {
+    const auto of = [&](const at::Tensor& x) { return x.narrow(1, first, rows); };
+    const auto add = [&](const Operands& x, const at::Tensor& left_out, Sums& to) {
+      const auto scores = at::bmm(of(x.q), x.k.transpose(1, 2)).to(delta.scalar_type()) * s.scale;
+      const auto weights = (scores - of(x.logsumexp).unsqueeze(2)).exp_().masked_fill_(left_out, 0);
+      const auto grads = weights * (at::bmm(of(x.grad), x.v.transpose(1, 2)) - of(delta).unsqueeze(2)) * s.scale;
+      const auto w = weights.to(x.q.scalar_type()), g = grads.to(x.q.scalar_type());
+      const auto sum = [&](at::Tensor& total, const at::Tensor& part) { total = total.defined() ? total + part : part; };
+      to.q.push_back(at::bmm(g, x.k));
+      sum(to.k, at::bmm(g.transpose(1, 2), of(x.q)).to(delta.scalar_type()));
+      sum(to.v, at::bmm(w.transpose(1, 2), of(x.grad)).to(delta.scalar_type()));
+    };
+    const at::Tensor mask = exact(first, rows);
+    add(low, mask, of_low);
+    add(full, mask.logical_not(), of_exact);
+  });
+  const auto done = [&](const Sums& x) { return Gradients{at::cat(x.q, 1), x.k.to(low.q.scalar_type()), x.v.to(low.q.scalar_type())}; };
+  return {done(of_low), done(of_exact)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,
@@ -357,25 +410,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
       }
       const auto low_grad = into_basis(take(rows_grad, bucket), p.p_o);
       const at::Tensor bucket_delta = take(rows_delta, bucket);
-      const auto gradients_of = [&](const at::Tensor& qs, const at::Tensor& ks, const at::Tensor& vs, const at::Tensor& gs, const at::Tensor& lse, const at::Tensor& left_out) {
-        const auto scores = at::bmm(qs, ks.transpose(1, 2)).to(lse.scalar_type()) * s.scale;
-        const auto weights = (scores - lse.unsqueeze(2)).exp_().masked_fill_(left_out, 0);
-        const auto grads = weights * (at::bmm(gs, vs.transpose(1, 2)) - bucket_delta.unsqueeze(2)) * s.scale;
-        const auto w = weights.to(q.scalar_type()), g = grads.to(q.scalar_type());
-        return std::tuple(at::bmm(g, ks), at::bmm(g.transpose(1, 2), qs), at::bmm(w.transpose(1, 2), gs));
-      };
-      const at::Tensor exact = bucket.ranks.gated(s.d) ? exact_of(plan.exact, bucket, run, s).to(q.device()) : at::Tensor();
-      auto [dq, dk, dv] = exact.defined() ? gradients_of(low_q, low_k, low_v, low_grad, bucket_logsumexp, exact)
-                                          : attention_rows_backward(low_grad, low_q, low_k, low_v, bucket_logsumexp, bucket_delta, s.scale);
-      dq = out_of_basis(dq, p.p_q);
-      dk = out_of_basis(dk, p.p_k);
-      dv = out_of_basis(dv, p.p_v);
-      if (exact.defined()) {
-        const auto [exact_dq, exact_dk, exact_dv] = gradients_of(bucket_q, take(rows_k, bucket), take(rows_v, bucket), take(rows_grad, bucket),
-                                                                 take(rows_logsumexp, bucket), exact.logical_not());
-        dq = dq + exact_dq;
-        dk = dk + exact_dk;
-        dv = dv + exact_dv;
+      at::Tensor dq, dk, dv;
+      if (bucket.ranks.gated(s.d)) {
+        const Operands low{low_q, low_k, low_v, low_grad, bucket_logsumexp};
+        const Operands full{bucket_q, take(rows_k, bucket), take(rows_v, bucket), take(rows_grad, bucket), take(rows_logsumexp, bucket)};
+        const auto [of_low, of_exact] = gated_backward(low, full, bucket_delta, s, [&](int64_t first, int64_t rows) {
+          return exact_of(plan.exact, first, rows, bucket, run, s).to(q.device());
+        });
+        dq = out_of_basis(of_low.q, p.p_q) + of_exact.q;
+        dk = out_of_basis(of_low.k, p.p_k) + of_exact.k;
+        dv = out_of_basis(of_low.v, p.p_v) + of_exact.v;
+      } else {
+        std::tie(dq, dk, dv) = attention_rows_backward(low_grad, low_q, low_k, low_v, bucket_logsumexp, bucket_delta, s.scale);
+        dq = out_of_basis(dq, p.p_q);
+        dk = out_of_basis(dk, p.p_k);
+        dv = out_of_basis(dv, p.p_v);
       }
       put(run_grad_q, bucket, dq);
       put(run_grad_k, bucket, dk);

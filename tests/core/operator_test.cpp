@@ -83,6 +83,7 @@ const Case kCases[] = {
     {2, 6, 3, 300, 32, {32, 4}, {{8, 8, 0.02F}, {4, 12, 0.005F}, {32, 8, 0.01F}, {8, 8, 0}, {32, 32, 0}, {8, 32}}},  // some entries exact, all, none
     {2, 6, 3, 700, 48, {128, 4}, {{16, 32, 0.02F}, {48, 16, 0.01F}, {16, 16, 0.003F}, {16, 48, 0}, {48, 48}, {16, 16}}},  // the same in the fused kernel
     {1, 6, 2, 640, 32, {64, 0}, {{16, 16, 0.01F}}},
+    {1, 2, 1, 2048, 16, {1024, 0}, {{8, 8, 0.01F}}},  // a matrix of scores in several slices
 };
 
 TEST_P(Operator, ForwardAndGradientsEqualTheReference) {
