@@ -206,6 +206,7 @@ void check_predictions(const Rig& rig, const LatencyTable& table, const std::vec
   std::optional<Calibration> calibration;
   if (!FLAGS_policy.empty()) {
     calibration = Calibration::load(FLAGS_policy);
+    check_geometry(*calibration);
   }
   for (const int64_t length : lengths) {
     const Case at_length = rig.of_length(length);

@@ -264,9 +264,9 @@ ExitCode record(const Environment& environment) {
   Measurement m(environment);
   const Calibration calibration = Calibration::load(FLAGS_policy);
   check_calibration(calibration, m.config);
-  check(ErrorKind::kUsage, calibration.ranks == m.ranks && calibration.geometry == m.geometry, "--policy=", FLAGS_policy, " is of ranks ",
-        c10::IntArrayRef(calibration.ranks), ", near_block ", calibration.geometry.near_block, " and sink_tokens ", calibration.geometry.sink_tokens,
-        ", the options say ", c10::IntArrayRef(m.ranks), ", ", m.geometry.near_block, " and ", m.geometry.sink_tokens);
+  check_geometry(calibration);
+  check(ErrorKind::kUsage, calibration.ranks == m.ranks, "--policy=", FLAGS_policy, " is of ranks ", c10::IntArrayRef(calibration.ranks), ", the options say ",
+        c10::IntArrayRef(m.ranks));
   guarded(environment, [&] {
     m.load("drrl-policy record");
     const Share groups = m.groups();

@@ -52,6 +52,12 @@ void check_calibration(const Calibration& calibration, const ModelConfig& config
         " and ", config.head_dim);
 }
 
+void check_geometry(const Calibration& calibration) {
+  const Geometry mine = geometry_flags();
+  check(ErrorKind::kUsage, calibration.geometry == mine, "--policy=", FLAGS_policy, " was calibrated with --near_block=", calibration.geometry.near_block,
+        " and --sink_tokens=", calibration.geometry.sink_tokens, ", these are ", mine.near_block, " and ", mine.sink_tokens);
+}
+
 namespace {
 
 /// "AMD EPYC", "NVIDIA H100 80GB HBM3".
@@ -151,6 +157,9 @@ BasisOptions basis_flags(const ModelConfig& config, const Share& groups, const a
   if (!FLAGS_policy.empty() && FLAGS_attention == "lowrank") {
     const Calibration& calibration = file.get();
     check_calibration(calibration, config);
+    if (kSpending.contains(FLAGS_rank_policy) || FLAGS_rank_policy == "rl") {
+      check_geometry(calibration);
+    }
     options.start = calibration.bases.narrow(1, groups.begin, groups.count).to(device);
   }
   return options;

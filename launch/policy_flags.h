@@ -21,6 +21,8 @@ std::vector<int64_t> bucket_flags(const at::Device& device, int64_t head_dim);
 
 /// Errors: Error(kUsage) unless the calibration, read from --policy, is of a model of this shape.
 void check_calibration(const Calibration& calibration, const ModelConfig& config);
+/// Errors: Error(kUsage) unless it was measured with --near_block and --sink_tokens: its damages are by distances in blocks.
+void check_geometry(const Calibration& calibration);
 
 /// What times depend on in this process: the device, --dtype, --near_block, --basis_updates and these shapes.
 LatencyKey latency_key(const at::Device& device, int64_t head_dim, int64_t heads_per_group);

@@ -28,6 +28,8 @@ LowRankController make_controller(int64_t head_dim, int64_t rank, const std::str
   Calibration calibration = Calibration::load(policy);
   check(ErrorKind::kUsage, calibration.head_dim() == head_dim, "policy ", policy, " is of a model with head_dim ", calibration.head_dim(), ", not ",
         head_dim);
+  check(ErrorKind::kUsage, rank != 0 || calibration.geometry == geometry, "policy ", policy, " was calibrated with near_block ", calibration.geometry.near_block,
+        " and sink_tokens ", calibration.geometry.sink_tokens, ", these are ", geometry.near_block, " and ", geometry.sink_tokens);
   bases.start = calibration.bases.to(device);
   auto ranks = rank != 0 ? make_fixed_policy(rank, head_dim)
                          : make_dp_policy(std::move(calibration), rank_budget, rank_buckets(device, head_dim), basis_updates);

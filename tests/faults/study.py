@@ -8,7 +8,7 @@ Each trial trains a tiny random model with drrl-train under mpirun, injects one 
   clean     no process of it is left
   sound     a restart with --resume finds a checkpoint that nothing is wrong with (or none, when none was due), at most --save_every steps back
   equal     the restarted run logs, step by step, bit for bit the losses of a run that nothing happened to
-A fault that a run must survive (a slow link, a short outage) is checked for that instead. Faults that this machine cannot make (no root, no
+A fault that a run must survive (a slow link, a short outage, a wall clock that jumps) is checked for that instead. Faults that this machine cannot make (no root, no
 network namespaces) are reported as skipped, with the reason. Exit status: 0 when every promise was kept.
 """
 
@@ -373,6 +373,21 @@ def slow_link(trial):
     return {0}
 
 
+def clock_jump(trial):
+    """The wall clock of all processes is set forward or back by up to a day, and a little later set right."""
+    pid = random_moment(trial) and trial.run.pid(0)
+    if not pid:
+        return None
+    with contextlib.suppress(FileNotFoundError):  # it has ended
+        expect("libfaults_wall_clock" in Path(f"/proc/{pid}/maps").read_text(), "the run has its own wall clock")
+    seconds = trial.rng.choice((-1, 1)) * 10 ** trial.rng.uniform(0, 4.94)
+    trial.note = f"{seconds:+.0f} s"
+    trial.set_clock(seconds)
+    time.sleep(trial.rng.random())
+    trial.set_clock(0)
+    return {0}
+
+
 FAULTS = {
     "SIGKILL at a random moment": kill_rank(random_moment),
     "SIGKILL in a checkpoint": kill_rank(checkpoint_moment),
@@ -386,9 +401,11 @@ FAULTS = {
     "network partition": partition,
     "short network outage": outage,
     "slow network": slow_link,
+    "clock jump": clock_jump,
 }
 SUPERVISED = {"SIGSTOP at a random moment", "SIGSTOP in a checkpoint", "SIGSTOP at the end", "network partition"}
 NETWORKED = {"network partition", "short network outage", "slow network"}
+GOES_ON = SUPERVISED | NETWORKED | {"clock jump"}  # and so may take as long as a whole run
 FIXED_LAYOUTS = {kind: [(1, 2)] for kind in NETWORKED} | {"hung write": [(1, 1), (1, 2)]}
 
 
@@ -439,10 +456,17 @@ class Trial:
     def __init__(self, study, kind, layout, rng):
         self.study, self.kind, self.layout, self.rng = study, kind, layout, rng
         self.world = layout[0] * layout[1]
-        self.note, self.network, self.took, self.cleanup = "", None, None, []
+        self.note, self.network, self.clock, self.took, self.cleanup = "", None, None, None, []
+
+    def set_clock(self, seconds):
+        """What the wall clock of the run's processes is off by, from now on."""
+        with open(self.clock, "r+b" if self.clock.exists() else "wb") as file:
+            file.write(struct.pack("d", seconds))
 
     def start(self, output, *flags, supervised=False):
         prefix, hosts = (self.network.prefix, self.network.hosts) if self.network else ((), ())
+        if self.clock:
+            prefix = ["env", f"LD_PRELOAD={self.study.bin.parent / 'lib/libfaults_wall_clock.so'}", f"DRRL_WALL_CLOCK={self.clock}"]
         return Run(self.study, output, *self.layout, *flags, prefix=prefix, hosts=hosts, supervised=supervised)
 
     def attempt(self, folder):
@@ -455,6 +479,9 @@ class Trial:
         if self.kind in NETWORKED:
             self.network = Network(folder)
             self.cleanup.append(lambda: self.network.close())
+        if self.kind == "clock jump":
+            self.clock = folder / "clock"
+            self.set_clock(0)
         if self.kind == "hung write":
             (output / "metrics").mkdir(parents=True)
             os.mkfifo(output / "metrics" / "metrics.csv")
@@ -466,8 +493,7 @@ class Trial:
             if codes is None:
                 return None
             injected = time.monotonic()
-            goes_on = self.kind in SUPERVISED | NETWORKED  # and so may take as long as a whole run
-            code = self.run.end((90 if goes_on else max(TIMEOUT, WATCHDOG)) + PATIENCE)
+            code = self.run.end((90 if self.kind in GOES_ON else max(TIMEOUT, WATCHDOG)) + PATIENCE)
             expect(code is not None, f"the job has not ended after the fault; left: {self.run.processes()}\n{self.run.text()[-3000:]}")
             left = self.leftovers()
             took = self.took or time.monotonic() - injected

@@ -154,6 +154,7 @@ TEST_F(TrainProgram, TheBudgetMayBeOfMeasuredTime) {
   EXPECT_LE(json["latency_fraction"].get<double>(), 0.9);
   EXPECT_NE(json["attention"].get<std::string>().find("budget 0.9 of the forward ms of "), std::string::npos) << json["attention"];
   expect_failure(dp + "--near_block=16", ExitCode::kUsage, {"latency.json", "\"near_block\" is 32, expected 16"});
+  expect_failure(dp + "--latency= --near_block=16", ExitCode::kUsage, {"ranks.safetensors was calibrated with --near_block=32 and --sink_tokens=1, these are 16 and 1"});
   expect_failure(dp + "--rank_policy=fixed --rank=4", ExitCode::kUsage, {"--latency needs", "fixed"});
   expect_failure(bin + "drrl-bench latency --latency=x --seq_len=127" + std::string(" --near_block=32 --head_dims=16"), ExitCode::kUsage, {"--seq_len=127", "--near_block=32"});
   expect_failure(bin + "drrl-bench latency --latency=x --head_dims=16,32", ExitCode::kUsage, {"--head_dims=16,32", "one shape"});
