@@ -34,12 +34,12 @@ DEFINE_double(rank_budget, 0.585, "attention operations, everything counted (wit
 DEFINE_double(energy, 0.99, "share of the spectrum's energy to keep under --rank_policy=energy");
 DEFINE_string(policy, "", "file for --rank_policy=random, greedy, dp and rl; drrl-policy calibrate and train write it");
 DEFINE_string(latency, "",
-              "file that drrl-bench latency writes; random, greedy and dp then spend --rank_budget of exact attention's time on this device instead of its "
+              "file that drrl-bench latency writes; random, greedy, dp and rl then spend --rank_budget of exact attention's time on this device instead of its "
               "operations");
 DEFINE_double(guard_eps, 0,
               "raise a far pair's ranks until its starting bases lose at most this share of the scores' and values' norm, certified without a decomposition; "
               "needs --policy; 0: no guard");
-DEFINE_bool(gates, false, "under dp, choose gates along with the ranks: single entries, a query and a key, of large weight are exact after all");
+DEFINE_bool(gates, false, "under dp and rl, choose gates along with the ranks: single entries, a query and a key, of large weight are exact after all");
 DEFINE_double(guard_decay, 1, "factor on --guard_eps after every training step: below 1 the guard tightens");
 DEFINE_int64(basis_updates, 2,
              "rounds of incremental update for each far basis, from those of --policy or of the first block; -1: a full decomposition each");

@@ -113,30 +113,29 @@ class CalibrationFlag {
   std::optional<Calibration> calibration_;
 };
 
-const std::set<std::string> kSpending = {"random", "greedy", "dp"};  // the policies that spend a budget by a table of prices
+const std::set<std::string> kSpending = {"random", "greedy", "dp", "rl"};  // the policies that spend a budget
 
 /// The rank policy that --attention, --rank_policy, --rank, --energy, --rank_budget, --policy and --latency describe; --attention=full is the policy "full".
 std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const at::Device& device, CalibrationFlag& calibration) {
   check(ErrorKind::kUsage, FLAGS_attention == "full" || FLAGS_attention == "lowrank", "--attention must be full or lowrank, got '",
         FLAGS_attention, "'");
   check(ErrorKind::kUsage, FLAGS_latency.empty() || (FLAGS_attention == "lowrank" && kSpending.contains(FLAGS_rank_policy)),
-        "--latency needs --attention=lowrank and --rank_policy=random, greedy or dp, got ", FLAGS_attention, " and ", FLAGS_rank_policy);
+        "--latency needs --attention=lowrank and --rank_policy=random, greedy, dp or rl, got ", FLAGS_attention, " and ", FLAGS_rank_policy);
   if (FLAGS_attention == "full" || FLAGS_rank_policy == "full") {
     return make_full_policy();
   }
   if (FLAGS_rank_policy == "fixed") {
     return make_fixed_policy(FLAGS_rank, config.head_dim);
   }
-  check(ErrorKind::kUsage, !FLAGS_gates || FLAGS_rank_policy == "dp", "--gates needs --rank_policy=dp, got ", FLAGS_rank_policy);
+  check(ErrorKind::kUsage, !FLAGS_gates || FLAGS_rank_policy == "dp" || FLAGS_rank_policy == "rl", "--gates needs --rank_policy=dp or rl, got ", FLAGS_rank_policy);
   const auto buckets = bucket_flags(device, config.head_dim);
   if (FLAGS_rank_policy == "energy") {
     return make_energy_policy(FLAGS_energy, buckets);
   }
-  const bool spends = kSpending.contains(FLAGS_rank_policy);
-  check(ErrorKind::kUsage, spends || FLAGS_rank_policy == "rl", "--rank_policy must be full, fixed, energy, random, greedy, dp or rl, got '",
+  check(ErrorKind::kUsage, kSpending.contains(FLAGS_rank_policy), "--rank_policy must be full, fixed, energy, random, greedy, dp or rl, got '",
         FLAGS_rank_policy, "'");
   check(ErrorKind::kUsage, !FLAGS_policy.empty(), "--rank_policy=", FLAGS_rank_policy, " needs --policy=FILE, made by drrl-policy ",
-        spends ? "calibrate" : "train");
+        FLAGS_rank_policy == "rl" ? "train" : "calibrate");
   const auto latency = latency_flag(device, config.head_dim, config.num_attention_heads / config.num_key_value_heads);
   if (FLAGS_rank_policy == "dp") {
     return make_dp_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates, FLAGS_gates, latency);
@@ -147,7 +146,7 @@ std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const a
   if (FLAGS_rank_policy == "random") {
     return make_random_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates, FLAGS_seed, latency);
   }
-  return make_rl_policy(calibration.get(), RankAgent::load(FLAGS_policy, calibration.get()), FLAGS_rank_budget, buckets, FLAGS_basis_updates);
+  return make_rl_policy(calibration.get(), RankAgent::load(FLAGS_policy, calibration.get()), FLAGS_rank_budget, buckets, FLAGS_basis_updates, FLAGS_gates, latency);
 }
 
 // Where bases start from: this process' KV groups of the calibration, if one is named.
@@ -157,7 +156,7 @@ BasisOptions basis_flags(const ModelConfig& config, const Share& groups, const a
   if (!FLAGS_policy.empty() && FLAGS_attention == "lowrank") {
     const Calibration& calibration = file.get();
     check_calibration(calibration, config);
-    if (kSpending.contains(FLAGS_rank_policy) || FLAGS_rank_policy == "rl") {
+    if (kSpending.contains(FLAGS_rank_policy)) {
       check_geometry(calibration);
     }
     options.start = calibration.bases.narrow(1, groups.begin, groups.count).to(device);

@@ -5,7 +5,7 @@
 
 `dp`, `gates` (dp with --gates), `energy` and, if the file holds a trained agent, `rl`. Every decision goes to OUT/POLICY.jsonl (drrl-eval --decisions, launch/OPTIONS.md); --json
 holds their means over sequences: ranks of scores and values for each layer, KV group and level, and for each layer along the sequence, over the KV groups and the far
-pairs that a block of queries sees; with gates also the share of rows that attended exactly. launch/plots.py draws both. Exit status: 0 measured, 1 a run failed.
+pairs that a block of queries sees; with gates also the share of entries that were exact. launch/plots.py draws both. Exit status: 0 measured, 1 a run failed.
 """
 
 import json

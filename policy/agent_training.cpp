@@ -114,9 +114,9 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
         }
         for (int64_t layer = 0; layer < layers; ++layer) {
           for (int64_t group = 0; group < groups; ++group) {
-            auto damage = choices.damage(calibration, layer, group, kind, pair);
-            damage.pop_back();
-            base[layer][group][kind][pair].copy_(at::tensor(damage, at::kDouble) * static_cast<double>(t.seq_len));
+            for (int64_t i = 0; i < ranks; ++i) {
+              base[layer][group][kind][pair][i] = choices.damage(layer, group, kind, pair, static_cast<size_t>(i)) * static_cast<double>(t.seq_len);
+            }
           }
         }
       }

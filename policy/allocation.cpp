@@ -11,7 +11,15 @@
 
 namespace drrl {
 
-Choices::Choices(const Calibration& calibration, const BlockTree& tree, const std::vector<int64_t>& buckets, const Prices& prices) {
+Choices::Choices(const Calibration& calibration, const BlockTree& tree, const std::vector<int64_t>& buckets, const Prices& prices, bool with_gates)
+    : damage_(calibration.damage.contiguous()) {
+  check(ErrorKind::kUsage, !with_gates || calibration.gates.defined(), "the calibration has no gates; make it again with this version");
+  if (with_gates) {
+    const auto all = calibration.gates.to(at::kFloat).contiguous();
+    gates.assign(all.const_data_ptr<float>(), all.const_data_ptr<float>() + all.numel());
+    gated_damage_ = calibration.gated_damage.contiguous();
+    exact_entries_ = calibration.exact_entries.contiguous();
+  }
   const int64_t d = calibration.head_dim();
   for (size_t i = 0; i < calibration.ranks.size(); ++i) {
     if (std::find(buckets.begin(), buckets.end(), calibration.ranks[i]) != buckets.end()) {
@@ -24,6 +32,8 @@ Choices::Choices(const Calibration& calibration, const BlockTree& tree, const st
   for (size_t r = 0; r < tree.runs().size(); ++r) {
     const PairRun& run = tree.runs()[r];
     queries[static_cast<size_t>(run.level)] += static_cast<double>(run.count * run.query_rows);
+    gated_costs.push_back(with_gates ? prices.gated(run) : 0);
+    exact_costs.push_back(with_gates ? prices.exact_entries(run) : 0);
     for (int64_t kind = 0; kind < 2; ++kind) {
       for (const int64_t rank : ranks) {
         costs.push_back(prices.pair(run, static_cast<FarKind>(kind), rank));
@@ -38,15 +48,22 @@ Choices::Choices(const Calibration& calibration, const BlockTree& tree, const st
   }
 }
 
-std::vector<double> Choices::damage(const Calibration& calibration, int64_t layer, int64_t group, int64_t kind, int64_t pair) const {
-  const auto at_pair = static_cast<size_t>(pair);
-  const auto table = calibration.damage.accessor<double, 5>()[layer][group][kind][std::min(level_of[at_pair], calibration.levels() - 1)];
-  std::vector<double> result;
-  for (const int64_t column : columns) {
-    result.push_back(table[column] * share_of[at_pair]);
+int64_t Choices::calibrated_level(int64_t pair) const { return std::min(level_of[static_cast<size_t>(pair)], damage_.size(3) - 1); }
+
+double Choices::gate_cost(int64_t layer, int64_t group, int64_t pair, size_t i, int64_t gate) const {
+  const auto run = static_cast<size_t>(run_of[static_cast<size_t>(pair)]);
+  const int64_t column = i < columns.size() ? columns[i] : exact_entries_.size(3) - 1;
+  return gated_costs[run] + exact_entries_.accessor<double, 5>()[layer][group][calibrated_level(pair)][column][gate] * exact_costs[run];
+}
+
+double Choices::damage(int64_t layer, int64_t group, int64_t kind, int64_t pair, size_t i, int64_t gate) const {
+  if (i == columns.size()) {
+    return 0;
   }
-  result.push_back(0);
-  return result;
+  const int64_t level = calibrated_level(pair), column = columns[i];
+  const double of_level = gate < 0 ? damage_.accessor<double, 5>()[layer][group][kind][level][column]
+                                   : gated_damage_.accessor<double, 6>()[layer][group][kind][level][column][gate];
+  return of_level * share_of[static_cast<size_t>(pair)];
 }
 
 Allocation allocate(const Calibration& calibration, double budget, const BlockTree& tree, int64_t heads_per_group, const std::vector<int64_t>& buckets,

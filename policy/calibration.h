@@ -67,22 +67,33 @@ Calibration scaled(const Calibration& calibration, const at::Tensor& log_factors
 double expected_damage(const Calibration& calibration, const RankTable& table);
 
 /// What can be chosen for the far pairs of one tree, and what it costs and spoils.
-struct Choices {
-  /// `buckets` is the device's list; only those that were calibrated are choices, and head_dim itself, exact, the last one.
-  Choices(const Calibration& calibration, const BlockTree& tree, const std::vector<int64_t>& buckets, const Prices& prices);
+class Choices {
+ public:
+  /// `buckets` is the device's list; only those that were calibrated are choices, and head_dim itself, exact, the last one. with_gates: and the calibrated gates.
+  /// Errors: Error(kUsage) if there are none.
+  Choices(const Calibration& calibration, const BlockTree& tree, const std::vector<int64_t>& buckets, const Prices& prices, bool with_gates = false);
 
   /// What one pair costs at choice i, everything that depends on it counted.
   double cost(int64_t pair, int64_t kind, size_t i) const { return costs[(static_cast<size_t>(run_of[static_cast<size_t>(pair)]) * 2 + static_cast<size_t>(kind)) * ranks.size() + i]; }
-  /// One pair's share of its level's calibrated damage, by its queries, at each choice [nats per token of the sequence]; distances beyond the calibrated
-  /// levels are taken to suffer like the last one.
-  std::vector<double> damage(const Calibration& calibration, int64_t layer, int64_t group, int64_t kind, int64_t pair) const;
+  /// What a gate adds to that of a pair whose scores are at choice i: itself and as many exact entries as the calibration met.
+  double gate_cost(int64_t layer, int64_t group, int64_t pair, size_t i, int64_t gate) const;
+  /// One pair's share of its level's calibrated damage, by its queries, at choice i and a gate, -1: none [nats per token of the sequence]; distances beyond the
+  /// calibrated levels are taken to suffer like the last one.
+  double damage(int64_t layer, int64_t group, int64_t kind, int64_t pair, size_t i, int64_t gate = -1) const;
 
   std::vector<int64_t> ranks;
   std::vector<int64_t> columns;  ///< of Calibration::damage, for all but the last
   std::vector<int64_t> run_of;   ///< of each pair
   std::vector<int64_t> level_of;  ///< of each pair
   std::vector<double> share_of;  ///< of each pair: its queries over those of its level
+  std::vector<float> gates;      ///< without gates empty
   std::vector<double> costs;     ///< [runs, 2, choices]
+  std::vector<double> gated_costs, exact_costs;  ///< of a pair of each run: a gate, all its entries exact
+
+ private:
+  int64_t calibrated_level(int64_t pair) const;
+
+  at::Tensor damage_, gated_damage_, exact_entries_;  // the calibration's, contiguous
 };
 
 /// How a budget is spent. kBest: Lagrangian, below. kGreedy: from the smallest ranks everywhere, always the step that saves most damage for an operation.

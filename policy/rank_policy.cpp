@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <utility>
 
@@ -143,8 +144,10 @@ class AllocatedPolicy final : public RankPolicy {
 
 class LearnedPolicy final : public RankPolicy {
  public:
-  LearnedPolicy(Calibration calibration, RankAgent agent, double budget, std::vector<int64_t> buckets, int64_t update_steps)
-      : calibration_(std::move(calibration)), agent_(std::move(agent)), budget_(budget), buckets_(std::move(buckets)), update_steps_(update_steps) {}
+  LearnedPolicy(Calibration calibration, RankAgent agent, double budget, std::vector<int64_t> buckets, int64_t update_steps, bool with_gates,
+                std::shared_ptr<const LatencyTable> latency)
+      : calibration_(std::move(calibration)), agent_(std::move(agent)), budget_(budget), buckets_(std::move(buckets)), update_steps_(update_steps),
+        with_gates_(with_gates), latency_(std::move(latency)) {}
 
   std::vector<Ranks> decide(const LayerObservation& o) override {
     at::NoGradGuard no_grad;
@@ -156,20 +159,7 @@ class LearnedPolicy final : public RankPolicy {
     for (int64_t item = 0; item < o.items(); ++item) {
       const int64_t pair = o.first_pair + item % o.pair_count();
       const int64_t g = o.first_group + item / o.pair_count() % o.groups;
-      Ranks ranks{};
-      for (int64_t kind = 0; kind < 2; ++kind) {
-        const auto damage = priced.choices.damage(calibration_, o.layer, g, kind, pair);
-        size_t best = damage.size() - 1;  // exact
-        const auto value = [&](size_t i) {
-          const double factor = i + 1 < damage.size() ? f[item][kind][priced.choices.columns[i]] : 0;
-          return factor * damage[i] + priced.operation * priced.choices.cost(pair, kind, i);
-        };
-        for (size_t i = 0; i + 1 < damage.size(); ++i) {
-          best = value(i) < value(best) ? i : best;
-        }
-        (kind == 0 ? ranks.qk : ranks.v) = priced.choices.ranks[best];
-      }
-      result.push_back(ranks);
+      result.push_back(priced.least(o.layer, g, pair, [&](int64_t kind, int64_t column) { return f[item][kind][column]; }));
     }
     return result;
   }
@@ -184,14 +174,46 @@ class LearnedPolicy final : public RankPolicy {
   }
 
   std::string describe() const override {
-    return c10::str("rl, budget ", budget_, ", calibrated on ", calibration_.tokens, " tokens of ", calibration_.data, " (", calibration_.digest(), "), agent ",
-                    agent_.digest(), ", strength ", agent_.strength());
+    return c10::str("rl", with_gates_ ? " with gates" : "", ", budget ", budget_, latency_ ? " of the " + latency_->describe() : "", ", calibrated on ",
+                    calibration_.tokens, " tokens of ", calibration_.data, " (", calibration_.digest(), "), agent ", agent_.digest(), ", strength ", agent_.strength());
   }
 
  private:
   struct Priced {
     Choices choices;
-    double operation;
+    double price;  // of a unit of cost, in damage
+
+    // What is least in damage and price together for one pair; factor(kind, column) is on each calibrated damage. Given the gate, scores and values do not depend on
+    // each other.
+    template <typename Factor>
+    Ranks least(int64_t layer, int64_t group, int64_t pair, const Factor& factor) const {
+      Ranks best{};
+      double value = std::numeric_limits<double>::infinity();
+      for (int64_t gate = -1; gate < static_cast<int64_t>(choices.gates.size()); ++gate) {
+        Ranks ranks{};
+        double sum = 0;
+        for (int64_t kind = 0; kind < 2; ++kind) {
+          double least_of_kind = std::numeric_limits<double>::infinity();
+          for (size_t i = 0; i < choices.ranks.size(); ++i) {
+            const double damage = choices.damage(layer, group, kind, pair, i, gate);
+            const double cost = choices.cost(pair, kind, i) + (kind == 0 && gate >= 0 ? choices.gate_cost(layer, group, pair, i, gate) : 0);
+            if (const double all = (damage > 0 ? factor(kind, choices.columns[i]) * damage : 0) + price * cost; all < least_of_kind) {
+              least_of_kind = all;
+              (kind == 0 ? ranks.qk : ranks.v) = choices.ranks[i];
+            }
+          }
+          sum += least_of_kind;
+        }
+        if (sum < value) {
+          value = sum;
+          best = ranks;
+          if (gate >= 0) {
+            best.gate = choices.gates[static_cast<size_t>(gate)];
+          }
+        }
+      }
+      return best;
+    }
   };
 
   at::Tensor factors_of(const LayerObservation& o) {
@@ -210,9 +232,11 @@ class LearnedPolicy final : public RankPolicy {
     const auto key = std::pair(o.tree.sequence_length(), o.heads / o.groups);
     auto found = prices_.find(key);
     if (found == prices_.end()) {
-      const double price = allocate(calibration_, budget_, o.tree, key.second, buckets_, update_steps_).price * agent_.price_factor(budget_);
-      const Prices prices = operation_prices(o.tree, calibration_.groups(), key.second, calibration_.head_dim(), update_steps_);
-      found = prices_.emplace(key, Priced{Choices(calibration_, o.tree, buckets_, prices), price}).first;
+      const double price =
+          allocate(calibration_, budget_, o.tree, key.second, buckets_, update_steps_, Spending::kBest, 0, with_gates_, latency_.get()).price * agent_.price_factor(budget_);
+      const int64_t groups = calibration_.groups(), d = calibration_.head_dim();
+      const Prices prices = latency_ ? latency_->prices(o.tree, groups, key.second, d) : operation_prices(o.tree, groups, key.second, d, update_steps_);
+      found = prices_.emplace(key, Priced{Choices(calibration_, o.tree, buckets_, prices, with_gates_), price}).first;
     }
     return found->second;
   }
@@ -222,6 +246,8 @@ class LearnedPolicy final : public RankPolicy {
   double budget_;
   std::vector<int64_t> buckets_;
   int64_t update_steps_;
+  bool with_gates_;
+  std::shared_ptr<const LatencyTable> latency_;
   std::map<std::pair<int64_t, int64_t>, Priced> prices_;
   std::map<int64_t, RankAgent::Memory> memories_;  // by first pair
 };
@@ -258,9 +284,10 @@ std::unique_ptr<RankPolicy> make_table_policy(RankTable table, std::string descr
   return std::make_unique<TablePolicy>(std::move(table), std::move(description));
 }
 
-std::unique_ptr<RankPolicy> make_rl_policy(Calibration calibration, RankAgent agent, double budget, std::vector<int64_t> buckets, int64_t update_steps) {
+std::unique_ptr<RankPolicy> make_rl_policy(Calibration calibration, RankAgent agent, double budget, std::vector<int64_t> buckets, int64_t update_steps, bool with_gates,
+                                           std::shared_ptr<const LatencyTable> latency) {
   check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
-  return std::make_unique<LearnedPolicy>(std::move(calibration), std::move(agent), budget, std::move(buckets), update_steps);
+  return std::make_unique<LearnedPolicy>(std::move(calibration), std::move(agent), budget, std::move(buckets), update_steps, with_gates, std::move(latency));
 }
 
 std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, bool with_gates,

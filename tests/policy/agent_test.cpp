@@ -44,8 +44,10 @@ Traces traces(const Calibration& c, int64_t sequences, bool informative) {
   const auto sign = informative ? t.state.select(4, 1).sign() : at::randn(t.state.select(4, 1).sizes()).sign();
   const Choices choices(c, tree, {16, 32, 48, 64}, operation_prices(tree, c.groups(), 3, c.head_dim(), 2));
   for (int64_t pair = 0; pair < tree.num_pairs(); ++pair) {
-    auto damage = choices.damage(c, 0, 0, 0, pair);  // the same everywhere in this calibration
-    damage.pop_back();
+    std::vector<double> damage;
+    for (size_t i = 0; i < kRanks.size(); ++i) {
+      damage.push_back(choices.damage(0, 0, 0, pair, i));  // the same everywhere in this calibration
+    }
     t.damage.select(5, pair).copy_(at::tensor(damage).expand({sequences, Traces::kDraws, kLayers, kGroups, 2, 3}) * static_cast<double>(kLength));
   }
   const auto factor = (2 * sign).exp();  // [sequences, layers, groups, pairs]
@@ -166,6 +168,34 @@ struct Rig {
     return {make_rl_policy(c, agent, 0.7, {16, 32, 48, 64}, 2), c.geometry, {.update_steps = 2, .start = c.bases}};
   }
 };
+
+// With gates, too: until it has learned something it takes what dp takes, but for the last steps that use up dp's budget.
+TEST(LearnedPolicy, StartsAsDp) {
+  Calibration c = calibration();
+  c.damage *= at::tensor({1.0, 30.0, 4.0}, at::kDouble).view({kLayers, 1, 1, 1, 1}) * at::tensor({1.0, 3.0}, at::kDouble).view({1, kGroups, 1, 1, 1});
+  c.gates = at::tensor({0.002, 0.02}, at::kDouble);
+  c.gated_damage = c.damage.unsqueeze(5) * at::tensor({0.05, 0.3}, at::kDouble);
+  c.exact_entries = at::tensor({0.02, 0.004}, at::kDouble).expand({kLayers, kGroups, 3, 4, 2}).clone();
+  const BlockTree tree(8 * 256 + 4, c.geometry);
+  for (const bool with_gates : {false, true}) {
+    const auto dp = make_dp_policy(c, 0.6, {16, 32, 48, 64}, 2, with_gates);
+    RankAgent agent(kLayers, kGroups, kRanks, 1);
+    agent.set_strength(0);
+    const auto rl = make_rl_policy(c, agent, 0.6, {16, 32, 48, 64}, 2, with_gates);
+    int64_t items = 0, different = 0, gated = 0;
+    for (int64_t layer = 0; layer < kLayers; ++layer) {
+      const LayerObservation o{layer, 1, 3 * kGroups, kGroups, 0, kHeadDim, tree, {}, {}};
+      const auto a = dp->decide(o), b = rl->decide(o);
+      for (size_t i = 0; i < a.size(); ++i) {
+        ++items;
+        different += a[i] != b[i] ? 1 : 0;
+        gated += b[i].gated(kHeadDim) ? 1 : 0;
+      }
+    }
+    EXPECT_LE(different, items / 4);
+    EXPECT_EQ(gated > 0, with_gates);
+  }
+}
 
 TEST(LearnedPolicy, IsStrictlyCausalAndDependsOnTheText) {
   const Rig rig;
