@@ -121,13 +121,10 @@ void for_each_share(int64_t n, const Work& work) {
   });
 }
 
-// update_bases by the CPU's kernel, which must fit d and the ranks; right [S, d, d or more than the largest rank]. False if an item failed.
-bool update_items(const at::Tensor& right, const at::Tensor& gram_x, const at::Tensor& gram_y, const std::vector<int64_t>& ranks, int64_t steps, Basis& result) {
+// update_bases by the CPU's kernel, which must fit d and the ranks, of items whose rank is at most `columns`, those of the result. False if one failed.
+bool update_items(const at::Tensor& right, const at::Tensor& gram_x, const at::Tensor& gram_y, const std::vector<int64_t>& ranks, int64_t columns, int64_t steps,
+                  Basis& result) {
   const int64_t n = gram_x.size(0), d = gram_x.size(1);
-  int64_t columns = 0;
-  for (const int64_t rank : ranks) {
-    columns = rank < d || right.size(2) < d ? std::max(columns, rank) : columns;
-  }
   const auto options = gram_x.options().dtype(at::kFloat);
   result = {at::empty({n, d, columns}, options), at::empty({n, d, columns}, options), {}};
   const auto start = right.contiguous(), x = gram_x.contiguous(), y = gram_y.contiguous();
@@ -160,7 +157,7 @@ Basis update_basis(const at::Tensor& right, const at::Tensor& gram_x, const at::
 #endif
   if (!gram_x.is_cuda() && right.scalar_type() == at::kFloat && cpu::basis_kernel_fits(right.size(1), right.size(2))) {
     const std::vector<int64_t> ranks(static_cast<size_t>(right.size(0)), right.size(2));
-    if (Basis result; update_items(right, gram_x, gram_y, ranks, steps, result)) {
+    if (Basis result; update_items(right, gram_x, gram_y, ranks, right.size(2), steps, result)) {
       return result;
     }  // else below, which says what is wrong
   }
@@ -194,11 +191,12 @@ Basis update_bases(const at::Tensor& right, const at::Tensor& gram_x, const at::
               " items of head dim ", d, ", expected one each from 1 on, some below ", d);
   const bool in_kernel = !gram_x.is_cuda() && right.scalar_type() == at::kFloat &&
                          std::all_of(items_of.begin(), items_of.end(), [&](const auto& of) { return cpu::basis_kernel_fits(d, of.first); });
+  const int64_t columns = items_of.rbegin()->first;
   Basis result;
-  if (in_kernel && update_items(right, gram_x, gram_y, ranks, steps, result)) {
+  if (in_kernel && update_items(right, gram_x, gram_y, ranks, columns, steps, result)) {
     return result;
   }
-  const auto room = [&] { return at::empty({n, d, items_of.rbegin()->first}, gram_x.options().dtype(at::kFloat)); };
+  const auto room = [&] { return at::empty({n, d, columns}, gram_x.options().dtype(at::kFloat)); };
   result = {room(), room(), {}};
   for (const auto& [rank, items] : items_of) {
     const auto index = on_device(items, gram_x.device());

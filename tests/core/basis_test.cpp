@@ -203,6 +203,31 @@ TEST(Basis, KernelAndGeneralPathAgree) {
   }
 }
 
+TEST(Basis, UpdatesOfDifferentRanksInOneCallAreThoseOfEachAlone) {
+  at::manual_seed(13);
+  const int64_t d = 64;
+  const auto gx = gram(rows(6, 300, d)), gy = gram(rows(3, 300, d));
+  const std::vector<int64_t> ranks = {8, d, 48, 16, 8, d};
+  for (const at::ScalarType dtype : {at::kFloat, at::kDouble}) {  // by the kernel, and in general
+    const auto start = at::randn({2, d, d}, dtype);
+    const Basis all = update_bases(start, gx, gy, ranks, 1);
+    ASSERT_EQ(all.left.sizes(), at::IntArrayRef({6, d, 48}));
+    for (int64_t i = 0; i < 6; ++i) {
+      if (const int64_t rank = ranks[static_cast<size_t>(i)]; rank < d) {
+        const Basis alone = update_basis(start.slice(0, i / 3, i / 3 + 1).narrow(2, 0, rank), gx.slice(0, i, i + 1), gy.slice(0, i / 2, i / 2 + 1), 1);
+        EXPECT_TRUE(at::allclose(all.left[i].narrow(1, 0, rank), alone.left[0], 1e-6, 0)) << i;
+        EXPECT_TRUE(at::allclose(all.right[i].narrow(1, 0, rank), alone.right[0], 1e-6, 0)) << i;
+      }
+    }
+  }
+  const auto start = at::randn({2, d, d});
+  EXPECT_EQ(update_basis(start, gx.narrow(0, 0, 2), gy.narrow(0, 0, 2), 1).left.sizes(), start.sizes());  // a whole rank is one, too
+  auto bad = gx.clone();
+  bad[4][1][2] = std::nan("");
+  EXPECT_NE(error_of(ErrorKind::kNumerics, [&] { update_bases(start, bad, gy, ranks, 1); }).find("not finite"), std::string::npos);
+  EXPECT_THROW(update_bases(start, gx, gy, {8, 8, 8}, 1), c10::Error);
+}
+
 TEST(Basis, StaleLossIsThatOfTheBestPartner) {
   at::manual_seed(10);
   const int64_t d = 12;
@@ -241,6 +266,28 @@ TEST(PairGrams, WeighKeysByTheAttentionThatRestsOnThem) {
   EXPECT_TRUE(at::allclose(grams.keys[0][1][1], weighted(rows_of_block(k)), 1e-5, 1e-4));
   EXPECT_TRUE(at::allclose(grams.values[0][1][1], weighted(rows_of_block(v)), 1e-5, 1e-4));
   EXPECT_TRUE(grams.queries.equal(pair_grams(q, k, v, tree).queries));
+}
+
+// float32 on a CPU takes a kernel, float64 PyTorch's products.
+TEST(PairGrams, KernelAndGeneralPathAgree) {
+  at::manual_seed(14);
+  const int64_t heads = 6, groups = 3, d = 48;
+  for (const auto& [length, near_block] : {std::pair<int64_t, int64_t>(700, 32), {1300, 300}}) {  // odd numbers of blocks; blocks of several chunks
+    SCOPED_TRACE(length);
+    const BlockTree tree(length, {near_block, 3});
+    const auto q = at::randn({2, length, heads, d}).transpose(1, 2);  // tokens first, as a model's projections leave them
+    const auto k = at::randn({2, groups, length, d}), v = at::randn({2, groups, length, d});
+    const auto mass = attention_mass(q, k, tree);
+    const auto wide = [](const at::Tensor& x) { return x.to(at::kDouble); };
+    const PairGrams kernel = pair_grams(q, k, v, tree, mass), general = pair_grams(wide(q), wide(k), wide(v), tree, wide(mass));
+    for (const auto& [a, b] : {std::pair(kernel.queries, general.queries), {kernel.keys, general.keys}, {kernel.values, general.values}}) {
+      ASSERT_EQ(a.sizes(), b.sizes());
+      EXPECT_LT(((a - b).norm() / b.norm()).item<double>(), 1e-6);
+      EXPECT_TRUE(a.equal(a.transpose(3, 4)));
+    }
+    const auto w_o = at::randn({70, heads * d});
+    EXPECT_TRUE(at::allclose(output_gram(w_o, groups, d), output_gram(wide(w_o), groups, d), 1e-5, 1e-4));
+  }
 }
 
 TEST(OutputGram, SumsOverTheHeadsOfAGroup) {
