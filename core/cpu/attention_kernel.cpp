@@ -391,7 +391,8 @@ void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t qu
       for (int64_t j = 8; j < used; j += 8) {
         top = _mm256_max_ps(top, _mm256_loadu_ps(row + j));
       }
-      const float new_maximum = std::max(to.maximum[i], largest(top) * scale_factor + correction[i]);
+      const float largest_here = largest(top) * scale_factor + correction[i];
+      const float new_maximum = std::max(to.maximum[i], largest_here);
       if (new_maximum == -std::numeric_limits<float>::infinity()) {  // nothing visible yet: weights of zero
         std::fill(row, row + used, 0.0f);
         continue;
@@ -420,7 +421,11 @@ void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t qu
       if (part.exact_k == nullptr) {
         continue;
       }
-      const int64_t found = columns_from(std::max(part.gate * to.total[i], std::numeric_limits<float>::min()), row, used, heavy.data());
+      const float least = std::max(part.gate * to.total[i], std::numeric_limits<float>::min());
+      if (std::exp(largest_here - new_maximum) * 1.00001F < least) {  // as in most chunks; more than the two exponentials differ by
+        continue;
+      }
+      const int64_t found = columns_from(least, row, used, heavy.data());
       if (found == 0) {
         continue;
       }
@@ -600,9 +605,13 @@ void exact_row_backward(int64_t d, float scale, const float* q, const float* gra
                         const float* k, const float* v, float* grad_q, float* weights, float* scores) {
   gathered_dots(d, q, k, keys, count, weights);
   gathered_dots(d, grad_out, v, keys, count, scores);
-  for (int64_t e = 0; e < count; ++e) {
-    weights[e] = std::exp(weights[e] * scale - logsumexp);
-    scores[e] = weights[e] * (scores[e] - delta) * scale;
+  const __m256 scale8 = _mm256_set1_ps(scale), shift = _mm256_set1_ps(logsumexp), delta8 = _mm256_set1_ps(delta);
+  for (int64_t e = 0; e < count; e += 8) {
+    const __m256i some = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(std::min<int64_t>(count - e, 8))), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    const __m256 p = exponential(_mm256_fmsub_ps(_mm256_maskload_ps(weights + e, some), scale8, shift));
+    const __m256 g = _mm256_mul_ps(_mm256_mul_ps(p, scale8), _mm256_sub_ps(_mm256_maskload_ps(scores + e, some), delta8));
+    _mm256_maskstore_ps(weights + e, some, p);
+    _mm256_maskstore_ps(scores + e, some, g);
   }
   add_gathered(d, scores, k, keys, count, grad_q);
 }

@@ -491,19 +491,32 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
     const auto by_key = at::empty({2, count}, at::kInt);  // rows, entries
     auto* row_of = by_key.data_ptr<int32_t>();
     int32_t* entry_of = row_of + count;
-    std::vector<int64_t> key_begin(static_cast<size_t>(layout.length) + 1, 0);
-    for (int64_t e = 0; e < count; ++e) {
-      ++key_begin[static_cast<size_t>(exact_keys[first + e]) + 1];
-    }
-    std::partial_sum(key_begin.begin(), key_begin.end(), key_begin.begin());
-    std::vector<int64_t> next(key_begin.begin(), key_begin.end() - 1);
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t e = exact_begin[first_row + row]; e < exact_begin[first_row + row + 1]; ++e) {
-        const int64_t at = next[static_cast<size_t>(exact_keys[e])]++;
-        row_of[at] = static_cast<int32_t>(row);
-        entry_of[at] = static_cast<int32_t>(e - first);
+    // Sorted by key, a share of the rows at a time: next[share][key] is where the share's next entry of the key goes.
+    constexpr int64_t kShares = 16;
+    std::vector<int64_t> key_begin(static_cast<size_t>(layout.length) + 1, 0), next(static_cast<size_t>(kShares * layout.length), 0);
+    const auto first_of = [&](int64_t share) { return first_row + share * rows / kShares; };
+    for_each_task(kShares, 0, [&](int64_t share, float*) {
+      int64_t* entries = next.data() + share * layout.length;
+      for (int64_t e = exact_begin[first_of(share)]; e < exact_begin[first_of(share + 1)]; ++e) {
+        ++entries[exact_keys[e]];
       }
+    });
+    for (int64_t key = 0, sum = 0; key < layout.length; ++key) {
+      for (int64_t share = 0; share < kShares; ++share) {
+        sum += std::exchange(next[static_cast<size_t>(share * layout.length + key)], sum);
+      }
+      key_begin[static_cast<size_t>(key) + 1] = sum;
     }
+    for_each_task(kShares, 0, [&](int64_t share, float*) {
+      int64_t* places = next.data() + share * layout.length;
+      for (int64_t row = first_of(share); row < first_of(share + 1); ++row) {
+        for (int64_t e = exact_begin[row]; e < exact_begin[row + 1]; ++e) {
+          const int64_t at = places[exact_keys[e]]++;
+          row_of[at] = static_cast<int32_t>(row - first_row);
+          entry_of[at] = static_cast<int32_t>(e - first);
+        }
+      }
+    });
     for_each_task(tasks_of(rows), 0, [&](int64_t task, float*) {
       for (int64_t row = task * key_chunk_rows(); row < std::min(rows, (task + 1) * key_chunk_rows()); ++row) {
         const int64_t at = first_row + row, e = exact_begin[at];
