@@ -21,13 +21,12 @@ Problem problem_of(FarKind kind, const PairGrams& grams, const at::Tensor& w_o) 
   return {grams.values.flatten(0, 2), for_batch(output_gram(w_o, grams.values.size(1), grams.values.size(4)), grams.values.size(0))};
 }
 
-// The items whose rank of this kind is below d, by rank.
-std::map<int64_t, std::vector<int64_t>> items_by_rank(const std::vector<Ranks>& ranks, FarKind kind, int64_t d) {
+// The items whose scores have a rank below d, by rank.
+std::map<int64_t, std::vector<int64_t>> items_by_score_rank(const std::vector<Ranks>& ranks, int64_t d) {
   std::map<int64_t, std::vector<int64_t>> items;
   for (size_t i = 0; i < ranks.size(); ++i) {
-    const int64_t rank = kind == FarKind::kScores ? ranks[i].qk : ranks[i].v;
-    if (rank < d) {
-      items[rank].push_back(static_cast<int64_t>(i));
+    if (ranks[i].qk < d) {
+      items[ranks[i].qk].push_back(static_cast<int64_t>(i));
     }
   }
   return items;
@@ -65,22 +64,21 @@ FarBases update_far_bases(const PairGrams& grams, const at::Tensor& w_o, const s
   const int64_t d = grams.keys.size(4);
   FarBases bases;
   for (const FarKind kind : {FarKind::kScores, FarKind::kValues}) {
-    const auto items_of = items_by_rank(ranks, kind, d);
-    if (items_of.empty()) {
+    std::vector<int64_t> of_kind;
+    double flops = kind == FarKind::kValues ? output_gram_flops(w_o.size(0), w_o.size(1) / d, d) : 0;
+    int64_t low = 0;
+    for (const Ranks& r : ranks) {
+      const int64_t rank = of_kind.emplace_back(kind == FarKind::kScores ? r.qk : r.v);
+      low += rank < d ? 1 : 0;
+      flops += rank < d ? basis_update_flops(d, rank, steps) : 0;
+    }
+    if (low == 0) {
       continue;
     }
-    bases.flops += kind == FarKind::kValues ? output_gram_flops(w_o.size(0), w_o.size(1) / d, d) : 0;
-    std::vector<int64_t> of_kind;
-    for (const Ranks& r : ranks) {
-      of_kind.push_back(kind == FarKind::kScores ? r.qk : r.v);
-    }
     const Problem p = problem_of(kind, grams, w_o);
-    Basis& result = kind == FarKind::kScores ? bases.scores : bases.values;
-    result = update_bases(start.select(1, static_cast<int64_t>(kind)), p.gram_x, p.gram_y, of_kind, steps);
-    for (const auto& [rank, items] : items_of) {
-      bases.updates += static_cast<int64_t>(items.size()) * steps;
-      bases.flops += static_cast<double>(items.size()) * basis_update_flops(d, rank, steps);
-    }
+    (kind == FarKind::kScores ? bases.scores : bases.values) = update_bases(start.select(1, static_cast<int64_t>(kind)), p.gram_x, p.gram_y, of_kind, steps);
+    bases.updates += low * steps;
+    bases.flops += flops;
   }
   return bases;
 }
@@ -103,7 +101,7 @@ at::Tensor residual_factors(const PairGrams& grams, const Basis& scores, const s
   const int64_t d = grams.keys.size(4);
   const auto key_grams = grams.keys.flatten(0, 2);
   at::Tensor residual;
-  for (const auto& [rank, items] : items_by_rank(ranks, FarKind::kScores, d)) {
+  for (const auto& [rank, items] : items_by_score_rank(ranks, d)) {
     std::vector<int64_t> counts;
     for (const int64_t item : items) {
       counts.push_back(keys[static_cast<size_t>(item) % keys.size()]);
