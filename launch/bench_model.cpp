@@ -89,7 +89,8 @@ Json print_costs(const StepModel& model) {
   }
   print_table(std::cout, table);
   std::cout << "contention " << format("%.2f", model.contention) << " (work takes longer by it when all other cores of the node work), overlap "
-            << format("%.2f", model.overlap) << " (of gradients' messages with work)\n";
+            << format("%.2f", model.overlap) << " (of gradients' messages with work), waiting " << format("%.2f", model.waiting)
+            << " (all takes longer by it where processes that wait for each other share cores)\n";
   return costs;
 }
 
@@ -233,6 +234,7 @@ ExitCode model(const Environment&) {
   json["costs"] = print_costs(model);
   json["contention"] = model.contention;
   json["overlap"] = model.overlap;
+  json["waiting"] = model.waiting;
   if (!FLAGS_worlds.empty()) {
     json["predictions"] = predict(model, measured);
   }

@@ -5,7 +5,8 @@
 #
 #   --out      folder for the runs and model.json (default out/model); runs that are there already are not measured again
 #
-# Runs to fit to have one and two processes, held-out ones up to four. Variables: those of launch/bench_scaling.sh.
+# Runs to fit to have one and two processes, and one of each kind of attention has four, which may share cores; held-out ones have up to four. Variables: those of
+# launch/bench_scaling.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -42,6 +43,7 @@ for attention in full lowrank; do
     measure "$attention-$length-cp" 2 cp --attention=$attention --seq_len=$length --sequences=1
   done
   measure "$attention-tp" 2 tp --attention=$attention --seq_len=2048 --sequences=1
+  measure "$attention-tp-dp" 4 dp --attention=$attention --tp=2 --seq_len=2048 --sequences=1
   measure "$attention-many" 1,2 dp --attention=$attention --seq_len=512 --sequences=4
 done
 if [ ! -s "$out/collectives.json" ]; then

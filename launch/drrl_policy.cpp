@@ -271,18 +271,20 @@ ExitCode record(const Environment& environment) {
     m.load("drrl-policy record");
     const Share groups = m.groups();
     m.controller->record(calibration.bases.narrow(1, groups.begin, groups.count).to(m.device));
-    Traces traces(m.windows, m.config.num_hidden_layers, m.config.num_key_value_heads, BlockTree(FLAGS_seq_len, m.geometry).num_pairs(), m.ranks);
+    Traces traces(m.windows, m.config.num_hidden_layers, m.config.num_key_value_heads, BlockTree(FLAGS_seq_len, m.geometry).num_pairs(), m.ranks,
+                  CalibrationController::default_gates());
     m.for_each_sequence([&](int64_t sequence) {
       for (int64_t draw = 0; draw < Traces::kDraws; ++draw) {
         m.measure(sequence);
-        traces.put(sequence, draw, groups.begin, m.controller->states(), m.controller->pair_damage());
+        traces.put(sequence, draw, groups.begin, m.controller->pairs());
       }
       if (m.leader()) {
         std::cout << "sequence " << sequence + 1 << " of " << m.windows << std::endl;
       }
     });
-    m.mesh().world().all_reduce(traces.state);
-    m.mesh().world().all_reduce(traces.damage);
+    for (at::Tensor* all : {&traces.state, &traces.damage, &traces.gated_damage, &traces.exact_entries}) {
+      m.mesh().world().all_reduce(*all);
+    }
     if (m.leader()) {
       traces.seq_len = FLAGS_seq_len;
       traces.geometry = m.geometry;
@@ -315,14 +317,16 @@ ExitCode train(const Environment& environment) {
   options.validation = FLAGS_validation;
   options.buckets = bucket_flags(device_flag(environment), calibration.head_dim());
   options.update_steps = FLAGS_basis_updates;
+  options.with_gates = FLAGS_gates;
+  options.latency = latency_flag(device_flag(environment), calibration.head_dim(), traces.front().heads_per_group);
   options.seed = FLAGS_seed;
-  RankAgent agent(calibration.layers(), calibration.groups(), calibration.ranks, FLAGS_seed);
+  RankAgent agent(calibration.layers(), calibration.groups(), calibration.ranks, calibration.gate_count(), FLAGS_seed);
   const auto reports = train_agent(agent, calibration, traces, options, [](const std::string& line) { std::cout << line << std::endl; });
-  std::printf("held-out damage in 1e-3 nats per token at equal operations:\n%6s %7s %9s %9s %9s %9s   %s\n", "L", "budget", "dp", "refitted", "agent", "oracle",
-              "agent's operations at its own price");
+  std::printf("held-out damage in 1e-3 nats per token at equal %s:\n%6s %7s %9s %9s %9s %9s %9s   %s\n", options.latency ? "time" : "operations",
+              "L", "budget", "dp", "refitted", "agent", "oracle", "bound", "what the agent takes at its own prices");
   for (const BudgetReport& r : reports) {
-    std::printf("%6lld %7.3f %9.4f %9.4f %9.4f %9.4f   %.4f\n", static_cast<long long>(r.seq_len), r.budget, 1e3 * r.dp, 1e3 * r.refitted, 1e3 * r.agent,
-                1e3 * r.oracle, r.agent_operations);
+    std::printf("%6lld %7.3f %9.4f %9.4f %9.4f %9.4f %9.4f   %.4f\n", static_cast<long long>(r.seq_len), r.budget, 1e3 * r.dp, 1e3 * r.refitted, 1e3 * r.agent,
+                1e3 * r.oracle, 1e3 * r.bound, r.agent_cost);
   }
   agent.save(FLAGS_policy, calibration);
   std::cout << "wrote " << FLAGS_policy << std::endl;

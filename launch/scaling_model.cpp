@@ -210,6 +210,7 @@ Demand demand_of(const Workload& w) {
     const auto cores = static_cast<double>(w.cores_per_node), threads = static_cast<double>(w.threads);
     const double wanted = static_cast<double>(std::min(w.processes_per_node, w.world())) * threads;
     demand.cores_shared = std::max(1.0, wanted / cores);
+    demand.out_of_turn = demand.cores_shared > 1 && tp * cp > 1;
     demand.busy_others = cores > threads ? (std::min(wanted, cores) - threads) / (cores - threads) : 0;
   }
   return demand;
@@ -225,10 +226,10 @@ StepModel StepModel::fit(const std::vector<Equation>& equations) {
     }
   }
   check(ErrorKind::kUsage, equations.size() >= used.size(), equations.size(), " measured times for ", used.size(), " costs: give more runs with --runs");
-  const auto rows_at = [&](double contention, double overlap) {
+  const auto rows_at = [&](double contention, double overlap, double waiting) {
     std::vector<std::vector<double>> rows;
     for (const Equation& e : equations) {
-      const double factor = e.weight * e.demand.cores_shared / e.ms;
+      const double factor = e.weight * e.demand.cores_shared * (e.demand.out_of_turn ? 1 + waiting : 1) / e.ms;
       std::vector<double> row;
       for (const size_t i : used) {
         row.push_back(factor * (is_communication(i) ? e.demand.amounts[i] + (1 - overlap) * e.demand.gradients[i]
@@ -247,6 +248,7 @@ StepModel StepModel::fit(const std::vector<Equation>& equations) {
     }
     return values;
   };
+  const auto turn = [](const Equation& e) { return e.demand.out_of_turn ? 1 : 0; };
   const auto gradients = [](const Equation& e) { return std::accumulate(e.demand.gradients.begin(), e.demand.gradients.end(), 0.0); };
   std::vector<double> weights;
   for (const Equation& e : equations) {
@@ -255,26 +257,29 @@ StepModel StepModel::fit(const std::vector<Equation>& equations) {
   double least = std::numeric_limits<double>::infinity();
   for (const double contention : range([](const Equation& e) { return e.demand.busy_others; })) {
     for (const double overlap : range(gradients)) {
-      const auto rows = rows_at(contention, overlap);
-      const auto costs = nonnegative_least_squares(rows, weights);
-      double squares = 0;
-      for (size_t m = 0; m < rows.size(); ++m) {
-        const double error = std::inner_product(rows[m].begin(), rows[m].end(), costs.begin(), -weights[m]);
-        squares += error * error;
-      }
-      if (squares < least) {
-        least = squares;
-        best.contention = contention;
-        best.overlap = overlap;
-        for (size_t i = 0; i < used.size(); ++i) {
-          best.costs[used[i]] = costs[i];
+      for (const double waiting : range(turn)) {
+        const auto rows = rows_at(contention, overlap, waiting);
+        const auto costs = nonnegative_least_squares(rows, weights);
+        double squares = 0;
+        for (size_t m = 0; m < rows.size(); ++m) {
+          const double error = std::inner_product(rows[m].begin(), rows[m].end(), costs.begin(), -weights[m]);
+          squares += error * error;
+        }
+        if (squares < least) {
+          least = squares;
+          best.contention = contention;
+          best.overlap = overlap;
+          best.waiting = waiting;
+          for (size_t i = 0; i < used.size(); ++i) {
+            best.costs[used[i]] = costs[i];
+          }
         }
       }
     }
   }
 
   // What part of a column no combination of the others makes.
-  const auto rows = rows_at(best.contention, best.overlap);
+  const auto rows = rows_at(best.contention, best.overlap, best.waiting);
   at::Tensor a = at::empty({static_cast<int64_t>(rows.size()), static_cast<int64_t>(used.size())}, at::kDouble);
   for (size_t m = 0; m < rows.size(); ++m) {
     a[static_cast<int64_t>(m)].copy_(at::tensor(rows[m], at::kDouble));
@@ -300,7 +305,7 @@ StepMs StepModel::predict(const Demand& demand) const {
   }
   work *= 1 + contention * demand.busy_others;
   const double hidden = overlap * std::min(gradients, demand.hiding * work);
-  const double s = demand.cores_shared;
+  const double s = demand.cores_shared * (demand.out_of_turn ? 1 + waiting : 1);
   return {s * work, s * exposed, s * (gradients - hidden)};
 }
 
@@ -390,7 +395,7 @@ void add_run(const Reader& in, const Json& run, Measured& to) {
   to.workloads.push_back(w);
   to.equations.push_back({name, demand, in.number(run, "step_ms", 1e-3)});
   if (w.shape.cp == 1 && demand.amounts[kBases] > 0 && !in.field(ranks[0], "basis_ms").is_null()) {
-    Demand bases{.busy_others = demand.busy_others, .cores_shared = demand.cores_shared};
+    Demand bases{.busy_others = demand.busy_others, .cores_shared = demand.cores_shared, .out_of_turn = demand.out_of_turn};
     bases.amounts[kBases] = demand.amounts[kBases];
     to.equations.push_back({name + ": bases", bases, in.number(ranks[0], "basis_ms", 1e-3), kPartWeight});
   }

@@ -51,6 +51,7 @@ struct Demand {
   double hiding = 0;         ///< share of the work that is this pass
   double busy_others = 0;    ///< how many of the node's other cores work as well, as a share
   double cores_shared = 1;   ///< processes times threads for each core of the node, at least 1
+  bool out_of_turn = false;  ///< whether processes that share cores wait for each other in every layer, by --tp or --cp
   double sent_bytes = 0;     ///< of process 0
 };
 
@@ -76,7 +77,8 @@ struct StepMs {
 };
 
 /// work = (1 + contention busy_others) x sum of costs; gradients = all of theirs - overlap x the smaller of them and the last backward pass; all of it
-/// times cores_shared, as processes that share a core take turns.
+/// times cores_shared, as processes that share a core take turns, and 1 + waiting where they are out of turn: the one that others wait for may not be the one
+/// that has the core.
 struct StepModel {
   enum class Source { kUnknown, kMeasured, kGiven };
 
@@ -84,8 +86,9 @@ struct StepModel {
   std::array<Source, kCostCount> sources{};
   double contention = 0;  ///< by how much work takes longer when all other cores of the node work
   double overlap = 0;     ///< of the gradients' communication with work: 0 none, 1 perfect
+  double waiting = 0;     ///< by how much all takes longer where processes that wait for each other share cores
 
-  /// Least squares of relative errors, no cost negative; contention and overlap by search in [0, 1].
+  /// Least squares of relative errors, no cost negative; contention, overlap and waiting by search in [0, 1].
   /// Errors: Error(kUsage) if the equations cannot tell a cost from the others, naming it and what would.
   static StepModel fit(const std::vector<Equation>& equations);
 

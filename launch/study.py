@@ -13,6 +13,7 @@ import tempfile
 from statistics import NormalDist
 
 import numpy
+import safetensors
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / os.environ.get("DRRL_PRESET", "cpu-release")
@@ -148,6 +149,12 @@ KEPT = ("attention_ms", "solves_ms", "refreshes", "basis_updates", "guard_violat
 def has_agent(policy):
     """Whether a policy file serves `rl`, too."""
     return b"agent.head" in pathlib.Path(policy).read_bytes()[:1 << 20]
+
+
+def agent_flags(policy):
+    """Of drrl-eval, for `rl`: gates, if its agent has learned with them."""
+    with safetensors.safe_open(policy, framework="numpy") as file:
+        return ["--rank_policy=rl", *(["--gates"] if file.get_tensor("agent.with_gates")[0] else [])]
 
 
 def has_gates(policy):

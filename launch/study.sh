@@ -48,7 +48,7 @@ if [ ! -f "$policy" ]; then
     drrl_on_two "$bin/drrl-policy" record --model "$DRRL_MODEL" --data "$DRRL_DATA/kjv-train" --policy "$policy.new" --seq_len="${trace%:*}" \
       --calibration_tokens="${trace#*:}" --traces "${files[-1]}"
   done
-  "$bin/drrl-policy" train --policy "$policy.new" --traces "$(IFS=, && echo "${files[*]}")" | tee "$out/agent.txt"
+  "$bin/drrl-policy" train --gates --policy "$policy.new" --traces "$(IFS=, && echo "${files[*]}")" | tee "$out/agent.txt"
   mv "$policy.new" "$policy"
 fi
 

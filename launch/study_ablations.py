@@ -42,7 +42,7 @@ def variants(arguments, policy_of):
     if study.has_gates(arguments.policy):
         result["gates"] = [*dp, "--gates"]
     if study.has_agent(arguments.policy):
-        result["rl"] = ["--rank_policy=rl", *spend]
+        result["rl"] = [*study.agent_flags(arguments.policy), *spend]
     result = {name: [*flags, "--policy", arguments.policy] for name, flags in result.items()}
     if arguments.calibration_data:
         for name, shape in {"no sinks": "--sink_tokens=0", **{f"near {block}": f"--near_block={block}" for block in arguments.near_blocks}}.items():

@@ -3,7 +3,7 @@
 
     launch/study_downstream.py --model DIR --policy FILE --sets FILE.jsonl... [--limit N] [--out DIR] [--json FILE] [-- --device=cuda ...]
 
-Sets are files for drrl-eval --examples (launch/downstream_sets.py), policies `dp` at --budget with and without gates, and `fixed`. For each: right answers, the
+Sets are files for drrl-eval --examples (launch/downstream_sets.py), policies `dp` at --budget with and without gates, and `fixed`, or some of them. For each: right answers, the
 difference in points with its 95 % interval (paired bootstrap over examples), the same for the answer's loss in nats, and a verdict. "equivalent": two one-sided
 tests exclude a difference of --margin points or more, at level 0.05 (the 90 % score interval lies within +- margin); else "worse" or "better" if
 the 95 % interval excludes 0; else "undecided": too few examples to tell. What follows -- goes to drrl-eval. --out keeps what became of each example,
@@ -26,10 +26,14 @@ def policies(arguments):
     """name -> flags of drrl-eval"""
     lowrank = ["--attention=lowrank", "--policy", arguments.policy]
     dp = [*lowrank, "--rank_policy=dp", f"--rank_budget={arguments.budget}"]
-    return {"exact": ["--attention=full"],
-            f"dp {arguments.budget}": dp,
-            f"dp {arguments.budget} gates": [*dp, "--gates"],
-            **{f"fixed {rank}": [*lowrank, "--rank_policy=fixed", f"--rank={rank}"] for rank in arguments.ranks}}
+    result = {"exact": ["--attention=full"]}
+    if "dp" in arguments.policies:
+        result[f"dp {arguments.budget}"] = dp
+    if "gates" in arguments.policies:
+        result[f"dp {arguments.budget} gates"] = [*dp, "--gates"]
+    if "fixed" in arguments.policies:
+        result.update({f"fixed {rank}": [*lowrank, "--rank_policy=fixed", f"--rank={rank}"] for rank in arguments.ranks})
+    return result
 
 
 def answer(arguments, examples, flags, out):
@@ -58,6 +62,7 @@ def main():
     parser.add_argument("--policy", required=True, help="file of drrl-policy calibrate")
     parser.add_argument("--sets", required=True, nargs="+", type=pathlib.Path, help="examples, a JSON object a line")
     parser.add_argument("--limit", type=int, default=0, help="only the first so many examples of each set; 0: all")
+    parser.add_argument("--policies", nargs="+", choices=("dp", "gates", "fixed"), default=["dp", "gates", "fixed"])
     parser.add_argument("--budget", type=float, default=0.585, help="of `dp` (default 0.585)")
     parser.add_argument("--ranks", type=int, nargs="*", default=[32], help="of `fixed` (default 32)")
     parser.add_argument("--margin", type=float, default=1.0, help="of equivalence [points] (default 1)")

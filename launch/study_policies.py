@@ -5,12 +5,14 @@
                              [--json FILE] [--log FILE] [--markdown FILE]
 
 Every sequence is evaluated by drrl-eval under exact attention, `fixed` ranks, `energy`, and `random`, `greedy`, `dp`, `gates` (dp with --gates) and, if the file holds a
-trained agent, `rl`, each at every budget and all from the same file; `random`, `greedy` and `dp` are given the operations that `rl` really took. --time: exact attention runs beside
+trained agent, `rl` (with --gates if it has learned with them), each at every budget and all from the same file; those without gates are given the operations that `rl`
+really took. --time: exact attention runs beside
 every policy, sequence by sequence, and the time of its attention is the unit. Intervals: 95 %, over sequences, of the paired difference of mean loss. A budget that
 cannot be met at a length is a row that says so.
 
-Then every policy that looks at the text is compared with dp at equal operations and at equal time: dp's losses between two of its budgets are interpolated, sequence by
-sequence. Prints tables; writes all figures as JSON, and the comparison of arXiv 2512.15973 (full rank, fixed, adaptive SVD, random, DR-RL, and what drrl adds) as Markdown.
+Then `gates` is compared with `dp`, and `rl` with that of the two that has the same choices, at equal operations and at equal time: losses of the other one between two
+of its budgets are interpolated, sequence by sequence. Prints tables; writes all figures as JSON, and the comparison of arXiv 2512.15973 (full rank, fixed, adaptive SVD,
+random, DR-RL, and what drrl adds) as Markdown.
 Exit status: 0 measured, 1 a run failed.
 """
 
@@ -25,19 +27,19 @@ TITLES = {"fixed": "fixed rank {}", "energy": "adaptive SVD (energy {})", "rando
           "gates": "dp with gates, {}", "rl": "DR-RL (rl), {}"}
 
 
-def compare(rows, exact, unit):
-    """What `gates` and `rl` save of dp's damage at the same cost, at one length."""
-    static = sorted((row for row in rows if row["policy"] == "dp"), key=lambda row: row[unit])
+def compare(rows, exact, unit, against):
+    """What policies save of the damage of others at the same cost, at one length; against: name -> name of the other."""
     for row in rows:
+        static = sorted((other for other in rows if other["policy"] == against.get(row["policy"])), key=lambda other: other[unit])
         between = [(a, b) for a, b in zip(static, static[1:]) if a[unit] <= row[unit] <= b[unit]]
-        if row["policy"] not in ("gates", "rl") or not between:
+        if not between:
             continue
         a, b = between[0]
         share = (row[unit] - a[unit]) / (b[unit] - a[unit])
-        dp = (1 - share) * numpy.array(a["sequence_nll"]) + share * numpy.array(b["sequence_nll"])
-        mean, low, high = study.interval(numpy.array(row["sequence_nll"]) - dp)
-        yield {"policy": row["policy"], "value": row["value"], "seq_len": row["seq_len"], "unit": unit, "cost": row[unit], "saved": -mean / (dp - exact).mean(),
-               "nats": [mean, low, high]}
+        other = (1 - share) * numpy.array(a["sequence_nll"]) + share * numpy.array(b["sequence_nll"])
+        mean, low, high = study.interval(numpy.array(row["sequence_nll"]) - other)
+        yield {"policy": row["policy"], "against": against[row["policy"]], "value": row["value"], "seq_len": row["seq_len"], "unit": unit, "cost": row[unit],
+               "saved": -mean / (other - exact).mean(), "nats": [mean, low, high]}
 
 
 def markdown(study_of, seq_lens):
@@ -73,33 +75,36 @@ def main():
     parser.add_argument("--markdown", type=pathlib.Path, help="file for the comparison as tables")
     arguments = parser.parse_args()
     runs = study.Study(arguments)
+    agent = study.agent_flags(arguments.policy) if study.has_agent(arguments.policy) else None
+    against = {"gates": "dp", "rl": "gates" if agent and "--gates" in agent else "dp"}
 
     comparisons = []
     for seq_len in arguments.seq_len:
-        def report(name, value, policy, *flags):
-            row = runs.row(name, value, seq_len, f"--rank_policy={policy}", "--policy", arguments.policy, *flags, time=arguments.time)
+        def report(name, value, *flags):
+            row = runs.row(name, value, seq_len, "--policy", arguments.policy, *flags, time=arguments.time)
             runs.save("policies", comparisons=comparisons)
             return row
 
         for rank in arguments.ranks:
-            report("fixed", rank, "fixed", f"--rank={rank}")
+            report("fixed", rank, "--rank_policy=fixed", f"--rank={rank}")
         for energy in arguments.energies:
-            report("energy", energy, "energy", f"--energy={energy}")
+            report("energy", energy, "--rank_policy=energy", f"--energy={energy}")
         for budget in arguments.budgets:
-            learned = report("rl", budget, "rl", f"--rank_budget={budget}") if study.has_agent(arguments.policy) else None
+            learned = report("rl", budget, *agent, f"--rank_budget={budget}") if agent else None
             spend = f"--rank_budget={learned['operations'] if learned else budget}"
             for baseline in (*arguments.baselines, "dp"):
-                report(baseline, budget, baseline, spend)
+                report(baseline, budget, f"--rank_policy={baseline}", spend)
             if study.has_gates(arguments.policy):
-                report("gates", budget, "dp", spend, "--gates")
+                report("gates", budget, "--rank_policy=dp", "--gates", f"--rank_budget={budget}" if against["rl"] == "gates" else spend)
 
-        print("against dp at the same cost, interpolated between its budgets: damage saved, and difference of loss in 1e-3 nats per token")
+        print("against another policy at the same cost, interpolated between its budgets: damage saved, and difference of loss in 1e-3 nats per token")
         met = [row for row in runs.rows if row["met"] and row["seq_len"] == seq_len]
         for unit in ("operations", "time") if arguments.time else ("operations",):
-            for c in compare(met, numpy.array(runs.exact(seq_len)["sequence_nll"]), unit):
+            for c in compare(met, numpy.array(runs.exact(seq_len)["sequence_nll"]), unit, against):
                 comparisons.append(c)
                 mean, low, high = (1e3 * x for x in c["nats"])
-                print(f"{c['policy'] + ' ' + str(c['value']):14} {unit:10} {c['cost']:.3f} {100 * c['saved']:+6.1f} %  {mean:+.3f} ({low:+.3f} .. {high:+.3f})")
+                print(f"{c['policy'] + ' ' + str(c['value']):14} against {c['against']:5} {unit:10} {c['cost']:.3f} {100 * c['saved']:+6.1f} %  "
+                      f"{mean:+.3f} ({low:+.3f} .. {high:+.3f})")
     runs.save("policies", comparisons=comparisons)
     if arguments.markdown:
         arguments.markdown.write_text(markdown(runs, arguments.seq_len))

@@ -57,12 +57,18 @@ def train(arguments, flags, cores, untimed):
 
 def perplexity(arguments, flags, speeds):
     """Of the ranks for these speeds against those without balance: percent, and its interval."""
-    def nll(*more):
-        return numpy.array(study.evaluate_held_out(arguments, arguments.model, [*flags, *more])["sequence_nll"])
+    def nll(*more):  # a latency table of the trained process is of one thread
+        return numpy.array(study.evaluate_held_out(arguments, arguments.model, [*flags, "--threads=1", *more])["sequence_nll"])
 
     if not speeds:
         return [0.0, 0.0, 0.0]
     return [100 * (numpy.exp(x) - 1) for x in study.interval(nll("--balance_speeds=" + ",".join(map(str, speeds))) - nll())]
+
+
+def save(arguments, rows):
+    if arguments.json:
+        options = {name: str(value) for name, value in vars(arguments).items()}
+        arguments.json.write_text(json.dumps({"options": options, "rows": rows}, indent=1) + "\n")
 
 
 def main():
@@ -93,14 +99,14 @@ def main():
         ms = {name: statistics.median(of) for name, of in times.items()}
         recovered = (ms["slowed"] - ms["balanced"]) / (ms["slowed"] - ms["undisturbed"])
         speeds = result["balance_speeds"]
-        percent = perplexity(arguments, flags, speeds)
-        rows.append({"budget": budget, "ms": ms, "recovered": recovered, "speeds": speeds, "increase_percent": percent, "times": times,
+        rows.append({"budget": budget, "ms": ms, "recovered": recovered, "speeds": speeds, "increase_percent": None, "times": times,
                      **{key: metrics[key] for key in ("balance_slowest", "balance_time", "balance_damage")}})
-        print(f"{budget:7} {ms['undisturbed']:12.0f} {ms['slowed']:9.0f} {ms['balanced']:9.0f} {100 * recovered:8.0f} % "
-              f"{','.join(map(str, speeds)) or 'plain':>12} {percent[0]:+9.2f} %  {percent[1]:+.2f} .. {percent[2]:+.2f} %", flush=True)
-    if arguments.json:
-        options = {name: str(value) for name, value in vars(arguments).items()}
-        arguments.json.write_text(json.dumps({"options": options, "rows": rows}, indent=1) + "\n")
+        print(f"{budget:7} {ms['undisturbed']:12.0f} {ms['slowed']:9.0f} {ms['balanced']:9.0f} {100 * recovered:8.0f} % {','.join(map(str, speeds)) or 'plain':>12}",
+              end="", flush=True)
+        save(arguments, rows)  # hours of measurements, should what follows fail
+        rows[-1]["increase_percent"] = percent = perplexity(arguments, flags, speeds)
+        print(f" {percent[0]:+9.2f} %  {percent[1]:+.2f} .. {percent[2]:+.2f} %", flush=True)
+        save(arguments, rows)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,10 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight) {
 
 }  // namespace
 
-RankAgent::RankAgent(int64_t layers, int64_t groups, std::vector<int64_t> ranks, uint64_t seed)
-    : layers_(layers), groups_(groups), features_(pair_features(ranks)), ranks_(std::move(ranks)), mean_(at::zeros({layers, groups, features_})),
-      deviation_(at::ones({layers, groups, features_})), strength_(at::ones({1}, at::kDouble)), budgets_(at::ones({1}, at::kDouble)), factors_(at::ones({1}, at::kDouble)) {
+RankAgent::RankAgent(int64_t layers, int64_t groups, std::vector<int64_t> ranks, int64_t gates, uint64_t seed)
+    : layers_(layers), groups_(groups), gates_(gates), features_(pair_features(ranks)), ranks_(std::move(ranks)), mean_(at::zeros({layers, groups, features_})),
+      deviation_(at::ones({layers, groups, features_})), strength_(at::ones({1}, at::kDouble)), budgets_(at::ones({1}, at::kDouble)), factors_(at::ones({1}, at::kDouble)),
+      with_gates_(at::zeros({1}, at::kDouble)) {
   auto generator = at::detail::createCPUGenerator(seed);
   const auto matrix = [&](int64_t out, int64_t in) { return at::randn({out, in}, generator) / std::sqrt(static_cast<double>(in)); };
   const auto ones = [] { return at::ones({kWidth}); };
@@ -41,13 +42,13 @@ RankAgent::RankAgent(int64_t layers, int64_t groups, std::vector<int64_t> ranks,
                                            0.3 * matrix(kWidth, 2 * kWidth)});
   }
   parameters_.push_back(ones());
-  parameters_.push_back(at::zeros({2 * static_cast<int64_t>(ranks_.size()), kWidth}));
+  parameters_.push_back(at::zeros({outputs(), kWidth}));
   for (at::Tensor& parameter : parameters_) {
     parameter.requires_grad_(true);
   }
 }
 
-at::Tensor RankAgent::forward(const at::Tensor& state, const at::Tensor& group, int64_t first_layer, Memory* memory) const {
+RankAgent::Factors RankAgent::forward(const at::Tensor& state, const at::Tensor& group, int64_t first_layer, Memory* memory) const {
   const int64_t n = state.size(0), t = state.size(1);
   TORCH_CHECK(state.dim() == 3 && state.size(2) == features_ && group.sizes() == at::IntArrayRef({n}) && first_layer + t <= layers_ &&
                   (memory == nullptr || t == 1),
@@ -76,7 +77,9 @@ at::Tensor RankAgent::forward(const at::Tensor& state, const at::Tensor& group, 
     x = x + at::linear(mixed, of(kProjection));
     x = x + at::linear(at::silu(at::linear(rms_norm(x, of(kNorm2)), of(kUp))), of(kDown));
   }
-  return (strength() * kLimit) * at::tanh(at::linear(rms_norm(x, p[kFinalNorm]), p[kHead]) / kLimit).view({n, t, 2, -1});
+  const auto logs = (strength() * kLimit) * at::tanh(at::linear(rms_norm(x, p[kFinalNorm]), p[kHead]) / kLimit);
+  const auto ranks = static_cast<int64_t>(ranks_.size()), damages = 2 * ranks * (1 + gates_);
+  return {logs.narrow(2, 0, damages).reshape({n, t, 2, ranks, 1 + gates_}), logs.narrow(2, damages, outputs() - damages).reshape({n, t, ranks + 1, gates_})};
 }
 
 void RankAgent::set_normalization(at::Tensor mean, at::Tensor deviation) {
@@ -109,7 +112,7 @@ double RankAgent::price_factor(double budget) const {
 
 double RankAgent::flops() const {
   const auto w = static_cast<double>(kWidth);
-  return 2 * w * static_cast<double>(features_ + 2 * static_cast<int64_t>(ranks_.size())) + kBlocks * (2 * w * w * 8 + 4 * w * static_cast<double>(layers_));
+  return 2 * w * static_cast<double>(features_ + outputs()) + kBlocks * (2 * w * w * 8 + 4 * w * static_cast<double>(layers_));
 }
 
 std::vector<NamedTensor> RankAgent::tensors() const {
@@ -117,7 +120,7 @@ std::vector<NamedTensor> RankAgent::tensors() const {
   for (size_t i = 0; i < kCount; ++i) {
     all.push_back({kNames[i], parameters_[i].detach()});
   }
-  all.insert(all.end(), {{"agent.mean", mean_}, {"agent.deviation", deviation_}, {"agent.strength", strength_}, {"agent.budgets", budgets_}, {"agent.price_factors", factors_}});
+  all.insert(all.end(), {{"agent.mean", mean_}, {"agent.deviation", deviation_}, {"agent.strength", strength_}, {"agent.budgets", budgets_}, {"agent.price_factors", factors_}, {"agent.with_gates", with_gates_}});
   return all;
 }
 
@@ -140,7 +143,7 @@ void RankAgent::save(const std::filesystem::path& file, const Calibration& calib
 RankAgent RankAgent::load(const std::filesystem::path& path, const Calibration& calibration) {
   const PolicyFile file(path, "policy", calibration.metadata().at("format").c_str());
   check(ErrorKind::kModel, file.contains(kNames[0]), path, " holds a calibration but no trained agent (drrl-policy train makes one)");
-  RankAgent agent(calibration.layers(), calibration.groups(), calibration.ranks, 0);
+  RankAgent agent(calibration.layers(), calibration.groups(), calibration.ranks, calibration.gate_count(), 0);
   const auto read = [&](const std::string& name, const at::Tensor& like) {
     auto tensor = file.tensor(name, like.scalar_type(), like.dim());
     check(ErrorKind::kModel, tensor.sizes() == like.sizes(), path, ": \"", name, "\" is ", tensor.sizes(), ", expected ", like.sizes());
@@ -152,6 +155,7 @@ RankAgent RankAgent::load(const std::filesystem::path& path, const Calibration& 
   agent.set_normalization(read("agent.mean", agent.mean_), read("agent.deviation", agent.deviation_));
   check(ErrorKind::kModel, (agent.deviation_ > 0).all().item<bool>(), path, ": \"agent.deviation\" holds an entry that is not positive");
   agent.strength_ = read("agent.strength", agent.strength_);
+  agent.with_gates_ = read("agent.with_gates", agent.with_gates_);
   const auto list = [&](const char* name) {
     const auto t = file.tensor(name, at::kDouble, 1);
     return std::vector<double>(t.const_data_ptr<double>(), t.const_data_ptr<double>() + t.numel());

@@ -3,11 +3,13 @@
 #include <torch/optim/adamw.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <random>
 
 #include "core/cost.h"
 #include "core/error.h"
+#include "policy/latency.h"
 #include "policy/state.h"
 
 namespace drrl {
@@ -15,12 +17,15 @@ namespace {
 
 constexpr double kFirstTemperature = 0.3, kLastTemperature = 0.03;  // of what exact costs
 
-// Sequences of one trace file as tensors over N = sequences x groups x pairs items: [N, layers, ..].
+// Sequences of one trace file as tensors over N = sequences x groups x pairs items. What can be chosen for an item at a layer is a rank of the scores and one of the
+// values, exact the last, and a gate, none the first.
 struct Items {
-  at::Tensor state, group;
-  at::Tensor base;        // calibrated damage [N, layers, 2, ranks], nats over the sequence
+  at::Tensor state, group;            // [N, layers, features], [N]
+  at::Tensor base;                    // calibrated damage, [N, layers, 2, ranks, 1 + gates], nats over the sequence
   at::Tensor damage[Traces::kDraws];  // measured, likewise
-  at::Tensor operations;  // [N, 1, 2, ranks + 1]
+  at::Tensor pair_cost;               // what no text changes, [N, 1, 2, ranks + 1, 1 + gates]
+  at::Tensor base_entries;            // what the calibrated share of exact entries costs, [N, layers, ranks + 1, gates]
+  at::Tensor entries;                 // and that which was met, likewise
   int64_t sequences;
 
   at::Tensor mean_damage() const { return (damage[0] + damage[1]) / 2; }
@@ -29,62 +34,154 @@ struct Items {
 struct Length {
   const Traces* traces;
   Items train, validation, held_out;
-  double exact, fixed, watching;        // operations of one sequence: exact attention, what nothing changes, states and network (none at strength 0)
-  std::vector<double> budgets, prices;  // that can be met; nats over the sequence for one operation
+  double exact, fixed, watching;        // cost of one sequence: exact attention, what nothing changes, states and network (none at strength 0)
+  std::vector<double> budgets, prices;  // that can be met; nats over the sequence for a unit of cost
 };
 
-// [sequences, layers, groups, .., pairs, x] -> [sequences groups pairs, layers, .., x]
-at::Tensor by_item(const at::Tensor& x) {
-  return x.dim() == 5 ? x.permute({0, 2, 3, 1, 4}).flatten(0, 2) : x.permute({0, 2, 4, 1, 3, 5}).flatten(0, 2);
-}
+// [sequences, layers, groups, pairs, ..] -> [sequences groups pairs, layers, ..]
+at::Tensor by_item(const at::Tensor& x) { return x.movedim(1, 3).flatten(0, 2); }
 
-Items items_of(const Traces& t, int64_t begin, int64_t count, const at::Tensor& base, const at::Tensor& operations, const at::Tensor& scale) {
-  Items items;
-  const int64_t groups = t.state.size(2), pairs = t.state.size(3);
-  items.sequences = count;
-  items.state = by_item(t.state.narrow(0, begin, count));
-  items.group = at::arange(groups, at::kLong).view({1, groups, 1}).expand({count, groups, pairs}).flatten();
-  items.base = by_item(base.unsqueeze(0).expand({count, -1, -1, -1, -1, -1}));
-  for (int64_t draw = 0; draw < Traces::kDraws; ++draw) {
-    items.damage[draw] = by_item(t.damage.narrow(0, begin, count).select(1, draw)) * scale.view({1, 1, 2, 1});
-  }
-  items.operations = operations.expand({count, groups, -1, -1, -1}).flatten(0, 2).unsqueeze(1);
-  return items;
-}
+// Damages and costs of all choices, [N, layers, 2, ranks + 1, 1 + gates] each; a pair's entries are on the account of its scores.
+struct Choice {
+  at::Tensor damage, cost;
+};
 
-// Costs of all choices, exact last: [N, layers, 2, ranks + 1].
-at::Tensor costs(const at::Tensor& damage, const Items& items, double price) {
-  return at::constant_pad_nd(damage, {0, 1}) + price * items.operations;
+Choice choice(const at::Tensor& damage, const Items& items, const at::Tensor& entries) {
+  const auto zeros = at::zeros_like(entries);
+  const auto of_gates = at::constant_pad_nd(at::stack({entries, zeros}, 2), {1, 0});
+  return {at::constant_pad_nd(damage, {0, 0, 0, 1}), items.pair_cost + of_gates};
 }
+// As calibrated, as the agent estimates them, as they are.
+Choice calibrated(const Items& items) { return choice(items.base, items, items.base_entries); }
+Choice estimated(const Items& items, const RankAgent::Factors& logs) {
+  return choice(items.base * logs.damage.exp(), items, items.base_entries * logs.entries.exp());
+}
+Choice measured(const Items& items, const at::Tensor& damage) { return choice(damage, items, items.entries); }
+Choice measured(const Items& items) { return measured(items, items.mean_damage()); }
 
-// The choices of least estimated cost, and what they spoil and take.
+// The choices of least estimated damage and price, and what they really spoil and take. Given the gate, scores and values do not depend on each other.
 struct Outcome {
-  double damage, operations;  // of one sequence
+  double damage, cost;  // of one sequence
 };
-Outcome outcome(const at::Tensor& estimate, const at::Tensor& truth, const Items& items, double price) {
-  const auto chosen = costs(estimate, items, price).argmin(3, /*keepdim=*/true);
-  const auto sum = [&](const at::Tensor& x) {
-    return x.expand({-1, chosen.size(1), -1, -1}).gather(3, chosen).sum(at::kDouble).item<double>() / static_cast<double>(items.sequences);
+Outcome outcome(const Choice& estimate, const Choice& truth, int64_t sequences, double price) {
+  const auto [least, ranks] = (estimate.damage + price * estimate.cost).min(3, /*keepdim=*/true);  // [N, layers, 2, 1, 1 + gates]
+  const auto gate = least.sum(2, /*keepdim=*/true).argmin(4, /*keepdim=*/true).expand({-1, -1, 2, -1, -1});
+  const auto sum = [&, ranks = ranks](const at::Tensor& x) {
+    return x.gather(3, ranks).gather(4, gate).sum(at::kDouble).item<double>() / static_cast<double>(sequences);
   };
-  return {sum(at::constant_pad_nd(truth, {0, 1})), sum(items.operations)};
+  return {sum(truth.damage), sum(truth.cost)};
 }
 
-// The price at which decisions by `estimate` take the allowed operations.
-double price_for(const at::Tensor& estimate, const Items& items, double allowed) {
+// The price at which decisions by `estimate` really take what is allowed.
+double price_for(const Choice& estimate, const Choice& truth, int64_t sequences, double allowed) {
   double low = 1e-18, high = 1e3;
-  for (int step = 0; step < 60; ++step) {
+  for (int step = 0; step < 50; ++step) {
     const double middle = std::sqrt(low * high);
-    (outcome(estimate, estimate, items, middle).operations <= allowed ? high : low) = middle;
+    (outcome(estimate, truth, sequences, middle).cost <= allowed ? high : low) = middle;
   }
   return high;
 }
 
-at::Tensor factors_of(const RankAgent& agent, const Items& items) { return agent.forward(items.state, items.group, 0); }
-
-at::Tensor estimate_of(const RankAgent& agent, const Items& items) {
-  at::NoGradGuard no_grad;
-  return items.base * factors_of(agent, items).exp();
+// Expected damage and price of choices drawn from softmax(-estimate / temperature), of all items together.
+at::Tensor expected(const Choice& estimate, const Choice& truth, double price, const at::Tensor& temperature) {
+  const auto logits = -(estimate.damage + price * estimate.cost) / temperature;
+  const auto ranks = at::softmax(logits, 3);
+  const auto gates = at::softmax(at::logsumexp(logits, {3}, /*keepdim=*/true).sum(2, /*keepdim=*/true), 4);
+  return (ranks * gates * (truth.damage + price * truth.cost)).sum();
 }
+
+// Of the gates that can be chosen.
+RankAgent::Factors factors_of(const RankAgent& agent, const Items& items) {
+  const RankAgent::Factors logs = agent.forward(items.state, items.group, 0);
+  return {logs.damage.narrow(4, 0, items.base.size(4)), logs.entries.narrow(3, 0, items.entries.size(3))};
+}
+
+Choice estimate_of(const RankAgent& agent, const Items& items) {
+  at::NoGradGuard no_grad;
+  return estimated(items, factors_of(agent, items));
+}
+
+// -(log likelihood), up to a constant, of positive y = base e^log_factor and noise of a gamma distribution of any shape; where nothing is calibrated there is nothing to fit.
+at::Tensor gamma_deviance(const at::Tensor& y, const at::Tensor& base, const at::Tensor& log_factor) {
+  const auto counts = base > 1e-30;
+  const auto ratio = at::where(counts, y / base.clamp_min(1e-30), 1).clamp_max(std::exp(2 * RankAgent::kLimit));
+  return (ratio * (-log_factor).exp() + log_factor).mean();
+}
+
+// What a trace file says of some of its sequences.
+class TraceItems {
+ public:
+  TraceItems(const Traces& t, const Calibration& calibration, const Prices& prices, const AgentTrainingOptions& options) : traces_(t) {
+    const BlockTree tree(t.seq_len, t.geometry);
+    const Choices choices(calibration, tree, options.buckets, prices, options.with_gates);
+    check(ErrorKind::kUsage, choices.columns.size() == calibration.ranks.size(), "the device's ranks ", at::IntArrayRef(options.buckets),
+          " leave out some of the calibrated ones, ", at::IntArrayRef(calibration.ranks));
+    const int64_t layers = calibration.layers(), groups = calibration.groups(), pairs = tree.num_pairs(), ranks = static_cast<int64_t>(calibration.ranks.size());
+    gates_ = static_cast<int64_t>(choices.gates.size());
+    base_ = at::empty({layers, groups, pairs, 2, ranks, 1 + gates_});
+    base_entries_ = at::empty({layers, groups, pairs, ranks + 1, gates_});
+    pair_cost_ = at::empty({1, groups, pairs, 2, ranks + 1, 1 + gates_});
+    entry_cost_ = at::empty({pairs, 1, 1});
+    auto base = base_.accessor<float, 6>(), pair_cost = pair_cost_.accessor<float, 6>();
+    auto base_entries = base_entries_.accessor<float, 5>();
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const auto run = static_cast<size_t>(choices.run_of[static_cast<size_t>(pair)]);
+      entry_cost_[pair].fill_(choices.exact_costs[run]);
+      for (int64_t i = 0; i <= ranks; ++i) {
+        const auto at = static_cast<size_t>(i);
+        for (int64_t gate = -1; gate < gates_; ++gate) {
+          for (int64_t group = 0; group < groups; ++group) {
+            for (int64_t kind = 0; kind < 2; ++kind) {
+              pair_cost[0][group][pair][kind][i][1 + gate] = static_cast<float>(choices.cost(pair, kind, at) + (kind == 0 && gate >= 0 ? choices.gated_costs[run] : 0));
+            }
+            for (int64_t layer = 0; layer < layers; ++layer) {
+              for (int64_t kind = 0; kind < 2 && i < ranks; ++kind) {
+                base[layer][group][pair][kind][i][1 + gate] =
+                    static_cast<float>(choices.damage(layer, group, kind, pair, at, gate) * static_cast<double>(t.seq_len));
+              }
+              if (gate >= 0) {
+                base_entries[layer][group][pair][i][gate] = static_cast<float>(choices.gate_cost(layer, group, pair, at, gate) - choices.gated_costs[run]);
+              }
+            }
+          }
+        }
+      }
+    }
+    // Calibrated damages are scaled to what all layers do together; measured ones are scaled alike.
+    const int64_t train = t.sequences() - options.held_out - options.validation;
+    const auto of_kinds = t.damage.narrow(0, 0, train).sum(at::IntArrayRef{0, 1, 2, 3, 5, 6}, /*keepdim=*/false, at::kDouble) / static_cast<double>(train * Traces::kDraws);
+    scale_ = (base_.select(5, 0).sum(at::IntArrayRef{0, 1, 2, 4}, /*keepdim=*/false, at::kDouble) / of_kinds.clamp_min(1e-300)).to(at::kFloat).view({2, 1, 1});
+  }
+
+  Items of(int64_t begin, int64_t count) const {
+    const Traces& t = traces_;
+    const auto some = [&](const at::Tensor& x) { return x.narrow(0, begin, count); };
+    const auto for_all = [&](const at::Tensor& x) {
+      auto sizes = x.sizes().vec();
+      sizes.insert(sizes.begin(), count);
+      return by_item(x.unsqueeze(0).expand(sizes));
+    };
+    const int64_t groups = t.state.size(2), pairs = t.state.size(3);
+    Items items;
+    items.sequences = count;
+    items.state = by_item(some(t.state));
+    items.group = at::arange(groups, at::kLong).view({1, groups, 1}).expand({count, groups, pairs}).flatten();
+    items.base = for_all(base_);
+    items.pair_cost = for_all(pair_cost_);
+    items.base_entries = for_all(base_entries_);
+    items.entries = by_item(some(t.exact_entries).narrow(5, 0, gates_) * entry_cost_);
+    for (int64_t draw = 0; draw < Traces::kDraws; ++draw) {
+      const auto of_draw = [&](const at::Tensor& x) { return some(x).select(1, draw).movedim(3, 4); };  // [sequences, layers, groups, pairs, 2, ranks, ..]
+      items.damage[draw] = by_item(at::cat({of_draw(t.damage).unsqueeze(6), of_draw(t.gated_damage).narrow(6, 0, gates_)}, 6)) * scale_;
+    }
+    return items;
+  }
+
+ private:
+  const Traces& traces_;
+  int64_t gates_;
+  at::Tensor base_, base_entries_, pair_cost_, entry_cost_, scale_;
+};
 
 }  // namespace
 
@@ -99,44 +196,25 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
     check(ErrorKind::kUsage, options.held_out >= 1 && options.validation >= 1 && t.sequences() > options.held_out + options.validation, "traces of ",
           t.sequences(), " sequences, of which ", options.held_out, " are held out and ", options.validation,
           " are for validation: at least one must be each and one must be left");
+    check(ErrorKind::kUsage, !options.with_gates || (calibration.gates.defined() && t.gates.equal(calibration.gates)), "the gates of traces and calibration are not the same: make both again");
     const BlockTree tree(t.seq_len, t.geometry);
-    const Prices prices = operation_prices(tree, groups, t.heads_per_group, d, options.update_steps);
-    const Choices choices(calibration, tree, options.buckets, prices);
-    check(ErrorKind::kUsage, choices.columns.size() == calibration.ranks.size(), "the device's ranks ", at::IntArrayRef(options.buckets),
-          " leave out some of the calibrated ones, ", at::IntArrayRef(calibration.ranks));
-    const int64_t pairs = tree.num_pairs(), ranks = static_cast<int64_t>(calibration.ranks.size());
-    const auto base = at::empty({layers, groups, 2, pairs, ranks});
-    const auto operations = at::empty({pairs, 2, ranks + 1});
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-      for (int64_t kind = 0; kind < 2; ++kind) {
-        for (int64_t i = 0; i <= ranks; ++i) {
-          operations[pair][kind][i] = choices.cost(pair, kind, static_cast<size_t>(i));
-        }
-        for (int64_t layer = 0; layer < layers; ++layer) {
-          for (int64_t group = 0; group < groups; ++group) {
-            for (int64_t i = 0; i < ranks; ++i) {
-              base[layer][group][kind][pair][i] = choices.damage(layer, group, kind, pair, static_cast<size_t>(i)) * static_cast<double>(t.seq_len);
-            }
-          }
-        }
-      }
-    }
-    // Calibrated damages are scaled to what all layers do together; measured ones are scaled alike.
+    const Prices prices = prices_of(options.latency.get(), tree, groups, t.heads_per_group, d, options.update_steps);
+    const TraceItems items(t, calibration, prices, options);
     const int64_t train = t.sequences() - options.held_out - options.validation;
-    const auto measured = t.damage.narrow(0, 0, train).sum(at::IntArrayRef{0, 1, 2, 3, 5, 6}, /*keepdim=*/false, at::kDouble) / static_cast<double>(train * Traces::kDraws);
-    const auto scale = (base.sum(at::IntArrayRef{0, 1, 3, 4}, /*keepdim=*/false, at::kDouble) / measured.clamp_min(1e-300)).to(at::kFloat);
     Length length;
     length.traces = &t;
-    length.train = items_of(t, 0, train, base, operations, scale);
-    length.validation = items_of(t, train, options.validation, base, operations, scale);
-    length.held_out = items_of(t, train + options.validation, options.held_out, base, operations, scale);
+    length.train = items.of(0, train);
+    length.validation = items.of(train, options.validation);
+    length.held_out = items.of(train + options.validation, options.held_out);
     length.exact = static_cast<double>(layers) * prices.exact;
     length.fixed = static_cast<double>(layers) * prices.fixed;
-    length.watching = static_cast<double>(layers * groups * pairs) * (start_loss_flops(d) + agent.flops());
+    const double of_operation = prices.exact / operation_prices(tree, groups, t.heads_per_group, d, options.update_steps).exact;
+    length.watching = static_cast<double>(layers * groups * tree.num_pairs()) * (start_loss_flops(d) + agent.flops()) * of_operation;
     for (const double budget : options.budgets) {
       try {
-        length.prices.push_back(allocate(calibration, budget, tree, t.heads_per_group, options.buckets, options.update_steps).price *
-                                static_cast<double>(t.seq_len));
+        const Allocation dp = allocate(calibration, budget, tree, t.heads_per_group, options.buckets, options.update_steps, Spending::kBest, 0, options.with_gates,
+                                       options.latency.get());
+        length.prices.push_back(dp.price * static_cast<double>(t.seq_len));
         length.budgets.push_back(budget);
       } catch (const Error&) {  // cannot be met at this length
       }
@@ -178,18 +256,18 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
     }
   };
   optimize("value fit", options.fit_steps, [&](const Length& l, double) {
-    const auto f = factors_of(agent, l.train);
-    const auto y = (l.train.mean_damage() / l.train.base.clamp_min(1e-30)).clamp_max(std::exp(2 * RankAgent::kLimit));
-    return (y * (-f).exp() + f).mean();
+    const Items& items = l.train;
+    const RankAgent::Factors logs = factors_of(agent, items);
+    const auto of_damage = gamma_deviance(items.mean_damage(), items.base, logs.damage);
+    return options.with_gates ? of_damage + gamma_deviance(items.entries, items.base_entries, logs.entries) : of_damage;
   });
   optimize("policy gradient", options.reward_steps, [&](const Length& l, double done) {
+    const Items& items = l.train;
     const double price = l.prices[pick(l.prices.size())];
-    const auto exact = (price * l.train.operations).narrow(3, l.train.operations.size(3) - 1, 1);
+    const auto exact = price * items.pair_cost.select(4, 0).select(3, items.pair_cost.size(3) - 1);  // [N, 1, 2]
     const double temperature = kFirstTemperature * std::pow(kLastTemperature / kFirstTemperature, done);
-    const auto estimated = costs(l.train.base * factors_of(agent, l.train).exp(), l.train, price);
-    const auto choice = at::softmax(-estimated / (temperature * exact), 3);
-    const auto truth = costs(l.train.mean_damage(), l.train, price);
-    return (choice * truth).sum() / (exact.sum() * static_cast<double>(layers));
+    return expected(estimated(items, factors_of(agent, items)), measured(items), price, (temperature * exact).unsqueeze(3).unsqueeze(4)) /
+           (exact.sum() * static_cast<double>(layers));
   });
 
   double best = 0, least = INFINITY;
@@ -197,11 +275,11 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
     agent.set_strength(strength);
     double cost = 0;  // sum over budgets of the logarithm of the damage at equal operations
     for (const Length& l : lengths) {
-      const auto estimate = estimate_of(agent, l.validation);
+      const Choice estimate = estimate_of(agent, l.validation), truth = measured(l.validation);
       const double watching = strength > 0 ? l.watching : 0;
       for (const double budget : l.budgets) {
-        const double price = price_for(estimate, l.validation, budget * l.exact - l.fixed - watching);
-        cost += std::log(outcome(estimate, l.validation.mean_damage(), l.validation, price).damage);
+        const double price = price_for(estimate, truth, l.validation.sequences, budget * l.exact - l.fixed - watching);
+        cost += std::log(outcome(estimate, truth, l.validation.sequences, price).damage);
       }
     }
     log(c10::str("strength ", strength, ": validation damage e^", cost));
@@ -222,7 +300,7 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
     for (const Length& l : lengths) {
       const auto at = std::find(l.budgets.begin(), l.budgets.end(), budget);
       if (at != l.budgets.end()) {
-        const double price = price_for(estimate_of(agent, l.train), l.train, budget * l.exact - l.fixed - l.watching);
+        const double price = price_for(estimate_of(agent, l.train), measured(l.train), l.train.sequences, budget * l.exact - l.fixed - l.watching);
         found.push_back(std::log(price / l.prices[static_cast<size_t>(at - l.budgets.begin())]));
       }
     }
@@ -236,24 +314,29 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
     }
   }
   agent.set_prices(budgets, factors);
+  agent.set_with_gates(options.with_gates);
 
   std::vector<BudgetReport> reports;
   for (const Length& l : lengths) {
     const auto tokens = static_cast<double>(l.traces->seq_len);
     const Items& held = l.held_out;
-    const auto mean = l.train.mean_damage().view({l.train.sequences, -1, layers, 2, l.train.base.size(3)}).mean(0);
-    const auto refitted = mean.unsqueeze(0).expand({held.sequences, -1, -1, -1, -1}).flatten(0, 1);
+    const auto mean_of = [&](const at::Tensor& x) {  // of the training sequences, for each that is held out
+      const auto mean = x.unflatten(0, {l.train.sequences, -1}).mean(0);
+      return at::cat(std::vector<at::Tensor>(static_cast<size_t>(held.sequences), mean));
+    };
+    const Choice dp = calibrated(held), refitted = choice(mean_of(l.train.mean_damage()), held, mean_of(l.train.entries)), truth = measured(held);
+    const std::array draws = {measured(held, held.damage[0]), measured(held, held.damage[1])};
+    const Choice estimate = estimate_of(agent, held);
     for (size_t i = 0; i < l.budgets.size(); ++i) {
       const double allowed = l.budgets[i] * l.exact - l.fixed;
-      const auto judged = [&](const at::Tensor& estimate, const at::Tensor& truth, double operations) {
-        return outcome(estimate, truth, held, price_for(estimate, held, operations)).damage / tokens;
+      const auto judged = [&](const Choice& by, const Choice& as, double cost) {
+        return outcome(by, as, held.sequences, price_for(by, as, held.sequences, cost)).damage / tokens;
       };
-      const auto estimate = estimate_of(agent, held);
-      BudgetReport r{l.traces->seq_len, l.budgets[i], judged(held.base, held.mean_damage(), allowed), judged(refitted, held.mean_damage(), allowed), 0, 0, 0};
-      const Outcome mine = outcome(estimate, held.mean_damage(), held, l.prices[i] * agent.price_factor(l.budgets[i]));
-      r.agent = judged(estimate, held.mean_damage(), allowed - l.watching);
-      r.agent_operations = (mine.operations + l.fixed + l.watching) / l.exact;
-      r.oracle = 0.5 * (judged(held.damage[0], held.damage[1], allowed) + judged(held.damage[1], held.damage[0], allowed));
+      BudgetReport r{l.traces->seq_len, l.budgets[i], judged(dp, truth, allowed), judged(refitted, truth, allowed), 0, 0, 0, judged(truth, truth, allowed)};
+      const Outcome mine = outcome(estimate, truth, held.sequences, l.prices[i] * agent.price_factor(l.budgets[i]));
+      r.agent = judged(estimate, truth, allowed - l.watching);
+      r.agent_cost = (mine.cost + l.fixed + l.watching) / l.exact;
+      r.oracle = 0.5 * (judged(draws[0], draws[1], allowed) + judged(draws[1], draws[0], allowed));
       reports.push_back(r);
     }
   }

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -20,6 +21,8 @@ struct AgentTrainingOptions {
   std::vector<double> budgets = {0.3, 0.4, 0.5, 0.585, 0.7, 0.8};
   std::vector<int64_t> buckets;  ///< of the device
   int64_t update_steps = 2;
+  bool with_gates = false;
+  std::shared_ptr<const LatencyTable> latency = nullptr;  ///< budgets are of its time, else of operations
   uint64_t seed = 1;
 };
 
@@ -30,14 +33,15 @@ struct BudgetReport {
   double dp;         ///< the calibration's allocation
   double refitted;   ///< the same method with the mean damage of the training sequences: what more calibration text gives without an agent
   double agent;
-  double agent_operations;  ///< of exact attention, state and network included: close to the budget
-  double oracle;     ///< decides pair by pair by one measurement of the very sequence, judged by the other: a bound for any policy that looks at the text
+  double agent_cost;   ///< what its own prices take, of exact attention's, state and network included: close to the budget
+  double oracle;     ///< decides pair by pair by one measurement of the very sequence, judged by the other
+  double bound;      ///< decides by all measurements and is judged by the same, noise included: no policy that looks at the text can spoil less
 };
 
 /// Trains the agent on traces, whose rewards are known in full: no action is sampled, every expectation is exact.
 ///
 /// 1. Value fit: the factor on the calibrated damage is fitted by the gamma deviance y e^-f + f, whose minimum is the conditional mean of y given the state,
-///    however heavy the tail of y.
+///    however heavy the tail of y. With gates the share of entries that each makes exact is fitted likewise.
 /// 2. Policy gradient: at prices drawn from those of `budgets`, choices are drawn from softmax(-(damage + price operations) / temperature) and the expected
 ///    cost sum_a pi(a) (true damage + price operations) is lowered by its exact gradient, while the temperature is annealed
 ///    ("reward: fidelity against latency", arXiv 2512.15973, with operations for latency).
@@ -45,6 +49,7 @@ struct BudgetReport {
 ///    over gets 0, and decides like the calibration.
 /// Finally factors on the prices are found with which the agent meets each budget on the training sequences.
 ///
+/// With gates what a choice costs depends on the text, too: decisions are made by expected costs, and judged by those that were met.
 /// All traces must be of this calibration. Budgets that cannot be met at a trace's length are left out there.
 /// Errors: Error(kUsage) if a trace does not fit the calibration or has too few sequences (held_out, validation, and one to learn from); Error(kNumerics) if the loss is not finite.
 std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calibration, const std::vector<Traces>& traces,

@@ -50,10 +50,10 @@ Choices::Choices(const Calibration& calibration, const BlockTree& tree, const st
 
 int64_t Choices::calibrated_level(int64_t pair) const { return std::min(level_of[static_cast<size_t>(pair)], damage_.size(3) - 1); }
 
-double Choices::gate_cost(int64_t layer, int64_t group, int64_t pair, size_t i, int64_t gate) const {
+double Choices::gate_cost(int64_t layer, int64_t group, int64_t pair, size_t i, int64_t gate, double entries) const {
   const auto run = static_cast<size_t>(run_of[static_cast<size_t>(pair)]);
   const int64_t column = i < columns.size() ? columns[i] : exact_entries_.size(3) - 1;
-  return gated_costs[run] + exact_entries_.accessor<double, 5>()[layer][group][calibrated_level(pair)][column][gate] * exact_costs[run];
+  return gated_costs[run] + entries * exact_entries_.accessor<double, 5>()[layer][group][calibrated_level(pair)][column][gate] * exact_costs[run];
 }
 
 double Choices::damage(int64_t layer, int64_t group, int64_t kind, int64_t pair, size_t i, int64_t gate) const {
@@ -73,7 +73,7 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
   if (levels == 0 || budget == 1) {
     return {RankTable(layers, groups, levels, {d, d}), 0, 1};
   }
-  const Prices prices = latency != nullptr ? latency->prices(tree, groups, heads_per_group, d) : operation_prices(tree, groups, heads_per_group, d, update_steps);
+  const Prices prices = prices_of(latency, tree, groups, heads_per_group, d, update_steps);
   std::vector<RankItem> items = rank_items(calibration, tree, buckets, prices, with_gates);
   const double exact = static_cast<double>(layers) * prices.exact;
   const double fixed = static_cast<double>(layers) * prices.fixed;

@@ -63,8 +63,7 @@ RankBalance::RankBalance(const Calibration& calibration, const BlockTree& tree, 
         "processes of ", groups_, " KV groups, expected ", groups_of_model_, " in all");
   check(ErrorKind::kUsage, options.damage >= 0, "damage that balance may add is ", options.damage, ", expected at least 0");
   const int64_t d = calibration.head_dim();
-  const Prices prices = options.latency != nullptr ? options.latency->prices(tree, groups_of_model_, heads_per_group, d)
-                                                   : operation_prices(tree, groups_of_model_, heads_per_group, d, options.update_steps);
+  const Prices prices = prices_of(options.latency.get(), tree, groups_of_model_, heads_per_group, d, options.update_steps);
   fixed_ = prices.fixed / static_cast<double>(groups_of_model_);
   items_ = rank_items(calibration, tree, options.buckets, prices, options.with_gates);
   std::vector<RankItem> items = items_;

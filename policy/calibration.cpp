@@ -269,6 +269,8 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
   const at::Tensor gates = default_gates();
   const auto choices = static_cast<int64_t>(ranks_.size());
   const auto of_pairs = at::zeros({batch, groups, 2, tree.num_pairs(), choices}, at::kDouble);
+  const auto gated_of_pairs = at::zeros({batch, groups, 2, tree.num_pairs(), choices, gates.size(0)}, at::kDouble);
+  const auto exact_of_pairs = at::zeros({batch, groups, tree.num_pairs(), choices + 1, gates.size(0)}, at::kDouble);  // shares
   const double scale = 1.0 / std::sqrt(static_cast<double>(d));
   const auto wide = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   // Exact attention again, for its log-sum-exp, by which parts are weighed.
@@ -304,13 +306,14 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
     const auto keys = at::full({run_q.size(0)}, static_cast<double>(run.key_rows), bases.scores.singular_values.options());
     const auto key_grams = pairs_of(grams_of_pairs.keys.flatten(0, 2));
     const int64_t heads_per_group = q.size(1) / groups;
-    entries_[layer][run.level] += batch * run.count * run.query_rows * run.key_rows;
+    const int64_t entries = run.query_rows * run.key_rows;  // of a pair and head
+    entries_[layer][run.level] += batch * run.count * entries;
     const auto met_of_run = token_runs(met, groups, run.query_begin, run.count, run.query_rows, run.stride);
     const Pairs pairs{run_q, run_k, run_v, run_grad, run_logsumexp, rows_of(met).squeeze(2), along_grad(run_exact)};
     const auto damage_of = [&](const at::Tensor& moved) {  // [.., n, g rows] -> [..]: all heads of a token together
       return 0.5 * moved.unflatten(-1, {heads_per_group, run.query_rows}).sum(-2).square().sum(-1);
     };
-    const auto of_groups = [&](const at::Tensor& x) { return x.unflatten(-1, {batch, groups, run.count}).sum(at::IntArrayRef{-3, -1}).t(); };  // [gates, n] -> [G, gates]
+    const auto by_pair = [&](const at::Tensor& x) { return x.unflatten(1, {batch, groups, run.count}).movedim(0, 3); };  // [gates, n] -> [B, G, count, gates]
     std::vector<LowPairs> all;
     for (int64_t kind = 0; kind < 2; ++kind) {
       for (int64_t i = 0; i < choices; ++i) {
@@ -338,23 +341,28 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
     const std::vector<Gated> gated = behind_gates(pairs, all, gates, scale);
     for (int64_t i = 0; i < 2 * choices; ++i) {
       const int64_t kind = i / choices, rank = i % choices;
-      gated_damage_[layer].select(1, kind).select(1, run.level).select(1, rank) += of_groups(damage_of(gated[static_cast<size_t>(i)].moved));
+      gated_of_pairs.select(2, kind).narrow(2, run.first_pair, run.count).select(3, rank).copy_(by_pair(damage_of(gated[static_cast<size_t>(i)].moved)));
       if (i <= choices) {  // by score rank; exact scores, as under values of any rank, are the last
-        exact_entries_[layer].select(1, run.level).select(1, i) += of_groups(gated[static_cast<size_t>(i)].exact.sum(-1)) / heads_per_group;
+        exact_of_pairs.narrow(2, run.first_pair, run.count).select(3, i).copy_(by_pair(gated[static_cast<size_t>(i)].exact.sum(-1)) / static_cast<double>(heads_per_group * entries));
       }
     }
     met_of_run.copy_(at::logaddexp(met_of_run, (exact_share.squeeze(2).log() + run_logsumexp).view(met_of_run.sizes())));
     damage_[layer].select(2, run.level) += of_pairs.narrow(3, run.first_pair, run.count).sum(at::IntArrayRef{0, 3});
+    gated_damage_[layer].select(2, run.level) += gated_of_pairs.narrow(3, run.first_pair, run.count).sum(at::IntArrayRef{0, 3});
+    exact_entries_[layer].select(1, run.level) += exact_of_pairs.narrow(2, run.first_pair, run.count).sum(at::IntArrayRef{0, 2}) * entries;
   }
   if (start_.defined()) {
     const auto state = pair_state(grams_of_pairs, w_o, for_batch(start_[layer], batch), tree, 0, ranks_);
-    if (!states_.defined() || states_[layer].sizes() != state.sizes()) {
-      const auto all_layers = [&](const at::Tensor& x) { return at::zeros_like(x).unsqueeze(0).repeat_interleave(layers_, 0); };
-      states_ = all_layers(state);
-      pair_damage_ = all_layers(of_pairs);
-    }
-    states_[layer].copy_(state);
-    pair_damage_[layer].copy_(of_pairs);
+    const auto keep = [&](at::Tensor& all, const at::Tensor& x) {
+      if (!all.defined() || all[layer].sizes() != x.sizes()) {
+        all = at::zeros_like(x).unsqueeze(0).repeat_interleave(layers_, 0);
+      }
+      all[layer].copy_(x);
+    };
+    keep(pairs_.state, state);
+    keep(pairs_.damage, of_pairs);
+    keep(pairs_.gated_damage, gated_of_pairs);
+    keep(pairs_.exact_entries, exact_of_pairs);
   }
 }
 

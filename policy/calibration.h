@@ -45,6 +45,7 @@ class Calibration {
   int64_t groups() const { return damage.size(1); }
   int64_t levels() const { return damage.size(3); }
   int64_t head_dim() const { return bases.size(3); }
+  int64_t gate_count() const { return gates.defined() ? gates.size(0) : 0; }
 
   /// 16 hexadecimal digits that tell calibrations apart: of the damage and the bases.
   std::string digest() const;
@@ -75,8 +76,8 @@ class Choices {
 
   /// What one pair costs at choice i, everything that depends on it counted.
   double cost(int64_t pair, int64_t kind, size_t i) const { return costs[(static_cast<size_t>(run_of[static_cast<size_t>(pair)]) * 2 + static_cast<size_t>(kind)) * ranks.size() + i]; }
-  /// What a gate adds to that of a pair whose scores are at choice i: itself and as many exact entries as the calibration met.
-  double gate_cost(int64_t layer, int64_t group, int64_t pair, size_t i, int64_t gate) const;
+  /// What a gate adds to that of a pair whose scores are at choice i: itself and, times `entries`, as many exact entries as the calibration met.
+  double gate_cost(int64_t layer, int64_t group, int64_t pair, size_t i, int64_t gate, double entries = 1) const;
   /// One pair's share of its level's calibrated damage, by its queries, at choice i and a gate, -1: none [nats per token of the sequence]; distances beyond the
   /// calibrated levels are taken to suffer like the last one.
   double damage(int64_t layer, int64_t group, int64_t kind, int64_t pair, size_t i, int64_t gate = -1) const;
@@ -128,12 +129,16 @@ class CalibrationController final : public AttentionController {
  public:
   CalibrationController(int64_t layers, Geometry geometry, std::vector<int64_t> ranks);
 
-  /// From now on keeps, for every layer of the last backward pass, what a policy would have seen of each pair (pair_state, from these starting bases,
-  /// [layers, G, 2, d, d]) and each pair's damage.
+  /// From now on keeps `pairs()` of the last backward pass. start [layers, G, 2, d, d]: the bases that pair_state is about.
   void record(at::Tensor start) { start_ = std::move(start); }
-  /// [layers, B, groups, pairs, pair_features] float32 and [layers, B, groups, 2, pairs, ranks] float64 in nats, summed over a pair's queries.
-  const at::Tensor& states() const { return states_; }
-  const at::Tensor& pair_damage() const { return pair_damage_; }
+  /// Of every far pair what a policy would have seen and what its choices would have done; nats are sums over the pair's queries.
+  struct PairRecord {
+    at::Tensor state;          ///< pair_state, [layers, B, groups, pairs, pair_features] float32
+    at::Tensor damage;         ///< [layers, B, groups, 2, pairs, ranks] float64
+    at::Tensor gated_damage;   ///< [layers, B, groups, 2, pairs, ranks, gates] float64
+    at::Tensor exact_entries;  ///< share of the pair's, [layers, B, groups, pairs, ranks + 1, gates] float64
+  };
+  const PairRecord& pairs() const { return pairs_; }
 
   at::Tensor attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
                     std::shared_ptr<LayerPlan>& plan) override;
@@ -159,7 +164,8 @@ class CalibrationController final : public AttentionController {
   int64_t layers_;
   Geometry geometry_;
   std::vector<int64_t> ranks_;
-  at::Tensor damage_, gated_damage_, exact_entries_, entries_, grams_, start_, states_, pair_damage_;
+  at::Tensor damage_, gated_damage_, exact_entries_, entries_, grams_, start_;
+  PairRecord pairs_;
 };
 
 /// The starting bases of a Calibration, from CalibrationController::grams() summed over all text: [layers, groups, 2, d, d] float32.

@@ -281,6 +281,10 @@ LatencyTable LatencyTable::load(const std::filesystem::path& file) {
   return table;
 }
 
+Prices prices_of(const LatencyTable* latency, const BlockTree& tree, int64_t groups, int64_t heads_per_group, int64_t head_dim, int64_t update_steps) {
+  return latency != nullptr ? latency->prices(tree, groups, heads_per_group, head_dim) : operation_prices(tree, groups, heads_per_group, head_dim, update_steps);
+}
+
 double price_of(const Prices& prices, const BlockTree& tree, const RankTable& table, int64_t layer) {
   double sum = prices.fixed;
   for (int64_t group = 0; group < table.groups(); ++group) {

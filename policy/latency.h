@@ -89,6 +89,9 @@ class LatencyTable {
   std::string file_ = "the latency table";  // for messages
 };
 
+/// What an allocation spends: the table's time, or operations where there is none. Errors: as LatencyTable::prices.
+Prices prices_of(const LatencyTable* latency, const BlockTree& tree, int64_t groups, int64_t heads_per_group, int64_t head_dim, int64_t update_steps);
+
 /// The prices of one layer of a table of ranks, its gates left out: what attention should take.
 class RankTable;
 double price_of(const Prices& prices, const BlockTree& tree, const RankTable& table, int64_t layer);

@@ -12,27 +12,33 @@ std::vector<RankItem> rank_items(const Calibration& calibration, const BlockTree
   for (int64_t layer = 0; layer < calibration.layers(); ++layer) {
     for (int64_t group = 0; group < calibration.groups(); ++group) {
       for (int64_t level = 0; level < tree.num_levels(); ++level) {
-        const auto sum_over_pairs = [&](const auto& of_pair) {  // those of a run are alike
-          double sum = 0;
-          for (const PairRun& run : tree.runs()) {
-            sum += run.level == level ? of_pair(run.first_pair) * static_cast<double>(run.count) : 0;
+        // Sums over the level's pairs, those of a run being alike: [choice][1 + gate], without a gate first.
+        const auto sums = [&](const auto& of_pair) {
+          std::vector<std::vector<double>> table(choices, std::vector<double>(static_cast<size_t>(1 + gates)));
+          for (size_t i = 0; i < choices; ++i) {
+            for (int64_t gate = -1; gate < gates; ++gate) {
+              for (const PairRun& run : tree.runs()) {
+                table[i][static_cast<size_t>(1 + gate)] += run.level == level ? of_pair(run.first_pair, i, gate) * static_cast<double>(run.count) : 0;
+              }
+            }
           }
-          return sum;
+          return table;
         };
-        const auto costs = [&](int64_t kind, size_t i) { return sum_over_pairs([&](int64_t pair) { return all.cost(pair, kind, i); }); };
-        const auto gate_costs = [&](size_t i, int64_t gate) { return sum_over_pairs([&](int64_t pair) { return all.gate_cost(layer, group, pair, i, gate); }); };
-        const auto damage = [&](int64_t kind, size_t i, int64_t gate) {
-          return sum_over_pairs([&](int64_t pair) { return all.damage(layer, group, kind, pair, i, gate); });
+        const auto costs = [&](int64_t kind) {  // gates are on the account of scores
+          return sums([&](int64_t pair, size_t i, int64_t gate) { return all.cost(pair, kind, i) + (kind == 0 && gate >= 0 ? all.gate_cost(layer, group, pair, i, gate) : 0); });
         };
+        const auto damages = [&](int64_t kind) { return sums([&](int64_t pair, size_t i, int64_t gate) { return all.damage(layer, group, kind, pair, i, gate); }); };
+        const auto score_costs = costs(0), value_costs = costs(1), score_damages = damages(0), value_damages = damages(1);
         RankItem& item = items.emplace_back();
         for (size_t qk = 0; qk < choices; ++qk) {
           for (size_t v = 0; v < choices; ++v) {
-            const double low = costs(0, qk) + costs(1, v);
             const int64_t some = qk + 1 < choices || v + 1 < choices ? gates : 0;  // what is exact needs no gate
-            for (int64_t gate = 0; gate < some; ++gate) {
-              item.options.push_back({damage(0, qk, gate) + damage(1, v, gate), low + gate_costs(qk, gate), {all.ranks[qk], all.ranks[v], all.gates[static_cast<size_t>(gate)]}});
+            for (int64_t gate = -1; gate < some; ++gate) {
+              const auto g = static_cast<size_t>(1 + gate);
+              Ranks ranks{all.ranks[qk], all.ranks[v]};
+              ranks.gate = gate < 0 ? ranks.gate : all.gates[static_cast<size_t>(gate)];
+              item.options.push_back({score_damages[qk][g] + value_damages[v][g], score_costs[qk][g] + value_costs[v][g], ranks});
             }
-            item.options.push_back({damage(0, qk, -1) + damage(1, v, -1), low, {all.ranks[qk], all.ranks[v]}});
           }
         }
       }

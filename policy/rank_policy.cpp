@@ -152,14 +152,15 @@ class LearnedPolicy final : public RankPolicy {
   std::vector<Ranks> decide(const LayerObservation& o) override {
     at::NoGradGuard no_grad;
     check_fits(calibration_, o);
-    const Priced& priced = prices_of(o);
-    const at::Tensor factors = factors_of(o);  // [items, 2, ranks]
-    const auto f = factors.accessor<double, 3>();
+    const Priced& priced = priced_for(o);
+    const RankAgent::Factors factors = factors_of(o);
+    const auto damage = factors.damage.accessor<double, 4>();    // [items, 2, ranks, 1 + gates]
+    const auto entries = factors.entries.accessor<double, 3>();  // [items, ranks + 1, gates]
     std::vector<Ranks> result;
     for (int64_t item = 0; item < o.items(); ++item) {
       const int64_t pair = o.first_pair + item % o.pair_count();
       const int64_t g = o.first_group + item / o.pair_count() % o.groups;
-      result.push_back(priced.least(o.layer, g, pair, [&](int64_t kind, int64_t column) { return f[item][kind][column]; }));
+      result.push_back(priced.least(o.layer, g, pair, damage[item], entries[item]));
     }
     return result;
   }
@@ -183,10 +184,9 @@ class LearnedPolicy final : public RankPolicy {
     Choices choices;
     double price;  // of a unit of cost, in damage
 
-    // What is least in damage and price together for one pair; factor(kind, column) is on each calibrated damage. Given the gate, scores and values do not depend on
-    // each other.
-    template <typename Factor>
-    Ranks least(int64_t layer, int64_t group, int64_t pair, const Factor& factor) const {
+    // What is least in damage and price together for one pair, by factors on each calibrated damage and on entries. Given the gate, scores and values do not depend
+    // on each other.
+    Ranks least(int64_t layer, int64_t group, int64_t pair, const at::TensorAccessor<double, 3>& damage_factors, const at::TensorAccessor<double, 2>& entry_factors) const {
       Ranks best{};
       double value = std::numeric_limits<double>::infinity();
       for (int64_t gate = -1; gate < static_cast<int64_t>(choices.gates.size()); ++gate) {
@@ -196,8 +196,11 @@ class LearnedPolicy final : public RankPolicy {
           double least_of_kind = std::numeric_limits<double>::infinity();
           for (size_t i = 0; i < choices.ranks.size(); ++i) {
             const double damage = choices.damage(layer, group, kind, pair, i, gate);
-            const double cost = choices.cost(pair, kind, i) + (kind == 0 && gate >= 0 ? choices.gate_cost(layer, group, pair, i, gate) : 0);
-            if (const double all = (damage > 0 ? factor(kind, choices.columns[i]) * damage : 0) + price * cost; all < least_of_kind) {
+            double cost = choices.cost(pair, kind, i);
+            if (kind == 0 && gate >= 0) {
+              cost += choices.gate_cost(layer, group, pair, i, gate, entry_factors[i < choices.columns.size() ? choices.columns[i] : entry_factors.size(0) - 1][gate]);
+            }
+            if (const double all = (damage > 0 ? damage_factors[kind][choices.columns[i]][1 + gate] * damage : 0) + price * cost; all < least_of_kind) {
               least_of_kind = all;
               (kind == 0 ? ranks.qk : ranks.v) = choices.ranks[i];
             }
@@ -216,26 +219,30 @@ class LearnedPolicy final : public RankPolicy {
     }
   };
 
-  at::Tensor factors_of(const LayerObservation& o) {
+  // Of items, not logarithms: float64 [items, ..].
+  RankAgent::Factors factors_of(const LayerObservation& o) {
     if (agent_.strength() == 0) {
-      return at::ones({o.items(), 2, static_cast<int64_t>(calibration_.ranks.size())}, at::kDouble);
+      const auto ranks = static_cast<int64_t>(calibration_.ranks.size()), gates = calibration_.gate_count();
+      return {at::ones({o.items(), 2, ranks, 1 + gates}, at::kDouble), at::ones({o.items(), ranks + 1, gates}, at::kDouble)};
     }
     RankAgent::Memory& memory = memories_[o.first_pair];  // what the layers below saw of the same pairs
     if (o.layer == 0) {
       memory = {};
     }
     const auto group = at::arange(o.items(), at::kLong).div(o.pair_count(), "floor").remainder(o.groups) + o.first_group;
-    return agent_.forward(o.state.flatten(0, 2).unsqueeze(1), group, o.layer, &memory).squeeze(1).exp().to(at::kDouble).contiguous();
+    const RankAgent::Factors logs = agent_.forward(o.state.flatten(0, 2).unsqueeze(1), group, o.layer, &memory);
+    const auto of_items = [](const at::Tensor& x) { return x.squeeze(1).exp().to(at::kDouble).contiguous(); };
+    return {of_items(logs.damage), of_items(logs.entries)};
   }
 
-  const Priced& prices_of(const LayerObservation& o) {
+  const Priced& priced_for(const LayerObservation& o) {
     const auto key = std::pair(o.tree.sequence_length(), o.heads / o.groups);
     auto found = prices_.find(key);
     if (found == prices_.end()) {
       const double price =
           allocate(calibration_, budget_, o.tree, key.second, buckets_, update_steps_, Spending::kBest, 0, with_gates_, latency_.get()).price * agent_.price_factor(budget_);
       const int64_t groups = calibration_.groups(), d = calibration_.head_dim();
-      const Prices prices = latency_ ? latency_->prices(o.tree, groups, key.second, d) : operation_prices(o.tree, groups, key.second, d, update_steps_);
+      const Prices prices = prices_of(latency_.get(), o.tree, groups, key.second, d, update_steps_);
       found = prices_.emplace(key, Priced{Choices(calibration_, o.tree, buckets_, prices, with_gates_), price}).first;
     }
     return found->second;
@@ -287,6 +294,8 @@ std::unique_ptr<RankPolicy> make_table_policy(RankTable table, std::string descr
 std::unique_ptr<RankPolicy> make_rl_policy(Calibration calibration, RankAgent agent, double budget, std::vector<int64_t> buckets, int64_t update_steps, bool with_gates,
                                            std::shared_ptr<const LatencyTable> latency) {
   check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
+  check(ErrorKind::kUsage, agent.strength() == 0 || agent.with_gates() == with_gates, "the agent has learned ", agent.with_gates() ? "with" : "without",
+        " gates and shall decide ", with_gates ? "with" : "without", " them: --gates must be the same as for drrl-policy train");
   return std::make_unique<LearnedPolicy>(std::move(calibration), std::move(agent), budget, std::move(buckets), update_steps, with_gates, std::move(latency));
 }
 

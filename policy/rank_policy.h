@@ -104,9 +104,9 @@ std::unique_ptr<RankPolicy> make_random_policy(Calibration calibration, double b
                                                std::shared_ptr<const LatencyTable> latency = nullptr);
 
 /// The learned policy: as dp, but pair by pair, and every calibrated damage times the agent's factor for what it sees of this text (agent.h). It meets
-/// the budget on average over texts like those it was trained on, not exactly on each. It has learned about ranks without gates and by operations; with gates its
-/// factors are taken to be on what they leave, too, and gates and milliseconds are priced as under dp.
-/// Errors: as make_dp_policy.
+/// the budget on average over texts like those it was trained on, not exactly on each. What it learned spending operations serves milliseconds, too, but then the
+/// budget is met less well.
+/// Errors: as make_dp_policy; Error(kUsage) also if a trusted agent has learned without gates and shall choose them, or the other way round.
 std::unique_ptr<RankPolicy> make_rl_policy(Calibration calibration, RankAgent agent, double budget, std::vector<int64_t> buckets, int64_t update_steps,
                                            bool with_gates = false, std::shared_ptr<const LatencyTable> latency = nullptr);
 

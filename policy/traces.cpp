@@ -6,22 +6,28 @@
 
 namespace drrl {
 namespace {
-constexpr const char* kFormat = "drrl-traces-1";
+constexpr const char* kFormat = "drrl-traces-2";
 }  // namespace
 
-Traces::Traces(int64_t sequences, int64_t layers, int64_t groups, int64_t pairs, std::vector<int64_t> ranks_in)
-    : ranks(std::move(ranks_in)), state(at::zeros({sequences, layers, groups, pairs, pair_features(ranks)})),
-      damage(at::zeros({sequences, kDraws, layers, groups, 2, pairs, static_cast<int64_t>(ranks.size())})) {}
+Traces::Traces(int64_t sequences, int64_t layers, int64_t groups, int64_t pairs, std::vector<int64_t> ranks_in, at::Tensor gates_in)
+    : ranks(std::move(ranks_in)), state(at::zeros({sequences, layers, groups, pairs, pair_features(ranks)})), gates(std::move(gates_in)) {
+  const auto choices = static_cast<int64_t>(ranks.size());
+  damage = at::zeros({sequences, kDraws, layers, groups, 2, pairs, choices});
+  gated_damage = at::zeros({sequences, kDraws, layers, groups, 2, pairs, choices, gates.size(0)});
+  exact_entries = at::zeros({sequences, layers, groups, pairs, choices + 1, gates.size(0)});
+}
 
-void Traces::put(int64_t sequence, int64_t draw, int64_t first_group, const at::Tensor& states, const at::Tensor& pair_damage) {
-  TORCH_CHECK(states.defined() && states.size(1) == 1, "Traces: states ", states.sizes(), ", expected those of one sequence");
-  const int64_t groups = states.size(2);
-  state[sequence].narrow(1, first_group, groups).copy_(states.squeeze(1));
-  damage[sequence][draw].narrow(1, first_group, groups).copy_(pair_damage.squeeze(1));
+void Traces::put(int64_t sequence, int64_t draw, int64_t first_group, const CalibrationController::PairRecord& pairs) {
+  TORCH_CHECK(pairs.state.defined() && pairs.state.size(1) == 1, "Traces: states ", pairs.state.sizes(), ", expected those of one sequence");
+  const auto copy = [&](const at::Tensor& to, const at::Tensor& from) { to.narrow(1, first_group, from.size(2)).copy_(from.squeeze(1)); };
+  copy(state[sequence], pairs.state);
+  copy(damage[sequence][draw], pairs.damage);
+  copy(gated_damage[sequence][draw], pairs.gated_damage);
+  copy(exact_entries[sequence], pairs.exact_entries);
 }
 
 void Traces::save(const std::filesystem::path& file) const {
-  write_safetensors(file, {{"state", state}, {"damage", damage}},
+  write_safetensors(file, {{"state", state}, {"gates", gates}, {"damage", damage}, {"gated_damage", gated_damage}, {"exact_entries", exact_entries}},
                     {{"format", kFormat},
                      {"seq_len", std::to_string(seq_len)},
                      {"near_block", std::to_string(geometry.near_block)},
@@ -40,12 +46,17 @@ Traces Traces::load(const std::filesystem::path& path) {
   t.calibration = file.field("calibration");
   t.ranks = file.ranks();
   t.state = file.tensor("state", at::kFloat, 5);
+  t.gates = file.tensor("gates", at::kDouble, 1);
   t.damage = file.tensor("damage", at::kFloat, 7);
+  t.gated_damage = file.tensor("gated_damage", at::kFloat, 8);
+  t.exact_entries = file.tensor("exact_entries", at::kFloat, 6);
   const auto s = t.state.sizes();
-  const auto expected = {s[0], kDraws, s[1], s[2], int64_t{2}, s[3], static_cast<int64_t>(t.ranks.size())};
-  check(ErrorKind::kModel, t.damage.sizes() == at::IntArrayRef(expected) && s[4] == pair_features(t.ranks) && s[3] == BlockTree(t.seq_len, t.geometry).num_pairs(),
-        path, ": state ", s, " and damage ", t.damage.sizes(), " do not fit each other, the ranks ", at::IntArrayRef(t.ranks), " or ", t.seq_len,
-        " tokens");
+  const Traces expected(s[0], s[1], s[2], s[3], t.ranks, t.gates);
+  const auto fits = [&](at::Tensor Traces::*x) { return (t.*x).sizes() == (expected.*x).sizes(); };
+  check(ErrorKind::kModel, fits(&Traces::state) && fits(&Traces::damage) && fits(&Traces::gated_damage) && fits(&Traces::exact_entries) &&
+                               s[3] == BlockTree(t.seq_len, t.geometry).num_pairs(),
+        path, ": state ", s, ", damage ", t.damage.sizes(), ", gated_damage ", t.gated_damage.sizes(), " and exact_entries ", t.exact_entries.sizes(),
+        " do not fit each other, the ranks ", at::IntArrayRef(t.ranks), ", ", t.gates.size(0), " gates or ", t.seq_len, " tokens");
   return t;
 }
 

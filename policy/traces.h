@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/block_tree.h"
+#include "policy/calibration.h"
 
 namespace drrl {
 
@@ -19,7 +20,7 @@ class Traces {
 
   Traces() = default;
   /// All zero.
-  Traces(int64_t sequences, int64_t layers, int64_t groups, int64_t pairs, std::vector<int64_t> ranks);
+  Traces(int64_t sequences, int64_t layers, int64_t groups, int64_t pairs, std::vector<int64_t> ranks, at::Tensor gates);
 
   int64_t seq_len = 0;
   Geometry geometry;
@@ -27,12 +28,15 @@ class Traces {
   std::string calibration;  ///< digest of the calibration whose bases the states are about
   std::vector<int64_t> ranks;
   at::Tensor state;   ///< [sequences, layers, groups, pairs, pair_features] float32
+  at::Tensor gates;   ///< [gates] float64, as Calibration::gates
   at::Tensor damage;  ///< nats over a pair's queries, [sequences, draws, layers, groups, 2, pairs, ranks] float32
+  at::Tensor gated_damage;   ///< the same behind each gate, [sequences, draws, layers, groups, 2, pairs, ranks, gates] float32
+  at::Tensor exact_entries;  ///< share of a pair's entries that gates make exact, by score rank, [sequences, layers, groups, pairs, ranks + 1, gates] float32
 
   int64_t sequences() const { return state.size(0); }
 
-  /// states and damages of CalibrationController of one sequence, of the KV groups from first_group on.
-  void put(int64_t sequence, int64_t draw, int64_t first_group, const at::Tensor& states, const at::Tensor& pair_damage);
+  /// What was recorded of one sequence, of the KV groups from first_group on.
+  void put(int64_t sequence, int64_t draw, int64_t first_group, const CalibrationController::PairRecord& pairs);
 
   /// Writes atomically. Errors: Error(kStorage).
   void save(const std::filesystem::path& file) const;

@@ -40,7 +40,7 @@ Workload workload(MeshShape shape, int64_t seq_len, int64_t rank, int64_t sequen
   return w;
 }
 
-/// Every kind of work and communication on one and two processes of a node of two cores, lengths and batches that differ.
+/// Every kind of work and communication on up to four processes of a node of two cores, lengths and batches that differ.
 std::vector<Workload> many_workloads() {
   std::vector<Workload> all;
   for (const int64_t rank : {int64_t{16}, kHeadDim}) {
@@ -49,6 +49,7 @@ std::vector<Workload> many_workloads() {
       all.push_back(workload({.dp = 2}, length, rank, 5));
       all.push_back(workload({.tp = 2}, length, rank, 2));
       all.push_back(workload({.cp = 2}, length, rank, 2));
+      all.push_back(workload({.tp = 2, .dp = 2}, length, rank, 2));
     }
   }
   return all;
@@ -62,6 +63,7 @@ StepModel known_model() {
   model.sources[kNetworkMessage] = model.sources[kNetworkBytes] = StepModel::Source::kUnknown;
   model.contention = 0.3;
   model.overlap = 0.5;
+  model.waiting = 0.1;
   return model;
 }
 
@@ -109,6 +111,9 @@ TEST(StepDemand, CountsWhatTheProcessWithTheMostWorkDoes) {
   EXPECT_NEAR(split.amounts[kSplitExact], one.amounts[kExact] / 2, 1e-12);
   EXPECT_EQ(split.amounts[kExact], 0);
   EXPECT_EQ(demand_of(workload({.dp = 4}, 256, kHeadDim, 4)).cores_shared, 2);
+  EXPECT_FALSE(demand_of(workload({.dp = 4}, 256, kHeadDim, 4)).out_of_turn);
+  EXPECT_TRUE(demand_of(workload({.tp = 2, .dp = 2}, 256, kHeadDim, 4)).out_of_turn);
+  EXPECT_FALSE(demand_of(workload({.tp = 2}, 256, kHeadDim, 4)).out_of_turn);
   EXPECT_EQ(demand_of(workload({.dp = 2}, 256, kHeadDim, 3)).amounts[kLayer], 2 * kLayers);  // 2 + 1 sequences
 
   // A sequence of one block has no far pairs; rank 16 is then exact attention too.
@@ -149,6 +154,7 @@ TEST(StepModel, FitRecoversKnownCosts) {
   const StepModel fitted = StepModel::fit(equations);
   EXPECT_NEAR(fitted.contention, known.contention, 1e-9);
   EXPECT_NEAR(fitted.overlap, known.overlap, 1e-9);
+  EXPECT_NEAR(fitted.waiting, known.waiting, 1e-9);
   for (size_t i = 0; i < kCostCount; ++i) {
     EXPECT_NEAR(fitted.costs[i], known.costs[i], 0.02 * known.costs[i]) << kCosts[i].key;
     EXPECT_EQ(fitted.sources[i], known.sources[i]) << kCosts[i].key;
@@ -220,6 +226,7 @@ TEST_F(ModelProgram, FitsValidatesAndPredicts) {
   EXPECT_LT(json["fit"]["worst_error"], 0.02);
   EXPECT_LT(json["validation"]["worst_error"], 0.02);
   EXPECT_NEAR(json["contention"], known_model().contention, 1e-9);
+  EXPECT_NEAR(json["waiting"], known_model().waiting, 1e-9);
   EXPECT_NEAR(json["costs"]["linear"]["ms"], known_model().costs[kLinear], 0.5);
   EXPECT_EQ(json["costs"]["linear"]["source"], "measured");
   EXPECT_EQ(json["costs"]["network_message"]["source"], "given");

@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kLayers = 3, kGroups = 2, kHeadDim = 64, kLength = 2048;
 const std::vector<int64_t> kRanks = {16, 32, 48};
 
-Calibration calibration() {
+Calibration calibration(bool with_gates = false) {
   Calibration c;
   c.geometry = {256, 4};
   c.seq_len = kLength;
@@ -28,13 +28,19 @@ Calibration calibration() {
   c.damage = by_rank.expand({kLayers, kGroups, 2, 3, 3}).clone();
   at::manual_seed(3);
   c.bases = at::randn({kLayers, kGroups, 2, kHeadDim, kHeadDim});
+  if (with_gates) {
+    c.gates = at::tensor({0.002, 0.02}, at::kDouble);
+    c.gated_damage = c.damage.unsqueeze(5) * at::tensor({0.05, 0.3}, at::kDouble);
+    c.exact_entries = at::tensor({0.02, 0.004}, at::kDouble).expand({kLayers, kGroups, 3, 4, 2}).clone();
+  }
   return c;
 }
 
-/// Traces whose damage is the calibrated one times e^{+-2}, by the sign of one feature; noise that no state explains comes on top of each draw.
+/// Traces whose damage, or with gates whose entries, are the calibrated ones times e^{+-2}, by the sign of one feature; noise that no state explains comes on top of each
+/// draw of damage.
 Traces traces(const Calibration& c, int64_t sequences, bool informative) {
   const BlockTree tree(kLength, c.geometry);
-  Traces t(sequences, kLayers, kGroups, tree.num_pairs(), kRanks);
+  Traces t(sequences, kLayers, kGroups, tree.num_pairs(), kRanks, c.gates.defined() ? c.gates : CalibrationController::default_gates());
   t.seq_len = kLength;
   t.geometry = c.geometry;
   t.heads_per_group = 3;
@@ -51,7 +57,13 @@ Traces traces(const Calibration& c, int64_t sequences, bool informative) {
     t.damage.select(5, pair).copy_(at::tensor(damage).expand({sequences, Traces::kDraws, kLayers, kGroups, 2, 3}) * static_cast<double>(kLength));
   }
   const auto factor = (2 * sign).exp();  // [sequences, layers, groups, pairs]
-  t.damage *= factor.unsqueeze(1).unsqueeze(4).unsqueeze(6) * at::randn(t.damage.sizes()).pow(2);
+  t.damage *= at::randn(t.damage.sizes()).pow(2);
+  if (c.gates.defined()) {
+    t.gated_damage = (t.damage.unsqueeze(7) * at::tensor({0.05, 0.3})).contiguous();
+    t.exact_entries = (factor.unsqueeze(4).unsqueeze(5) * at::tensor({0.02, 0.004})).expand({-1, -1, -1, -1, 4, -1}).contiguous();
+  } else {
+    t.damage *= factor.unsqueeze(1).unsqueeze(4).unsqueeze(6);
+  }
   return t;
 }
 
@@ -64,50 +76,65 @@ AgentTrainingOptions options() {
   return o;
 }
 
-std::vector<BudgetReport> trained(RankAgent& agent, bool informative) {
-  const Calibration c = calibration();
+std::vector<BudgetReport> trained(RankAgent& agent, bool informative, bool with_gates) {
+  const Calibration c = calibration(with_gates);
   const std::vector<Traces> all = {traces(c, 28, informative)};
-  return train_agent(agent, c, all, options(), [](const std::string&) {});
+  AgentTrainingOptions o = options();
+  o.with_gates = with_gates;
+  return train_agent(agent, c, all, o, [](const std::string&) {});
 }
 
 TEST(RankAgent, StartsAsTheCalibrationAndSeesOnlyLayersBelow) {
-  RankAgent agent(kLayers, kGroups, kRanks, 1);
+  RankAgent agent(kLayers, kGroups, kRanks, 2, 1);
   const int64_t features = pair_features(kRanks);
   at::NoGradGuard no_grad;
   at::manual_seed(2);
   auto state = at::randn({5, kLayers, features});
   const auto group = at::tensor({0, 1, 1, 0, 1}, at::kLong);
-  EXPECT_EQ(agent.forward(state, group, 0).abs().max().item<float>(), 0);
+  const auto outputs = [&](const at::Tensor& of, int64_t first_layer, RankAgent::Memory* memory = nullptr) {
+    const RankAgent::Factors logs = agent.forward(of, group, first_layer, memory);
+    EXPECT_EQ(logs.damage.sizes(), at::IntArrayRef({5, of.size(1), 2, 3, 3}));
+    EXPECT_EQ(logs.entries.sizes(), at::IntArrayRef({5, of.size(1), 4, 2}));
+    return at::cat({logs.damage.flatten(2), logs.entries.flatten(2)}, 2);
+  };
+  EXPECT_EQ(outputs(state, 0).abs().max().item<float>(), 0);
   agent.parameters().back().normal_();  // the head
-  const auto whole = agent.forward(state, group, 0);
+  const auto whole = outputs(state, 0);
   EXPECT_GT(whole.abs().max().item<float>(), 0.1);
   EXPECT_LE(whole.abs().max().item<double>(), RankAgent::kLimit);
   RankAgent::Memory memory;
   for (int64_t layer = 0; layer < kLayers; ++layer) {  // layer by layer, as it decides
-    EXPECT_TRUE(at::allclose(agent.forward(state.narrow(1, layer, 1), group, layer, &memory).squeeze(1), whole.select(1, layer), 1e-4, 1e-5));
+    EXPECT_TRUE(at::allclose(outputs(state.narrow(1, layer, 1), layer, &memory).squeeze(1), whole.select(1, layer), 1e-4, 1e-5));
   }
   state.select(1, 2).add_(1);
-  const auto other = agent.forward(state, group, 0);
+  const auto other = outputs(state, 0);
   EXPECT_TRUE(other.narrow(1, 0, 2).equal(whole.narrow(1, 0, 2)));
   EXPECT_FALSE(at::allclose(other.select(1, 2), whole.select(1, 2)));
 }
 
 TEST(RankAgent, LearnsWhatTheStateTells) {
-  RankAgent agent(kLayers, kGroups, kRanks, 1);
-  for (const BudgetReport& r : trained(agent, /*informative=*/true)) {
-    SCOPED_TRACE(r.budget);
-    EXPECT_LT(r.agent, 0.9 * r.dp);
-    EXPECT_LT(r.oracle, r.dp);
-    EXPECT_NEAR(r.agent_operations, r.budget, 0.04);
+  for (const bool with_gates : {false, true}) {
+    RankAgent agent(kLayers, kGroups, kRanks, with_gates ? 2 : 0, 1);
+    for (const BudgetReport& r : trained(agent, /*informative=*/true, with_gates)) {
+      SCOPED_TRACE(::testing::Message() << r.budget << (with_gates ? " with gates" : ""));
+      EXPECT_LT(r.agent, 0.9 * r.dp);
+      EXPECT_LT(r.oracle, r.dp);
+      EXPECT_NEAR(r.agent_cost, r.budget, 0.04);
+    }
+    EXPECT_EQ(agent.with_gates(), with_gates);
+    EXPECT_GT(agent.strength(), 0);
+    EXPECT_NE(error_of(ErrorKind::kUsage, [&] { make_rl_policy(calibration(with_gates), agent, 0.6, {16, 32, 48, 64}, 2, !with_gates); }).find("--gates"), std::string::npos);
   }
 }
 
 TEST(RankAgent, StaysWithTheCalibrationWhereTheStateTellsNothing) {
-  RankAgent agent(kLayers, kGroups, kRanks, 1);
-  for (const BudgetReport& r : trained(agent, /*informative=*/false)) {
-    SCOPED_TRACE(r.budget);
-    EXPECT_LT(r.agent, 1.1 * r.dp);
-    EXPECT_GT(r.agent, 0.9 * r.dp) << "nothing was to be learned";
+  for (const bool with_gates : {false, true}) {
+    RankAgent agent(kLayers, kGroups, kRanks, with_gates ? 2 : 0, 1);
+    for (const BudgetReport& r : trained(agent, /*informative=*/false, with_gates)) {
+      SCOPED_TRACE(::testing::Message() << r.budget << (with_gates ? " with gates" : ""));
+      EXPECT_LT(r.agent, 1.1 * r.dp);
+      EXPECT_GT(r.agent, 0.9 * r.dp) << "nothing was to be learned";
+    }
   }
 }
 
@@ -116,7 +143,7 @@ TEST(RankAgent, SurvivesItsFile) {
   const Calibration c = calibration();
   c.save(file);
   EXPECT_NE(error_of(ErrorKind::kModel, [&] { RankAgent::load(file, c); }).find("drrl-policy train"), std::string::npos);
-  RankAgent agent(kLayers, kGroups, kRanks, 7);
+  RankAgent agent(kLayers, kGroups, kRanks, 0, 7);
   agent.set_prices({0.4, 0.6}, {2, 4});
   agent.save(file, c);
   const Calibration back = Calibration::load(file);
@@ -133,10 +160,10 @@ TEST(Traces, SurviveTheirFile) {
   const Traces t = traces(calibration(), 2, true);
   t.save(file);
   const Traces back = Traces::load(file);
-  EXPECT_TRUE(back.state.equal(t.state) && back.damage.equal(t.damage));
+  EXPECT_TRUE(back.state.equal(t.state) && back.damage.equal(t.damage) && back.gated_damage.equal(t.gated_damage) && back.exact_entries.equal(t.exact_entries) && back.gates.equal(t.gates));
   EXPECT_EQ(back.calibration, t.calibration);
   AgentTrainingOptions o = options();
-  RankAgent agent(kLayers, kGroups, kRanks, 1);
+  RankAgent agent(kLayers, kGroups, kRanks, 0, 1);
   EXPECT_NE(error_of(ErrorKind::kUsage, [&] { train_agent(agent, calibration(), {back}, o, nullptr); }).find("2 sequences"), std::string::npos);
   Calibration other = calibration();
   other.damage *= 2;
@@ -161,7 +188,7 @@ struct Rig {
   }
 
   LowRankController controller() const {
-    RankAgent agent(kLayers, kGroups, kRanks, 1);
+    RankAgent agent(kLayers, kGroups, kRanks, 0, 1);
     at::manual_seed(9);
     at::NoGradGuard no_grad;
     agent.parameters().back().normal_();
@@ -171,15 +198,13 @@ struct Rig {
 
 // With gates, too: until it has learned something it takes what dp takes, but for the last steps that use up dp's budget.
 TEST(LearnedPolicy, StartsAsDp) {
-  Calibration c = calibration();
+  Calibration c = calibration(/*with_gates=*/true);
   c.damage *= at::tensor({1.0, 30.0, 4.0}, at::kDouble).view({kLayers, 1, 1, 1, 1}) * at::tensor({1.0, 3.0}, at::kDouble).view({1, kGroups, 1, 1, 1});
-  c.gates = at::tensor({0.002, 0.02}, at::kDouble);
   c.gated_damage = c.damage.unsqueeze(5) * at::tensor({0.05, 0.3}, at::kDouble);
-  c.exact_entries = at::tensor({0.02, 0.004}, at::kDouble).expand({kLayers, kGroups, 3, 4, 2}).clone();
   const BlockTree tree(8 * 256 + 4, c.geometry);
   for (const bool with_gates : {false, true}) {
     const auto dp = make_dp_policy(c, 0.6, {16, 32, 48, 64}, 2, with_gates);
-    RankAgent agent(kLayers, kGroups, kRanks, 1);
+    RankAgent agent(kLayers, kGroups, kRanks, 2, 1);
     agent.set_strength(0);
     const auto rl = make_rl_policy(c, agent, 0.6, {16, 32, 48, 64}, 2, with_gates);
     int64_t items = 0, different = 0, gated = 0;

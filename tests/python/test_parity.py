@@ -158,16 +158,17 @@ class SmallModelTest(Folder):
         common = ["--model", model, "--data", self.data, "--seq_len=400", "--near_block=32", "--policy", policy]
         run([BIN / "drrl-policy", "calibrate", *common, "--calibration_tokens=400"])
         run([BIN / "drrl-policy", "record", *common, "--tp=2", "--calibration_tokens=2000", "--traces", traces], ranks=2)
-        run([BIN / "drrl-policy", "train", "--policy", policy, "--traces", traces, "--fit_steps=30", "--reward_steps=30"])
-        perplexities = []
-        for tp in (1, 2, 3):
-            run([BIN / "drrl-eval", *common, "--attention=lowrank", "--rank_policy=rl", "--rank_budget=0.8", "--max_tokens=1200", f"--tp={tp}",
-                 "--json", self.folder / "drrl.json"], ranks=tp)
-            result = json.loads((self.folder / "drrl.json").read_text())
-            self.assertLess(result["attention_flops_fraction"], 0.95)
-            self.assertLess(result["mean_rank_qk"], 16)
-            perplexities.append(result["perplexity"])
-        self.assertLess(max(perplexities) / min(perplexities) - 1, 1e-4)  # every process decides for its own KV groups, all the same
+        for gates in ([], ["--gates"]):
+            run([BIN / "drrl-policy", "train", "--policy", policy, "--traces", traces, "--fit_steps=30", "--reward_steps=30", *gates])
+            perplexities = []
+            for tp in (1, 2, 3):
+                run([BIN / "drrl-eval", *common, "--attention=lowrank", "--rank_policy=rl", "--rank_budget=0.8", "--max_tokens=1200", f"--tp={tp}", *gates,
+                     "--json", self.folder / "drrl.json"], ranks=tp)
+                result = json.loads((self.folder / "drrl.json").read_text())
+                self.assertLess(result["attention_flops_fraction"], 0.95)
+                self.assertLess(result["mean_rank_qk"], 16)
+                perplexities.append(result["perplexity"])
+            self.assertLess(max(perplexities) / min(perplexities) - 1, 1e-4)  # every process decides for its own KV groups, all the same
 
     def generate(self, model, tp, *flags):
         run([BIN / "drrl-eval", "--model", model, "--data", self.data, "--generate=70", "--prompt_tokens=45", f"--tp={tp}", *flags,
