@@ -1,6 +1,7 @@
 // drrl-policy: what ranks cost a model, measured on real text (calibrate, record), and the policy that learns from it (train). Options: drrl-policy --help.
 
 #include "core/error.h"
+#include "core/storage.h"
 #include "distributed/mesh.h"
 #include "launch/console.h"
 #include "launch/flags.h"
@@ -20,6 +21,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <gflags/gflags.h>
+#include <nlohmann/json.hpp>
 
 #include <cstdio>
 #include <iostream>
@@ -324,9 +326,15 @@ ExitCode train(const Environment& environment) {
   const auto reports = train_agent(agent, calibration, traces, options, [](const std::string& line) { std::cout << line << std::endl; });
   std::printf("held-out damage in 1e-3 nats per token at equal %s:\n%6s %7s %9s %9s %9s %9s %9s   %s\n", options.latency ? "time" : "operations",
               "L", "budget", "dp", "refitted", "agent", "oracle", "bound", "what the agent takes at its own prices");
+  nlohmann::ordered_json json = {{"agent_strength", agent.strength()}, {"gates", options.with_gates}, {"seed", FLAGS_seed}};
   for (const BudgetReport& r : reports) {
-    std::printf("%6lld %7.3f %9.4f %9.4f %9.4f %9.4f %9.4f   %.4f\n", static_cast<long long>(r.seq_len), r.budget, 1e3 * r.dp, 1e3 * r.refitted, 1e3 * r.agent,
-                1e3 * r.oracle, 1e3 * r.bound, r.agent_cost);
+    json["held_out"].push_back({{"seq_len", r.seq_len}, {"budget", r.budget}, {"dp", r.dp}, {"refitted", r.refitted}, {"agent", r.agent}, {"oracle", r.oracle},
+                                {"bound", r.bound}, {"agent_cost", r.agent_cost}});
+    std::printf("%6lld %7.3f %9.4f %9.4f %9.4f %9.4f %9.4f   %.4f\n", static_cast<long long>(r.seq_len), r.budget, 1e3 * mean_damage(r.dp), 1e3 * r.refitted,
+                1e3 * mean_damage(r.agent), 1e3 * r.oracle, 1e3 * r.bound, r.agent_cost);
+  }
+  if (!FLAGS_json.empty()) {
+    write_text(FLAGS_json, json.dump(1) + "\n");
   }
   agent.save(FLAGS_policy, calibration);
   std::cout << "wrote " << FLAGS_policy << std::endl;

@@ -39,7 +39,7 @@ DEFINE_string(latency, "",
 DEFINE_double(guard_eps, 0,
               "raise a far pair's ranks until its starting bases lose at most this share of the scores' and values' norm, certified without a decomposition; "
               "needs --policy; 0: no guard");
-DEFINE_bool(gates, false, "under dp and rl, choose gates along with the ranks: single entries, a query and a key, of large weight are exact after all");
+DEFINE_bool(gates, false, "under dp and rl (drrl-policy train: for rl), choose gates along with the ranks: single entries, a query and a key, of large weight are exact after all");
 DEFINE_double(guard_decay, 1, "factor on --guard_eps after every training step: below 1 the guard tightens");
 DEFINE_int64(basis_updates, 2,
              "rounds of incremental update for each far basis, from those of --policy or of the first block; -1: a full decomposition each");

@@ -120,7 +120,8 @@ std::vector<NamedTensor> RankAgent::tensors() const {
   for (size_t i = 0; i < kCount; ++i) {
     all.push_back({kNames[i], parameters_[i].detach()});
   }
-  all.insert(all.end(), {{"agent.mean", mean_}, {"agent.deviation", deviation_}, {"agent.strength", strength_}, {"agent.budgets", budgets_}, {"agent.price_factors", factors_}, {"agent.with_gates", with_gates_}});
+  all.insert(all.end(), {{"agent.mean", mean_}, {"agent.deviation", deviation_}, {"agent.strength", strength_}, {"agent.budgets", budgets_},
+                       {"agent.price_factors", factors_}, {"agent.with_gates", with_gates_}});
   return all;
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <numeric>
 #include <random>
 
 #include "core/cost.h"
@@ -61,15 +62,17 @@ Choice measured(const Items& items) { return measured(items, items.mean_damage()
 
 // The choices of least estimated damage and price, and what they really spoil and take. Given the gate, scores and values do not depend on each other.
 struct Outcome {
-  double damage, cost;  // of one sequence
+  std::vector<double> damages;  // of each sequence
+  double cost;                  // of one, on average
 };
 Outcome outcome(const Choice& estimate, const Choice& truth, int64_t sequences, double price) {
   const auto [least, ranks] = (estimate.damage + price * estimate.cost).min(3, /*keepdim=*/true);  // [N, layers, 2, 1, 1 + gates]
   const auto gate = least.sum(2, /*keepdim=*/true).argmin(4, /*keepdim=*/true).expand({-1, -1, 2, -1, -1});
-  const auto sum = [&, ranks = ranks](const at::Tensor& x) {
-    return x.gather(3, ranks).gather(4, gate).sum(at::kDouble).item<double>() / static_cast<double>(sequences);
+  const auto of_sequences = [&, ranks = ranks](const at::Tensor& x) {
+    return x.gather(3, ranks).gather(4, gate).view({sequences, -1}).sum(1, /*keepdim=*/false, at::kDouble);
   };
-  return {sum(truth.damage), sum(truth.cost)};
+  const at::Tensor damages = of_sequences(truth.damage);
+  return {{damages.const_data_ptr<double>(), damages.const_data_ptr<double>() + sequences}, of_sequences(truth.cost).mean().item<double>()};
 }
 
 // The price at which decisions by `estimate` really take what is allowed.
@@ -101,7 +104,7 @@ Choice estimate_of(const RankAgent& agent, const Items& items) {
   return estimated(items, factors_of(agent, items));
 }
 
-// -(log likelihood), up to a constant, of positive y = base e^log_factor and noise of a gamma distribution of any shape; where nothing is calibrated there is nothing to fit.
+// -(log likelihood), up to a constant, of positive y that is base e^log_factor times gamma noise of any shape; where nothing is calibrated there is nothing to fit.
 at::Tensor gamma_deviance(const at::Tensor& y, const at::Tensor& base, const at::Tensor& log_factor) {
   const auto counts = base > 1e-30;
   const auto ratio = at::where(counts, y / base.clamp_min(1e-30), 1).clamp_max(std::exp(2 * RankAgent::kLimit));
@@ -185,6 +188,8 @@ class TraceItems {
 
 }  // namespace
 
+double mean_damage(const std::vector<double>& sequences) { return std::accumulate(sequences.begin(), sequences.end(), 0.0) / static_cast<double>(sequences.size()); }
+
 std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calibration, const std::vector<Traces>& traces,
                                       const AgentTrainingOptions& options, const std::function<void(const std::string&)>& log) {
   const int64_t layers = calibration.layers(), groups = calibration.groups(), d = calibration.head_dim();
@@ -196,7 +201,8 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
     check(ErrorKind::kUsage, options.held_out >= 1 && options.validation >= 1 && t.sequences() > options.held_out + options.validation, "traces of ",
           t.sequences(), " sequences, of which ", options.held_out, " are held out and ", options.validation,
           " are for validation: at least one must be each and one must be left");
-    check(ErrorKind::kUsage, !options.with_gates || (calibration.gates.defined() && t.gates.equal(calibration.gates)), "the gates of traces and calibration are not the same: make both again");
+    check(ErrorKind::kUsage, !options.with_gates || (calibration.gates.defined() && t.gates.equal(calibration.gates)),
+          "the gates of traces and calibration are not the same: make both again");
     const BlockTree tree(t.seq_len, t.geometry);
     const Prices prices = prices_of(options.latency.get(), tree, groups, t.heads_per_group, d, options.update_steps);
     const TraceItems items(t, calibration, prices, options);
@@ -273,16 +279,19 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
   double best = 0, least = INFINITY;
   for (const double strength : {0.0, 0.25, 0.5, 0.75, 1.0}) {
     agent.set_strength(strength);
-    double cost = 0;  // sum over budgets of the logarithm of the damage at equal operations
+    double cost = 0, unwatched = 0;  // sums over budgets of the logarithm of the damage at equal cost; if states and network were free
     for (const Length& l : lengths) {
       const Choice estimate = estimate_of(agent, l.validation), truth = measured(l.validation);
-      const double watching = strength > 0 ? l.watching : 0;
       for (const double budget : l.budgets) {
-        const double price = price_for(estimate, truth, l.validation.sequences, budget * l.exact - l.fixed - watching);
-        cost += std::log(outcome(estimate, truth, l.validation.sequences, price).damage);
+        const auto damage = [&](double watching) {
+          const double price = price_for(estimate, truth, l.validation.sequences, budget * l.exact - l.fixed - watching);
+          return std::log(mean_damage(outcome(estimate, truth, l.validation.sequences, price).damages));
+        };
+        unwatched += damage(0);
+        cost += damage(strength > 0 ? l.watching : 0);
       }
     }
-    log(c10::str("strength ", strength, ": validation damage e^", cost));
+    log(c10::str("strength ", strength, ": validation damage e^", cost, ", were states and network free e^", unwatched));
     if (cost < least) {
       best = strength;
       least = cost;
@@ -329,14 +338,21 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
     const Choice estimate = estimate_of(agent, held);
     for (size_t i = 0; i < l.budgets.size(); ++i) {
       const double allowed = l.budgets[i] * l.exact - l.fixed;
-      const auto judged = [&](const Choice& by, const Choice& as, double cost) {
-        return outcome(by, as, held.sequences, price_for(by, as, held.sequences, cost)).damage / tokens;
+      const auto of_sequences = [&](const Choice& by, const Choice& as, double cost) {
+        std::vector<double> damages = outcome(by, as, held.sequences, price_for(by, as, held.sequences, cost)).damages;
+        std::transform(damages.begin(), damages.end(), damages.begin(), [&](double nats) { return nats / tokens; });
+        return damages;
       };
-      BudgetReport r{l.traces->seq_len, l.budgets[i], judged(dp, truth, allowed), judged(refitted, truth, allowed), 0, 0, 0, judged(truth, truth, allowed)};
-      const Outcome mine = outcome(estimate, truth, held.sequences, l.prices[i] * agent.price_factor(l.budgets[i]));
-      r.agent = judged(estimate, truth, allowed - l.watching);
-      r.agent_cost = (mine.cost + l.fixed + l.watching) / l.exact;
+      const auto judged = [&](const Choice& by, const Choice& as, double cost) { return mean_damage(of_sequences(by, as, cost)); };
+      BudgetReport r{};
+      r.seq_len = l.traces->seq_len;
+      r.budget = l.budgets[i];
+      r.dp = of_sequences(dp, truth, allowed);
+      r.agent = of_sequences(estimate, truth, allowed - l.watching);
+      r.refitted = judged(refitted, truth, allowed);
       r.oracle = 0.5 * (judged(draws[0], draws[1], allowed) + judged(draws[1], draws[0], allowed));
+      r.bound = judged(truth, truth, allowed);
+      r.agent_cost = (outcome(estimate, truth, held.sequences, l.prices[i] * agent.price_factor(l.budgets[i])).cost + l.fixed + l.watching) / l.exact;
       reports.push_back(r);
     }
   }

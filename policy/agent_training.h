@@ -26,17 +26,20 @@ struct AgentTrainingOptions {
   uint64_t seed = 1;
 };
 
-/// Expected damage on sequences that were not trained on, in nats per token, of decisions that cost (almost) the same.
+/// Damage on sequences that were not trained on, in nats per token, of decisions that cost the same: allowed is what the budget allows of the cost that was met.
 struct BudgetReport {
   int64_t seq_len;
   double budget;
-  double dp;         ///< the calibration's allocation
-  double refitted;   ///< the same method with the mean damage of the training sequences: what more calibration text gives without an agent
-  double agent;
-  double agent_cost;   ///< what its own prices take, of exact attention's, state and network included: close to the budget
-  double oracle;     ///< decides pair by pair by one measurement of the very sequence, judged by the other
-  double bound;      ///< decides by all measurements and is judged by the same, noise included: no policy that looks at the text can spoil less
+  std::vector<double> dp;     ///< the calibration's choices, by sequence
+  std::vector<double> agent;  ///< by sequence; state and network are paid for
+  double refitted;    ///< as dp, with the mean damage of the training sequences, pair by pair: what more calibration text gives without an agent
+  double oracle;      ///< decides pair by pair by one measurement of the very sequence, judged by the other
+  double bound;       ///< decides by all measurements and is judged by the same, noise included: no policy can spoil less
+  double agent_cost;  ///< what the agent's own prices take, of exact attention's, state and network included: close to the budget
 };
+
+/// Of all sequences of a report.
+double mean_damage(const std::vector<double>& sequences);
 
 /// Trains the agent on traces, whose rewards are known in full: no action is sampled, every expectation is exact.
 ///

@@ -187,6 +187,28 @@ class StudiesTest(SharedModel):
         else:
             self.assertEqual((row["balance_damage"], row["balance_time"], row["increase_percent"]), (0, 1, [0, 0, 0]))
 
+    def test_agent(self):
+        traces, agents, out = self.folder / "traces.safetensors", self.folder / "agents", self.folder / "study_agent.json"
+        run([BIN / "drrl-policy", "record", "--model", self.model, "--data", self.data, "--policy", self.policy, "--seq_len=300", "--calibration_tokens=1800",
+             "--traces", traces, *SHAPE])
+        table = run([sys.executable, LAUNCH / "study_agent.py", "--policy", self.policy, "--traces", traces, "--seeds", 2, "--held_out", 2, "--validation", 2,
+                     "--build", BIN.parent, "--out", agents, "--json", out, "--", "--gates", "--fit_steps=20", "--reward_steps=20"])
+        result = json.loads(out.read_text())
+        self.assertEqual([run["seed"] for run in result["runs"]], [1, 2])
+        for row, *reports in zip(result["rows"], *(run["held_out"] for run in result["runs"])):
+            dp = numpy.mean(reports[0]["dp"])
+            self.assertAlmostEqual(row["agent"][0], 1 - numpy.mean([report["agent"] for report in reports]) / dp)
+            self.assertLessEqual(row["agent"][1], row["agent"][0] + 1e-12)
+            self.assertGreaterEqual(row["bound"], max(row["oracle"], row["refitted"], *row["agents"]))  # nobody can save more than hindsight
+            self.assertIn(f"{1e3 * dp:8.3f}", table)
+        (told,) = result["foretold"].values()
+        self.assertEqual(set(told), {"entries", "scores", "scores, gate", "values", "values, gate"})
+        self.assertTrue(all(r2 < 1 for of in told.values() for r2 in of))
+        self.assertIn("R^2 by states, by past: entries", table)
+        policies, result = self.study("study_policies", "--seq_len", 300, "--budgets", 0.9, "--ranks", 8, "--energies", "--policy", agents / "agent-1.safetensors")
+        self.assertIn("rl", [row["policy"] for row in result["rows"]])
+        self.assertTrue(all(c["against"] == {"rl": "gates", "gates": "dp"}[c["policy"]] for c in result["comparisons"]))
+
     def test_balanced_ranks_are_evaluated(self):
         def evaluate(*flags):
             out = self.folder / "balanced.json"

@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+"""What an agent that looks at the text can gain over `dp`, what it does gain, and how sure that is: agents of several seeds, trained on the same traces.
+
+    launch/study_agent.py --policy FILE --traces FILE... [--seeds 5] [--held_out 4] [--validation 4] [--out DIR] [--json FILE] [-- --gates --latency=FILE ...]
+
+FILE is of drrl-policy calibrate, traces are of drrl-policy record with it; what follows -- goes to drrl-policy train. For each length and budget, on the
+sequences held out, at equal cost: the damage of `dp` [1e-3 nats per token], and what share of it is saved by
+  refitted   dp with the damages of the training sequences, pair by pair: nothing looks at the text,
+  agent      mean of the seeds, with the 95 % bootstrap interval over the sequences held out, of their means,
+  oracle     choices by one measurement of the very sequence, judged by another one: noise misleads them,
+  bound      choices by all measurements, judged by the same: noise included, no policy can save more.
+Then what can be foretold at all: by how much a pair's damage at the smallest rank, with the middle gate and without one, and the entries which that gate
+makes exact, differ from their mean over texts; share of the variance of the logarithm that is explained on the sequences held out (R^2; 0 or less:
+nothing), linearly,
+  by states  of the pair, what an agent sees,
+  by past    what was really done to all earlier pairs of the same text, layer and KV group, and of the same text: more than any policy can know.
+--out keeps the policy files, agent-SEED.safetensors. Exit status: 0 measured, 1 a run failed.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import sys
+import tempfile
+
+import numpy
+import safetensors.numpy
+
+import study
+
+
+def train(arguments, seed, folder):
+    """The report of one agent."""
+    policy, report = folder / f"agent-{seed}.safetensors", folder / f"agent-{seed}.json"
+    shutil.copyfile(arguments.policy, policy)
+    study.run([arguments.build / "bin/drrl-policy", "train", "--policy", policy, "--traces", ",".join(map(str, arguments.traces)), f"--seed={seed}",
+               f"--held_out={arguments.held_out}", f"--validation={arguments.validation}", "--json", report, *arguments.flags])
+    return json.loads(report.read_text())
+
+
+def saved(dp, agent, seed=1, draws=10000):
+    """1 - agent / dp of sums over sequences, with its 95 % bootstrap interval; of each sequence."""
+    picks = numpy.random.default_rng(seed).integers(0, len(dp), (draws, len(dp)))
+    low, high = numpy.percentile(1 - agent[picks].sum(axis=1) / dp[picks].sum(axis=1), [2.5, 97.5])
+    return [float(1 - agent.sum() / dp.sum()), float(low), float(high)]
+
+
+def explained(features, target, held_out):
+    """Squares that a ridge regression on the other sequences leaves on the last ones, and all of them; features [sequences, .., n], target [sequences, ..]."""
+    columns = features.shape[-1]
+    train, test = ((features[part].reshape(-1, columns), target[part].ravel()) for part in (slice(-held_out), slice(-held_out, None)))
+    scale = train[0].std(axis=0) + 1e-3
+    x, y = train[0] / scale, train[1]
+    weights = numpy.linalg.solve(x.T @ x + 10 * numpy.eye(columns), x.T @ y)
+    return numpy.array([((test[1] - test[0] / scale @ weights) ** 2).sum(), (test[1] ** 2).sum()])
+
+
+def foretold(file, held_out):
+    """{what: (R^2 by states, R^2 by past)} of a trace file."""
+    traces = safetensors.numpy.load_file(file)
+    state = traces["state"].astype(numpy.float64)  # [sequences, layers, groups, pairs, features]; the last two: level / 8, log2(1 + first block) / 8
+    level, begin = state[0, 0, 0, :, -2] * 8, 2 ** (state[0, 0, 0, :, -1] * 8) - 1
+    end = begin + 2 ** level
+    damage, gated = (traces[name].mean(axis=1) for name in ("damage", "gated_damage"))  # of all draws
+    gate = gated.shape[-1] // 2
+    targets = {"entries": traces["exact_entries"][..., 0, gate]}
+    for kind, name in enumerate(("scores", "values")):
+        targets[name] = damage[:, :, :, kind, :, 0]
+        targets[f"{name}, gate"] = gated[:, :, :, kind, :, 0, gate]
+    result = {}
+    for what, target in targets.items():
+        beyond = numpy.log(target + 1e-12)
+        beyond -= beyond[:-held_out].mean(axis=0)
+        centred = state - state[:-held_out].mean(axis=0)
+        left, total = sum(explained(centred[:, layer, group], beyond[:, layer, group], held_out)
+                          for layer in range(state.shape[1]) for group in range(state.shape[2]))
+        by_states, by_past = 1 - left / total, None
+        features, later = [], []
+        for pair in range(len(level)):
+            past = numpy.flatnonzero(end < begin[pair] + 0.5)  # in whole blocks
+            if len(past):
+                own = beyond[..., past].mean(axis=-1)
+                last = beyond[..., past[numpy.argmax(end[past])]]
+                features.append(numpy.stack([own, last, numpy.broadcast_to(own.mean(axis=(1, 2), keepdims=True), own.shape)], axis=-1))
+                later.append(beyond[..., pair])
+        if later:
+            left, total = explained(numpy.stack(features, axis=1), numpy.stack(later, axis=1), held_out)
+            by_past = 1 - left / total
+        result[what] = (by_states, by_past)
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", required=True, help="file of drrl-policy calibrate")
+    parser.add_argument("--traces", required=True, nargs="+", type=pathlib.Path, help="files of drrl-policy record")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--held_out", type=int, default=4, help="sequences of each trace file to judge by")
+    parser.add_argument("--validation", type=int, default=4, help="sequences of each trace file that decide how far an agent is trusted")
+    parser.add_argument("--build", type=pathlib.Path, default=study.BUILD)
+    parser.add_argument("--out", type=pathlib.Path, help="folder for the policy files")
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("flags", nargs="*", help="after --: more flags of drrl-policy train")
+    arguments = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.out or pathlib.Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        runs = [train(arguments, seed, folder) for seed in range(1, arguments.seeds + 1)]
+    rows = []
+    print("trusted by", ", ".join(f"{run['agent_strength']:g}" for run in runs), f"(seeds 1 to {arguments.seeds})")
+    print(f"{'L':>6} {'budget':>7} {'dp':>8} {'refitted':>9} {'agent':>8}  95 % interval     {'oracle':>8} {'bound':>8}")
+    for reports in zip(*(run["held_out"] for run in runs)):
+        first = reports[0]
+        dp, agent = numpy.array(first["dp"]), numpy.mean([report["agent"] for report in reports], axis=0)
+        row = {"seq_len": first["seq_len"], "budget": first["budget"], "dp": float(dp.mean()), "agent": saved(dp, agent),
+               "agents": [float(1 - sum(report["agent"]) / dp.sum()) for report in reports],
+               **{name: 1 - first[name] / float(dp.mean()) for name in ("refitted", "oracle", "bound")}}
+        rows.append(row)
+        share, low, high = (100 * x for x in row["agent"])
+        print(f"{row['seq_len']:6} {row['budget']:7} {1e3 * row['dp']:8.3f} {100 * row['refitted']:+7.1f} % {share:+6.1f} %  {low:+6.1f} .. {high:+5.1f} % "
+              f"{100 * row['oracle']:+6.1f} % {100 * row['bound']:+6.1f} %")
+    past = {str(file): foretold(file, arguments.held_out) for file in arguments.traces}
+    for file, what in past.items():
+        print(f"{file}: R^2 by states, by past:", "; ".join(f"{name} {states:+.2f}, " + ("none" if before is None else f"{before:+.2f}")
+                                                            for name, (states, before) in what.items()))
+    if arguments.json:
+        options = {name: str(value) for name, value in vars(arguments).items()}
+        arguments.json.write_text(json.dumps({"options": options, "runs": runs, "rows": rows, "foretold": past}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
