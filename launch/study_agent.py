@@ -10,8 +10,8 @@ sequences held out, at equal cost: the damage of `dp` [1e-3 nats per token], and
   oracle     choices by one measurement of the very sequence, judged by another one: noise misleads them,
   bound      choices by all measurements, judged by the same: noise included, no policy can save more.
 Then what can be foretold at all: by how much a pair's damage at the smallest rank, with the middle gate and without one, and the entries which that gate
-makes exact, differ from their mean over texts; share of the variance of the logarithm that is explained on the sequences held out (R^2; 0 or less:
-nothing), linearly,
+makes exact, differ from their mean over texts; share of the variance of the logarithm that linear regressions explain on sequences that they have not seen, each left
+out in turn (R^2; 0 or less: nothing),
   by states  of the pair, what an agent sees,
   by past    what was really done to all earlier pairs of the same text, layer and KV group, and of the same text: more than any policy can know.
 --out keeps the policy files, agent-SEED.safetensors. Exit status: 0 measured, 1 a run failed.
@@ -46,48 +46,56 @@ def saved(dp, agent, seed=1, draws=10000):
     return [float(1 - agent.sum() / dp.sum()), float(low), float(high)]
 
 
-def explained(features, target, held_out):
-    """Squares that a ridge regression on the other sequences leaves on the last ones, and all of them; features [sequences, .., n], target [sequences, ..]."""
-    columns = features.shape[-1]
-    train, test = ((features[part].reshape(-1, columns), target[part].ravel()) for part in (slice(-held_out), slice(-held_out, None)))
-    scale = train[0].std(axis=0) + 1e-3
-    x, y = train[0] / scale, train[1]
-    weights = numpy.linalg.solve(x.T @ x + 10 * numpy.eye(columns), x.T @ y)
-    return numpy.array([((test[1] - test[0] / scale @ weights) ** 2).sum(), (test[1] ** 2).sum()])
+def explained(features, target, out):
+    """Squares that a ridge regression on the other sequences leaves on sequence `out`, and all of them; features [sequences, .., n], target [sequences, ..]."""
+    columns, others = features.shape[-1], numpy.arange(len(target)) != out
+    x, y = features[others].reshape(-1, columns), target[others].ravel()
+    scale = x.std(axis=0) + 1e-3
+    weights = numpy.linalg.solve((x / scale).T @ (x / scale) + 10 * numpy.eye(columns), (x / scale).T @ y)
+    left = target[out].ravel() - features[out].reshape(-1, columns) / scale @ weights
+    return numpy.array([(left ** 2).sum(), (target[out] ** 2).sum()])
 
 
-def foretold(file, held_out):
-    """{what: (R^2 by states, R^2 by past)} of a trace file."""
+def beyond_mean(values, out):
+    """What each sequence has beyond the mean of the others, `out` not among them."""
+    total, count = values.sum(axis=0) - values[out], len(values) - 1
+    result = values - (total - values) / (count - 1)
+    result[out] = values[out] - total / count
+    return result
+
+
+def foretold(file):
+    """{what: (R^2 by states, R^2 by past)} of a trace file of three sequences or more."""
     traces = safetensors.numpy.load_file(file)
     state = traces["state"].astype(numpy.float64)  # [sequences, layers, groups, pairs, features]; the last two: level / 8, log2(1 + first block) / 8
     level, begin = state[0, 0, 0, :, -2] * 8, 2 ** (state[0, 0, 0, :, -1] * 8) - 1
     end = begin + 2 ** level
+    earlier = [numpy.flatnonzero(end < first + 0.5) for first in begin]  # in whole blocks
     damage, gated = (traces[name].mean(axis=1) for name in ("damage", "gated_damage"))  # of all draws
     gate = gated.shape[-1] // 2
     targets = {"entries": traces["exact_entries"][..., 0, gate]}
     for kind, name in enumerate(("scores", "values")):
         targets[name] = damage[:, :, :, kind, :, 0]
         targets[f"{name}, gate"] = gated[:, :, :, kind, :, 0, gate]
-    result = {}
-    for what, target in targets.items():
-        beyond = numpy.log(target + 1e-12)
-        beyond -= beyond[:-held_out].mean(axis=0)
-        centred = state - state[:-held_out].mean(axis=0)
-        left, total = sum(explained(centred[:, layer, group], beyond[:, layer, group], held_out)
-                          for layer in range(state.shape[1]) for group in range(state.shape[2]))
-        by_states, by_past = 1 - left / total, None
+
+    def by_state(beyond, out):
+        centred = beyond_mean(state, out)
+        return sum(explained(centred[:, layer, group], beyond[:, layer, group], out) for layer in range(state.shape[1]) for group in range(state.shape[2]))
+
+    def by_past(beyond, out):
         features, later = [], []
-        for pair in range(len(level)):
-            past = numpy.flatnonzero(end < begin[pair] + 0.5)  # in whole blocks
+        for pair, past in enumerate(earlier):
             if len(past):
-                own = beyond[..., past].mean(axis=-1)
-                last = beyond[..., past[numpy.argmax(end[past])]]
+                own, last = beyond[..., past].mean(axis=-1), beyond[..., past[numpy.argmax(end[past])]]
                 features.append(numpy.stack([own, last, numpy.broadcast_to(own.mean(axis=(1, 2), keepdims=True), own.shape)], axis=-1))
                 later.append(beyond[..., pair])
-        if later:
-            left, total = explained(numpy.stack(features, axis=1), numpy.stack(later, axis=1), held_out)
-            by_past = 1 - left / total
-        result[what] = (by_states, by_past)
+        return explained(numpy.stack(features, axis=1), numpy.stack(later, axis=1), out)
+
+    result = {}
+    for what, target in targets.items():
+        logarithm = numpy.log(target.astype(numpy.float64) + 1e-12)
+        squares = [(by_state(beyond, out), by_past(beyond, out)) for out in range(len(target)) for beyond in [beyond_mean(logarithm, out)]]
+        result[what] = tuple(float(1 - left / total) for left, total in numpy.sum(squares, axis=0))
     return result
 
 
@@ -121,13 +129,12 @@ def main():
         share, low, high = (100 * x for x in row["agent"])
         print(f"{row['seq_len']:6} {row['budget']:7} {1e3 * row['dp']:8.3f} {100 * row['refitted']:+7.1f} % {share:+6.1f} %  {low:+6.1f} .. {high:+5.1f} % "
               f"{100 * row['oracle']:+6.1f} % {100 * row['bound']:+6.1f} %")
-    past = {str(file): foretold(file, arguments.held_out) for file in arguments.traces}
-    for file, what in past.items():
-        print(f"{file}: R^2 by states, by past:", "; ".join(f"{name} {states:+.2f}, " + ("none" if before is None else f"{before:+.2f}")
-                                                            for name, (states, before) in what.items()))
+    told = {str(file): foretold(file) for file in arguments.traces}
+    for file, what in told.items():
+        print(f"{file}: R^2 by states, by past:", "; ".join(f"{name} {states:+.2f}, {past:+.2f}" for name, (states, past) in what.items()))
     if arguments.json:
         options = {name: str(value) for name, value in vars(arguments).items()}
-        arguments.json.write_text(json.dumps({"options": options, "runs": runs, "rows": rows, "foretold": past}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"options": options, "runs": runs, "rows": rows, "foretold": told}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
