@@ -142,6 +142,9 @@ std::pair<double, double> weights_of(const ModelConfig& config, int64_t tp) {
   return {all, multiplied};
 }
 
+// How many times longer all takes as cores are shared.
+double sharing(const Demand& demand, double waiting) { return demand.cores_shared * (demand.out_of_turn ? 1 + waiting : 1); }
+
 }  // namespace
 
 Demand demand_of(const Workload& w) {
@@ -229,7 +232,7 @@ StepModel StepModel::fit(const std::vector<Equation>& equations) {
   const auto rows_at = [&](double contention, double overlap, double waiting) {
     std::vector<std::vector<double>> rows;
     for (const Equation& e : equations) {
-      const double factor = e.weight * e.demand.cores_shared * (e.demand.out_of_turn ? 1 + waiting : 1) / e.ms;
+      const double factor = e.weight * sharing(e.demand, waiting) / e.ms;
       std::vector<double> row;
       for (const size_t i : used) {
         row.push_back(factor * (is_communication(i) ? e.demand.amounts[i] + (1 - overlap) * e.demand.gradients[i]
@@ -305,7 +308,7 @@ StepMs StepModel::predict(const Demand& demand) const {
   }
   work *= 1 + contention * demand.busy_others;
   const double hidden = overlap * std::min(gradients, demand.hiding * work);
-  const double s = demand.cores_shared * (demand.out_of_turn ? 1 + waiting : 1);
+  const double s = sharing(demand, waiting);
   return {s * work, s * exposed, s * (gradients - hidden)};
 }
 

@@ -1,6 +1,7 @@
 """What the studies of rank policies share: runs of drrl-eval on the same sequences, and statistics of paired differences."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -72,6 +73,22 @@ def training_arguments(doc, seq_len):
     parser.add_argument("--build", type=pathlib.Path, default=BUILD)
     parser.add_argument("--json", type=pathlib.Path)
     return parser
+
+
+@contextlib.contextmanager
+def kept_or_temporary(folder):
+    """The folder, made if need be; None: one that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = folder or pathlib.Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+def save(arguments, **figures):
+    """--json, if it is given: the options, then the figures."""
+    if arguments.json:
+        options = {name: str(value) for name, value in vars(arguments).items()}
+        arguments.json.write_text(json.dumps({"options": options, **figures}, indent=1) + "\n")
 
 
 def evaluate_held_out(arguments, model, flags):

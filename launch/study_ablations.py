@@ -25,7 +25,6 @@ the time of attention over exact attention's. Exit status: 0 measured, 1 a run f
 
 import pathlib
 import sys
-import tempfile
 
 import numpy
 
@@ -65,10 +64,7 @@ def main():
     arguments = parser.parse_args()
     runs = study.Study(arguments)
 
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.calibrations or pathlib.Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-
+    with study.kept_or_temporary(arguments.calibrations) as folder:
         def policy_of(shape):
             file = folder / f"{shape.strip('-')}.safetensors"
             if not file.exists():

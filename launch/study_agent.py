@@ -22,7 +22,6 @@ import json
 import pathlib
 import shutil
 import sys
-import tempfile
 
 import numpy
 import safetensors.numpy
@@ -112,9 +111,7 @@ def main():
     parser.add_argument("flags", nargs="*", help="after --: more flags of drrl-policy train")
     arguments = parser.parse_args()
 
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.out or pathlib.Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with study.kept_or_temporary(arguments.out) as folder:
         runs = [train(arguments, seed, folder) for seed in range(1, arguments.seeds + 1)]
     rows = []
     print("trusted by", ", ".join(f"{run['agent_strength']:g}" for run in runs), f"(seeds 1 to {arguments.seeds})")
@@ -132,9 +129,7 @@ def main():
     told = {str(file): foretold(file) for file in arguments.traces}
     for file, what in told.items():
         print(f"{file}: R^2 by states, by past:", "; ".join(f"{name} {states:+.2f}, {past:+.2f}" for name, (states, past) in what.items()))
-    if arguments.json:
-        options = {name: str(value) for name, value in vars(arguments).items()}
-        arguments.json.write_text(json.dumps({"options": options, "runs": runs, "rows": rows, "foretold": told}, indent=1) + "\n")
+    study.save(arguments, runs=runs, rows=rows, foretold=told)
 
 
 if __name__ == "__main__":

@@ -71,9 +71,7 @@ def main():
                       flush=True)
             ratios = {name.removesuffix("_seconds"): own_spent[name] / spent[name] for name in spent if spent[name]}
             print(f"{budget:7}   training: " + ", ".join(f"{name} {ratio:.3f} of exact attention's time" for name, ratio in ratios.items()), flush=True)
-    if arguments.json:
-        options = {name: str(value) for name, value in vars(arguments).items()}
-        arguments.json.write_text(json.dumps({"options": options, "before": before, "exact": exact, "training_losses": losses, "training": spent, "rows": rows}, indent=1) + "\n")
+    study.save(arguments, before=before, exact=exact, training_losses=losses, training=spent, rows=rows)
 
 
 if __name__ == "__main__":

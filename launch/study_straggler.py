@@ -65,12 +65,6 @@ def perplexity(arguments, flags, speeds):
     return [100 * (numpy.exp(x) - 1) for x in study.interval(nll("--balance_speeds=" + ",".join(map(str, speeds))) - nll())]
 
 
-def save(arguments, rows):
-    if arguments.json:
-        options = {name: str(value) for name, value in vars(arguments).items()}
-        arguments.json.write_text(json.dumps({"options": options, "rows": rows}, indent=1) + "\n")
-
-
 def main():
     parser = study.training_arguments(__doc__, seq_len=8192)
     parser.add_argument("--budgets", type=float, nargs="+", default=[1, 0.585])
@@ -103,10 +97,10 @@ def main():
                      **{key: metrics[key] for key in ("balance_slowest", "balance_time", "balance_damage")}})
         print(f"{budget:7} {ms['undisturbed']:12.0f} {ms['slowed']:9.0f} {ms['balanced']:9.0f} {100 * recovered:8.0f} % {','.join(map(str, speeds)) or 'plain':>12}",
               end="", flush=True)
-        save(arguments, rows)  # hours of measurements, should what follows fail
+        study.save(arguments, rows=rows)  # hours of measurements, should what follows fail
         rows[-1]["increase_percent"] = percent = perplexity(arguments, flags, speeds)
         print(f" {percent[0]:+9.2f} %  {percent[1]:+.2f} .. {percent[2]:+.2f} %", flush=True)
-        save(arguments, rows)
+        study.save(arguments, rows=rows)
 
 
 if __name__ == "__main__":

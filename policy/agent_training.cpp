@@ -24,28 +24,28 @@ struct Items {
   at::Tensor state, group;            // [N, layers, features], [N]
   at::Tensor base;                    // calibrated damage, [N, layers, 2, ranks, 1 + gates], nats over the sequence
   at::Tensor damage[Traces::kDraws];  // measured, likewise
+  at::Tensor mean_damage;             // of the draws
   at::Tensor pair_cost;               // what no text changes, [N, 1, 2, ranks + 1, 1 + gates]
   at::Tensor base_entries;            // what the calibrated share of exact entries costs, [N, layers, ranks + 1, gates]
   at::Tensor entries;                 // and that which was met, likewise
   int64_t sequences;
+};
 
-  at::Tensor mean_damage() const { return (damage[0] + damage[1]) / 2; }
+// Damages and costs of all choices, [N, layers, 2, ranks + 1, 1 + gates] each; a pair's entries are on the account of its scores.
+struct Choice {
+  at::Tensor damage, cost;
 };
 
 struct Length {
   const Traces* traces;
   Items train, validation, held_out;
+  Choice train_truth;                   // measured(train)
   double exact, fixed, watching;        // cost of one sequence: exact attention, what nothing changes, states and network (none at strength 0)
   std::vector<double> budgets, prices;  // that can be met; nats over the sequence for a unit of cost
 };
 
 // [sequences, layers, groups, pairs, ..] -> [sequences groups pairs, layers, ..]
 at::Tensor by_item(const at::Tensor& x) { return x.movedim(1, 3).flatten(0, 2); }
-
-// Damages and costs of all choices, [N, layers, 2, ranks + 1, 1 + gates] each; a pair's entries are on the account of its scores.
-struct Choice {
-  at::Tensor damage, cost;
-};
 
 Choice choice(const at::Tensor& damage, const Items& items, const at::Tensor& entries) {
   const auto zeros = at::zeros_like(entries);
@@ -58,7 +58,7 @@ Choice estimated(const Items& items, const RankAgent::Factors& logs) {
   return choice(items.base * logs.damage.exp(), items, items.base_entries * logs.entries.exp());
 }
 Choice measured(const Items& items, const at::Tensor& damage) { return choice(damage, items, items.entries); }
-Choice measured(const Items& items) { return measured(items, items.mean_damage()); }
+Choice measured(const Items& items) { return measured(items, items.mean_damage); }
 
 // The choices of least estimated damage and price, and what they really spoil and take. Given the gate, scores and values do not depend on each other.
 struct Outcome {
@@ -177,6 +177,7 @@ class TraceItems {
       const auto of_draw = [&](const at::Tensor& x) { return some(x).select(1, draw).movedim(3, 4); };  // [sequences, layers, groups, pairs, 2, ranks, ..]
       items.damage[draw] = by_item(at::cat({of_draw(t.damage).unsqueeze(6), of_draw(t.gated_damage).narrow(6, 0, gates_)}, 6)) * scale_;
     }
+    items.mean_damage = (items.damage[0] + items.damage[1]) / 2;
     return items;
   }
 
@@ -210,6 +211,7 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
     Length length;
     length.traces = &t;
     length.train = items.of(0, train);
+    length.train_truth = measured(length.train);
     length.validation = items.of(train, options.validation);
     length.held_out = items.of(train + options.validation, options.held_out);
     length.exact = static_cast<double>(layers) * prices.exact;
@@ -264,7 +266,7 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
   optimize("value fit", options.fit_steps, [&](const Length& l, double) {
     const Items& items = l.train;
     const RankAgent::Factors logs = factors_of(agent, items);
-    const auto of_damage = gamma_deviance(items.mean_damage(), items.base, logs.damage);
+    const auto of_damage = gamma_deviance(items.mean_damage, items.base, logs.damage);
     return options.with_gates ? of_damage + gamma_deviance(items.entries, items.base_entries, logs.entries) : of_damage;
   });
   optimize("policy gradient", options.reward_steps, [&](const Length& l, double done) {
@@ -272,7 +274,7 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
     const double price = l.prices[pick(l.prices.size())];
     const auto exact = price * items.pair_cost.select(4, 0).select(3, items.pair_cost.size(3) - 1);  // [N, 1, 2]
     const double temperature = kFirstTemperature * std::pow(kLastTemperature / kFirstTemperature, done);
-    return expected(estimated(items, factors_of(agent, items)), measured(items), price, (temperature * exact).unsqueeze(3).unsqueeze(4)) /
+    return expected(estimated(items, factors_of(agent, items)), l.train_truth, price, (temperature * exact).unsqueeze(3).unsqueeze(4)) /
            (exact.sum() * static_cast<double>(layers));
   });
 
@@ -309,7 +311,7 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
     for (const Length& l : lengths) {
       const auto at = std::find(l.budgets.begin(), l.budgets.end(), budget);
       if (at != l.budgets.end()) {
-        const double price = price_for(estimate_of(agent, l.train), measured(l.train), l.train.sequences, budget * l.exact - l.fixed - l.watching);
+        const double price = price_for(estimate_of(agent, l.train), l.train_truth, l.train.sequences, budget * l.exact - l.fixed - l.watching);
         found.push_back(std::log(price / l.prices[static_cast<size_t>(at - l.budgets.begin())]));
       }
     }
@@ -333,7 +335,7 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
       const auto mean = x.unflatten(0, {l.train.sequences, -1}).mean(0);
       return at::cat(std::vector<at::Tensor>(static_cast<size_t>(held.sequences), mean));
     };
-    const Choice dp = calibrated(held), refitted = choice(mean_of(l.train.mean_damage()), held, mean_of(l.train.entries)), truth = measured(held);
+    const Choice dp = calibrated(held), refitted = choice(mean_of(l.train.mean_damage), held, mean_of(l.train.entries)), truth = measured(held);
     const std::array draws = {measured(held, held.damage[0]), measured(held, held.damage[1])};
     const Choice estimate = estimate_of(agent, held);
     for (size_t i = 0; i < l.budgets.size(); ++i) {
