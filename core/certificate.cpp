@@ -107,7 +107,7 @@ RowBounds certify_rows(const FarErrors& far, const at::Tensor& items, const Serv
   const auto c = at::matmul(rows.queries, of(far.residual)).pow(2).sum(2);
   const auto metric = of(far.key_gram);
   const auto square = form(x, metric) + kRounding * metric.diagonal(0, 1, 2).mean(1, /*keepdim=*/true) * x.pow(2).sum(2);
-  const auto e = (square - 2 * c * (x * a_pair(far.key_sum)).sum(2) + a_pair(far.keys) * c.pow(2)).clamp_min(0).sqrt();
+  const auto e = (square - 2 * c * (x * a_pair(far.key_sum)).sum(2) + a_pair(far.keys) * c.pow(2) - rows.spared).clamp_min(0).sqrt();
   const auto a = ((square + a_pair(far.lift) * (rows.queries.pow(2).sum(1) / d)) * a_pair(far.leverage)).sqrt();
 
   // 1. Before serving.
@@ -136,15 +136,14 @@ RowBounds certify_rows(const FarErrors& far, const at::Tensor& items, const Serv
   return {e, eq9, at::minimum(at::minimum(before, after), hull)};
 }
 
-RowScores row_scores(const LowRankPlan& plan, const at::Tensor& queries, const at::Tensor& positions, const at::Tensor& keys, int64_t block,
-                     int64_t first_item) {
+RowScores row_scores(const LowRankPlan& plan, const at::Tensor& queries, const at::Tensor& rows, const at::Tensor& keys, int64_t block, int64_t first_item) {
   at::NoGradGuard no_grad;
   const BlockTree& tree = plan.tree;
   const int64_t end = std::min(tree.sequence_length(), tree.sinks() + (block + 1) * tree.geometry().near_block), d = keys.size(1);
   const double scale = 1.0 / std::sqrt(static_cast<double>(d));
   const auto q = wide(queries), k = wide(keys.narrow(0, 0, end));
   auto exact = at::matmul(q, k.t()) * scale;
-  auto served = exact.clone();
+  auto low = exact.clone();
   for (const SeenPair& seen : seen_pairs(tree, block)) {
     const int64_t item = first_item + seen.pair, rank = plan.ranks[static_cast<size_t>(item)].qk;
     if (rank == d) {
@@ -155,10 +154,24 @@ RowScores row_scores(const LowRankPlan& plan, const at::Tensor& queries, const a
     if (plan.residual.defined()) {
       far += at::matmul(q, wide(plan.residual[item])).pow(2).sum(1, /*keepdim=*/true);
     }
-    served.narrow(1, seen.key_begin, seen.key_rows).copy_(far);
+    low.narrow(1, seen.key_begin, seen.key_rows).copy_(far);
   }
-  const auto later = at::arange(end) > positions.unsqueeze(1);
-  return {exact.masked_fill_(later, -kInfinity), served.masked_fill_(later, -kInfinity)};
+  auto spared = at::zeros(exact.sizes(), at::kBool);
+  for (int64_t i = 0; plan.exact.defined() && i < rows.size(0); ++i) {
+    const int64_t row = rows[i].item<int64_t>(), first = plan.exact.begin[row].item<int64_t>(), last = plan.exact.begin[row + 1].item<int64_t>();
+    spared[i].index_fill_(0, plan.exact.keys.slice(0, first, last).to(at::kLong), 1);
+  }
+  const auto later = at::arange(end) > rows.remainder(tree.sequence_length()).unsqueeze(1);
+  const auto causal = [&](const at::Tensor& x) { return x.masked_fill(later, -kInfinity); };
+  return {causal(exact), causal(at::where(spared, exact, low)), causal(low), spared};
+}
+
+ServedPair served_pair(const RowScores& scores, const at::Tensor& weights, const SeenPair& pair) {
+  const auto keys_of = [&](const at::Tensor& x) { return x.narrow(1, pair.key_begin, pair.key_rows); };
+  const auto left = keys_of(weights).masked_fill(keys_of(scores.spared), 0);
+  const auto would_add = (keys_of(scores.low) - keys_of(scores.exact)).masked_fill(keys_of(scores.spared).logical_not(), 0);
+  return {at::linalg_vector_norm(keys_of(scores.served) - keys_of(scores.exact), 2, {1}), left.sum(1), at::linalg_vector_norm(left, 2, {1}), left.amax(1),
+          would_add.pow(2).sum(1)};
 }
 
 SubspaceChange subspace_change(const at::Tensor& start, const std::vector<Ranks>& ranks, const at::Tensor& gram_q, const at::Tensor& gram_k) {

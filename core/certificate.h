@@ -61,13 +61,14 @@ FarErrors far_errors(const LowRankPlan& plan, const at::Tensor& k, const at::Ten
 struct ServedRows {
   at::Tensor queries;  ///< [m, d]
   at::Tensor out;      ///< o', the rows that were returned, [m, d]
-  at::Tensor mass, norm, largest;  ///< sum, 2-norm and maximum of the served weights w' over each pair's keys, [P, m]
+  at::Tensor mass, norm, largest;  ///< sum, 2-norm and maximum of the served weights w' over each pair's keys that gates left at low rank, [P, m]
+  at::Tensor spared;   ///< sum over the other keys of the pair of what low rank would have added to their scaled scores, squared, [P, m]
   double value_norm;    ///< at least || V ||_2 over all values that the rows see
   double value_radius;  ///< at least max_j || v_j ||_2 over them
 };
 
 struct RowBounds {
-  at::Tensor scores;  ///< || e_P ||_2 of each pair, scaled scores with their correction: exact up to rounding, [P, m]
+  at::Tensor scores;  ///< || e_P ||_2 of each pair over its keys at low rank, scaled scores with their correction: exact up to rounding, [P, m]
   at::Tensor eq9;     ///< bound on || o' - o ||_2 by the paper's Eq. 9, [m]
   at::Tensor output;  ///< the least of the bounds on || o' - o ||_2, [m]
 };
@@ -75,8 +76,9 @@ struct RowBounds {
 /// Bounds on what lowrank_attention does to single rows of the output before W_O; the root of the sum of their squares bounds the Frobenius norm.
 ///
 /// A row has scores s_j, weights w = softmax(s) and output o = sum_j w_j v_j; served are s' = s + e, w' = softmax(s') and
-/// o' = sum_j w'_j v_j - sum_P D_P^T sum_{j in P} w'_j v_j. On the sinks and the own block e = 0; on a pair, with x = M^T q / sqrt(d) and c = || q F ||^2,
-///   e_j = c - x . k_j,   || e_P ||^2 = x^T G_k x - 2 c x . sum_j k_j + n c^2,
+/// o' = sum_j w'_j v_j - sum_P D_P^T sum_{j in P} w'_j v_j. On the sinks and the own block e = 0, and so it is on keys that gates made exact: P are the
+/// others of a pair (what is bounded for all keys of the pair holds for them). On a pair, with x = M^T q / sqrt(d) and c = || q F ||^2,
+///   e_j = c - x . k_j,   || e_P ||^2 = x^T G_k x - 2 c x . sum_j k_j + n c^2 - spared,
 ///   | x . k_j | <= a := sqrt(leverage (x^T G_k x + delta || q ||^2 / d))   (Cauchy-Schwarz for q and M k_j in the metric of M G_k M^T + delta I).
 /// 1. Before serving. J = diag(w) - w w^T has || J ||_2 <= 1/2 on the path from s to s', hence || w' - w ||_2 <= || e ||_2 / 2; and of all e in
 ///    an interval of length t none moves more than 2 tanh(t / 4) of weight (|| w' - w ||_1, attained by two tokens). So
@@ -96,11 +98,20 @@ RowBounds certify_rows(const FarErrors& far, const at::Tensor& items, const Serv
 /// each row's own token.
 struct RowScores {
   at::Tensor exact, served;
+  at::Tensor low;     ///< far keys at low rank: the served ones where no gate made them exact
+  at::Tensor spared;  ///< where one did, bool
 };
 
-/// queries [m, d] at tokens `positions` [m] of block `block`; keys [at least T, d] of their sequence and group, item `first_item` + p belonging to its pair p.
-RowScores row_scores(const LowRankPlan& plan, const at::Tensor& queries, const at::Tensor& positions, const at::Tensor& keys, int64_t block,
-                     int64_t first_item);
+/// queries [m, d], the rows `rows` [m] of all [B, H, L], of block `block`; keys [at least T, d] of their sequence and group, item `first_item` + p belonging to
+/// its pair p. plan.exact as the pass left it that served them.
+RowScores row_scores(const LowRankPlan& plan, const at::Tensor& queries, const at::Tensor& rows, const at::Tensor& keys, int64_t block, int64_t first_item);
+
+/// What one pair's rows of `scores` bring into ServedRows: weights = softmax(scores.served) [m, T].
+struct ServedPair {
+  at::Tensor error;                        ///< || e_P ||_2, what RowBounds::scores says, [m]
+  at::Tensor mass, norm, largest, spared;  ///< [m]
+};
+ServedPair served_pair(const RowScores& scores, const at::Tensor& weights, const SeenPair& pair);
 
 /// What replacing a stale subspace by the best one changes, one entry an item, NaN where the rank is d. A = Q left right^T K^T holds the scores through the
 /// stale right factor of rank r and its best left partner, A + E = Q K^T; sigma_i are singular values.

@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """What low-rank attention does to answers: accuracy under rank policies against exact attention, on the same examples.
 
-    launch/study_downstream.py --model DIR --policy FILE --sets FILE.jsonl... [--limit N] [--out DIR] [--json FILE] [-- --device=cuda ...]
+    launch/study_downstream.py --model DIR --policy FILE --sets FILE.jsonl... [--limit N] [--jobs N] [--out DIR] [--json FILE] [-- --device=cuda ...]
 
 Sets are files for drrl-eval --examples (launch/downstream_sets.py), policies `dp` at --budget with and without gates, and `fixed`, or some of them. For each: right answers, the
 difference in points with its 95 % interval (paired bootstrap over examples), the same for the answer's loss in nats, and a verdict. "equivalent": two one-sided
 tests exclude a difference of --margin points or more, at level 0.05 (the 90 % score interval lies within +- margin); else "worse" or "better" if
 the 95 % interval excludes 0; else "undecided": too few examples to tell. What follows -- goes to drrl-eval. --out keeps what became of each example,
-SET.POLICY.jsonl. Exit status: 0 measured, 1 a run failed.
+SET.POLICY.jsonl. On a CPU with many cores --jobs, a core each, are faster than one process with all of them. Exit status: 0 measured, 1 a run failed.
 """
 
 import argparse
+import concurrent.futures
 import itertools
 import json
 import pathlib
@@ -37,9 +38,24 @@ def policies(arguments):
 
 
 def answer(arguments, examples, flags, out):
-    """(JSON of the run, its lines) of one policy on a file of examples. Errors: study.Refused."""
-    summary = study.evaluate(arguments.build, ["--model", arguments.model, "--examples", examples, "--examples_out", out, *flags, *arguments.flags])
-    return summary, [json.loads(line) for line in out.read_text().splitlines()]
+    """What ran, and what became of each of the examples, lines of a file, under one policy; the latter is kept in the file `out`. Errors: study.Refused."""
+    def part(first, folder):
+        asked, told = (pathlib.Path(folder) / f"{first}.{kind}.jsonl" for kind in ("asked", "told"))
+        asked.write_text("".join(examples[first:first + size]))
+        threads = ["--threads=1"] if arguments.jobs > 1 else []
+        report = study.evaluate(arguments.build, ["--model", arguments.model, "--examples", asked, "--examples_out", told, *threads, *flags, *arguments.flags])
+        return {key: report[key] for key in ("attention", "dtype", "device", "threads", "versions")}, told.read_text()
+
+    # Several parts a job, as some examples take longer than others.
+    size = -(-len(examples) // arguments.jobs // 4) or 1 if arguments.jobs > 1 else len(examples)
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        parts = [pool.submit(part, first, folder) for first in range(0, len(examples), size)]
+        try:
+            runs, told = zip(*(done.result() for done in parts))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    out.write_text("".join(told))
+    return runs[0], [json.loads(line) for line in "".join(told).splitlines()]
 
 
 def compare(exact, lines, margin):
@@ -62,6 +78,7 @@ def main():
     parser.add_argument("--policy", required=True, help="file of drrl-policy calibrate")
     parser.add_argument("--sets", required=True, nargs="+", type=pathlib.Path, help="examples, a JSON object a line")
     parser.add_argument("--limit", type=int, default=0, help="only the first so many examples of each set; 0: all")
+    parser.add_argument("--jobs", type=int, default=1, help="drrl-eval so many times at once, of a thread each (default 1, of all threads)")
     parser.add_argument("--policies", nargs="+", choices=("dp", "gates", "fixed"), default=["dp", "gates", "fixed"])
     parser.add_argument("--budget", type=float, default=0.585, help="of `dp` (default 0.585)")
     parser.add_argument("--ranks", type=int, nargs="*", default=[32], help="of `fixed` (default 32)")
@@ -83,27 +100,27 @@ def main():
         for examples in arguments.sets:
             with open(examples) as file:
                 chosen = list(itertools.islice((line for line in file if line.strip()), arguments.limit or None))
-            asked = pathlib.Path(temporary) / examples.name
-            asked.write_text("".join(chosen))
             exact = None
             for name, flags in policies(arguments).items():
                 try:
-                    summary, lines = answer(arguments, asked, flags, out / f"{examples.stem}.{name.replace(' ', '-')}.jsonl")
+                    ran, lines = answer(arguments, chosen, flags, out / f"{examples.stem}.{name.replace(' ', '-')}.jsonl")
                 except study.Refused as refused:
                     print(f"{examples.stem:24} {name:14} {refused}", flush=True)
                     rows.append({"set": examples.stem, "policy": name, "met": False, "reason": str(refused)})
                     continue
                 exact = exact or lines
-                row = {"set": examples.stem, "policy": name, "met": True, **compare(exact, lines, arguments.margin / 100), "summary": summary}
+                nll, operations = (numpy.mean([line[key] for line in lines]) for key in ("nll", "attention_flops_fraction"))
+                row = {"set": examples.stem, "policy": name, "met": True, **compare(exact, lines, arguments.margin / 100), "nll": nll,
+                       "attention_flops_fraction": operations, "attention_ms": sum(line["attention_ms"] for line in lines), "run": ran}
                 rows.append(row)
                 if lines is exact:
                     print(f"{examples.stem:24} {name:14} {1:10.4f} {100 * row['accuracy']:9.1f} {'':7} {len(lines)} examples, "
-                          f"{summary['nll']:.3f} nats an answer, attention {summary['attention_ms']:.0f} ms", flush=True)
+                          f"{nll:.3f} nats an answer, attention {row['attention_ms']:.0f} ms", flush=True)
                     continue
-                points, tost, nll = [100 * x for x in row["difference"]], [100 * x for x in row["interval_90"]], row["nll_difference"]
-                print(f"{examples.stem:24} {name:14} {summary['attention_flops_fraction']:10.4f} {100 * row['accuracy']:9.1f} {100 * row['exact_accuracy']:7.1f} "
+                points, tost, nats = [100 * x for x in row["difference"]], [100 * x for x in row["interval_90"]], row["nll_difference"]
+                print(f"{examples.stem:24} {name:14} {operations:10.4f} {100 * row['accuracy']:9.1f} {100 * row['exact_accuracy']:7.1f} "
                       f"{points[0]:+9.2f} ({points[1]:+.2f} .. {points[2]:+.2f}) {tost[0]:+7.2f} .. {tost[1]:+.2f}  "
-                      f"{nll[0]:+9.4f} ({nll[1]:+.4f} .. {nll[2]:+.4f})  {row['verdict']}", flush=True)
+                      f"{nats[0]:+9.4f} ({nats[1]:+.4f} .. {nats[2]:+.4f})  {row['verdict']}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 

@@ -67,6 +67,9 @@ struct Worst {
 Worst check(const Case& c, const Inputs& in, const c10::intrusive_ptr<LowRankPlan>& plan, const LowRankPlan& certified) {
   const BlockTree& tree = plan->tree;
   const FarErrors far = far_errors(certified, in.k, in.v);
+  if (plan->gated(c.d)) {
+    lowrank_attention(in.q, in.k, in.v, plan);  // writes down what gates made exact
+  }
   const auto out = reference::lowrank_attention(in.q, in.k, in.v, *plan), exact = reference::exact_attention(in.q, in.k, in.v);
   Worst worst;
   const auto most = [](const at::Tensor& true_error, const at::Tensor& bound) {
@@ -78,21 +81,22 @@ Worst check(const Case& c, const Inputs& in, const c10::intrusive_ptr<LowRankPla
     for (int64_t block = 1; block < tree.num_blocks(); ++block) {
       const int64_t begin = tree.sinks() + block * c.geometry.near_block, end = std::min(c.length, begin + c.geometry.near_block);
       const auto rows_of = [&](const at::Tensor& x) { return x[b].narrow(0, group * per_group, per_group).slice(1, begin, end).flatten(0, 1); };
-      const auto tokens = at::arange(begin, end).repeat({per_group});
-      const RowScores row = row_scores(*plan, rows_of(in.q), tokens, in.k[b][group], block, s * tree.num_pairs());
+      const auto rows = ((at::arange(s * per_group, (s + 1) * per_group) * c.length).unsqueeze(1) + at::arange(begin, end)).flatten();
+      const RowScores row = row_scores(*plan, rows_of(in.q), rows, in.k[b][group], block, s * tree.num_pairs());
       const auto values = in.v[b][group].slice(0, 0, end), weights = at::softmax(row.served, 1);
       EXPECT_TRUE(at::allclose(at::matmul(at::softmax(row.exact, 1), values), rows_of(exact), 1e-9, 1e-9));
-      std::vector<at::Tensor> error, mass, norm, largest;
+      std::vector<at::Tensor> error, mass, norm, largest, spared;
       std::vector<int64_t> items;
       for (const SeenPair& pair : seen_pairs(tree, block)) {
-        const auto keys_of = [&](const at::Tensor& x) { return x.narrow(1, pair.key_begin, pair.key_rows); };
+        const ServedPair here = served_pair(row, weights, pair);
         items.push_back(s * tree.num_pairs() + pair.pair);
-        error.push_back(keys_of(row.served - row.exact).norm(2, 1));
-        mass.push_back(keys_of(weights).sum(1));
-        norm.push_back(keys_of(weights).norm(2, 1));
-        largest.push_back(keys_of(weights).amax(1));
+        error.push_back(here.error);
+        mass.push_back(here.mass);
+        norm.push_back(here.norm);
+        largest.push_back(here.largest);
+        spared.push_back(here.spared);
       }
-      const ServedRows served{rows_of(in.q), rows_of(out), at::stack(mass), at::stack(norm), at::stack(largest),
+      const ServedRows served{rows_of(in.q), rows_of(out), at::stack(mass), at::stack(norm), at::stack(largest), at::stack(spared),
                               at::linalg_svdvals(values)[0].item<double>(), values.norm(2, 1).max().item<double>()};
       const RowBounds bounds = certify_rows(far, at::tensor(items, at::kLong), served);
       const auto output_error = (rows_of(out) - rows_of(exact)).norm(2, 1);
@@ -119,6 +123,8 @@ const Case kCases[] = {
     {"a far key takes all weight and has a huge value", 1, 4, 2, 200, 16, {32, 2}, {{4, 4}}, 1, true},
     {"the same with small queries", 1, 4, 2, 200, 16, {32, 0}, {{2, 12}}, 0.1, true},
     {"blocks shorter than d", 1, 2, 1, 61, 16, {8, 2}, {{4, 6}}},
+    {"gates: some entries exact, all, none", 2, 6, 3, 300, 32, {32, 4}, {{8, 8, 0.02F}, {4, 12, 0.005F}, {32, 8, 0.01F}, {8, 8, 0}, {16, 16, 0.002F}, {8, 32}}},
+    {"gates under a far key that takes all weight", 1, 4, 2, 200, 16, {32, 2}, {{4, 4, 0.01F}}, 1, true},
 };
 
 TEST_P(Certificate, HoldsForEveryRow) {
@@ -187,6 +193,14 @@ TEST(CertificateCheck, SeesAWrongBound) {
     ranks.v = c.d - 1;
   }
   EXPECT_GT(check(c, in, fewer, *claimed).output, 1.5);
+
+  auto all_exact = c10::make_intrusive<LowRankPlan>(*plan);
+  for (Ranks& ranks : all_exact->ranks) {
+    ranks.gate = 0;
+  }
+  lowrank_attention(in.q, in.k, in.v, all_exact);
+  plan->exact = all_exact->exact;  // but no gate was there when it was served
+  EXPECT_GT(check(c, in, plan, *plan).output, 1.5);
 }
 
 TEST(SubspaceChange, StaysWithinWeylAndDavisKahan) {

@@ -107,7 +107,7 @@ struct Case {
 std::ostream& operator<<(std::ostream& out, const Case& c) {
   out << "H = " << c.heads << ", G = " << c.groups << ", L = " << c.length << ", d = " << c.d << ", ranks";
   for (const Ranks& r : c.ranks) {
-    out << " (" << r.qk << ", " << r.v << ")";
+    out << " (" << r.qk << ", " << r.v << (r.gated(c.d) ? c10::str(", gate ", r.gate) : "") << ")";
   }
   return out;
 }
@@ -216,7 +216,9 @@ INSTANTIATE_TEST_SUITE_P(Shapes, GpuOperator,
                          testing::Values(Case{9, 3, 1100, 64, {256, 4}, {{32, 32}}},             // grouped heads, short last block
                                          Case{4, 4, 516, 64, {128, 4}, {{32, 64}, {64, 32}}},    // one side exact
                                          Case{8, 2, 700, 128, {128, 0}, {{32, 32}, {96, 64}}},   // no sinks, r != r_v
-                                         Case{2, 1, 300, 128, {64, 1}, {{128, 128}, {64, 32}}}));
+                                         Case{2, 1, 300, 128, {64, 1}, {{128, 128}, {64, 32}}},
+                                         Case{9, 3, 1100, 64, {256, 4}, {{32, 32, 0.01F}}},  // gates: some entries exact
+                                         Case{8, 2, 700, 128, {128, 4}, {{32, 64, 0.02F}, {128, 32, 0.005F}, {32, 32}}}));
 
 }  // namespace
 }  // namespace drrl

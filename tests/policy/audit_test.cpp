@@ -70,6 +70,26 @@ TEST(Audit, ChangesNothingAndFindsNoViolation) {
   }
 }
 
+TEST(Audit, CertifiesWhatGatesLeave) {
+  const Rig rig;
+  double error[2];
+  for (const bool gates : {false, true}) {
+    const Ranks ranks = gates ? Ranks{16, 16, 0.01F} : Ranks{16, 16};
+    AuditController audit(std::make_shared<LowRankController>(make_table_policy(RankTable(1, 3, 3, ranks), "table"), rig.geometry), 8);
+    std::shared_ptr<LayerPlan> plan;
+    audit.attend(0, rig.q, rig.k, rig.v, rig.w_o, plan);
+    const AuditReport& report = audit.report();
+    EXPECT_EQ(pairs_of(report), 2 * 3 * 6);
+    EXPECT_EQ(violations_of(report), 0);
+    for (const auto& level : report.levels) {
+      EXPECT_NEAR(level.tightness.quantile(0), 1, 1e-5);
+      EXPECT_NEAR(level.tightness.quantile(1), 1, 1e-5);
+    }
+    error[gates] = report.output_error.quantile(0.5);
+  }
+  EXPECT_LT(error[true], 0.5 * error[false]);
+}
+
 // Shows plans of higher ranks than it serves.
 class Liar final : public AttentionController {
  public:
