@@ -25,27 +25,40 @@ struct Shape {
   int64_t heads_per_group() const { return heads / groups; }
 };
 
-// The items (batch, group, pair) of one run that share their ranks: one batched flash call.
+// The items (batch, group, pair) of one run that go through one call, of the largest of their ranks; columns that an item has less are zero.
 struct Bucket {
-  Ranks ranks;
+  Ranks ranks{1, 1};                 // of the call; the gate is a yes or no
+  std::vector<Ranks> own;            // of each item
   std::vector<int64_t> within_run;   // index into the run's [B G count] batch
   std::vector<int64_t> within_plan;  // index into the plan's [B G pairs] bases
 };
 
-std::vector<Bucket> buckets_of(const PairRun& run, const LowRankPlan& plan) {
+// Items of equal keys share a bucket. Those with a gate all do, since their scores take many small steps. So do on CUDA ranks up to 64: its kernels take as long for
+// less, and longer for many small calls.
+Ranks bucket_key(const Ranks& own, int64_t d, bool cuda) {
+  const bool gated = own.gated(d);
+  const auto width = [&](int64_t rank) { return rank < d && (gated || (cuda && rank <= 64)) ? 0 : rank; };
+  return {width(own.qk), width(own.v), gated ? 0 : std::numeric_limits<float>::infinity()};
+}
+
+std::vector<Bucket> buckets_of(const PairRun& run, const LowRankPlan& plan, int64_t d, bool cuda) {
   const int64_t pairs = plan.tree.num_pairs();
   const int64_t sequences = static_cast<int64_t>(plan.ranks.size()) / pairs;
   std::map<Ranks, Bucket> buckets;
   for (int64_t s = 0; s < sequences; ++s) {
     for (int64_t i = 0; i < run.count; ++i) {
       const int64_t item = s * pairs + run.first_pair + i;
-      Bucket& bucket = buckets.try_emplace(plan.ranks[item], Bucket{plan.ranks[item], {}, {}}).first->second;
+      const Ranks& own = plan.ranks[item];
+      const Ranks key = bucket_key(own, d, cuda);
+      Bucket& bucket = buckets[key];
+      bucket.ranks = {std::max(bucket.ranks.qk, own.qk), std::max(bucket.ranks.v, own.v), key.gate};
+      bucket.own.push_back(own);
       bucket.within_run.push_back(s * run.count + i);
       bucket.within_plan.push_back(item);
     }
   }
   std::vector<Bucket> result;
-  for (auto& [ranks, bucket] : buckets) {
+  for (auto& [key, bucket] : buckets) {
     result.push_back(std::move(bucket));
   }
   return result;
@@ -59,19 +72,27 @@ struct Projections {
 
   Projections(const Bucket& bucket, const LowRankPlan& plan, const Shape& shape, const at::TensorOptions& options) {
     const auto index = on_device(bucket.within_plan, options.device());
-    const auto columns = [&](const at::Tensor& basis, int64_t rank) {
-      return basis.narrow(2, 0, rank).index_select(0, index).to(options.dtype());
+    const auto of_items = [&](const at::Tensor& x) { return x.index_select(0, index).to(options.dtype()); };
+    const auto bases = [&](const Basis& basis, int64_t Ranks::*kind) {
+      const int64_t width = bucket.ranks.*kind;
+      auto left = of_items(basis.left.narrow(2, 0, width)), right = of_items(basis.right.narrow(2, 0, width));
+      if (std::any_of(bucket.own.begin(), bucket.own.end(), [&](const Ranks& own) { return own.*kind < width; })) {
+        std::vector<int64_t> own;
+        std::transform(bucket.own.begin(), bucket.own.end(), std::back_inserter(own), [&](const Ranks& ranks) { return ranks.*kind; });
+        const auto beyond = at::arange(width, index.options()) >= on_device(own, options.device()).view({-1, 1, 1});
+        left.masked_fill_(beyond, 0);
+        right.masked_fill_(beyond, 0);
+      }
+      return std::pair(left, right);
     };
     if (bucket.ranks.qk < shape.d) {
-      p_q = columns(plan.scores.left, bucket.ranks.qk);
-      p_k = columns(plan.scores.right, bucket.ranks.qk);
+      std::tie(p_q, p_k) = bases(plan.scores, &Ranks::qk);
       if (plan.residual.defined()) {
-        residual = columns(plan.residual, plan.residual.size(2));
+        residual = of_items(plan.residual);
       }
     }
     if (bucket.ranks.v < shape.d) {
-      p_v = columns(plan.values.left, bucket.ranks.v);
-      p_o = columns(plan.values.right, bucket.ranks.v);
+      std::tie(p_v, p_o) = bases(plan.values, &Ranks::v);
     }
   }
 
@@ -150,16 +171,14 @@ at::Tensor run_view(const at::Tensor& x, const PairRun& run, const Shape& s) {
   return token_runs(x, s.groups, run.query_begin, run.count, run.query_rows, run.stride);
 }
 
-// Buckets with a gate make their scores a matrix, which the CPU kernel does without: right, but not faster than exact attention. Some rows at a time, so that
-// a matrix has at most so many entries.
-constexpr int64_t kMatrixEntries = 1 << 20;
-
-// work(first row, rows) for matrices [n, rows, keys], or one row of each.
+// Buckets with a gate make their scores a matrix, which the CPU kernel does without: right, but not faster than exact attention. Some rows at a time: work(first row,
+// rows) for matrices [n, rows, keys] of a limited number of entries, or of one row.
 template <typename Work>
-void for_row_slices(int64_t n, int64_t rows, int64_t keys, const Work& work) {
-  const int64_t most = std::max<int64_t>(1, kMatrixEntries / (n * keys));
-  for (int64_t first = 0; first < rows; first += most) {
-    work(first, std::min(most, rows - first));
+void for_row_slices(const at::Tensor& rows, int64_t keys, const Work& work) {
+  const int64_t entries = rows.is_cuda() ? 1 << 25 : 1 << 20, count = rows.size(1);
+  const int64_t most = std::max<int64_t>(1, entries / (rows.size(0) * keys));
+  for (int64_t first = 0; first < count; first += most) {
+    work(first, std::min(most, count - first));
   }
 }
 
@@ -168,9 +187,9 @@ struct GatedScores {
   at::Tensor exact;   // of the same shape, bool
 };
 
-// before [n, g rows]: the log-sum-exp of what each row met before this pair. rows, keys: at full width; low_..: projected.
+// before [n, g rows]: the log-sum-exp of what each row met before this pair; log_gate [n, 1]. rows, keys: at full width; low_..: projected.
 GatedScores gated_scores(const at::Tensor& rows, const at::Tensor& keys, const at::Tensor& low_rows, const at::Tensor& low_keys, const at::Tensor& correction,
-                         const at::Tensor& before, double gate, double scale) {
+                         const at::Tensor& before, const at::Tensor& log_gate, double scale) {
   const auto of = [&](const at::Tensor& a, const at::Tensor& b) { return at::bmm(a, b.transpose(1, 2)).to(before.scalar_type()).mul_(scale); };
   GatedScores result{of(low_rows, low_keys), {}};
   if (correction.defined()) {
@@ -182,7 +201,7 @@ GatedScores gated_scores(const at::Tensor& rows, const at::Tensor& keys, const a
   for (int64_t begin = 0; begin < full.size(2); begin += kGateChunk) {
     const int64_t count = std::min(kGateChunk, full.size(2) - begin);
     auto scores = result.scores.narrow(2, begin, count);
-    const auto heavy = scores >= (at::logaddexp(met, scores.logsumexp(2)) + std::log(gate)).unsqueeze(2);
+    const auto heavy = scores >= (at::logaddexp(met, scores.logsumexp(2)) + log_gate).unsqueeze(2);
     scores.copy_(at::where(heavy, full.narrow(2, begin, count), scores));
     result.exact.narrow(2, begin, count).copy_(heavy);
     met = at::logaddexp(met, scores.logsumexp(2));
@@ -190,45 +209,26 @@ GatedScores gated_scores(const at::Tensor& rows, const at::Tensor& keys, const a
   return result;
 }
 
-// The token positions of a bucket's entries: rows of [B, H, L] and keys, [entries] int64 each. exact [n, rows, keys] of the g rows from `first` on.
-std::pair<at::Tensor, at::Tensor> entries_of(const at::Tensor& exact, int64_t first, const Bucket& bucket, const PairRun& run, const Shape& s) {
-  const auto at = exact.nonzero().to(at::kCPU);  // [entries, 3]
-  const auto item = at::tensor(bucket.within_run, at::kLong).index_select(0, at.select(1, 0));
-  const auto sequence = item.div(run.count, "floor"), pair = item.remainder(run.count) * run.stride;
-  const auto row = at.select(1, 1) + first, head = row.div(run.query_rows, "floor");
-  const auto token = (sequence * (s.heads / s.groups) + head) * s.length + run.query_begin + pair + row.remainder(run.query_rows);
-  return {token, run.key_begin + pair + at.select(1, 2)};
+// The logarithms of a bucket's gates, [n, 1].
+at::Tensor log_gates(const Bucket& bucket, const at::TensorOptions& options) {
+  std::vector<double> gates;
+  std::transform(bucket.own.begin(), bucket.own.end(), std::back_inserter(gates), [](const Ranks& own) { return std::log(static_cast<double>(own.gate)); });
+  return at::tensor(gates, at::kDouble).unsqueeze(1).to(options);
 }
 
-// The inverse, [n, rows, keys] bool.
-at::Tensor exact_of(const ExactEntries& entries, int64_t first, int64_t rows, const Bucket& bucket, const PairRun& run, const Shape& s) {
-  const int64_t g = s.heads / s.groups;
-  auto exact = at::zeros({static_cast<int64_t>(bucket.within_run.size()), rows, run.key_rows}, at::kBool);
-  auto to = exact.accessor<bool, 3>();
-  const int64_t* begin = entries.begin.const_data_ptr<int64_t>();
-  const int32_t* keys = entries.keys.const_data_ptr<int32_t>();
-  for (size_t i = 0; i < bucket.within_run.size(); ++i) {
-    const int64_t sequence = bucket.within_run[i] / run.count, pair = bucket.within_run[i] % run.count * run.stride;
-    for (int64_t n = first; n < first + rows; ++n) {
-      const int64_t row = (sequence * g + n / run.query_rows) * s.length + run.query_begin + pair + n % run.query_rows;
-      for (int64_t e = begin[row]; e < begin[row + 1]; ++e) {
-        const int64_t key = keys[e] - run.key_begin - pair;
-        if (key >= 0 && key < run.key_rows) {
-          to[static_cast<int64_t>(i)][n - first][key] = true;
-        }
-      }
-    }
-  }
-  return exact;
+// A slice's exact entries, `found` in its matrix [n, rows, keys] of the g rows from `first` on, by what sorts them: row of [B, H, L] x L + position of the key.
+at::Tensor places_of(const at::Tensor& found, int64_t first, int64_t rows, const Bucket& bucket, const PairRun& run, const Shape& s) {
+  const auto at_row = found.div(run.key_rows, "floor");
+  const auto item = on_device(bucket.within_run, found.device()).index_select(0, at_row.div(rows, "floor")), row = at_row.remainder(rows) + first;
+  const auto sequence = item.div(run.count, "floor"), pair = item.remainder(run.count) * run.stride, head = row.div(run.query_rows, "floor");
+  const auto query = (sequence * (s.heads / s.groups) + head) * s.length + run.query_begin + pair + row.remainder(run.query_rows);
+  return query * s.length + run.key_begin + pair + found.remainder(run.key_rows);
 }
 
-// All entries, by row, then by key.
-ExactEntries sorted_entries(const std::vector<at::Tensor>& rows, const std::vector<at::Tensor>& keys, const Shape& s) {
-  const int64_t count = s.batch * s.heads * s.length;
-  const auto order = (at::cat(rows) * s.length + at::cat(keys)).sort();
-  const auto& sorted = std::get<0>(order);
-  const auto of_row = at::bincount(sorted.div(s.length, "floor"), {}, count);
-  return {at::cat({at::zeros({1}, at::kLong), of_row.cumsum(0)}), sorted.remainder(s.length).to(at::kInt)};
+ExactEntries sorted_entries(const std::vector<at::Tensor>& places, const Shape& s) {
+  const auto sorted = std::get<0>(at::cat(places).sort());
+  const auto rows = at::arange(s.batch * s.heads * s.length + 1, sorted.options()) * s.length;
+  return {at::searchsorted(sorted, rows).to(at::kCPU), sorted.remainder(s.length).to(at::kInt).to(at::kCPU)};
 }
 
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const LowRankPlan& plan) {
@@ -257,9 +257,10 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
   std::vector<std::vector<Bucket>> buckets;
   std::vector<std::vector<FarPart>> far;
   std::vector<at::Tensor> far_logsumexp;  // per run, [B G count, g rows]
-  std::vector<at::Tensor> exact_rows, exact_keys;
+  std::vector<at::Tensor> exact;  // places of each slice
+  plan.exact_slices.clear();
   for (const PairRun& run : runs) {
-    buckets.push_back(buckets_of(run, plan));
+    buckets.push_back(buckets_of(run, plan, s.d, q.is_cuda()));
     far.emplace_back();
     const auto rows_q = query_rows(q, s.groups, run);
     const auto rows_k = key_rows(k, run);
@@ -276,16 +277,17 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
       at::Tensor part_out, part_logsumexp;
       if (bucket.ranks.gated(s.d)) {
         const auto before = take(met.reshape(far_logsumexp.back().sizes()), bucket);
+        const auto log_gate = log_gates(bucket, logsumexp.options());
         std::vector<at::Tensor> outs, sums;
-        for_row_slices(bucket_q.size(0), bucket_q.size(1), run.key_rows, [&](int64_t first, int64_t rows) {
+        for_row_slices(bucket_q, run.key_rows, [&](int64_t first, int64_t rows) {
           const auto of = [&](const at::Tensor& x) { return x.defined() ? x.narrow(1, first, rows) : x; };
-          const auto gated = gated_scores(of(bucket_q), bucket_k, of(low_q), low_k, of(correction), of(before), bucket.ranks.gate, s.scale);
+          const auto gated = gated_scores(of(bucket_q), bucket_k, of(low_q), low_k, of(correction), of(before), log_gate, s.scale);
           sums.push_back(gated.scores.logsumexp(2));
           const auto weights = (gated.scores - sums.back().unsqueeze(2)).exp_().to(q.scalar_type());
           outs.push_back(out_of_basis(at::bmm(weights.masked_fill(gated.exact, 0), low_v), p.p_o) + at::bmm(weights * gated.exact, bucket_v));
-          const auto [at_rows, at_keys] = entries_of(gated.exact, first, bucket, run, s);
-          exact_rows.push_back(at_rows);
-          exact_keys.push_back(at_keys);
+          const auto found = gated.exact.flatten().nonzero().squeeze(1);
+          exact.push_back(places_of(found, first, rows, bucket, run, s));
+          plan.exact_slices.push_back(found.to(at::kInt));
         });
         part_out = at::cat(outs, 1);
         part_logsumexp = at::cat(sums, 1);
@@ -300,7 +302,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
     }
     met.copy_(at::logaddexp(met, far_logsumexp.back().view(met.sizes())));
   }
-  plan.exact = exact_rows.empty() ? ExactEntries() : sorted_entries(exact_rows, exact_keys, s);
+  plan.exact = exact.empty() ? ExactEntries() : sorted_entries(exact, s);
 
   // Each part weighted by its share exp(lse_part - lse).
   out.mul_((near_logsumexp - logsumexp).exp_().unsqueeze(3).to(out.scalar_type()));
@@ -333,15 +335,15 @@ struct Gradients {
   at::Tensor q, k, v;
 };
 
-// Gradients of a bucket with a gate: of its entries at low rank, and of those that are exact. exact(first row, rows) says which are, [n, rows, keys].
-template <typename Exact>
-std::pair<Gradients, Gradients> gated_backward(const Operands& low, const Operands& full, const at::Tensor& delta, const Shape& s, const Exact& exact) {
+// Gradients of a bucket with a gate: of its entries at low rank, and of those that are exact. `slice`: those of its first slice, moved on to behind its last.
+std::pair<Gradients, Gradients> gated_backward(const Operands& low, const Operands& full, const at::Tensor& delta, const Shape& s,
+                                               std::vector<at::Tensor>::const_iterator& slice) {
   struct Sums {
     std::vector<at::Tensor> q;
     at::Tensor k, v;
   };
   Sums of_low, of_exact;
-  for_row_slices(low.q.size(0), low.q.size(1), low.k.size(1), [&](int64_t first, int64_t rows) {
+  for_row_slices(low.q, low.k.size(1), [&](int64_t first, int64_t rows) {
     const auto of = [&](const at::Tensor& x) { return x.narrow(1, first, rows); };
     const auto add = [&](const Operands& x, const at::Tensor& left_out, Sums& to) {
       const auto scores = at::bmm(of(x.q), x.k.transpose(1, 2)).to(delta.scalar_type()) * s.scale;
@@ -353,7 +355,8 @@ std::pair<Gradients, Gradients> gated_backward(const Operands& low, const Operan
       sum(to.k, at::bmm(g.transpose(1, 2), of(x.q)).to(delta.scalar_type()));
       sum(to.v, at::bmm(w.transpose(1, 2), of(x.grad)).to(delta.scalar_type()));
     };
-    const at::Tensor mask = exact(first, rows);
+    auto mask = at::zeros({low.q.size(0) * rows * low.k.size(1)}, low.q.options().dtype(at::kBool));
+    mask = mask.index_fill_(0, (slice++)->to(at::kLong), 1).view({low.q.size(0), rows, low.k.size(1)});
     add(low, mask, of_low);
     add(full, mask.logical_not(), of_exact);
   });
@@ -388,6 +391,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
     sink_keys(grad_v, tree, s).add_(dv);
   }
 
+  auto slice = plan.exact_slices.cbegin();
   for (const PairRun& run : tree.runs()) {
     const auto rows_q = query_rows(q, s.groups, run);
     const auto rows_k = key_rows(k, run);
@@ -398,7 +402,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
     auto run_grad_q = at::empty_like(rows_q);
     auto run_grad_k = at::empty_like(rows_k);
     auto run_grad_v = at::empty_like(rows_v);
-    for (const Bucket& bucket : buckets_of(run, plan)) {
+    for (const Bucket& bucket : buckets_of(run, plan, s.d, q.is_cuda())) {
       const Projections p(bucket, plan, s, q.options());
       const auto bucket_q = take(rows_q, bucket);
       const auto low_q = into_basis(bucket_q, p.p_q);
@@ -414,9 +418,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
       if (bucket.ranks.gated(s.d)) {
         const Operands low{low_q, low_k, low_v, low_grad, bucket_logsumexp};
         const Operands full{bucket_q, take(rows_k, bucket), take(rows_v, bucket), take(rows_grad, bucket), take(rows_logsumexp, bucket)};
-        const auto [of_low, of_exact] = gated_backward(low, full, bucket_delta, s, [&](int64_t first, int64_t rows) {
-          return exact_of(plan.exact, first, rows, bucket, run, s).to(q.device());
-        });
+        const auto [of_low, of_exact] = gated_backward(low, full, bucket_delta, s, slice);
         dq = out_of_basis(of_low.q, p.p_q) + of_exact.q;
         dk = out_of_basis(of_low.k, p.p_k) + of_exact.k;
         dv = out_of_basis(of_low.v, p.p_v) + of_exact.v;

@@ -54,8 +54,9 @@ struct LowRankPlan : torch::CustomClassHolder {
   Basis values;
   /// residual_factor of each pair's score basis at its rank, [B G pairs, d, m] float32, not read where the rank is d; undefined: no correction.
   at::Tensor residual;
-  /// Written by a forward pass with gates.
+  /// Written by a forward pass with gates; and, outside the CPU kernel, the same for its backward pass, each matrix of scores by flat int32 indices.
   mutable ExactEntries exact;
+  mutable std::vector<at::Tensor> exact_slices;
 
   bool gated(int64_t d) const {
     return std::any_of(ranks.begin(), ranks.end(), [&](const Ranks& r) { return r.gated(d); });
