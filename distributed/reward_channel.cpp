@@ -48,43 +48,41 @@ void RewardChannel::post(const at::Tensor& record) {
   sent_ = at::zeros({sizes_[static_cast<size_t>(group_.rank())]}, weights_.options());
   sent_.narrow(0, 0, record_).copy_(record);
   under_way_ = true;
+  std::vector<at::Tensor> records;
+  for (const int64_t size : sizes_) {
+    if (group_.rank() == 0) {
+      records.push_back(at::empty({size}, sent_.options()));
+    }
+  }
+  gather_ = group_.gather_async(records, sent_);
   if (group_.rank() == 0) {
-    round_ = std::async(std::launch::async, [this, sent = sent_] { return round_on_root(sent); });
-  } else {
-    gather_ = group_.gather_async({}, sent_);
-    broadcast_ = group_.broadcast_async(weights_);
+    round_ = std::async(std::launch::async, [this, records = std::move(records)]() mutable { return trained(std::move(records)); });
   }
 }
 
-at::Tensor RewardChannel::round_on_root(const at::Tensor& record) const {
+at::Tensor RewardChannel::trained(std::vector<at::Tensor> records) {
   const at::NoGradGuard no_grad;
-  std::vector<at::Tensor> records;
-  for (const int64_t size : sizes_) {
-    records.push_back(at::empty({size}, record.options()));
-  }
-  group_.gather_async(records, record).wait();
+  gather_.wait();
   for (at::Tensor& one : records) {
     one = one.cpu();
   }
-  const at::Tensor trained = train_(records);
-  TORCH_CHECK(trained.numel() == weights_.numel(), "RewardChannel: the trainer made ", trained.numel(), " weights, expected ", weights_.numel());
-  at::Tensor weights = trained.flatten().to(weights_.options()).clone();
-  group_.broadcast(weights);
-  return weights.cpu();
+  const at::Tensor weights = train_(records);
+  TORCH_CHECK(weights.numel() == weights_.numel(), "RewardChannel: the trainer made ", weights.numel(), " weights, expected ", weights_.numel());
+  return weights.flatten().to(at::kDouble);
 }
 
 at::Tensor RewardChannel::take() {
+  const at::NoGradGuard no_grad;
   TORCH_CHECK(under_way_, "RewardChannel: no round is under way");
   const auto start = std::chrono::steady_clock::now();
-  at::Tensor weights;
   under_way_ = false;
   if (group_.rank() == 0) {
-    weights = round_.get();
+    weights_.copy_(round_.get());
   } else {
     gather_.wait();
-    broadcast_.wait();
-    weights = weights_.cpu().clone();
   }
+  group_.broadcast(weights_);
+  const at::Tensor weights = weights_.cpu().clone();
   waited_ms_ += std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   return weights;
 }

@@ -13,11 +13,13 @@
 namespace drrl {
 
 /// The way of rewards to a central trainer on rank 0, and of what it learned back to all, beside the work of the processes: one round is a gather of every
-/// process' record, training on rank 0, and a broadcast of the new weights. `post` starts a round and returns at once. `take` is where the weights are
-/// wanted; called late enough after `post`, it finds them there. Who takes at the same point of the same step on every process acts alike everywhere.
+/// process' record, training on rank 0, and a broadcast of the new weights. `post` starts gather and training and returns at once. `take` is where the weights are
+/// wanted; called late enough after `post`, it finds them made and only hands them out. Who takes at the same point of the same step on every process acts alike
+/// everywhere.
 ///
-/// Over drrl's MPI backend a round is an MPI_Igatherv and an MPI_Ibcast, polled by the group's progress thread; over any other c10d group its asynchronous
-/// gather, of records padded to the largest, and broadcast. The group must be the channel's own: nothing else may travel on it meanwhile.
+/// Both collectives are started by the thread that calls post and take, so that their order among those of other groups is the same on all processes, as NCCL
+/// demands. Over drrl's MPI backend they are an MPI_Igatherv and an MPI_Ibcast, polled by the group's progress thread; over any other c10d group its
+/// asynchronous gather, of records padded to the largest, and broadcast. The group must be the channel's own: nothing else may travel on it meanwhile.
 class RewardChannel {
  public:
   /// Rank 0's: all processes' records in rank order -> the new weights. Runs on a thread of the round's own, beside whatever the process does.
@@ -41,17 +43,17 @@ class RewardChannel {
   double waited_ms() const { return waited_ms_; }
 
  private:
-  at::Tensor round_on_root(const at::Tensor& record) const;
+  at::Tensor trained(std::vector<at::Tensor> records);  // on rank 0, once they are all there
 
   Group group_;
   int64_t record_;
-  at::Tensor weights_;  // received, on all but rank 0
+  at::Tensor weights_;
   Train train_;
   std::vector<int64_t> sizes_;  // of all records as they travel
   bool under_way_ = false;
   double waited_ms_ = 0;
   at::Tensor sent_;
-  Pending gather_, broadcast_;
+  Pending gather_;
   std::future<at::Tensor> round_;  // last: it must end before what it uses
 };
 

@@ -74,9 +74,9 @@ def drrl_run(options, seq_len, work, further=()):
 
 
 def lowrank_run(options, seq_len, work):
-    ranks = (["--rank_policy=dp", f"--rank_budget={options.rank_budget}", f"--gates={'true' if options.gates else 'false'}", "--policy", options.policy]
-             if options.policy else ["--rank_policy=fixed", f"--rank={options.rank}"])
-    return drrl_run(options, seq_len, work, ["--attention=lowrank", *ranks])
+    ranks = (["--rank_policy=dp", f"--rank_budget={options.rank_budget}", "--policy", options.policy] if options.policy else
+             ["--rank_policy=fixed", f"--rank={options.rank}"])
+    return drrl_run(options, seq_len, work, ["--attention=lowrank", *ranks, *options.lowrank_flag])
 
 
 def lowrank_label(options):
@@ -116,9 +116,9 @@ def main():
     parser.add_argument("--activation_checkpoint", action="store_true", help="in both")
     parser.add_argument("--policy", help="a file of drrl-policy calibrate: drrl-train with --rank_policy=dp takes part too (its losses are its own)")
     parser.add_argument("--rank_budget", type=float, default=0.585, help="with --policy")
-    parser.add_argument("--gates", action="store_true", help="with --policy")
     parser.add_argument("--rank", type=int, help="instead of --policy: drrl-train with this rank everywhere takes part too")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--lowrank_flag", action="append", default=[], help="a further flag for drrl-train at low rank, e.g. --lowrank_flag=--gates")
     parser.add_argument("--drrl_flag", action="append", default=[], help="a further flag for drrl-train, e.g. --drrl_flag=--near_block=1024")
     parser.add_argument("--json", help="file for the results")
     options = parser.parse_args()

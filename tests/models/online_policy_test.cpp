@@ -6,6 +6,7 @@
 #include "models/tensor_parallel.h"
 #include "models/trainer.h"
 #include "tests/models/calibrated_fixture.h"
+#include "tests/models/strict_nccl.h"
 
 #include <map>
 
@@ -31,6 +32,9 @@ class OnlineTraining : public CalibratedTraining {
     options.sampling.update_steps = kUpdates;
     options.allocate = [buckets](const Calibration& by) { return allocate(by, kBudget, BlockTree(kSeqLen, kGeometry), 2, buckets, kUpdates).table; };
     Group channel = mesh.world().size() == 1 ? Group() : make_channel(timeout);
+    if (journal_) {
+      channel = over_strict_nccl(channel, journal_);
+    }
     result.online = std::make_shared<OnlinePolicy>(result.controller, c, groups.begin, groups.count, at::kCPU, std::move(channel), std::move(options));
     return result;
   }
@@ -90,7 +94,9 @@ class OnlineTraining : public CalibratedTraining {
   }
 
   static constexpr double kBudget = 0.9;
-  static constexpr int64_t kUpdates = 1;};
+  static constexpr int64_t kUpdates = 1;
+  std::shared_ptr<Journal> journal_;  // of groups under NCCL's rules, if they are
+};
 
 /// Whether all processes hold the same damages.
 bool agree(const Calibration& learned) {
@@ -127,6 +133,23 @@ TEST_F(OnlineTraining, LearnsAlikeOnEveryProcess) {
       EXPECT_NEAR(together.losses.back(), alone.losses.back(), tp == size_ ? 1e-4 : 0.1);
       EXPECT_GE(together.figures.at("policy_slowest"), 1);
     }
+  }
+}
+
+TEST_F(OnlineTraining, KeepsNcclsRules) {
+  if (size_ == 1) {
+    return;
+  }
+  for (const int64_t tp : {int64_t{1}, int64_t{2}, int64_t{3}}) {
+    if (size_ % tp != 0) {
+      continue;
+    }
+    SCOPED_TRACE(tp);
+    journal_ = std::make_shared<Journal>();
+    const Mesh inner = make_mesh(tp, size_ / tp);
+    const Outcome strict = run(over_strict_nccl(inner, journal_), {.steps = 5, .output = c10::str("strict", tp), .activation_checkpoint = true});
+    EXPECT_TRUE(agree(strict.learned));
+    expect_nccls_rules_kept(*journal_);
   }
 }
 

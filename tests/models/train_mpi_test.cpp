@@ -7,6 +7,7 @@
 #include "models/training_state.h"
 #include "policy/controller.h"
 #include "tests/models/io_support.h"
+#include "tests/models/strict_nccl.h"
 #include "tests/models/training_fixture.h"
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -201,6 +202,50 @@ TEST_F(Training, ContextParallelEqualsOneProcess) {
   for (const MeshShape& shape : shapes[size_]) {
     SCOPED_TRACE(c10::str("tp ", shape.tp, ", dp ", shape.dp, ", cp ", shape.cp));
     expect_equal_runs(make_mesh(shape.tp, shape.dp, shape.cp), o, 1e-5);
+  }
+}
+
+// All layouts of this many processes, with far pairs, validation and checkpoints.
+TEST_F(Training, KeepsNcclsRulesAndEndsOnAnyErrorOfIt) {
+  use_low_rank();
+  std::map<int, std::vector<MeshShape>> shapes = {{2, {{2, 1, 1}, {1, 2, 1}, {1, 1, 2}}}, {3, {{3, 1, 1}}}, {4, {{2, 2, 1}, {2, 1, 2}, {1, 2, 2}}}};
+  for (const MeshShape& shape : shapes[size_]) {
+    SCOPED_TRACE(c10::str("tp ", shape.tp, ", dp ", shape.dp, ", cp ", shape.cp));
+    const Mesh inner = make_mesh(shape.tp, shape.dp, shape.cp);
+    TrainerOptions o = options(1);
+    o.global_batch = 4;
+    o.eval_tokens = 200;
+    int64_t calls = 0;  // of a whole run
+    const auto journal_of = [&](int64_t fail_at, bool in_wait, std::string& error) {
+      const auto journal = std::make_shared<Journal>();
+      o.output = folder_ / c10::str("strict", shape.tp, shape.dp, shape.cp, fail_at, in_wait);
+      const Mesh mesh = over_strict_nccl(inner, journal);
+      const auto of_mesh = static_cast<int64_t>(journal->calls.size());
+      journal->fail_at = fail_at < 0 ? -1 : of_mesh + fail_at;
+      journal->fail_in_wait = in_wait;
+      try {
+        train(mesh, o, {}, {.activation_checkpoint = true}, valid_);
+      } catch (const Error& caught) {
+        EXPECT_EQ(caught.kind(), ErrorKind::kCommunication);
+        error = caught.what();
+      }
+      calls = std::max(calls, static_cast<int64_t>(journal->calls.size()) - of_mesh);
+      MPI_Barrier(MPI_COMM_WORLD);
+      return journal;
+    };
+    std::string error;
+    const auto journal = journal_of(-1, false, error);
+    EXPECT_EQ(error, "");
+    expect_nccls_rules_kept(*journal);
+    for (const bool in_wait : {false, true}) {
+      for (int64_t call = 0; call < calls; call += std::max<int64_t>(1, calls / 20)) {
+        SCOPED_TRACE(c10::str("call ", call, " of ", calls, in_wait ? ", in wait" : ""));
+        error.clear();
+        journal_of(call, in_wait, error);
+        EXPECT_NE(error.find(c10::str("world rank ", rank_, ", group '")), std::string::npos) << error;
+        EXPECT_NE(error.find(in_wait ? "failed: NCCL communicator was aborted" : "failed: NCCL error"), std::string::npos) << error;
+      }
+    }
   }
 }
 
