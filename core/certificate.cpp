@@ -166,12 +166,18 @@ RowScores row_scores(const LowRankPlan& plan, const at::Tensor& queries, const a
   return {causal(exact), causal(at::where(spared, exact, low)), causal(low), spared};
 }
 
-ServedPair served_pair(const RowScores& scores, const at::Tensor& weights, const SeenPair& pair) {
-  const auto keys_of = [&](const at::Tensor& x) { return x.narrow(1, pair.key_begin, pair.key_rows); };
-  const auto left = keys_of(weights).masked_fill(keys_of(scores.spared), 0);
-  const auto would_add = (keys_of(scores.low) - keys_of(scores.exact)).masked_fill(keys_of(scores.spared).logical_not(), 0);
-  return {at::linalg_vector_norm(keys_of(scores.served) - keys_of(scores.exact), 2, {1}), left.sum(1), at::linalg_vector_norm(left, 2, {1}), left.amax(1),
-          would_add.pow(2).sum(1)};
+ServedPairs served_pairs(const RowScores& scores, const at::Tensor& weights, const std::vector<SeenPair>& pairs) {
+  std::vector<at::Tensor> error, mass, norm, largest, spared;
+  for (const SeenPair& pair : pairs) {
+    const auto keys_of = [&](const at::Tensor& x) { return x.narrow(1, pair.key_begin, pair.key_rows); };
+    const auto exact = keys_of(scores.spared), left = keys_of(weights).masked_fill(exact, 0);
+    error.push_back(at::linalg_vector_norm(keys_of(scores.served) - keys_of(scores.exact), 2, {1}));
+    mass.push_back(left.sum(1));
+    norm.push_back(at::linalg_vector_norm(left, 2, {1}));
+    largest.push_back(left.amax(1));
+    spared.push_back((keys_of(scores.low) - keys_of(scores.exact)).masked_fill(exact.logical_not(), 0).pow(2).sum(1));
+  }
+  return {at::stack(error), at::stack(mass), at::stack(norm), at::stack(largest), at::stack(spared)};
 }
 
 SubspaceChange subspace_change(const at::Tensor& start, const std::vector<Ranks>& ranks, const at::Tensor& gram_q, const at::Tensor& gram_k) {

@@ -62,7 +62,7 @@ struct ServedRows {
   at::Tensor queries;  ///< [m, d]
   at::Tensor out;      ///< o', the rows that were returned, [m, d]
   at::Tensor mass, norm, largest;  ///< sum, 2-norm and maximum of the served weights w' over each pair's keys that gates left at low rank, [P, m]
-  at::Tensor spared;   ///< sum over the other keys of the pair of what low rank would have added to their scaled scores, squared, [P, m]
+  at::Tensor spared;    ///< sum over the other keys of the pair of what low rank would have added to their scaled scores, squared, [P, m]
   double value_norm;    ///< at least || V ||_2 over all values that the rows see
   double value_radius;  ///< at least max_j || v_j ||_2 over them
 };
@@ -106,12 +106,12 @@ struct RowScores {
 /// its pair p. plan.exact as the pass left it that served them.
 RowScores row_scores(const LowRankPlan& plan, const at::Tensor& queries, const at::Tensor& rows, const at::Tensor& keys, int64_t block, int64_t first_item);
 
-/// What one pair's rows of `scores` bring into ServedRows: weights = softmax(scores.served) [m, T].
-struct ServedPair {
-  at::Tensor error;                        ///< || e_P ||_2, what RowBounds::scores says, [m]
-  at::Tensor mass, norm, largest, spared;  ///< [m]
+/// What `scores` of rows that see these pairs say of each, [P, m]; weights = softmax(scores.served) [m, T].
+struct ServedPairs {
+  at::Tensor error;                        ///< || e_P ||_2: what RowBounds::scores is checked against
+  at::Tensor mass, norm, largest, spared;  ///< see ServedRows
 };
-ServedPair served_pair(const RowScores& scores, const at::Tensor& weights, const SeenPair& pair);
+ServedPairs served_pairs(const RowScores& scores, const at::Tensor& weights, const std::vector<SeenPair>& pairs);
 
 /// What replacing a stale subspace by the best one changes, one entry an item, NaN where the rank is d. A = Q left right^T K^T holds the scores through the
 /// stale right factor of rank r and its best left partner, A + E = Q K^T; sigma_i are singular values.

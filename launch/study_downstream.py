@@ -100,6 +100,8 @@ def main():
         for examples in arguments.sets:
             with open(examples) as file:
                 chosen = list(itertools.islice((line for line in file if line.strip()), arguments.limit or None))
+            if not chosen:
+                sys.exit(f"{examples}: no examples")
             exact = None
             for name, flags in policies(arguments).items():
                 try:

@@ -112,27 +112,21 @@ void AuditController::audit(int64_t layer, const at::Tensor& q, const at::Tensor
       }
       const auto tokens = sampled_tokens(begin, end - begin, tokens_, layer);
       const auto rows_of = [&](const at::Tensor& x) { return x[s].index_select(1, tokens).flatten(0, 1); };  // [H / G tokens, d]
-      const auto rows = (((s * heads) + at::arange(heads)).unsqueeze(1) * tree.sequence_length() + tokens).flatten();  // of all [B, H, L]
+      const auto rows = ((s * heads + at::arange(heads)).unsqueeze(1) * tree.sequence_length() + tokens).flatten();  // of all [B, H, L]
       const RowScores row = row_scores(plan, rows_of(q_of), rows, k_of[s], block, s * pairs);
       const auto weights = at::softmax(row.served, 1);
+      const ServedPairs served_here = served_pairs(row, weights, seen);
       std::vector<int64_t> items;
-      std::vector<at::Tensor> true_scores, mass, norm, largest, spared;
       for (const SeenPair& pair : seen) {
-        const ServedPair here = served_pair(row, weights, pair);
         items.push_back(s * pairs + pair.pair);
-        true_scores.push_back(here.error);
-        mass.push_back(here.mass);
-        norm.push_back(here.norm);
-        largest.push_back(here.largest);
-        spared.push_back(here.spared);
       }
       const auto index = at::tensor(items, at::kLong);
       const auto returned = rows_of(out_of);
       const double value_norm = std::sqrt(at::linalg_eigvalsh(seen_gram)[d - 1].item<double>());
       const RowBounds bounds =
-          certify_rows(far, index, {rows_of(q_of), returned, at::stack(mass), at::stack(norm), at::stack(largest), at::stack(spared), value_norm, value_radius});
+          certify_rows(far, index, {rows_of(q_of), returned, served_here.mass, served_here.norm, served_here.largest, served_here.spared, value_norm, value_radius});
 
-      const auto error = at::stack(true_scores);  // [P, m]
+      const at::Tensor& error = served_here.error;
       score_true.index_add_(0, index, error.pow(2).sum(1));
       score_bound.index_add_(0, index, bounds.scores.pow(2).sum(1));
       const auto exceeded = (error > bounds.scores * (1 + kAuditTolerance)).any(1);
