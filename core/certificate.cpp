@@ -167,8 +167,10 @@ RowScores row_scores(const LowRankPlan& plan, const at::Tensor& queries, const a
 }
 
 ServedPairs served_pairs(const RowScores& scores, const at::Tensor& weights, const std::vector<SeenPair>& pairs) {
+  std::vector<int64_t> numbers;
   std::vector<at::Tensor> error, mass, norm, largest, spared;
   for (const SeenPair& pair : pairs) {
+    numbers.push_back(pair.pair);
     const auto keys_of = [&](const at::Tensor& x) { return x.narrow(1, pair.key_begin, pair.key_rows); };
     const auto exact = keys_of(scores.spared), left = keys_of(weights).masked_fill(exact, 0);
     error.push_back(at::linalg_vector_norm(keys_of(scores.served) - keys_of(scores.exact), 2, {1}));
@@ -177,7 +179,7 @@ ServedPairs served_pairs(const RowScores& scores, const at::Tensor& weights, con
     largest.push_back(left.amax(1));
     spared.push_back((keys_of(scores.low) - keys_of(scores.exact)).masked_fill(exact.logical_not(), 0).pow(2).sum(1));
   }
-  return {at::stack(error), at::stack(mass), at::stack(norm), at::stack(largest), at::stack(spared)};
+  return {at::tensor(numbers, at::kLong), at::stack(error), at::stack(mass), at::stack(norm), at::stack(largest), at::stack(spared)};
 }
 
 SubspaceChange subspace_change(const at::Tensor& start, const std::vector<Ranks>& ranks, const at::Tensor& gram_q, const at::Tensor& gram_k) {

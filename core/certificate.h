@@ -108,6 +108,7 @@ RowScores row_scores(const LowRankPlan& plan, const at::Tensor& queries, const a
 
 /// What `scores` of rows that see these pairs say of each, [P, m]; weights = softmax(scores.served) [m, T].
 struct ServedPairs {
+  at::Tensor pairs;                        ///< their numbers, [P]
   at::Tensor error;                        ///< || e_P ||_2: what RowBounds::scores is checked against
   at::Tensor mass, norm, largest, spared;  ///< see ServedRows
 };

@@ -49,8 +49,8 @@ void RewardChannel::post(const at::Tensor& record) {
   sent_.narrow(0, 0, record_).copy_(record);
   under_way_ = true;
   std::vector<at::Tensor> records;
-  for (const int64_t size : sizes_) {
-    if (group_.rank() == 0) {
+  if (group_.rank() == 0) {
+    for (const int64_t size : sizes_) {
       records.push_back(at::empty({size}, sent_.options()));
     }
   }

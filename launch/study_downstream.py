@@ -47,7 +47,7 @@ def answer(arguments, examples, flags, out):
         return {key: report[key] for key in ("attention", "dtype", "device", "threads", "versions")}, told.read_text()
 
     # Several parts a job, as some examples take longer than others.
-    size = -(-len(examples) // arguments.jobs // 4) or 1 if arguments.jobs > 1 else len(examples)
+    size = -(-len(examples) // (4 * arguments.jobs if arguments.jobs > 1 else 1))
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         parts = [pool.submit(part, first, folder) for first in range(0, len(examples), size)]
         try:
@@ -92,9 +92,7 @@ def main():
         parser.error("files of --sets must have different names")
 
     rows = []
-    with tempfile.TemporaryDirectory() as temporary:
-        out = arguments.out or pathlib.Path(temporary)
-        out.mkdir(parents=True, exist_ok=True)
+    with study.kept_or_temporary(arguments.out) as out:
         print(f"{'set':24} {'policy':14} {'operations':>10} {'accuracy':>9} {'exact':>7} {'difference in points, 95 %':>28} {'90 % of TOST':>16}  "
               f"{'nats of the answer, 95 %':>28}  verdict at +-{arguments.margin:g}")
         for examples in arguments.sets:
@@ -123,8 +121,7 @@ def main():
                 print(f"{examples.stem:24} {name:14} {operations:10.4f} {100 * row['accuracy']:9.1f} {100 * row['exact_accuracy']:7.1f} "
                       f"{points[0]:+9.2f} ({points[1]:+.2f} .. {points[2]:+.2f}) {tost[0]:+7.2f} .. {tost[1]:+.2f}  "
                       f"{nats[0]:+9.4f} ({nats[1]:+.4f} .. {nats[2]:+.4f})  {row['verdict']}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    study.save(arguments, rows=rows)
 
 
 if __name__ == "__main__":

@@ -116,11 +116,7 @@ void AuditController::audit(int64_t layer, const at::Tensor& q, const at::Tensor
       const RowScores row = row_scores(plan, rows_of(q_of), rows, k_of[s], block, s * pairs);
       const auto weights = at::softmax(row.served, 1);
       const ServedPairs served_here = served_pairs(row, weights, seen);
-      std::vector<int64_t> items;
-      for (const SeenPair& pair : seen) {
-        items.push_back(s * pairs + pair.pair);
-      }
-      const auto index = at::tensor(items, at::kLong);
+      const auto index = s * pairs + served_here.pairs;
       const auto returned = rows_of(out_of);
       const double value_norm = std::sqrt(at::linalg_eigvalsh(seen_gram)[d - 1].item<double>());
       const RowBounds bounds =

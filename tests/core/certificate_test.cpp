@@ -85,15 +85,10 @@ Worst check(const Case& c, const Inputs& in, const c10::intrusive_ptr<LowRankPla
       const RowScores row = row_scores(*plan, rows_of(in.q), rows, in.k[b][group], block, s * tree.num_pairs());
       const auto values = in.v[b][group].slice(0, 0, end), weights = at::softmax(row.served, 1);
       EXPECT_TRUE(at::allclose(at::matmul(at::softmax(row.exact, 1), values), rows_of(exact), 1e-9, 1e-9));
-      const auto seen = seen_pairs(tree, block);
-      const ServedPairs here = served_pairs(row, weights, seen);
-      std::vector<int64_t> items;
-      for (const SeenPair& pair : seen) {
-        items.push_back(s * tree.num_pairs() + pair.pair);
-      }
+      const ServedPairs here = served_pairs(row, weights, seen_pairs(tree, block));
       const ServedRows served{rows_of(in.q), rows_of(out), here.mass, here.norm, here.largest, here.spared,
                               at::linalg_svdvals(values)[0].item<double>(), values.norm(2, 1).max().item<double>()};
-      const RowBounds bounds = certify_rows(far, at::tensor(items, at::kLong), served);
+      const RowBounds bounds = certify_rows(far, s * tree.num_pairs() + here.pairs, served);
       const auto output_error = (rows_of(out) - rows_of(exact)).norm(2, 1);
       worst.output = std::max(worst.output, most(output_error, bounds.output));
       worst.eq9 = std::max(worst.eq9, most(output_error, bounds.eq9));

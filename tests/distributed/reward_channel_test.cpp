@@ -3,11 +3,11 @@
 
 #include <chrono>
 #include <thread>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include "core/error.h"
 #include "distributed/mpi_group.h"
 #include "tests/distributed/mpi_test.h"
+#include "tests/distributed/strict_nccl.h"
 
 namespace drrl {
 namespace {
@@ -103,44 +103,18 @@ TEST_F(RewardChannelTest, ATrainerThatFailsSaysWhyOnRankZero) {
   EXPECT_NE(error_of(kind, [&] { channel.take(); }).find(rank_ == 0 ? "wits' end" : "group 'policy'"), std::string::npos);
 }
 
-// As a host program may bring it: a group that gathers tensors of one size only.
-class EqualBackend final : public c10d::Backend {
- public:
-  explicit EqualBackend(c10::intrusive_ptr<c10d::ProcessGroup> inner) : Backend(inner->getRank(), inner->getSize()), inner_(std::move(inner)) {}
-  c10::intrusive_ptr<c10d::Work> gather(std::vector<std::vector<at::Tensor>>& outputs, std::vector<at::Tensor>& inputs,
-                                        const c10d::GatherOptions& options) override {
-    for (const auto& list : outputs) {
-      for (const at::Tensor& output : list) {
-        TORCH_CHECK(output.numel() == inputs[0].numel(), "unequal sizes");
-      }
-    }
-    return inner_->gather(outputs, inputs, options);
-  }
-  c10::intrusive_ptr<c10d::Work> broadcast(std::vector<at::Tensor>& tensors, const c10d::BroadcastOptions& options) override {
-    return inner_->broadcast(tensors, options);
-  }
-  c10::intrusive_ptr<c10d::Work> _allgather_base(at::Tensor& output, at::Tensor& input, const c10d::AllgatherOptions& options) override {
-    return inner_->_allgather_base(output, input, options);
-  }
-
- private:
-  c10::intrusive_ptr<c10d::ProcessGroup> inner_;
-};
-
 TEST_F(RewardChannelTest, TravelsOverAnyC10dGroup) {
   const Group mpi = group();
   if (size_ == 1) {
     return;
   }
-  const auto process_group = c10::make_intrusive<c10d::ProcessGroup>(rank_, size_);
-  process_group->setBackend(at::kCPU, c10d::ProcessGroup::BackendType::CUSTOM,
-                            c10::intrusive_ptr<c10d::Backend>(c10::make_intrusive<EqualBackend>(mpi.process_group())));
-  process_group->setDefaultBackend(c10d::ProcessGroup::BackendType::CUSTOM);
-  RewardChannel channel(Group("host", process_group, std::chrono::seconds(30)), 2 + rank_, 2, sums());
+  const auto journal = std::make_shared<Journal>();  // gathers tensors of one size only, as a group that a host program brings may do
+  RewardChannel channel(over_strict_nccl(mpi, journal), 2 + rank_, 2, sums());
   for (int64_t round = 0; round < 2; ++round) {
     channel.post(record(rank_, round));
     EXPECT_TRUE(channel.take().equal(expected(round, /*padded=*/true)));
   }
+  expect_nccls_rules_kept(*journal);
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 #include "models/tensor_parallel.h"
 #include "models/trainer.h"
 #include "tests/models/calibrated_fixture.h"
-#include "tests/models/strict_nccl.h"
+#include "tests/distributed/strict_nccl.h"
 
 #include <map>
 

@@ -7,7 +7,7 @@
 #include "models/training_state.h"
 #include "policy/controller.h"
 #include "tests/models/io_support.h"
-#include "tests/models/strict_nccl.h"
+#include "tests/distributed/strict_nccl.h"
 #include "tests/models/training_fixture.h"
 
 #include <ATen/CPUGeneratorImpl.h>
