@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from statistics import NormalDist
 
 import numpy
@@ -54,9 +55,13 @@ def arguments(doc, max_tokens=32768):
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--build", type=pathlib.Path, default=BUILD)
     parser.add_argument("--json", type=pathlib.Path, help="file for all figures; launch/plots.py draws them")
+    log_argument(parser)
+    return parser
+
+
+def log_argument(parser):
     parser.add_argument("--log", type=pathlib.Path, help="file that gets all that drrl-eval reports, a line as soon as a run ends; what it holds already of the "
                                                          "same programs and --policy is not run again")
-    return parser
 
 
 def training_arguments(doc, seq_len):
@@ -97,33 +102,50 @@ def evaluate_held_out(arguments, model, flags):
                                       f"--max_tokens={arguments.max_tokens}", f"--threads={arguments.threads}", *flags])
 
 
+class Log:
+    """What runs of drrl-eval told, a line of JSON each in the file `path`, as soon as it is known; None: kept in memory alone."""
+
+    def __init__(self, path, build, policy):
+        used = [build / "bin/drrl-eval", *sorted((build / "lib").glob("libdrrl*")), pathlib.Path(policy)]
+        self.path, self.held, self.lock = path, {}, threading.Lock()
+        self.digest = hashlib.sha256(b"".join(file.read_bytes() for file in used)).hexdigest()[:16]
+        if path and path.exists():
+            text = path.read_text()
+            whole = text[:text.rfind("\n") + 1]  # a study that was killed may leave a piece of a line
+            if whole != text:
+                path.write_text(whole)
+            self.held = {tuple(line["flags"]): line["result"] for line in map(json.loads, whole.splitlines()) if line["digest"] == self.digest}
+
+    def result(self, flags, run):
+        """run(), or what the log holds of the same programs, policy file and flags, strings. May be called by several threads. Errors: Refused, now or then."""
+        if flags not in self.held:
+            try:
+                result = run()
+            except Refused as refused:
+                result = {"refused": str(refused)}
+            with self.lock:
+                self.held[flags] = result
+                if self.path:
+                    with open(self.path, "a") as log:
+                        log.write(json.dumps({"flags": flags, "digest": self.digest, "result": result}) + "\n")
+        if "refused" in self.held[flags]:
+            raise Refused(self.held[flags]["refused"])
+        return self.held[flags]
+
+
 class Study:
     """Runs of drrl-eval as `arguments` (above) say, compared with exact attention on the same sequences."""
 
     def __init__(self, options):
-        self.options, self.rows, self.exact_runs, self.logged = options, [], {}, {}
-        used = [options.build / "bin/drrl-eval", *sorted((options.build / "lib").glob("libdrrl*")), pathlib.Path(options.policy)]
-        self.digest = hashlib.sha256(b"".join(file.read_bytes() for file in used)).hexdigest()[:16]
-        if options.log and options.log.exists():
-            lines = map(json.loads, options.log.read_text().splitlines())
-            self.logged = {tuple(line["flags"]): line["result"] for line in lines if line["digest"] == self.digest}
+        self.options, self.rows, self.exact_runs = options, [], {}
+        self.log = Log(options.log, options.build, options.policy)
 
     def evaluate(self, seq_len, *flags):
         """As evaluate() above, of sequences of this length."""
         o = self.options
         flags = tuple(str(flag) for flag in ("--model", o.model, "--data", o.data, f"--seq_len={seq_len}", f"--max_tokens={o.max_tokens}",
                                              f"--threads={o.threads}", *flags))
-        if flags not in self.logged:
-            try:
-                self.logged[flags] = evaluate(o.build, flags)
-            except Refused as refused:
-                self.logged[flags] = {"refused": str(refused)}
-            if o.log:
-                with open(o.log, "a") as log:
-                    log.write(json.dumps({"flags": flags, "digest": self.digest, "result": self.logged[flags]}) + "\n")
-        if "refused" in self.logged[flags]:
-            raise Refused(self.logged[flags]["refused"])
-        return self.logged[flags]
+        return self.log.result(flags, lambda: evaluate(o.build, flags))
 
     def exact(self, seq_len):
         """Exact attention at this length; announces it the first time."""

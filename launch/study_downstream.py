@@ -7,11 +7,12 @@ Sets are files for drrl-eval --examples (launch/downstream_sets.py), policies `d
 difference in points with its 95 % interval (paired bootstrap over examples), the same for the answer's loss in nats, and a verdict. "equivalent": two one-sided
 tests exclude a difference of --margin points or more, at level 0.05 (the 90 % score interval lies within +- margin); else "worse" or "better" if
 the 95 % interval excludes 0; else "undecided": too few examples to tell. What follows -- goes to drrl-eval. --out keeps what became of each example,
-SET.POLICY.jsonl. On a CPU with many cores --jobs, a core each, are faster than one process with all of them. Exit status: 0 measured, 1 a run failed.
+SET.POLICY.jsonl; --log lets an interrupted study go on. On a CPU with many cores --jobs, a core each, are faster than one process with all of them. Exit status: 0 measured, 1 a run failed.
 """
 
 import argparse
 import concurrent.futures
+import hashlib
 import itertools
 import json
 import pathlib
@@ -21,6 +22,8 @@ import tempfile
 import numpy
 
 import study
+
+PART = 25  # examples that one run of drrl-eval answers
 
 
 def policies(arguments):
@@ -37,25 +40,31 @@ def policies(arguments):
     return result
 
 
-def answer(arguments, examples, flags, out):
+def answer(arguments, log, examples, flags, out):
     """What ran, and what became of each of the examples, lines of a file, under one policy; the latter is kept in the file `out`. Errors: study.Refused."""
-    def part(first, folder):
-        asked, told = (pathlib.Path(folder) / f"{first}.{kind}.jsonl" for kind in ("asked", "told"))
-        asked.write_text("".join(examples[first:first + size]))
-        threads = ["--threads=1"] if arguments.jobs > 1 else []
-        report = study.evaluate(arguments.build, ["--model", arguments.model, "--examples", asked, "--examples_out", told, *threads, *flags, *arguments.flags])
-        return {key: report[key] for key in ("attention", "dtype", "device", "threads", "versions")}, told.read_text()
+    flags = [str(flag) for flag in (*flags, *arguments.flags, *(["--threads=1"] if arguments.jobs > 1 else []))]
 
-    # Several parts a job, as some examples take longer than others.
-    size = -(-len(examples) // (4 * arguments.jobs if arguments.jobs > 1 else 1))
-    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        parts = [pool.submit(part, first, folder) for first in range(0, len(examples), size)]
+    def part(asked):
+        def run():
+            with tempfile.TemporaryDirectory() as folder:
+                files = [pathlib.Path(folder) / name for name in ("asked.jsonl", "told.jsonl")]
+                files[0].write_text(asked)
+                report = study.evaluate(arguments.build, ["--model", arguments.model, "--examples", files[0], "--examples_out", files[1], *flags])
+                return {"run": {key: report[key] for key in ("attention", "dtype", "device", "threads", "versions")}, "told": files[1].read_text()}
+
+        return log.result((str(arguments.model), hashlib.sha256(asked.encode()).hexdigest(), *flags), run)
+
+    # Several parts a job, as some examples take longer than others and what was logged of an ended run is of whole parts.
+    size = min(PART, -(-len(examples) // arguments.jobs))
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        parts = [pool.submit(part, "".join(examples[first:first + size])) for first in range(0, len(examples), size)]
         try:
-            runs, told = zip(*(done.result() for done in parts))
+            done = [future.result() for future in parts]
         finally:
             pool.shutdown(cancel_futures=True)
-    out.write_text("".join(told))
-    return runs[0], [json.loads(line) for line in "".join(told).splitlines()]
+    told = "".join(part["told"] for part in done)
+    out.write_text(told)
+    return done[0]["run"], [json.loads(line) for line in told.splitlines()]
 
 
 def compare(exact, lines, margin):
@@ -85,13 +94,14 @@ def main():
     parser.add_argument("--margin", type=float, default=1.0, help="of equivalence [points] (default 1)")
     parser.add_argument("--build", type=pathlib.Path, default=study.BUILD)
     parser.add_argument("--out", type=pathlib.Path, help="folder for what became of each example")
+    study.log_argument(parser)
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("flags", nargs="*", help="after --: more flags of drrl-eval")
     arguments = parser.parse_args()
     if len({path.stem for path in arguments.sets}) < len(arguments.sets):
         parser.error("files of --sets must have different names")
 
-    rows = []
+    rows, log = [], study.Log(arguments.log, arguments.build, arguments.policy)
     with study.kept_or_temporary(arguments.out) as out:
         print(f"{'set':24} {'policy':14} {'operations':>10} {'accuracy':>9} {'exact':>7} {'difference in points, 95 %':>28} {'90 % of TOST':>16}  "
               f"{'nats of the answer, 95 %':>28}  verdict at +-{arguments.margin:g}")
@@ -103,7 +113,7 @@ def main():
             exact = None
             for name, flags in policies(arguments).items():
                 try:
-                    ran, lines = answer(arguments, chosen, flags, out / f"{examples.stem}.{name.replace(' ', '-')}.jsonl")
+                    ran, lines = answer(arguments, log, chosen, flags, out / f"{examples.stem}.{name.replace(' ', '-')}.jsonl")
                 except study.Refused as refused:
                     print(f"{examples.stem:24} {name:14} {refused}", flush=True)
                     rows.append({"set": examples.stem, "policy": name, "met": False, "reason": str(refused)})

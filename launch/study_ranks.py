@@ -53,7 +53,7 @@ def main():
     if study.has_agent(arguments.policy):
         policies["rl"] = ["--rank_policy=rl", *budget]
     if not all((arguments.out / f"{name}.jsonl").exists() for name in policies):
-        runs.logged.clear()
+        runs.log.held.clear()
     decisions = {}
     for name, flags in policies.items():
         file = arguments.out / f"{name}.jsonl"

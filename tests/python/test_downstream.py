@@ -216,11 +216,19 @@ class ProgramTest(SharedModel):
         self.refused(BAD_DATA, ("nowhere.jsonl",), "--examples", "nowhere.jsonl")
 
     def test_a_reduced_study(self):
-        policy, result, out = self.folder / "ranks.safetensors", self.folder / "study.json", self.folder / "kept"
+        policy, result, log, out = (self.folder / name for name in ("ranks.safetensors", "study.json", "study.jsonl", "kept"))
         run([BIN / "drrl-policy", "calibrate", "--model", self.model, "--data", self.data, "--policy", policy, "--seq_len=300", "--near_block=32",
              "--calibration_tokens=600"])
-        table = run([sys.executable, LAUNCH / "study_downstream.py", "--model", self.model, "--policy", policy, "--build", BIN.parent, "--sets",
-                     self.examples, "--limit", 7, "--budget", 0.9, "--ranks", 8, "--out", out, "--json", result, "--", "--near_block=32", "--threads=1"])
+        command = [sys.executable, LAUNCH / "study_downstream.py", "--model", self.model, "--policy", policy, "--build", BIN.parent, "--sets", self.examples,
+                   "--budget", 0.9, "--ranks", 8, "--jobs", 2, "--log", log]
+        run([*command, "--limit", 3, "--", "--near_block=32"])
+        log.write_text(log.read_text() + '{"flags": ["torn')
+        before = log.read_text().splitlines()[:-1]
+        table = run([*command, "--limit", 7, "--out", out, "--json", result, "--", "--near_block=32"])
+        self.assertEqual(log.read_text().splitlines()[:len(before)], before)
+        kept = log.read_text()
+        again = run([*command, "--limit", 7, "--", "--near_block=32"])
+        self.assertEqual((again, log.read_text()), (table, kept), "an answer was asked for twice")
         rows = json.loads(result.read_text())["rows"]
         self.assertEqual([row["policy"] for row in rows], ["exact", "dp 0.9", "dp 0.9 gates", "fixed 8"])
         exact = lines_of(out / "examples.exact.jsonl")
