@@ -112,6 +112,23 @@ void check_grams(const char* what, const at::Tensor& gram_x, const at::Tensor& g
   check_finite(what, gram_x, gram_y);
 }
 
+using ItemsByRank = std::map<int64_t, std::vector<int64_t>>;
+
+// Of ranks up to `most`.
+ItemsByRank items_by_rank(const std::vector<int64_t>& ranks, int64_t most) {
+  ItemsByRank items;
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    if (ranks[i] <= most) {
+      items[ranks[i]].push_back(static_cast<int64_t>(i));
+    }
+  }
+  return items;
+}
+
+bool kernel_fits(int64_t d, const ItemsByRank& items) {
+  return std::all_of(items.begin(), items.end(), [&](const auto& of) { return cpu::basis_kernel_fits(d, of.first); });
+}
+
 // Deals a batch of n small problems out over the CPU's threads: one thread a problem beats threads inside one factorization by far.
 template <typename Work>
 void for_each_share(int64_t n, const Work& work) {
@@ -150,13 +167,13 @@ Basis update_basis(const at::Tensor& right, const at::Tensor& gram_x, const at::
   TORCH_CHECK(right.dim() == 3 && right.size(0) == gram_x.size(0) && right.size(1) == gram_x.size(1) && right.size(2) >= 1 &&
                   right.size(2) <= right.size(1) && steps >= 0,
               "update_basis: a basis ", right.sizes(), " for Grams ", gram_x.sizes(), " and ", steps, " steps");
+  const std::vector<int64_t> ranks(static_cast<size_t>(right.size(0)), right.size(2));
 #ifdef DRRL_WITH_CUDA
-  if (Basis result; gram_x.is_cuda() && update_basis_cuda(right, gram_x, gram_y, steps, kUpdateSettings, result)) {
+  if (Basis result; gram_x.is_cuda() && update_bases_cuda(right, gram_x, gram_y, ranks, right.size(2), steps, kUpdateSettings, result)) {
     return result;
   }
 #endif
   if (!gram_x.is_cuda() && right.scalar_type() == at::kFloat && cpu::basis_kernel_fits(right.size(1), right.size(2))) {
-    const std::vector<int64_t> ranks(static_cast<size_t>(right.size(0)), right.size(2));
     if (Basis result; update_items(right, gram_x, gram_y, ranks, right.size(2), steps, result)) {
       return result;
     }  // else below, which says what is wrong
@@ -181,21 +198,21 @@ Basis update_bases(const at::Tensor& right, const at::Tensor& gram_x, const at::
   TORCH_CHECK(right.dim() == 3 && gram_x.dim() == 3 && gram_y.dim() == 3 && gram_x.size(2) == d && gram_y.sizes().slice(1) == gram_x.sizes().slice(1) &&
                   right.sizes().slice(1) == gram_x.sizes().slice(1) && right.size(0) > 0 && n % right.size(0) == 0 && gram_y.size(0) > 0 && n % gram_y.size(0) == 0,
               "update_bases: starts ", right.sizes(), ", Grams ", gram_x.sizes(), " and ", gram_y.sizes());
-  std::map<int64_t, std::vector<int64_t>> items_of;
-  for (size_t i = 0; i < ranks.size(); ++i) {
-    if (ranks[i] < d) {
-      items_of[ranks[i]].push_back(static_cast<int64_t>(i));
-    }
-  }
+  const auto items_of = items_by_rank(ranks, d - 1);
   TORCH_CHECK(static_cast<int64_t>(ranks.size()) == n && !items_of.empty() && items_of.begin()->first >= 1, "update_bases: ", ranks.size(), " ranks of ", n,
               " items of head dim ", d, ", expected one each from 1 on, some below ", d);
   const bool in_kernel = !gram_x.is_cuda() && right.scalar_type() == at::kFloat &&
-                         std::all_of(items_of.begin(), items_of.end(), [&](const auto& of) { return cpu::basis_kernel_fits(d, of.first); });
+                         kernel_fits(d, items_of);
   const int64_t columns = items_of.rbegin()->first;
   Basis result;
   if (in_kernel && update_items(right, gram_x, gram_y, ranks, columns, steps, result)) {
     return result;
   }
+#ifdef DRRL_WITH_CUDA
+  if (gram_x.is_cuda() && update_bases_cuda(right, gram_x, gram_y, ranks, columns, steps, kUpdateSettings, result)) {
+    return result;
+  }
+#endif
   const auto room = [&] { return at::empty({n, d, columns}, gram_x.options().dtype(at::kFloat)); };
   result = {room(), room(), {}};
   for (const auto& [rank, items] : items_of) {
@@ -269,11 +286,17 @@ at::Tensor stale_loss(const at::Tensor& right, const at::Tensor& gram_x, const a
   return result;
 }
 
-at::Tensor residual_factor(const Basis& basis, const at::Tensor& gram, const at::Tensor& keys) {
+at::Tensor residual_factor(const Basis& basis, const at::Tensor& gram, const at::Tensor& keys, const std::vector<int64_t>& ranks) {
   TORCH_CHECK(basis.left.dim() == 3 && basis.left.sizes() == basis.right.sizes() && basis.left.size(0) == gram.size(0) &&
                   basis.left.size(1) == gram.size(1) && keys.sizes() == gram.sizes().slice(0, 1),
               "residual_factor: bases ", basis.left.sizes(), ", Grams ", gram.sizes(), ", keys ", keys.sizes());
   at::NoGradGuard no_grad;
+  const int64_t columns = basis.left.size(2);
+  if (ranks.empty()) {
+    return residual_factor(basis, gram, keys, std::vector<int64_t>(static_cast<size_t>(gram.size(0)), columns));
+  }
+  TORCH_CHECK(static_cast<int64_t>(ranks.size()) == gram.size(0) && *std::min_element(ranks.begin(), ranks.end()) >= 1, "residual_factor: ", ranks.size(),
+              " ranks of ", gram.size(0), " items, expected one each from 1 on");
   const int64_t d = gram.size(1), m = std::min(kResidualColumns, d);
   // Deterministic, and the same on every device and process: signs from a multiplicative hash.
   std::vector<int64_t> signs;
@@ -282,25 +305,35 @@ at::Tensor residual_factor(const Basis& basis, const at::Tensor& gram, const at:
   }
   const auto random = on_device(signs, gram.device()).to(gram.scalar_type()).view({d, m});
   auto factor = at::empty({gram.size(0), d, m}, gram.options().dtype(at::kFloat));
-  const int64_t rank = basis.left.size(2);
-  if (gram.is_cpu() && gram.scalar_type() == at::kDouble && basis.left.scalar_type() == at::kFloat && m % 8 == 0 && cpu::basis_kernel_fits(d, rank)) {
+  const auto items_of = items_by_rank(ranks, columns);
+  if (gram.is_cpu() && gram.scalar_type() == at::kDouble && basis.left.scalar_type() == at::kFloat && m % 8 == 0 && kernel_fits(d, items_of)) {
     const auto left = basis.left.contiguous(), right = basis.right.contiguous(), g = gram.contiguous(), n = keys.to(at::kDouble).contiguous();
-    cpu::for_each_task(gram.size(0), 2 * cpu::residual_scratch_size(d, rank, m), [&](int64_t i, float* scratch) {
-      cpu::residual_item(d, rank, m, left.const_data_ptr<float>() + i * d * rank, right.const_data_ptr<float>() + i * d * rank,
+    cpu::for_each_task(gram.size(0), 2 * cpu::residual_scratch_size(d, columns, m), [&](int64_t i, float* scratch) {
+      const int64_t rank = ranks[static_cast<size_t>(i)];
+      if (rank > columns) {
+        return;
+      }
+      cpu::residual_item(d, rank, m, left.const_data_ptr<float>() + i * d * columns, right.const_data_ptr<float>() + i * d * columns, columns,
                          g.const_data_ptr<double>() + i * d * d, 1 / (2 * n.const_data_ptr<double>()[i] * static_cast<double>(d)),
                          random.const_data_ptr<double>(), factor.data_ptr<float>() + i * d * m, reinterpret_cast<double*>(scratch));
     });
     return factor;
   }
-  const auto fill = [&](int64_t begin, int64_t end) {
-    const auto share = [&](const at::Tensor& x) { return x.slice(0, begin, end).to(at::kDouble); };
+#ifdef DRRL_WITH_CUDA
+  if (gram.is_cuda() && residual_factor_cuda(basis, gram, keys, ranks, random, factor)) {
+    return factor;
+  }
+#endif
+  // The factors [items, d, m] of items of one rank.
+  const auto factors = [&](const at::Tensor& items, int64_t rank) {
+    const auto share = [&](const at::Tensor& x) { return x.index_select(0, items).to(at::kDouble); };
     const auto g = share(gram) / (share(keys) * 2.0 * static_cast<double>(d)).view({-1, 1, 1});
-    const auto left = share(basis.left), right = share(basis.right);
+    const auto left = share(basis.left.narrow(2, 0, rank)), right = share(basis.right.narrow(2, 0, rank));
     const auto times_c = [&](const at::Tensor& x) {  // M G M^T x
       const auto y = at::matmul(g, x - at::matmul(right, at::matmul(left.transpose(1, 2), x)));
       return y - at::matmul(left, at::matmul(right.transpose(1, 2), y));
     };
-    auto range = times_c(random.unsqueeze(0).expand({end - begin, d, m}));
+    auto range = times_c(random.unsqueeze(0).expand({items.size(0), d, m}));
     range = range / at::linalg_vector_norm(range, 2, {1}, /*keepdim=*/true).clamp_min(1e-300);
     const auto c_range = times_c(range);
     auto inner = at::matmul(range.transpose(1, 2), c_range);
@@ -308,17 +341,18 @@ at::Tensor residual_factor(const Basis& basis, const at::Tensor& gram, const at:
     const auto [root, info] = at::linalg_cholesky_ex(inner);  // range^T C range = root root^T
     const auto f = at::linalg_solve_triangular(root, c_range.transpose(1, 2), /*upper=*/false).transpose(1, 2);  // C range root^-T
     // Where nothing is dropped C is rounding and may have no root: then nothing is to be corrected.
-    factor.slice(0, begin, end).copy_(at::where(info.view({-1, 1, 1}) == 0, f, at::zeros({}, f.options())));
+    return at::where(info.view({-1, 1, 1}) == 0, f, at::zeros({}, f.options())).to(at::kFloat);
   };
-#ifdef DRRL_WITH_CUDA
-  if (gram.is_cuda() && residual_factor_cuda(basis, gram, keys, random, factor)) {
-    return factor;
-  }
-#endif
-  if (gram.is_cuda()) {
-    fill(0, gram.size(0));
-  } else {
-    for_each_share(gram.size(0), fill);
+  for (const auto& [rank, items] : items_of) {
+    const auto index = on_device(items, gram.device());
+    if (gram.is_cuda()) {
+      factor.index_copy_(0, index, factors(index, rank));
+      continue;
+    }
+    for_each_share(index.size(0), [&, rank = rank](int64_t begin, int64_t end) {
+      const auto part = index.slice(0, begin, end);
+      factor.index_copy_(0, part, factors(part, rank));
+    });
   }
   return factor;
 }

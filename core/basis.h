@@ -75,8 +75,9 @@ inline constexpr int64_t kResidualColumns = 16;
 ///
 /// Returns F [N, d, m], m = min(kResidualColumns, d), float32, with F F^T the Nystrom approximation of C on the range of C times fixed random
 /// columns: below C, close to its leading part, products and a Cholesky factorization of size m only (Halko et al., arXiv 0909.4061, section 5.5).
-/// basis [N, d, r]; gram [N, d, d] float64 of `keys` [N] keys each (any type of number).
-at::Tensor residual_factor(const Basis& basis, const at::Tensor& gram, const at::Tensor& keys);
+/// basis [N, d, r]; gram [N, d, d] float64 of `keys` [N] keys each (any type of number). ranks [N]: of each item's basis only the first so many columns; of an
+/// item whose rank is beyond r no factor is made, what stands there is not defined. Empty: all r of all.
+at::Tensor residual_factor(const Basis& basis, const at::Tensor& gram, const at::Tensor& keys, const std::vector<int64_t>& ranks = {});
 
 /// || q F ||^2 of each row: rows [N, .., d], factor [N, d, m] -> [N, ..], at least float32.
 at::Tensor residual_correction(const at::Tensor& rows, const at::Tensor& factor);

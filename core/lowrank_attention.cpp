@@ -4,12 +4,32 @@
 
 #include <cmath>
 #include <map>
+#include <span>
 
 #include "core/attention_part.h"
 #include "core/cpu/lowrank_kernel.h"
 #include "core/rows.h"
 
 namespace drrl {
+
+// What a run's items need, one after the other as calls take them: a call's part of each tensor is a view, so that ranks may differ at the cost of more calls alone.
+struct RunCalls {
+  // Items (batch, group, pair) that go through one call, of the largest of their ranks; columns that an item has less are zero.
+  struct Call {
+    Ranks ranks{1, 1};             // the gate is a yes or no
+    int64_t first = 0, count = 0;  // places of the items
+  };
+  std::vector<Call> calls;
+  at::Tensor order, inverse;  // [B G count]: the run's item at each place, and back; undefined where there is one call
+  at::Tensor p_q, p_k;        // [B G count, d, largest r]; undefined where all ranks are d
+  at::Tensor p_v, p_o;        // [B G count, d, largest r_v], likewise
+  at::Tensor residual;        // [B G count, d, m], likewise
+  at::Tensor log_gates;       // [B G count, 1]; undefined where no item has a gate
+
+  at::Tensor ordered(const at::Tensor& run_rows) const { return order.defined() ? run_rows.index_select(0, order) : run_rows; }
+  at::Tensor as_run(const at::Tensor& rows) const { return inverse.defined() ? rows.index_select(0, inverse) : rows; }
+};
+
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -25,97 +45,118 @@ struct Shape {
   int64_t heads_per_group() const { return heads / groups; }
 };
 
-// The items (batch, group, pair) of one run that go through one call, of the largest of their ranks; columns that an item has less are zero.
-struct Bucket {
-  Ranks ranks{1, 1};                 // of the call; the gate is a yes or no
-  std::vector<Ranks> own;            // of each item
-  std::vector<int64_t> within_run;   // index into the run's [B G count] batch
-  std::vector<int64_t> within_plan;  // index into the plan's [B G pairs] bases
+using Call = RunCalls::Call;
+
+at::Tensor of(const Call& call, const at::Tensor& x) { return x.defined() ? x.narrow(0, call.first, call.count) : x; }
+
+// One call's projections; undefined where the rank is d and nothing is projected.
+struct Projections {
+  at::Tensor p_q, p_k;  // [n, d, r]
+  at::Tensor p_v, p_o;  // [n, d, r_v]
+
+  Projections(const RunCalls& run, const Call& call, int64_t d) {
+    if (call.ranks.qk < d) {
+      p_q = of(call, run.p_q).narrow(2, 0, call.ranks.qk);
+      p_k = of(call, run.p_k).narrow(2, 0, call.ranks.qk);
+    }
+    if (call.ranks.v < d) {
+      p_v = of(call, run.p_v).narrow(2, 0, call.ranks.v);
+      p_o = of(call, run.p_o).narrow(2, 0, call.ranks.v);
+    }
+  }
 };
 
-// Items of equal keys share a bucket. Those with a gate all do, since their scores take many small steps. So do on CUDA ranks up to 64: its kernels take as long for
+// Items of equal keys share a call. Those with a gate all do, since their scores take many small steps. So do on CUDA ranks up to 64: its kernels take as long for
 // less, and longer for many small calls.
-Ranks bucket_key(const Ranks& own, int64_t d, bool cuda) {
+Ranks call_key(const Ranks& own, int64_t d, bool cuda) {
   const bool gated = own.gated(d);
   const auto width = [&](int64_t rank) { return rank < d && (gated || (cuda && rank <= 64)) ? 0 : rank; };
   return {width(own.qk), width(own.v), gated ? 0 : std::numeric_limits<float>::infinity()};
 }
 
-std::vector<Bucket> buckets_of(const PairRun& run, const LowRankPlan& plan, int64_t d, bool cuda) {
-  const int64_t pairs = plan.tree.num_pairs();
-  const int64_t sequences = static_cast<int64_t>(plan.ranks.size()) / pairs;
-  std::map<Ranks, Bucket> buckets;
-  for (int64_t s = 0; s < sequences; ++s) {
-    for (int64_t i = 0; i < run.count; ++i) {
-      const int64_t item = s * pairs + run.first_pair + i;
-      const Ranks& own = plan.ranks[item];
-      const Ranks key = bucket_key(own, d, cuda);
-      Bucket& bucket = buckets[key];
-      bucket.ranks = {std::max(bucket.ranks.qk, own.qk), std::max(bucket.ranks.v, own.v), key.gate};
-      bucket.own.push_back(own);
-      bucket.within_run.push_back(s * run.count + i);
-      bucket.within_plan.push_back(item);
+// Of all runs. Whatever is made of bases is made for all of them at once; options: of q.
+std::vector<RunCalls> far_calls(const LowRankPlan& plan, int64_t d, const at::TensorOptions& options) {
+  const int64_t pairs = plan.tree.num_pairs(), items = static_cast<int64_t>(plan.ranks.size()), sequences = items / pairs;
+  std::vector<RunCalls> result;
+  std::vector<int64_t> numbers(5 * items);  // of each item in its place: number in the plan, place's item in the run, item's place in the run, ranks
+  std::vector<double> log_gates(items);
+  const std::span<int64_t> all(numbers);
+  const auto index = all.subspan(0, items), order = all.subspan(items, items), inverse = all.subspan(2 * items, items), qk = all.subspan(3 * items, items),
+             v = all.subspan(4 * items, items);
+  bool gated = false, narrower = false;
+  int64_t first = 0, columns_qk = 0, columns_v = 0;  // of a run; the largest ranks below d
+  for (const PairRun& run : plan.tree.runs()) {
+    std::map<Ranks, std::vector<int64_t>> shared;
+    for (int64_t i = 0; i < sequences * run.count; ++i) {
+      shared[call_key(plan.ranks[i / run.count * pairs + run.first_pair + i % run.count], d, options.device().is_cuda())].push_back(i);
     }
+    RunCalls& calls = result.emplace_back();
+    int64_t place = 0;
+    for (const auto& [key, members] : shared) {
+      Call call{{1, 1, key.gate}, place, static_cast<int64_t>(members.size())};
+      for (const int64_t i : members) {
+        const int64_t at = first + place;
+        index[at] = i / run.count * pairs + run.first_pair + i % run.count;
+        order[at] = i;
+        inverse[first + i] = place++;
+        const Ranks& own = plan.ranks[index[at]];
+        std::tie(qk[at], v[at]) = std::tie(own.qk, own.v);
+        log_gates[at] = std::log(static_cast<double>(own.gate));
+        call.ranks = {std::max(call.ranks.qk, own.qk), std::max(call.ranks.v, own.v), key.gate};
+      }
+      gated = gated || call.ranks.gated(d);
+      columns_qk = std::max(columns_qk, call.ranks.qk < d ? call.ranks.qk : 0);
+      columns_v = std::max(columns_v, call.ranks.v < d ? call.ranks.v : 0);
+      const auto less = [&](std::span<int64_t> own, int64_t rank) {
+        return rank < d && std::any_of(own.begin() + first + call.first, own.begin() + first + place, [&](int64_t r) { return r < rank; });
+      };
+      narrower = narrower || less(qk, call.ranks.qk) || less(v, call.ranks.v);
+      calls.calls.push_back(call);
+    }
+    first += place;
   }
-  std::vector<Bucket> result;
-  for (auto& [key, bucket] : buckets) {
-    result.push_back(std::move(bucket));
+
+  const auto device = options.device();
+  const auto uploaded = on_device(numbers, device).view({5, items});
+  const auto of_items = [&](const at::Tensor& x) { return x.index_select(0, uploaded[0]); };
+  const auto bases = [&](const Basis& basis, int64_t columns, const at::Tensor& own) {
+    if (columns == 0) {
+      return std::pair<at::Tensor, at::Tensor>();
+    }
+    auto left = of_items(basis.left.narrow(2, 0, columns)), right = of_items(basis.right.narrow(2, 0, columns));
+    if (narrower) {
+      const auto beyond = at::arange(columns, own.options()) >= own.view({-1, 1, 1});
+      left.masked_fill_(beyond, 0);
+      right.masked_fill_(beyond, 0);
+    }
+    return std::pair(left.to(options.dtype()), right.to(options.dtype()));
+  };
+  const auto [p_q, p_k] = bases(plan.scores, columns_qk, uploaded[3]);
+  const auto [p_v, p_o] = bases(plan.values, columns_v, uploaded[4]);
+  at::Tensor residual, gates;
+  if (columns_qk > 0 && plan.residual.defined()) {
+    residual = of_items(plan.residual).masked_fill_((uploaded[3] == d).view({-1, 1, 1}), 0).to(options.dtype());
+  }
+  if (gated) {
+    gates = on_device(log_gates, device).unsqueeze(1);
+  }
+  first = 0;
+  for (RunCalls& calls : result) {
+    const int64_t count = calls.calls.back().first + calls.calls.back().count;
+    const auto of_run = [&](const at::Tensor& x) { return x.defined() ? x.narrow(0, first, count) : x; };
+    std::tie(calls.p_q, calls.p_k, calls.p_v, calls.p_o, calls.residual, calls.log_gates) =
+        std::tuple(of_run(p_q), of_run(p_k), of_run(p_v), of_run(p_o), of_run(residual), of_run(gates));
+    if (calls.calls.size() > 1) {
+      std::tie(calls.order, calls.inverse) = std::pair(of_run(uploaded[1]), of_run(uploaded[2]));
+    }
+    first += count;
   }
   return result;
 }
 
-// The projections of one bucket; undefined where the rank is d and nothing is projected.
-struct Projections {
-  at::Tensor p_q, p_k;  // [n, d, r]
-  at::Tensor p_v, p_o;  // [n, d, r_v]
-  at::Tensor residual;  // [n, d, m]
-
-  Projections(const Bucket& bucket, const LowRankPlan& plan, const Shape& shape, const at::TensorOptions& options) {
-    const auto index = on_device(bucket.within_plan, options.device());
-    const auto of_items = [&](const at::Tensor& x) { return x.index_select(0, index).to(options.dtype()); };
-    const auto bases = [&](const Basis& basis, int64_t Ranks::*kind) {
-      const int64_t width = bucket.ranks.*kind;
-      auto left = of_items(basis.left.narrow(2, 0, width)), right = of_items(basis.right.narrow(2, 0, width));
-      if (std::any_of(bucket.own.begin(), bucket.own.end(), [&](const Ranks& own) { return own.*kind < width; })) {
-        std::vector<int64_t> own;
-        std::transform(bucket.own.begin(), bucket.own.end(), std::back_inserter(own), [&](const Ranks& ranks) { return ranks.*kind; });
-        const auto beyond = at::arange(width, index.options()) >= on_device(own, options.device()).view({-1, 1, 1});
-        left.masked_fill_(beyond, 0);
-        right.masked_fill_(beyond, 0);
-      }
-      return std::pair(left, right);
-    };
-    if (bucket.ranks.qk < shape.d) {
-      std::tie(p_q, p_k) = bases(plan.scores, &Ranks::qk);
-      if (plan.residual.defined()) {
-        residual = of_items(plan.residual);
-      }
-    }
-    if (bucket.ranks.v < shape.d) {
-      std::tie(p_v, p_o) = bases(plan.values, &Ranks::v);
-    }
-  }
-
-  // The correction || q F ||^2 of each row's log-sum-exp: rows [n, m, d] -> [n, m]; undefined if there is none.
-  at::Tensor correction(const at::Tensor& rows, const at::TensorOptions& options) const {
-    return residual.defined() ? residual_correction(rows, residual).to(options.dtype()) : at::Tensor();
-  }
-};
-
-// Rows of one bucket out of a run's rows, and back. A bucket that is the whole run costs nothing.
-at::Tensor take(const at::Tensor& run_rows, const Bucket& bucket) {
-  if (static_cast<int64_t>(bucket.within_run.size()) == run_rows.size(0)) {
-    return run_rows;
-  }
-  return run_rows.index_select(0, on_device(bucket.within_run, run_rows.device()));
-}
-
-void put(at::Tensor& run_rows, const Bucket& bucket, const at::Tensor& rows) {
-  if (static_cast<int64_t>(bucket.within_run.size()) == run_rows.size(0)) {
-    run_rows = rows;
-  } else {
-    run_rows.index_copy_(0, on_device(bucket.within_run, run_rows.device()), rows);
-  }
+// The correction || q F ||^2 of each row's log-sum-exp: rows [n, m, d] -> [n, m], zero where the rank is d; undefined if there is none.
+at::Tensor correction_of(const RunCalls& calls, const at::Tensor& rows, const at::TensorOptions& options) {
+  return calls.residual.defined() ? residual_correction(rows, calls.residual).to(options.dtype()) : at::Tensor();
 }
 
 // [B, H or G, L, e] -> [B G, g, L, e], g = H / G or 1
@@ -160,18 +201,12 @@ at::Tensor sink_keys(const at::Tensor& x, const BlockTree& tree, const Shape& s)
 
 bool has_sink_part(const BlockTree& tree, const Shape& s) { return tree.sinks() > 0 && tree.sinks() < s.length; }
 
-// One far bucket's forward, kept until the merged log-sum-exp is known.
-struct FarPart {
-  Projections projections;
-  at::Tensor out;  // [n, g rows, r_v], in the value basis
-};
-
 // x [B, H, L, e] -> the rows of a run's queries, [B, G, count, g, rows, e], a view.
 at::Tensor run_view(const at::Tensor& x, const PairRun& run, const Shape& s) {
   return token_runs(x, s.groups, run.query_begin, run.count, run.query_rows, run.stride);
 }
 
-// Buckets with a gate make their scores a matrix, which the CPU kernel does without: right, but not faster than exact attention. Some rows at a time: work(first row,
+// Calls with a gate make their scores a matrix, which the CPU kernel does without: right, but not faster than exact attention. Some rows at a time: work(first row,
 // rows) for matrices [n, rows, keys] of a limited number of entries, or of one row.
 template <typename Work>
 void for_row_slices(const at::Tensor& rows, int64_t keys, const Work& work) {
@@ -179,6 +214,15 @@ void for_row_slices(const at::Tensor& rows, int64_t keys, const Work& work) {
   const int64_t most = std::max<int64_t>(1, entries / (rows.size(0) * keys));
   for (int64_t first = 0; first < count; first += most) {
     work(first, std::min(most, count - first));
+  }
+}
+
+// to [n, rows, d] <- rows [n, rows, r] expanded by a basis [n, d, r], or as they are if it is undefined.
+void expand(const at::Tensor& rows, const at::Tensor& basis, at::Tensor to) {
+  if (basis.defined()) {
+    at::bmm_out(to, rows, basis.transpose(1, 2));
+  } else {
+    to.copy_(rows);
   }
 }
 
@@ -209,17 +253,10 @@ GatedScores gated_scores(const at::Tensor& rows, const at::Tensor& keys, const a
   return result;
 }
 
-// The logarithms of a bucket's gates, [n, 1].
-at::Tensor log_gates(const Bucket& bucket, const at::TensorOptions& options) {
-  std::vector<double> gates;
-  std::transform(bucket.own.begin(), bucket.own.end(), std::back_inserter(gates), [](const Ranks& own) { return std::log(static_cast<double>(own.gate)); });
-  return at::tensor(gates, at::kDouble).unsqueeze(1).to(options);
-}
-
-// A slice's exact entries, `found` in its matrix [n, rows, keys] of the g rows from `first` on, by what sorts them: row of [B, H, L] x L + position of the key.
-at::Tensor places_of(const at::Tensor& found, int64_t first, int64_t rows, const Bucket& bucket, const PairRun& run, const Shape& s) {
-  const auto at_row = found.div(run.key_rows, "floor");
-  const auto item = on_device(bucket.within_run, found.device()).index_select(0, at_row.div(rows, "floor")), row = at_row.remainder(rows) + first;
+// A slice's exact entries, `found` in its matrix [n, rows, keys] of the g rows from `first` on and of items in this order, by what sorts them: row of [B, H, L] x L + position of the key.
+at::Tensor places_of(const at::Tensor& found, int64_t first, int64_t rows, const at::Tensor& order, const PairRun& run, const Shape& s) {
+  const auto at_row = found.div(run.key_rows, "floor"), place = at_row.div(rows, "floor"), row = at_row.remainder(rows) + first;
+  const auto item = order.defined() ? order.index_select(0, place) : place;
   const auto sequence = item.div(run.count, "floor"), pair = item.remainder(run.count) * run.stride, head = row.div(run.query_rows, "floor");
   const auto query = (sequence * (s.heads / s.groups) + head) * s.length + run.query_begin + pair + row.remainder(run.query_rows);
   return query * s.length + run.key_begin + pair + found.remainder(run.key_rows);
@@ -254,52 +291,47 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
     rows.copy_(at::logaddexp(rows, sink_logsumexp));
   }
   const auto& runs = tree.runs();
-  std::vector<std::vector<Bucket>> buckets;
-  std::vector<std::vector<FarPart>> far;
-  std::vector<at::Tensor> far_logsumexp;  // per run, [B G count, g rows]
-  std::vector<at::Tensor> exact;  // places of each slice
+  plan.calls = std::make_shared<const std::vector<RunCalls>>(far_calls(plan, s.d, q.options()));
+  std::vector<std::vector<at::Tensor>> far_out;  // of each run and call, [n, g rows, r_v], in the value basis, or [.., d] under a gate
+  std::vector<at::Tensor> far_logsumexp;         // per run, [B G count, g rows]
+  std::vector<at::Tensor> exact;                 // places of each slice
   plan.exact_slices.clear();
-  for (const PairRun& run : runs) {
-    buckets.push_back(buckets_of(run, plan, s.d, q.is_cuda()));
-    far.emplace_back();
-    const auto rows_q = query_rows(q, s.groups, run);
-    const auto rows_k = key_rows(k, run);
-    const auto rows_v = key_rows(v, run);
+  for (size_t i = 0; i < runs.size(); ++i) {
+    const PairRun& run = runs[i];
+    const RunCalls& calls = (*plan.calls)[i];
+    far_out.emplace_back();
+    const auto rows_q = calls.ordered(query_rows(q, s.groups, run)), rows_k = calls.ordered(key_rows(k, run)), rows_v = calls.ordered(key_rows(v, run));
+    const auto correction = correction_of(calls, rows_q, logsumexp.options());
     auto met = run_view(logsumexp4, run, s);
-    far_logsumexp.push_back(at::empty({rows_q.size(0), rows_q.size(1)}, logsumexp.options()));
-    for (const Bucket& bucket : buckets.back()) {
-      Projections p(bucket, plan, s, q.options());
-      const auto bucket_q = take(rows_q, bucket), bucket_k = take(rows_k, bucket), bucket_v = take(rows_v, bucket);
-      const auto low_q = into_basis(bucket_q, p.p_q);
-      const auto low_k = into_basis(bucket_k, p.p_k);
-      const auto low_v = into_basis(bucket_v, p.p_v);
-      const auto correction = p.correction(bucket_q, logsumexp.options());
-      at::Tensor part_out, part_logsumexp;
-      if (bucket.ranks.gated(s.d)) {
-        const auto before = take(met.reshape(far_logsumexp.back().sizes()), bucket);
-        const auto log_gate = log_gates(bucket, logsumexp.options());
-        std::vector<at::Tensor> outs, sums;
-        for_row_slices(bucket_q, run.key_rows, [&](int64_t first, int64_t rows) {
-          const auto of = [&](const at::Tensor& x) { return x.defined() ? x.narrow(1, first, rows) : x; };
-          const auto gated = gated_scores(of(bucket_q), bucket_k, of(low_q), low_k, of(correction), of(before), log_gate, s.scale);
-          sums.push_back(gated.scores.logsumexp(2));
-          const auto weights = (gated.scores - sums.back().unsqueeze(2)).exp_().to(q.scalar_type());
-          outs.push_back(out_of_basis(at::bmm(weights.masked_fill(gated.exact, 0), low_v), p.p_o) + at::bmm(weights * gated.exact, bucket_v));
+    const auto before = calls.log_gates.defined() ? calls.ordered(met.reshape(rows_q.sizes().slice(0, 2))) : at::Tensor();
+    auto sums = at::empty(rows_q.sizes().slice(0, 2), logsumexp.options());
+    for (const Call& call : calls.calls) {
+      const Projections p(calls, call, s.d);
+      const auto low_q = into_basis(of(call, rows_q), p.p_q), low_k = into_basis(of(call, rows_k), p.p_k), low_v = into_basis(of(call, rows_v), p.p_v);
+      if (call.ranks.gated(s.d)) {
+        const auto log_gate = of(call, calls.log_gates).to(logsumexp.scalar_type());
+        const auto of_call = [&](const at::Tensor& x) { return of(call, x); };
+        std::vector<at::Tensor> outs;
+        for_row_slices(low_q, run.key_rows, [&](int64_t first, int64_t rows) {
+          const auto slice = [&](const at::Tensor& x) { return x.defined() ? x.narrow(1, first, rows) : x; };
+          const auto gated = gated_scores(slice(of_call(rows_q)), of_call(rows_k), slice(low_q), low_k, slice(of_call(correction)), slice(of_call(before)),
+                                          log_gate, s.scale);
+          const auto sum = gated.scores.logsumexp(2);
+          slice(of_call(sums)).copy_(sum);
+          const auto weights = (gated.scores - sum.unsqueeze(2)).exp_().to(q.scalar_type());
+          outs.push_back(out_of_basis(at::bmm(weights.masked_fill(gated.exact, 0), low_v), p.p_o) + at::bmm(weights * gated.exact, of_call(rows_v)));
           const auto found = gated.exact.flatten().nonzero().squeeze(1);
-          exact.push_back(places_of(found, first, rows, bucket, run, s));
+          exact.push_back(places_of(found, first, rows, of_call(calls.order), run, s));
           plan.exact_slices.push_back(found.to(at::kInt));
         });
-        part_out = at::cat(outs, 1);
-        part_logsumexp = at::cat(sums, 1);
+        far_out.back().push_back(at::cat(outs, 1));
       } else {
-        std::tie(part_out, part_logsumexp) = attention_rows(low_q, low_k, low_v, s.scale);
-        if (correction.defined()) {
-          part_logsumexp += correction;
-        }
+        auto [part_out, part_logsumexp] = attention_rows(low_q, low_k, low_v, s.scale);
+        of(call, sums).copy_(correction.defined() ? part_logsumexp + of(call, correction) : part_logsumexp);
+        far_out.back().push_back(part_out);
       }
-      put(far_logsumexp.back(), bucket, part_logsumexp);
-      far.back().push_back({std::move(p), part_out});
     }
+    far_logsumexp.push_back(calls.as_run(sums));
     met.copy_(at::logaddexp(met, far_logsumexp.back().view(met.sizes())));
   }
   plan.exact = exact.empty() ? ExactEntries() : sorted_entries(exact, s);
@@ -311,19 +343,15 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
     queries_after_sinks(out, tree, s).addcmul_(sink_out, share);
   }
   for (size_t i = 0; i < runs.size(); ++i) {
+    const RunCalls& calls = (*plan.calls)[i];
     const auto share = (far_logsumexp[i] - run_view(logsumexp4, runs[i], s).reshape(far_logsumexp[i].sizes())).exp_();
-    auto expanded = buckets[i].size() > 1 ? at::empty({share.size(0), share.size(1), s.d}, out.options()) : at::Tensor();
-    for (size_t b = 0; b < buckets[i].size(); ++b) {
-      FarPart& part = far[i][b];
-      const auto rows = part.out.size(2) == s.d ? part.out : out_of_basis(part.out, part.projections.p_o);
-      if (expanded.defined()) {
-        put(expanded, buckets[i][b], rows);
-      } else {
-        expanded = rows;
-      }
-      part.out.reset();
+    auto expanded = at::empty({share.size(0), share.size(1), s.d}, out.options());
+    for (size_t c = 0; c < calls.calls.size(); ++c) {
+      const Call& call = calls.calls[c];
+      expand(far_out[i][c], far_out[i][c].size(2) < s.d ? Projections(calls, call, s.d).p_o : at::Tensor(), of(call, expanded));
+      far_out[i][c].reset();
     }
-    add_rows(out, s.groups, runs[i], runs[i].query_begin, runs[i].query_rows, expanded, share);
+    add_rows(out, s.groups, runs[i], runs[i].query_begin, runs[i].query_rows, calls.as_run(expanded), share);
   }
   return {out, logsumexp};
 }
@@ -335,7 +363,7 @@ struct Gradients {
   at::Tensor q, k, v;
 };
 
-// Gradients of a bucket with a gate: of its entries at low rank, and of those that are exact. `slice`: those of its first slice, moved on to behind its last.
+// Gradients of a call with a gate: of its entries at low rank, and of those that are exact. `slice`: those of its first slice, moved on to behind its last.
 std::pair<Gradients, Gradients> gated_backward(const Operands& low, const Operands& full, const at::Tensor& delta, const Shape& s,
                                                std::vector<at::Tensor>::const_iterator& slice) {
   struct Sums {
@@ -392,49 +420,42 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
   }
 
   auto slice = plan.exact_slices.cbegin();
-  for (const PairRun& run : tree.runs()) {
-    const auto rows_q = query_rows(q, s.groups, run);
-    const auto rows_k = key_rows(k, run);
-    const auto rows_v = key_rows(v, run);
-    const auto rows_grad = query_rows(grad_out, s.groups, run);
-    const auto rows_delta = query_rows(delta4, s.groups, run).squeeze(2);
-    const auto rows_logsumexp = query_rows(logsumexp4, s.groups, run).squeeze(2);
-    auto run_grad_q = at::empty_like(rows_q);
-    auto run_grad_k = at::empty_like(rows_k);
-    auto run_grad_v = at::empty_like(rows_v);
-    for (const Bucket& bucket : buckets_of(run, plan, s.d, q.is_cuda())) {
-      const Projections p(bucket, plan, s, q.options());
-      const auto bucket_q = take(rows_q, bucket);
-      const auto low_q = into_basis(bucket_q, p.p_q);
-      const auto low_k = into_basis(take(rows_k, bucket), p.p_k);
-      const auto low_v = into_basis(take(rows_v, bucket), p.p_v);
-      auto bucket_logsumexp = take(rows_logsumexp, bucket);  // as the uncorrected scores see it
-      if (const auto correction = p.correction(bucket_q, bucket_logsumexp.options()); correction.defined()) {
-        bucket_logsumexp = bucket_logsumexp - correction;
-      }
-      const auto low_grad = into_basis(take(rows_grad, bucket), p.p_o);
-      const at::Tensor bucket_delta = take(rows_delta, bucket);
-      at::Tensor dq, dk, dv;
-      if (bucket.ranks.gated(s.d)) {
-        const Operands low{low_q, low_k, low_v, low_grad, bucket_logsumexp};
-        const Operands full{bucket_q, take(rows_k, bucket), take(rows_v, bucket), take(rows_grad, bucket), take(rows_logsumexp, bucket)};
-        const auto [of_low, of_exact] = gated_backward(low, full, bucket_delta, s, slice);
-        dq = out_of_basis(of_low.q, p.p_q) + of_exact.q;
-        dk = out_of_basis(of_low.k, p.p_k) + of_exact.k;
-        dv = out_of_basis(of_low.v, p.p_v) + of_exact.v;
+  for (size_t i = 0; i < tree.runs().size(); ++i) {
+    const PairRun& run = tree.runs()[i];
+    const RunCalls& calls = (*plan.calls)[i];
+    const auto rows_q = calls.ordered(query_rows(q, s.groups, run)), rows_k = calls.ordered(key_rows(k, run)), rows_v = calls.ordered(key_rows(v, run));
+    const auto rows_grad = calls.ordered(query_rows(grad_out, s.groups, run));
+    const auto rows_delta = calls.ordered(query_rows(delta4, s.groups, run).squeeze(2));
+    const auto rows_logsumexp = calls.ordered(query_rows(logsumexp4, s.groups, run).squeeze(2));
+    const auto correction = correction_of(calls, rows_q, rows_logsumexp.options());
+    const auto low_logsumexp = correction.defined() ? rows_logsumexp - correction : rows_logsumexp;  // as the uncorrected scores see it
+    auto run_grad_q = at::empty_like(rows_q), run_grad_k = at::empty_like(rows_k), run_grad_v = at::empty_like(rows_v);
+    for (const Call& call : calls.calls) {
+      const Projections p(calls, call, s.d);
+      const auto of_call = [&](const at::Tensor& x) { return of(call, x); };
+      const auto low_q = into_basis(of_call(rows_q), p.p_q), low_k = into_basis(of_call(rows_k), p.p_k), low_v = into_basis(of_call(rows_v), p.p_v);
+      const auto low_grad = into_basis(of_call(rows_grad), p.p_o);
+      const auto expanded = [&](const Gradients& low) {
+        expand(low.q, p.p_q, of_call(run_grad_q));
+        expand(low.k, p.p_k, of_call(run_grad_k));
+        expand(low.v, p.p_v, of_call(run_grad_v));
+      };
+      if (call.ranks.gated(s.d)) {
+        const Operands low{low_q, low_k, low_v, low_grad, of_call(low_logsumexp)};
+        const Operands full{of_call(rows_q), of_call(rows_k), of_call(rows_v), of_call(rows_grad), of_call(rows_logsumexp)};
+        const auto [of_low, of_exact] = gated_backward(low, full, of_call(rows_delta), s, slice);
+        expanded(of_low);
+        of_call(run_grad_q).add_(of_exact.q);
+        of_call(run_grad_k).add_(of_exact.k);
+        of_call(run_grad_v).add_(of_exact.v);
       } else {
-        std::tie(dq, dk, dv) = attention_rows_backward(low_grad, low_q, low_k, low_v, bucket_logsumexp, bucket_delta, s.scale);
-        dq = out_of_basis(dq, p.p_q);
-        dk = out_of_basis(dk, p.p_k);
-        dv = out_of_basis(dv, p.p_v);
+        const auto [dq, dk, dv] = attention_rows_backward(low_grad, low_q, low_k, low_v, of_call(low_logsumexp), of_call(rows_delta), s.scale);
+        expanded({dq, dk, dv});
       }
-      put(run_grad_q, bucket, dq);
-      put(run_grad_k, bucket, dk);
-      put(run_grad_v, bucket, dv);
     }
-    add_rows(grad_q, s.groups, run, run.query_begin, run.query_rows, run_grad_q);
-    add_rows(grad_k, s.groups, run, run.key_begin, run.key_rows, run_grad_k);
-    add_rows(grad_v, s.groups, run, run.key_begin, run.key_rows, run_grad_v);
+    add_rows(grad_q, s.groups, run, run.query_begin, run.query_rows, calls.as_run(run_grad_q));
+    add_rows(grad_k, s.groups, run, run.key_begin, run.key_rows, calls.as_run(run_grad_k));
+    add_rows(grad_v, s.groups, run, run.key_begin, run.key_rows, calls.as_run(run_grad_v));
   }
   return {grad_q, grad_k, grad_v};
 }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "core/basis.h"
@@ -39,6 +40,8 @@ struct ExactEntries {
   int64_t count(int64_t row, int64_t rows, int64_t key, int64_t key_count) const;
 };
 
+struct RunCalls;  // lowrank_attention.cpp
+
 /// All that one layer's low-rank attention needs besides q, k and v. Constant for autograd.
 struct LowRankPlan : torch::CustomClassHolder {
   LowRankPlan(BlockTree tree_in, std::vector<Ranks> ranks_in, Basis scores_in, Basis values_in, at::Tensor residual_in = {})
@@ -57,6 +60,8 @@ struct LowRankPlan : torch::CustomClassHolder {
   /// Written by a forward pass with gates; and, outside the CPU kernel, the same for its backward pass, each matrix of scores by flat int32 indices.
   mutable ExactEntries exact;
   mutable std::vector<at::Tensor> exact_slices;
+  /// Likewise: how its pairs share calls, and what those need of the bases.
+  mutable std::shared_ptr<const std::vector<RunCalls>> calls;
 
   bool gated(int64_t d) const {
     return std::any_of(ranks.begin(), ranks.end(), [&](const Ranks& r) { return r.gated(d); });

@@ -65,12 +65,15 @@ void unpack(const at::Tensor& packed, const at::Tensor& x) {
   x.copy_(packed.view(x.sizes()));
 }
 
-at::Tensor on_device(const std::vector<int64_t>& numbers, at::Device device) {
-  const auto options = at::TensorOptions().dtype(at::kLong).pinned_memory(device.is_cuda());
+template <typename T>
+at::Tensor on_device(const std::vector<T>& numbers, at::Device device) {
+  const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value).pinned_memory(device.is_cuda());
   const auto host = at::empty({static_cast<int64_t>(numbers.size())}, options);
-  std::copy(numbers.begin(), numbers.end(), host.data_ptr<int64_t>());
+  std::copy(numbers.begin(), numbers.end(), host.template data_ptr<T>());
   return host.to(device, /*non_blocking=*/true);
 }
+template at::Tensor on_device(const std::vector<int64_t>&, at::Device);
+template at::Tensor on_device(const std::vector<double>&, at::Device);
 
 at::Tensor into_basis(const at::Tensor& rows, const at::Tensor& basis) { return basis.defined() ? at::bmm(rows, basis) : rows; }
 

@@ -26,8 +26,9 @@ void add_rows(const at::Tensor& x, int64_t groups, const PairRun& run, int64_t b
 at::Tensor packed(const at::Tensor& x);
 void unpack(const at::Tensor& packed, const at::Tensor& x);
 
-/// Numbers on a device. To CUDA without waiting for it.
-at::Tensor on_device(const std::vector<int64_t>& numbers, at::Device device);
+/// Numbers, int64_t or double, on a device. To CUDA without waiting for it.
+template <typename T>
+at::Tensor on_device(const std::vector<T>& numbers, at::Device device);
 
 /// Rows [n, rows, d] in a basis [n, d, r], and rows [n, rows, r] expanded by one; as they are if the basis is undefined, which stands for rank d.
 at::Tensor into_basis(const at::Tensor& rows, const at::Tensor& basis);

@@ -1,7 +1,6 @@
 #include "policy/far_bases.h"
 
 #include <algorithm>
-#include <map>
 
 #include "core/cost.h"
 #include "core/rows.h"
@@ -19,17 +18,6 @@ Problem problem_of(FarKind kind, const PairGrams& grams, const at::Tensor& w_o) 
     return {grams.queries.flatten(0, 2), grams.keys.flatten(0, 2)};
   }
   return {grams.values.flatten(0, 2), for_batch(output_gram(w_o, grams.values.size(1), grams.values.size(4)), grams.values.size(0))};
-}
-
-// The items whose scores have a rank below d, by rank.
-std::map<int64_t, std::vector<int64_t>> items_by_score_rank(const std::vector<Ranks>& ranks, int64_t d) {
-  std::map<int64_t, std::vector<int64_t>> items;
-  for (size_t i = 0; i < ranks.size(); ++i) {
-    if (ranks[i].qk < d) {
-      items[ranks[i].qk].push_back(static_cast<int64_t>(i));
-    }
-  }
-  return items;
 }
 
 }  // namespace
@@ -98,24 +86,18 @@ at::Tensor for_batch(const at::Tensor& of_layer, int64_t batch) {
 
 at::Tensor residual_factors(const PairGrams& grams, const Basis& scores, const std::vector<Ranks>& ranks, const std::vector<int64_t>& keys) {
   at::NoGradGuard no_grad;
-  const int64_t d = grams.keys.size(4);
-  const auto key_grams = grams.keys.flatten(0, 2);
-  at::Tensor residual;
-  for (const auto& [rank, items] : items_by_score_rank(ranks, d)) {
-    std::vector<int64_t> counts;
-    for (const int64_t item : items) {
-      counts.push_back(keys[static_cast<size_t>(item) % keys.size()]);
-    }
-    const auto index = on_device(items, key_grams.device());
-    const auto of = [&, columns = rank](const at::Tensor& basis) { return basis.narrow(2, 0, columns).index_select(0, index); };
-    const auto factors = residual_factor({of(scores.left), of(scores.right), {}}, key_grams.index_select(0, index),
-                                     on_device(counts, key_grams.device()));
-    if (!residual.defined()) {
-      residual = at::empty({key_grams.size(0), d, factors.size(2)}, factors.options());
-    }
-    residual.index_copy_(0, index, factors);
+  std::vector<int64_t> of_scores, counts;
+  for (const Ranks& r : ranks) {
+    counts.push_back(keys[of_scores.size() % keys.size()]);
+    of_scores.push_back(r.qk);
   }
-  return residual;
+  const auto key_grams = grams.keys.flatten(0, 2);
+  const int64_t most = grams.keys.size(4) - 1;
+  if (std::all_of(of_scores.begin(), of_scores.end(), [&](int64_t rank) { return rank > most; })) {
+    return {};
+  }
+  const auto below_d = [&](const at::Tensor& basis) { return basis.narrow(2, 0, std::min(basis.size(2), most)); };
+  return residual_factor({below_d(scores.left), below_d(scores.right), {}}, key_grams, on_device(counts, key_grams.device()), of_scores);
 }
 
 at::Tensor residual_of(const PairGrams& grams, const std::vector<Ranks>& ranks, const std::vector<int64_t>& keys, FarBases& bases) {

@@ -211,15 +211,15 @@ bool update_item(int64_t d, int64_t rank, int64_t steps, const float* start, int
 
 int64_t residual_scratch_size(int64_t d, int64_t rank, int64_t columns) { return 4 * rank * d + 3 * columns * d + columns * rank + 2 * columns * columns; }
 
-void residual_item(int64_t d, int64_t rank, int64_t columns, const float* left, const float* right, const double* gram, double scale,
+void residual_item(int64_t d, int64_t rank, int64_t columns, const float* left, const float* right, int64_t basis_columns, const double* gram, double scale,
                    const double* start, float* to, double* scratch) {
   const int64_t size = rank * d;
   double *l = scratch, *r = l + size, *l_rows = r + size, *r_rows = l_rows + size;
   double *range = r_rows + size, *image = range + columns * d, *other = image + columns * d, *inner = other + columns * d, *small = inner + columns * columns;
   for (int64_t j = 0; j < d; ++j) {
     for (int64_t i = 0; i < rank; ++i) {
-      l[j * rank + i] = l_rows[i * d + j] = left[j * rank + i];
-      r[j * rank + i] = r_rows[i * d + j] = right[j * rank + i];
+      l[j * rank + i] = l_rows[i * d + j] = left[j * basis_columns + i];
+      r[j * rank + i] = r_rows[i * d + j] = right[j * basis_columns + i];
     }
   }
   // to_rows [columns, d] <- M (scale G) M^T of the rows of x, which is overwritten
@@ -275,7 +275,7 @@ bool update_item(int64_t, int64_t, int64_t, const float*, int64_t, const double*
   return false;
 }
 int64_t residual_scratch_size(int64_t, int64_t, int64_t) { return 0; }
-void residual_item(int64_t, int64_t, int64_t, const float*, const float*, const double*, double, const double*, float*, double*) {}
+void residual_item(int64_t, int64_t, int64_t, const float*, const float*, int64_t, const double*, double, const double*, float*, double*) {}
 
 }  // namespace drrl::cpu
 

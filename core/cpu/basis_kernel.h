@@ -17,10 +17,10 @@ int64_t update_scratch_size(int64_t d, int64_t rank);
 bool update_item(int64_t d, int64_t rank, int64_t steps, const float* start, int64_t start_columns, const double* gram_x, const double* gram_y,
                  const UpdateSettings& settings, float* left, float* right, int64_t columns, double* scratch);
 
-/// residual_factor for one item, in double: left, right [d, rank]; gram [d, d] times scale is G_k / (2 n d); start [d, columns] the
-/// fixed random columns; writes F [d, columns], zeros where nothing is dropped.
+/// residual_factor for one item, in double: left, right [d, rank] in rows of basis_columns numbers; gram [d, d] times scale is G_k / (2 n d); start
+/// [d, columns] the fixed random columns; writes F [d, columns], zeros where nothing is dropped.
 int64_t residual_scratch_size(int64_t d, int64_t rank, int64_t columns);
-void residual_item(int64_t d, int64_t rank, int64_t columns, const float* left, const float* right, const double* gram, double scale,
+void residual_item(int64_t d, int64_t rank, int64_t columns, const float* left, const float* right, int64_t basis_columns, const double* gram, double scale,
                    const double* start, float* to, double* scratch);
 
 }  // namespace drrl::cpu

@@ -5,11 +5,13 @@
 #include <c10/cuda/CUDAStream.h>
 #include <c10/core/Event.h>
 
+#include <algorithm>
 #include <deque>
 #include <mutex>
 
 #include "core/cuda/basis_kernel.h"
 #include "core/cuda/check.h"
+#include "core/rows.h"
 
 namespace drrl {
 namespace {
@@ -53,41 +55,85 @@ Reports& reports() {
 
 int narrow(int64_t size) { return static_cast<int>(size); }
 
+// The items whose rank is at most `columns`, those of large ranks first, as they take the longest.
+class ItemsByRank {
+ public:
+  ItemsByRank(const std::vector<int64_t>& ranks, int64_t columns, at::Device device) : n_(static_cast<int64_t>(ranks.size())) {
+    std::vector<int64_t> numbers;
+    for (int64_t i = 0; i < n_; ++i) {
+      if (ranks[i] <= columns) {
+        numbers.push_back(i);
+      }
+    }
+    std::stable_sort(numbers.begin(), numbers.end(), [&](int64_t a, int64_t b) { return ranks[a] > ranks[b]; });
+    count = static_cast<int64_t>(numbers.size());
+    for (int64_t i = 0; i < count; ++i) {
+      numbers.push_back(ranks[numbers[i]]);
+    }
+    largest = count > 0 ? numbers[count] : 0;
+    numbers_ = on_device(numbers, device);
+  }
+  cuda::Items on_gpu() const {
+    const auto* data = numbers_.const_data_ptr<int64_t>();
+    return {n_, count, data, data + count, narrow(largest)};
+  }
+
+  int64_t count, largest;
+
+ private:
+  int64_t n_;
+  at::Tensor numbers_;
+};
+
+bool multiples_of(int64_t factor, const std::vector<int64_t>& ranks, int64_t columns) {
+  return std::all_of(ranks.begin(), ranks.end(), [&](int64_t rank) { return rank > columns || rank % factor == 0; });
+}
+
+template <typename T>
+cuda::Shared<T> shared(const at::Tensor& x) {
+  return {x.const_data_ptr<T>(), x.size(0)};
+}
+
 }  // namespace
 
-bool update_basis_cuda(const at::Tensor& right, const at::Tensor& gram_x, const at::Tensor& gram_y, int64_t steps, const UpdateSettings& settings,
-                       Basis& result) {
-  const int64_t n = right.size(0), d = right.size(1), rank = right.size(2);
-  if (d % 4 != 0 || rank % 8 != 0 || right.scalar_type() != at::kFloat) {
+bool update_bases_cuda(const at::Tensor& right, const at::Tensor& gram_x, const at::Tensor& gram_y, const std::vector<int64_t>& ranks, int64_t columns,
+                       int64_t steps, const UpdateSettings& settings, Basis& result) {
+  const int64_t n = gram_x.size(0), d = gram_x.size(1);
+  if (d % 4 != 0 || !multiples_of(8, ranks, columns) || right.scalar_type() != at::kFloat) {
     return false;
   }
-  const c10::cuda::CUDAGuard on_device(gram_x.device());
+  const c10::cuda::CUDAGuard guard(gram_x.device());
   reports().check_those_done();
   const auto start = right.contiguous(), x = gram_x.contiguous(), y = gram_y.contiguous();
-  result = {at::empty(start.sizes(), start.options()), at::empty(start.sizes(), start.options()), {}};
-  if (n == 0) {
+  result = {at::empty({n, d, columns}, start.options()), at::empty({n, d, columns}, start.options()), {}};
+  const ItemsByRank items(ranks, columns, gram_x.device());
+  if (items.count == 0) {
     return true;
   }
-  const auto failed = at::empty({n}, start.options().dtype(at::kInt));
-  const auto room = scratch(n, cuda::update_scratch_size(narrow(d), narrow(rank)), x);
-  DRRL_CHECK_CUDA(cuda::launch_update(n, narrow(d), narrow(rank), narrow(steps), start.const_data_ptr<float>(), x.const_data_ptr<double>(),
-                                      y.const_data_ptr<double>(), settings,
-                                      result.left.data_ptr<float>(), result.right.data_ptr<float>(), failed.data_ptr<int>(), room.data_ptr<double>(),
-                                      c10::cuda::getCurrentCUDAStream()));
+  const auto failed = at::empty({items.count}, start.options().dtype(at::kInt));
+  const auto room = scratch(items.count, cuda::update_scratch_size(narrow(d), narrow(items.largest)), x);
+  DRRL_CHECK_CUDA(cuda::launch_update(items.on_gpu(), narrow(d), narrow(steps), shared<float>(start), narrow(start.size(2)), shared<double>(x), shared<double>(y),
+                                      settings, result.left.data_ptr<float>(), result.right.data_ptr<float>(), narrow(columns), failed.data_ptr<int>(),
+                                      room.data_ptr<double>(), c10::cuda::getCurrentCUDAStream()));
   reports().add(failed);
   return true;
 }
 
-bool residual_factor_cuda(const Basis& basis, const at::Tensor& gram, const at::Tensor& keys, const at::Tensor& start, at::Tensor& factor) {
-  const int64_t n = gram.size(0), d = gram.size(1), rank = basis.left.size(2), columns = start.size(1);
-  if (d % 4 != 0 || rank % 2 != 0 || columns % 8 != 0 || basis.left.scalar_type() != at::kFloat || gram.scalar_type() != at::kDouble || n == 0) {
+bool residual_factor_cuda(const Basis& basis, const at::Tensor& gram, const at::Tensor& keys, const std::vector<int64_t>& ranks, const at::Tensor& start,
+                          at::Tensor& factor) {
+  const int64_t n = gram.size(0), d = gram.size(1), basis_columns = basis.left.size(2), columns = start.size(1);
+  if (d % 4 != 0 || !multiples_of(2, ranks, basis_columns) || columns % 8 != 0 || basis.left.scalar_type() != at::kFloat || gram.scalar_type() != at::kDouble) {
     return false;
   }
-  const c10::cuda::CUDAGuard on_device(gram.device());
+  const c10::cuda::CUDAGuard guard(gram.device());
   const auto left = basis.left.contiguous(), right = basis.right.contiguous(), g = gram.contiguous(), counts = keys.to(at::kDouble).contiguous();
-  const auto room = scratch(n, cuda::residual_scratch_size(narrow(d), narrow(rank), narrow(columns)), g);
   factor = at::empty({n, d, columns}, left.options());
-  DRRL_CHECK_CUDA(cuda::launch_residual(n, narrow(d), narrow(rank), narrow(columns), left.const_data_ptr<float>(), right.const_data_ptr<float>(),
+  const ItemsByRank items(ranks, basis_columns, gram.device());
+  if (items.count == 0) {
+    return true;
+  }
+  const auto room = scratch(items.count, cuda::residual_scratch_size(narrow(d), narrow(items.largest), narrow(columns)), g);
+  DRRL_CHECK_CUDA(cuda::launch_residual(items.on_gpu(), narrow(d), narrow(columns), left.const_data_ptr<float>(), right.const_data_ptr<float>(), narrow(basis_columns),
                                         g.const_data_ptr<double>(), counts.const_data_ptr<double>(), start.contiguous().const_data_ptr<double>(),
                                         factor.data_ptr<float>(), room.data_ptr<double>(), c10::cuda::getCurrentCUDAStream()));
   return true;

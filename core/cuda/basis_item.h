@@ -179,17 +179,21 @@ DRRL_HOST_DEVICE int update_scratch_size(int d, int rank) { return (2 * d + rank
 template <typename Block>
 class UpdateItem {
  public:
-  DRRL_HOST_DEVICE UpdateItem(const Block& block, int d, int rank, const UpdateSettings& settings, double* scratch)
-      : block_(block), d_(d), r_(rank), stride_(row_stride(rank)), settings_(settings), p_(scratch), image_(p_ + d * stride_),
+  /// start_columns, columns: numbers in a row of the start and of both results.
+  DRRL_HOST_DEVICE UpdateItem(const Block& block, int d, int rank, int start_columns, int columns, const UpdateSettings& settings, double* scratch)
+      : block_(block), d_(d), r_(rank), start_columns_(start_columns), columns_(columns), stride_(row_stride(rank)), settings_(settings), p_(scratch),
+        image_(p_ + d * stride_),
         factor_(image_ + d * stride_), scales_(factor_ + rank * stride_), inverse_(scales_ + rank), one_(inverse_ + rank) {}
 
   /// start [d, rank]; gram_x, gram_y [d, d]; writes left and right, [d, rank]. False if a factorization failed for every jitter.
   DRRL_HOST_DEVICE bool run(int steps, const float* start, const double* gram_x, const double* gram_y, float* left, float* right) const {
     const SmallMatrices<Block> m(block_);
-    m.entries(d_, r_, [p = p_, start, r = r_, stride = stride_](int i, int j) { p[i * stride + j] = start[i * r + j]; });
+    m.entries(d_, r_, [p = p_, start, columns = start_columns_, stride = stride_](int i, int j) { p[i * stride + j] = start[i * columns + j]; });
     for (int step = 0; step <= steps; ++step) {
       m.unit(d_, r_, p_, stride_, scales_);
-      m.entries(d_, r_, [p = p_, right, r = r_, stride = stride_](int i, int j) { right[i * r + j] = static_cast<float>(p[i * stride + j]); });
+      m.entries(d_, r_, [p = p_, right, columns = columns_, stride = stride_](int i, int j) {
+        right[i * columns + j] = static_cast<float>(p[i * stride + j]);
+      });
       if (!partner(gram_y)) {
         return false;
       }
@@ -202,12 +206,12 @@ class UpdateItem {
     }
     // Columns of equal length on both sides; those of `right` have length one or zero.
     m.lengths(d_, r_, p_, stride_, scales_);
-    block_.sums(r_, d_, [right, r = r_](int j, int i) { return static_cast<double>(right[i * r + j]) * right[i * r + j]; },
+    block_.sums(r_, d_, [right, columns = columns_](int j, int i) { return static_cast<double>(right[i * columns + j]) * right[i * columns + j]; },
                 [inverse = inverse_](int j, double sum) { inverse[j] = sqrt(sum); });
     m.entries(d_, r_, [self = *this, left, right](int i, int j) {
       const double balance = fmax(sqrt(self.inverse_[j] / fmax(self.scales_[j], 1e-300)), 1e-300);
-      left[i * self.r_ + j] = static_cast<float>(self.p_[i * self.stride_ + j] * balance);
-      right[i * self.r_ + j] = static_cast<float>(right[i * self.r_ + j] / balance);
+      left[i * self.columns_ + j] = static_cast<float>(self.p_[i * self.stride_ + j] * balance);
+      right[i * self.columns_ + j] = static_cast<float>(right[i * self.columns_ + j] / balance);
     });
     return true;
   }
@@ -249,7 +253,7 @@ class UpdateItem {
   }
 
   const Block& block_;
-  int d_, r_, stride_;
+  int d_, r_, start_columns_, columns_, stride_;
   UpdateSettings settings_;
   double *p_, *image_, *factor_, *scales_, *inverse_, *one_;
 };
@@ -259,19 +263,19 @@ DRRL_HOST_DEVICE int residual_scratch_size(int d, int rank, int columns) {
   return (3 * d + rank + columns) * row_stride(columns) + columns + 2;
 }
 
-/// left, right [d, rank]; gram [d, d] times scale is G_k / (2 n d); start [d, columns] the fixed random columns; writes F [d, columns], zeros where nothing
+/// left, right [d, rank] in rows of basis_columns numbers; gram [d, d] times scale is G_k / (2 n d); start [d, columns] the fixed random columns; writes F [d, columns], zeros where nothing
 /// is dropped.
 template <typename Block>
-DRRL_HOST_DEVICE void residual_item(const Block& block, int d, int rank, int columns, const float* left, const float* right, const double* gram,
-                                    double scale, const double* start, float* to, double* scratch) {
+DRRL_HOST_DEVICE void residual_item(const Block& block, int d, int rank, int columns, const float* left, const float* right, int basis_columns,
+                                    const double* gram, double scale, const double* start, float* to, double* scratch) {
   const SmallMatrices<Block> m(block);
   const int stride = row_stride(columns);
   double *range = scratch, *image = range + d * stride, *other = image + d * stride, *small = other + d * stride;
   double *inner = small + rank * stride, *inverse = inner + columns * stride, *one = inverse + columns;
   // x [d, columns] <- x - up down^T x
   const auto drop = [&](double* x, const float* down, const float* up, double* room) {
-    m.template transposed_product<2>(rank, columns, d, down, rank, x, stride, small, stride);
-    m.template product<2>(d, columns, rank, up, rank, small, stride, room, stride);
+    m.template transposed_product<2>(rank, columns, d, down, basis_columns, x, stride, small, stride);
+    m.template product<2>(d, columns, rank, up, basis_columns, small, stride, room, stride);
     m.entries(d, columns, [=](int i, int j) { x[i * stride + j] -= room[i * stride + j]; });
   };
   // y <- M (scale G) M^T x; x is overwritten

@@ -228,6 +228,25 @@ TEST(Basis, UpdatesOfDifferentRanksInOneCallAreThoseOfEachAlone) {
   EXPECT_THROW(update_bases(start, gx, gy, {8, 8, 8}, 1), c10::Error);
 }
 
+TEST(Basis, ResidualsOfRanksThatDiffer) {
+  at::manual_seed(11);
+  const int64_t d = 64, columns = 48;
+  const auto gx = gram(rows(6, 80, d)), gy = gram(rows(6, 80, d)), keys = at::arange(6, at::kLong) * 10 + 30;
+  const Basis basis = update_basis(at::randn({6, d, columns}), gx, gy, 1);
+  for (const auto& ranks : {std::vector<int64_t>{8, d, 48, 16, 8, d}, {8, d, 48, 13, 8, d}}) {  // by the kernel, and in general
+    const auto all = residual_factor(basis, gy, keys, ranks);
+    for (int64_t i = 0; i < 6; ++i) {
+      if (const int64_t rank = ranks[static_cast<size_t>(i)]; rank < d) {
+        const auto of = [&](const at::Tensor& x) { return x.slice(0, i, i + 1); };
+        const auto first = [&](const at::Tensor& x) { return of(x).narrow(2, 0, rank); };
+        const auto alone = residual_factor({first(basis.left), first(basis.right), {}}, of(gy), of(keys))[0];
+        EXPECT_LT((at::matmul(all[i], all[i].t()) - at::matmul(alone, alone.t())).norm().item<double>(), 1e-3 * at::matmul(alone, alone.t()).norm().item<double>()) << i;
+      }
+    }
+  }
+  EXPECT_THROW(residual_factor(basis, gy, keys, {8, 8}), c10::Error);
+}
+
 TEST(Basis, StaleLossIsThatOfTheBestPartner) {
   at::manual_seed(10);
   const int64_t d = 12;

@@ -29,12 +29,18 @@ TEST(CudaItem, UpdatesEqualUpdateBasis) {
   at::manual_seed(1);
   for (const auto& [d, rank, rows] : {std::tuple{16, 8, 40}, {64, 32, 300}, {64, 48, 20}, {128, 64, 500}}) {
     const Item item(d, rank, rows);  // the third has fewer rows than its rank
-    auto left = at::empty({d, rank}, at::kFloat), right = at::empty({d, rank}, at::kFloat);
+    const int columns = rank + 8, start_columns = rank + 3;  // of rows of more numbers
+    auto wide_left = at::full({d, columns}, 7, at::kFloat), wide_right = at::full({d, columns}, 7, at::kFloat);
+    const auto start = at::constant_pad_nd(item.start, {0, 3}, std::nan(""));
     auto room = scratch(cuda::update_scratch_size(d, rank));
     const cuda::HostBlock block;
-    const cuda::UpdateItem<cuda::HostBlock> update(block, d, rank, {1e-6, 1e-12, 1e-2}, room.data_ptr<double>());
-    ASSERT_TRUE(update.run(2, item.start.data_ptr<float>(), item.gram_x.data_ptr<double>(), item.gram_y.data_ptr<double>(), left.data_ptr<float>(),
-                           right.data_ptr<float>()));
+    const cuda::UpdateItem<cuda::HostBlock> update(block, d, rank, start_columns, columns, {1e-6, 1e-12, 1e-2}, room.data_ptr<double>());
+    ASSERT_TRUE(update.run(2, start.data_ptr<float>(), item.gram_x.data_ptr<double>(), item.gram_y.data_ptr<double>(), wide_left.data_ptr<float>(),
+                           wide_right.data_ptr<float>()));
+    for (const auto& wide : {wide_left, wide_right}) {
+      EXPECT_TRUE(wide.narrow(1, rank, 8).eq(7).all().item<bool>());
+    }
+    const auto left = wide_left.narrow(1, 0, rank), right = wide_right.narrow(1, 0, rank);
     const Basis expected = update_basis(item.start.unsqueeze(0), item.gram_x.unsqueeze(0), item.gram_y.unsqueeze(0), 2);
     const auto product = [](const at::Tensor& l, const at::Tensor& r) { return at::matmul(l, r.t()); };
     EXPECT_LT(relative(product(left, right), product(expected.left[0], expected.right[0])), 1e-3) << "d = " << d << ", rank " << rank;
@@ -53,7 +59,7 @@ TEST(CudaItem, AnIndefiniteGramFails) {
   auto left = at::empty({16, 8}, at::kFloat), right = at::empty({16, 8}, at::kFloat);
   auto room = scratch(cuda::update_scratch_size(16, 8));
   const cuda::HostBlock block;
-  const cuda::UpdateItem<cuda::HostBlock> update(block, 16, 8, {1e-6, 1e-12, 1e-2}, room.data_ptr<double>());
+  const cuda::UpdateItem<cuda::HostBlock> update(block, 16, 8, 8, 8, {1e-6, 1e-12, 1e-2}, room.data_ptr<double>());
   EXPECT_FALSE(update.run(1, item.start.data_ptr<float>(), item.gram_x.data_ptr<double>(), item.gram_y.data_ptr<double>(), left.data_ptr<float>(),
                           right.data_ptr<float>()));
 }
@@ -72,8 +78,9 @@ TEST(CudaItem, ResidualsEqualResidualFactor) {
     }
     auto factor = at::empty({d, columns}, at::kFloat);
     auto room = scratch(cuda::residual_scratch_size(d, rank, columns));
-    const auto left = basis.left.contiguous(), right = basis.right.contiguous();
-    cuda::residual_item(cuda::HostBlock(), d, rank, columns, left.data_ptr<float>(), right.data_ptr<float>(), y.data_ptr<double>(), 1 / (2 * keys * d),
+    const auto wide = [](const at::Tensor& side) { return at::constant_pad_nd(side[0], {0, 2}, std::nan("")); };
+    const auto left = wide(basis.left), right = wide(basis.right);
+    cuda::residual_item(cuda::HostBlock(), d, rank, columns, left.data_ptr<float>(), right.data_ptr<float>(), rank + 2, y.data_ptr<double>(), 1 / (2 * keys * d),
                         signs.data(), factor.data_ptr<float>(), room.data_ptr<double>());
     const auto form = [](const at::Tensor& f) { return at::matmul(f, f.t()); };
     EXPECT_LT(relative(form(factor), form(expected)), 1e-3) << "d = " << d << ", rank " << rank;

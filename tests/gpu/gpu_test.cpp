@@ -78,6 +78,35 @@ TEST(Gpu, UpdatesAndResidualsAgreeWithTheCpu) {
   }
 }
 
+// One launch, of ranks that fit into shared memory and (96 at d = 128) of one that does not.
+TEST(Gpu, UpdatesAndResidualsOfRanksThatDifferAgreeWithTheCpu) {
+  DRRL_NEEDS_GPU();
+  for (const int64_t d : {64, 128}) {
+    at::manual_seed(9);
+    std::vector<int64_t> ranks;
+    for (int64_t i = 0; i < 48; ++i) {
+      ranks.push_back(std::vector<int64_t>{16, 32, d, d / 2, d / 4 * 3}[static_cast<size_t>(i % 5)]);
+    }
+    const auto gram_x = grams(48, d), gram_y = grams(6, d), start = at::randn({4, d, d}, at::kFloat), keys = at::arange(48, at::kLong) + 100;
+    const Basis cpu = update_bases(start, gram_x, gram_y, ranks, 1);
+    const Basis gpu = update_bases(start.to(at::kCUDA), gram_x.to(at::kCUDA), gram_y.to(at::kCUDA), ranks, 1);
+    const auto cpu_factors = residual_factor(cpu, gram_x, keys, ranks);
+    const auto gpu_factors = residual_factor({cpu.left.to(at::kCUDA), cpu.right.to(at::kCUDA), {}}, gram_x.to(at::kCUDA), keys.to(at::kCUDA), ranks).to(at::kCPU);
+    for (int64_t i = 0; i < 48; ++i) {
+      const int64_t rank = ranks[static_cast<size_t>(i)];
+      if (rank == d) {
+        continue;
+      }
+      const auto product = [&](const Basis& b) {
+        return at::matmul(b.left[i].narrow(1, 0, rank).to(at::kCPU), b.right[i].narrow(1, 0, rank).to(at::kCPU).t());
+      };
+      EXPECT_LT(relative(product(gpu), product(cpu)), 1e-3) << "item " << i << ", d = " << d << ", rank " << rank;
+      const auto form = [&](const at::Tensor& f) { return at::matmul(f[i], f[i].t()); };
+      EXPECT_LT(relative(form(gpu_factors), form(cpu_factors)), 1e-3) << "item " << i << ", d = " << d << ", rank " << rank;
+    }
+  }
+}
+
 TEST(Gpu, BasesAgreeWithTheCpu) {
   DRRL_NEEDS_GPU();
   for (const int64_t d : {64, 128}) {
