@@ -158,8 +158,8 @@ RowScores row_scores(const LowRankPlan& plan, const at::Tensor& queries, const a
   }
   auto spared = at::zeros(exact.sizes(), at::kBool);
   for (int64_t i = 0; plan.exact.defined() && i < rows.size(0); ++i) {
-    const int64_t row = rows[i].item<int64_t>(), first = plan.exact.begin[row].item<int64_t>(), last = plan.exact.begin[row + 1].item<int64_t>();
-    spared[i].index_fill_(0, plan.exact.keys.slice(0, first, last).to(at::kLong), 1);
+    const int64_t row = rows[i].item<int64_t>(), first = plan.exact.begin()[row].item<int64_t>(), last = plan.exact.begin()[row + 1].item<int64_t>();
+    spared[i].index_fill_(0, plan.exact.keys().slice(0, first, last).to(at::kLong), 1);
   }
   const auto later = at::arange(end) > rows.remainder(tree.sequence_length()).unsqueeze(1);
   const auto causal = [&](const at::Tensor& x) { return x.masked_fill(later, -kInfinity); };

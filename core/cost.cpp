@@ -101,9 +101,7 @@ AttentionFlops lowrank_attention_flops(const LowRankPlan& plan, int64_t batch, i
       }
     }
   }
-  if (plan.exact.defined()) {  // beside what they took at low rank
-    flops.far += exact_entry_flops(head_dim, with_backward) * static_cast<double>(plan.exact.keys.numel());
-  }
+  flops.far += exact_entry_flops(head_dim, with_backward) * static_cast<double>(plan.exact.size());  // beside what they took at low rank
   flops.solves = basis_flops;
   return flops;
 }

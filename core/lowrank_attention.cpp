@@ -9,6 +9,9 @@
 #include "core/attention_part.h"
 #include "core/cpu/lowrank_kernel.h"
 #include "core/rows.h"
+#ifdef DRRL_WITH_CUDA
+#include "core/cuda/gate.h"
+#endif
 
 namespace drrl {
 
@@ -226,30 +229,41 @@ void expand(const at::Tensor& rows, const at::Tensor& basis, at::Tensor to) {
   }
 }
 
-struct GatedScores {
-  at::Tensor scores;  // [n, g rows, keys], scaled; exact ones where `exact`
-  at::Tensor exact;   // of the same shape, bool
+struct GatedWeights {
+  at::Tensor sums;        // [n, g rows]: each row's log-sum-exp over the keys
+  at::Tensor low, heavy;  // [n, g rows, keys], of q's dtype: weights exp(score - sum), those that stay at low rank and those that do not, zero where it is the other
+  at::Tensor exact;       // of the same shape, bool: which they are
 };
 
 // before [n, g rows]: the log-sum-exp of what each row met before this pair; log_gate [n, 1]. rows, keys: at full width; low_..: projected.
-GatedScores gated_scores(const at::Tensor& rows, const at::Tensor& keys, const at::Tensor& low_rows, const at::Tensor& low_keys, const at::Tensor& correction,
-                         const at::Tensor& before, const at::Tensor& log_gate, double scale) {
+GatedWeights gated_weights(const at::Tensor& rows, const at::Tensor& keys, const at::Tensor& low_rows, const at::Tensor& low_keys, const at::Tensor& correction,
+                           const at::Tensor& before, const at::Tensor& log_gate, double scale) {
   const auto of = [&](const at::Tensor& a, const at::Tensor& b) { return at::bmm(a, b.transpose(1, 2)).to(before.scalar_type()).mul_(scale); };
-  GatedScores result{of(low_rows, low_keys), {}};
+  auto scores = of(low_rows, low_keys);
   if (correction.defined()) {
-    result.scores += correction.unsqueeze(2);
+    scores += correction.unsqueeze(2);
   }
   const auto full = of(rows, keys);
+  GatedWeights result;
+#ifdef DRRL_WITH_CUDA
+  if (gate_cuda(scores, full, before, log_gate, kGateChunk, rows.scalar_type(), result.sums, result.low, result.heavy, result.exact)) {
+    return result;
+  }
+#endif
   result.exact = at::zeros(full.sizes(), full.options().dtype(at::kBool));
   auto met = before;
   for (int64_t begin = 0; begin < full.size(2); begin += kGateChunk) {
     const int64_t count = std::min(kGateChunk, full.size(2) - begin);
-    auto scores = result.scores.narrow(2, begin, count);
-    const auto heavy = scores >= (at::logaddexp(met, scores.logsumexp(2)) + log_gate).unsqueeze(2);
-    scores.copy_(at::where(heavy, full.narrow(2, begin, count), scores));
+    auto chunk = scores.narrow(2, begin, count);
+    const auto heavy = chunk >= (at::logaddexp(met, chunk.logsumexp(2)) + log_gate).unsqueeze(2);
+    chunk.copy_(at::where(heavy, full.narrow(2, begin, count), chunk));
     result.exact.narrow(2, begin, count).copy_(heavy);
-    met = at::logaddexp(met, scores.logsumexp(2));
+    met = at::logaddexp(met, chunk.logsumexp(2));
   }
+  result.sums = scores.logsumexp(2);
+  const auto weights = (scores - result.sums.unsqueeze(2)).exp_().to(rows.scalar_type());
+  result.low = weights.masked_fill(result.exact, 0);
+  result.heavy = weights * result.exact;
   return result;
 }
 
@@ -260,12 +274,6 @@ at::Tensor places_of(const at::Tensor& found, int64_t first, int64_t rows, const
   const auto sequence = item.div(run.count, "floor"), pair = item.remainder(run.count) * run.stride, head = row.div(run.query_rows, "floor");
   const auto query = (sequence * (s.heads / s.groups) + head) * s.length + run.query_begin + pair + row.remainder(run.query_rows);
   return query * s.length + run.key_begin + pair + found.remainder(run.key_rows);
-}
-
-ExactEntries sorted_entries(const std::vector<at::Tensor>& places, const Shape& s) {
-  const auto sorted = std::get<0>(at::cat(places).sort());
-  const auto rows = at::arange(s.batch * s.heads * s.length + 1, sorted.options()) * s.length;
-  return {at::searchsorted(sorted, rows).to(at::kCPU), sorted.remainder(s.length).to(at::kInt).to(at::kCPU)};
 }
 
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const LowRankPlan& plan) {
@@ -314,12 +322,10 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
         std::vector<at::Tensor> outs;
         for_row_slices(low_q, run.key_rows, [&](int64_t first, int64_t rows) {
           const auto slice = [&](const at::Tensor& x) { return x.defined() ? x.narrow(1, first, rows) : x; };
-          const auto gated = gated_scores(slice(of_call(rows_q)), of_call(rows_k), slice(low_q), low_k, slice(of_call(correction)), slice(of_call(before)),
-                                          log_gate, s.scale);
-          const auto sum = gated.scores.logsumexp(2);
-          slice(of_call(sums)).copy_(sum);
-          const auto weights = (gated.scores - sum.unsqueeze(2)).exp_().to(q.scalar_type());
-          outs.push_back(out_of_basis(at::bmm(weights.masked_fill(gated.exact, 0), low_v), p.p_o) + at::bmm(weights * gated.exact, of_call(rows_v)));
+          const auto gated = gated_weights(slice(of_call(rows_q)), of_call(rows_k), slice(low_q), low_k, slice(of_call(correction)), slice(of_call(before)),
+                                           log_gate, s.scale);
+          slice(of_call(sums)).copy_(gated.sums);
+          outs.push_back(out_of_basis(at::bmm(gated.low, low_v), p.p_o).add_(at::bmm(gated.heavy, of_call(rows_v))));
           const auto found = gated.exact.flatten().nonzero().squeeze(1);
           exact.push_back(places_of(found, first, rows, of_call(calls.order), run, s));
           plan.exact_slices.push_back(found.to(at::kInt));
@@ -334,7 +340,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
     far_logsumexp.push_back(calls.as_run(sums));
     met.copy_(at::logaddexp(met, far_logsumexp.back().view(met.sizes())));
   }
-  plan.exact = exact.empty() ? ExactEntries() : sorted_entries(exact, s);
+  plan.exact = exact.empty() ? ExactEntries() : ExactEntries(at::cat(exact), s.batch * s.heads * s.length, s.length);
 
   // Each part weighted by its share exp(lse_part - lse).
   out.mul_((near_logsumexp - logsumexp).exp_().unsqueeze(3).to(out.scalar_type()));
@@ -484,9 +490,30 @@ class LowRankAttention : public torch::autograd::Function<LowRankAttention> {
 
 }  // namespace
 
+void ExactEntries::sort() const {
+  if (!places_.defined()) {
+    return;
+  }
+  at::NoGradGuard no_grad;
+  const auto sorted = std::get<0>(places_.sort());
+  begin_ = at::searchsorted(sorted, at::arange(rows_ + 1, sorted.options()) * length_).to(at::kCPU);
+  keys_ = sorted.remainder(length_).to(at::kInt).to(at::kCPU);
+  places_.reset();
+}
+
+const at::Tensor& ExactEntries::begin() const {
+  sort();
+  return begin_;
+}
+
+const at::Tensor& ExactEntries::keys() const {
+  sort();
+  return keys_;
+}
+
 int64_t ExactEntries::count(int64_t row, int64_t rows, int64_t key, int64_t key_count) const {
-  const int64_t* at = begin.const_data_ptr<int64_t>();
-  const auto* all = keys.const_data_ptr<int32_t>();
+  const int64_t* at = begin().const_data_ptr<int64_t>();
+  const auto* all = keys().const_data_ptr<int32_t>();
   int64_t sum = 0;
   for (int64_t i = row; i < row + rows; ++i) {
     const auto first = std::lower_bound(all + at[i], all + at[i + 1], static_cast<int32_t>(key));

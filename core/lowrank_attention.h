@@ -31,13 +31,26 @@ struct Ranks {
 /// pair's first on, the entry's own chunk at low rank, earlier chunks with what was exact in them. Of the row itself and older tokens alone, so causal row by row.
 inline constexpr int64_t kGateChunk = 256;
 
-/// Entries that gates made exact, of all rows, on the CPU: row i of [B, H, L] has keys[begin[i]], .., keys[begin[i + 1] - 1], token positions, ascending.
-struct ExactEntries {
-  at::Tensor begin;  ///< [B H L + 1] int64
-  at::Tensor keys;   ///< int32
-  bool defined() const { return begin.defined(); }
+/// Entries that gates made exact, of all rows: row i of [B, H, L] has keys[begin[i]], .., keys[begin[i + 1] - 1], token positions, ascending.
+class ExactEntries {
+ public:
+  ExactEntries() = default;
+  ExactEntries(at::Tensor begin, at::Tensor keys) : begin_(std::move(begin)), keys_(std::move(keys)) {}
+  /// Of places [n] int64, row x length + key, in any order on any device; sorted, and brought to the CPU, when somebody first asks which they are.
+  ExactEntries(at::Tensor places, int64_t rows, int64_t length) : places_(std::move(places)), rows_(rows), length_(length) {}
+
+  bool defined() const { return begin_.defined() || places_.defined(); }
+  int64_t size() const { return places_.defined() ? places_.numel() : keys_.defined() ? keys_.numel() : 0; }
+  const at::Tensor& begin() const;  ///< [B H L + 1] int64, on the CPU
+  const at::Tensor& keys() const;   ///< int32, on the CPU
   /// How many entries of rows [row, row + rows) of [B H L] are of a key in [key, key + key_count).
   int64_t count(int64_t row, int64_t rows, int64_t key, int64_t key_count) const;
+
+ private:
+  void sort() const;
+
+  mutable at::Tensor begin_, keys_, places_;
+  int64_t rows_ = 0, length_ = 0;
 };
 
 struct RunCalls;  // lowrank_attention.cpp

@@ -250,17 +250,17 @@ std::tuple<at::Tensor, at::Tensor> lowrank_forward(const at::Tensor& q, const at
   });
   plan.exact = {};
   if (gated) {
-    plan.exact.begin = at::zeros({layout.batch * layout.heads * layout.length + 1}, at::kLong);
-    int64_t* begin_of = plan.exact.begin.data_ptr<int64_t>();
+    const auto exact_begin = at::zeros({layout.batch * layout.heads * layout.length + 1}, at::kLong);
+    int64_t* begin_of = exact_begin.data_ptr<int64_t>();
     const auto row_of = [&](const Piece& piece) { return piece.head * layout.length + (piece.owner < 0 ? 0 : sinks + piece.owner * block) + piece.first; };
     for (size_t i = 0; i < pieces.size(); ++i) {
       for (const ExactList::Entry& entry : exact[i].entries) {
         ++begin_of[row_of(pieces[i]) + entry.row + 1];
       }
     }
-    std::partial_sum(begin_of, begin_of + plan.exact.begin.numel(), begin_of);
-    plan.exact.keys = at::empty({begin_of[plan.exact.begin.numel() - 1]}, at::kInt);
-    auto* keys_of = plan.exact.keys.data_ptr<int32_t>();
+    std::partial_sum(begin_of, begin_of + exact_begin.numel(), begin_of);
+    const auto exact_keys = at::empty({begin_of[exact_begin.numel() - 1]}, at::kInt);
+    auto* keys_of = exact_keys.data_ptr<int32_t>();
     for_each_task(static_cast<int64_t>(pieces.size()), 0, [&](int64_t task, float*) {
       const Piece& piece = pieces[static_cast<size_t>(task)];
       const ExactList& mine = exact[static_cast<size_t>(task)];
@@ -272,6 +272,7 @@ std::tuple<at::Tensor, at::Tensor> lowrank_forward(const at::Tensor& q, const at
         }
       }
     });
+    plan.exact = {exact_begin, exact_keys};
   }
   return {out, logsumexp};
 }
@@ -290,8 +291,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(const at::Tensor
   const float* delta = delta_rows.const_data_ptr<float>();
   const float* keys = k.const_data_ptr<float>();
   const float* values = v.const_data_ptr<float>();
-  const int64_t* exact_begin = plan.exact.defined() ? plan.exact.begin.const_data_ptr<int64_t>() : nullptr;
-  const int32_t* exact_keys = plan.exact.defined() ? plan.exact.keys.const_data_ptr<int32_t>() : nullptr;
+  const int64_t* exact_begin = plan.exact.defined() ? plan.exact.begin().const_data_ptr<int64_t>() : nullptr;
+  const int32_t* exact_keys = plan.exact.defined() ? plan.exact.keys().const_data_ptr<int32_t>() : nullptr;
   float* into_q = grad_q.data_ptr<float>();
   float* into_k = grad_k.data_ptr<float>();
   float* into_v = grad_v.data_ptr<float>();

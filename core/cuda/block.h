@@ -39,7 +39,63 @@ struct HostBlock {
   DRRL_HOST_DEVICE void sync() const {}
 };
 
+/// A warp of one thread, on the host.
+struct HostWarp {
+  template <typename F>
+  DRRL_HOST_DEVICE void each(int n, F f) const {
+    for (int i = 0; i < n; ++i) {
+      f(i);
+    }
+  }
+  /// Of f(0), .., f(n - 1), n >= 1, to all threads.
+  template <typename F>
+  DRRL_HOST_DEVICE auto max(int n, F f) const {
+    auto most = f(0);
+    for (int i = 1; i < n; ++i) {
+      const auto x = f(i);
+      most = x > most ? x : most;
+    }
+    return most;
+  }
+  template <typename F>
+  DRRL_HOST_DEVICE auto sum(int n, F f) const {
+    auto all = f(0);
+    for (int i = 1; i < n; ++i) {
+      all += f(i);
+    }
+    return all;
+  }
+};
+
 #ifdef __CUDACC__
+/// The warp of the calling thread, in a block of one dimension, all of its threads present. What one thread wrote others may not read.
+struct ThreadWarp {
+  template <typename F>
+  __device__ __forceinline__ void each(int n, F f) const {
+    for (int i = static_cast<int>(threadIdx.x) % 32; i < n; i += 32) {
+      f(i);
+    }
+  }
+  template <typename F>
+  __device__ __forceinline__ float max(int n, F f) const {
+    float most = -INFINITY;
+    each(n, [&](int i) { most = fmaxf(most, f(i)); });
+    for (int step = 16; step > 0; step /= 2) {
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
+    }
+    return most;
+  }
+  template <typename F>
+  __device__ __forceinline__ float sum(int n, F f) const {
+    float all = 0;
+    each(n, [&](int i) { all += f(i); });
+    for (int step = 16; step > 0; step /= 2) {
+      all += __shfl_xor_sync(0xffffffffu, all, step);
+    }
+    return all;
+  }
+};
+
 /// The block of the calling thread: one dimension, whole warps. All threads must call the same functions in the same order.
 struct ThreadBlock {
   template <typename F>

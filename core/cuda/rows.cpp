@@ -4,7 +4,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "core/cuda/check.h"
-#include "core/cuda/rows_kernel.h"
+#include "core/cuda/element.h"
 
 namespace drrl {
 namespace {
@@ -12,15 +12,6 @@ namespace {
 constexpr int64_t kWordBytes = 16;
 
 bool in_words(const at::Tensor& x, int64_t bytes) { return bytes % kWordBytes == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kWordBytes == 0; }
-
-std::optional<cuda::Element> element_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat: return cuda::Element::kFloat;
-    case at::kHalf: return cuda::Element::kHalf;
-    case at::kBFloat16: return cuda::Element::kBFloat16;
-    default: return std::nullopt;
-  }
-}
 
 // Nothing if x does not consist of such words.
 std::optional<cuda::Pieces> pieces_of(const at::Tensor& x) {
@@ -69,7 +60,7 @@ bool unpack_cuda(const at::Tensor& packed, const at::Tensor& x) {
 
 bool add_packed_cuda(const at::Tensor& packed, const at::Tensor& weights, const at::Tensor& x) {
   const auto pieces = pieces_of(x);
-  const auto element = element_of(x);
+  const auto element = element_of(x.scalar_type());
   if (!pieces || !element || !fits(packed, x) || (weights.defined() && (weights.scalar_type() != at::kFloat || !weights.is_contiguous()))) {
     return false;
   }
@@ -80,7 +71,7 @@ bool add_packed_cuda(const at::Tensor& packed, const at::Tensor& weights, const 
 }
 
 std::optional<at::Tensor> carrier_cuda(const at::Tensor& grad, const at::Tensor& delta) {
-  const auto element = element_of(grad);
+  const auto element = element_of(grad.scalar_type());
   if (!grad.is_cuda() || !element || !grad.is_contiguous() || delta.scalar_type() != at::kFloat || grad.numel() == 0) {
     return std::nullopt;
   }

@@ -1,8 +1,11 @@
 // The code of the CUDA kernels for bases, run on the host, against the operators that it stands in for.
 #include <gtest/gtest.h>
 
+#include <memory>
+
 #include "core/basis.h"
 #include "core/cuda/basis_item.h"
+#include "core/cuda/gate_item.h"
 
 namespace drrl {
 namespace {
@@ -84,6 +87,42 @@ TEST(CudaItem, ResidualsEqualResidualFactor) {
                         signs.data(), factor.data_ptr<float>(), room.data_ptr<double>());
     const auto form = [](const at::Tensor& f) { return at::matmul(f, f.t()); };
     EXPECT_LT(relative(form(factor), form(expected)), 1e-3) << "d = " << d << ", rank " << rank;
+  }
+}
+
+TEST(CudaItem, GatesARowChunkByChunk) {
+  at::manual_seed(3);
+  const int chunk = 5;
+  for (const int keys : {1, 5, 13}) {
+    for (const double gate : {0.0, 0.05, 0.3, 2.0}) {
+      const auto low = 2 * at::randn({keys}, at::kDouble), full = low + at::randn({keys}, at::kDouble);
+      const double before = keys == 1 ? -1.0 : 0.5;
+      // The definition, entry by entry.
+      auto expected = low.clone();
+      auto exact = at::zeros({keys}, at::kBool);
+      for (int begin = 0; begin < keys; begin += chunk) {
+        const int end = std::min(keys, begin + chunk);
+        const double so_far = std::exp(before) + expected.slice(0, 0, end).exp().sum().item<double>();  // earlier chunks with what was exact, this one at low rank
+        for (int j = begin; j < end; ++j) {
+          if (std::exp(low[j].item<double>()) >= gate * so_far) {
+            exact[j] = true;
+          }
+        }
+        expected = at::where(exact, full, expected);
+      }
+      auto scores = low.clone();
+      auto weights = at::zeros({2, keys}, at::kDouble);
+      std::unique_ptr<bool[]> marks(new bool[static_cast<size_t>(keys)]);
+      auto to = weights.accessor<double, 2>();
+      const double sum = cuda::gate_row(cuda::HostWarp(), keys, chunk, scores.data_ptr<double>(), full.data_ptr<double>(), marks.get(), before, std::log(gate),
+                                        [&](int j, double weight, bool heavy) { to[heavy ? 1 : 0][j] = weight; });
+      EXPECT_NEAR(sum, expected.logsumexp(0).item<double>(), 1e-12);
+      EXPECT_TRUE(at::allclose(weights.sum(0), (expected - sum).exp(), 1e-12, 0));
+      EXPECT_TRUE((weights[1] > 0).equal(exact)) << "gate " << gate << ", " << keys << " keys";
+      for (int j = 0; j < keys; ++j) {
+        EXPECT_EQ(marks[static_cast<size_t>(j)], exact[j].item<bool>());
+      }
+    }
   }
 }
 
