@@ -201,8 +201,7 @@ Basis update_bases(const at::Tensor& right, const at::Tensor& gram_x, const at::
   const auto items_of = items_by_rank(ranks, d - 1);
   TORCH_CHECK(static_cast<int64_t>(ranks.size()) == n && !items_of.empty() && items_of.begin()->first >= 1, "update_bases: ", ranks.size(), " ranks of ", n,
               " items of head dim ", d, ", expected one each from 1 on, some below ", d);
-  const bool in_kernel = !gram_x.is_cuda() && right.scalar_type() == at::kFloat &&
-                         kernel_fits(d, items_of);
+  const bool in_kernel = !gram_x.is_cuda() && right.scalar_type() == at::kFloat && kernel_fits(d, items_of);
   const int64_t columns = items_of.rbegin()->first;
   Basis result;
   if (in_kernel && update_items(right, gram_x, gram_y, ranks, columns, steps, result)) {
@@ -292,11 +291,11 @@ at::Tensor residual_factor(const Basis& basis, const at::Tensor& gram, const at:
               "residual_factor: bases ", basis.left.sizes(), ", Grams ", gram.sizes(), ", keys ", keys.sizes());
   at::NoGradGuard no_grad;
   const int64_t columns = basis.left.size(2);
-  if (ranks.empty()) {
+  if (ranks.empty() && gram.size(0) > 0) {
     return residual_factor(basis, gram, keys, std::vector<int64_t>(static_cast<size_t>(gram.size(0)), columns));
   }
-  TORCH_CHECK(static_cast<int64_t>(ranks.size()) == gram.size(0) && *std::min_element(ranks.begin(), ranks.end()) >= 1, "residual_factor: ", ranks.size(),
-              " ranks of ", gram.size(0), " items, expected one each from 1 on");
+  TORCH_CHECK(static_cast<int64_t>(ranks.size()) == gram.size(0) && std::all_of(ranks.begin(), ranks.end(), [](int64_t rank) { return rank >= 1; }),
+              "residual_factor: ", ranks.size(), " ranks of ", gram.size(0), " items, expected one each from 1 on");
   const int64_t d = gram.size(1), m = std::min(kResidualColumns, d);
   // Deterministic, and the same on every device and process: signs from a multiplicative hash.
   std::vector<int64_t> signs;

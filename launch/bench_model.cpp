@@ -46,6 +46,7 @@ Measured read_files(const std::string& files, std::optional<std::string>& settin
     all.equations.insert(all.equations.end(), file.equations.begin(), file.equations.end());
     all.workloads.insert(all.workloads.end(), file.workloads.begin(), file.workloads.end());
   }
+  all.equations = medians(all.equations);
   return all;
 }
 

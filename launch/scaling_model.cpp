@@ -423,6 +423,20 @@ void add_collectives(const Reader& in, const Json& json, Measured& to) {
 
 }  // namespace
 
+std::vector<Equation> medians(const std::vector<Equation>& equations) {
+  std::vector<std::vector<Equation>> runs;
+  for (const Equation& e : equations) {
+    const auto same = std::find_if(runs.begin(), runs.end(), [&](const auto& run) { return run[0].name == e.name && run[0].demand == e.demand; });
+    same == runs.end() ? runs.push_back({e}) : same->push_back(e);
+  }
+  std::vector<Equation> result;
+  for (std::vector<Equation>& run : runs) {
+    std::sort(run.begin(), run.end(), [](const Equation& a, const Equation& b) { return a.ms < b.ms; });
+    result.push_back(run[(run.size() - 1) / 2]);
+  }
+  return result;
+}
+
 Measured read_measured(const std::filesystem::path& path, std::optional<std::string>& setting) {
   const Reader in(path);
   const Json json = in.root();

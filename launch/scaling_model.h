@@ -53,6 +53,8 @@ struct Demand {
   double cores_shared = 1;   ///< processes times threads for each core of the node, at least 1
   bool out_of_turn = false;  ///< whether processes that share cores wait for each other in every layer, by --tp or --cp
   double sent_bytes = 0;     ///< of process 0
+
+  bool operator==(const Demand&) const = default;
 };
 
 /// Operations as core/cost.h counts them, bytes as distributed/traffic.h does. A collective is as many messages after each other as trees and recursive
@@ -68,6 +70,10 @@ struct Equation {
   double ms = 0;
   double weight = 1;
 };
+
+/// Of equations of the same name and demand, a run that was measured several times, the one of the median time (of an even number the lower), in the order of the
+/// first of each.
+std::vector<Equation> medians(const std::vector<Equation>& equations);
 
 struct StepMs {
   double work = 0;       ///< of the processor

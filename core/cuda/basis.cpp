@@ -56,9 +56,9 @@ Reports& reports() {
 int narrow(int64_t size) { return static_cast<int>(size); }
 
 // The items whose rank is at most `columns`, those of large ranks first, as they take the longest.
-class ItemsByRank {
+class ItemsOnGpu {
  public:
-  ItemsByRank(const std::vector<int64_t>& ranks, int64_t columns, at::Device device) : n_(static_cast<int64_t>(ranks.size())) {
+  ItemsOnGpu(const std::vector<int64_t>& ranks, int64_t columns, at::Device device) : n_(static_cast<int64_t>(ranks.size())) {
     std::vector<int64_t> numbers;
     for (int64_t i = 0; i < n_; ++i) {
       if (ranks[i] <= columns) {
@@ -73,7 +73,7 @@ class ItemsByRank {
     largest = count > 0 ? numbers[count] : 0;
     numbers_ = on_device(numbers, device);
   }
-  cuda::Items on_gpu() const {
+  cuda::Items for_launch() const {
     const auto* data = numbers_.const_data_ptr<int64_t>();
     return {n_, count, data, data + count, narrow(largest)};
   }
@@ -106,13 +106,13 @@ bool update_bases_cuda(const at::Tensor& right, const at::Tensor& gram_x, const 
   reports().check_those_done();
   const auto start = right.contiguous(), x = gram_x.contiguous(), y = gram_y.contiguous();
   result = {at::empty({n, d, columns}, start.options()), at::empty({n, d, columns}, start.options()), {}};
-  const ItemsByRank items(ranks, columns, gram_x.device());
+  const ItemsOnGpu items(ranks, columns, gram_x.device());
   if (items.count == 0) {
     return true;
   }
   const auto failed = at::empty({items.count}, start.options().dtype(at::kInt));
   const auto room = scratch(items.count, cuda::update_scratch_size(narrow(d), narrow(items.largest)), x);
-  DRRL_CHECK_CUDA(cuda::launch_update(items.on_gpu(), narrow(d), narrow(steps), shared<float>(start), narrow(start.size(2)), shared<double>(x), shared<double>(y),
+  DRRL_CHECK_CUDA(cuda::launch_update(items.for_launch(), narrow(d), narrow(steps), shared<float>(start), narrow(start.size(2)), shared<double>(x), shared<double>(y),
                                       settings, result.left.data_ptr<float>(), result.right.data_ptr<float>(), narrow(columns), failed.data_ptr<int>(),
                                       room.data_ptr<double>(), c10::cuda::getCurrentCUDAStream()));
   reports().add(failed);
@@ -128,12 +128,12 @@ bool residual_factor_cuda(const Basis& basis, const at::Tensor& gram, const at::
   const c10::cuda::CUDAGuard guard(gram.device());
   const auto left = basis.left.contiguous(), right = basis.right.contiguous(), g = gram.contiguous(), counts = keys.to(at::kDouble).contiguous();
   factor = at::empty({n, d, columns}, left.options());
-  const ItemsByRank items(ranks, basis_columns, gram.device());
+  const ItemsOnGpu items(ranks, basis_columns, gram.device());
   if (items.count == 0) {
     return true;
   }
   const auto room = scratch(items.count, cuda::residual_scratch_size(narrow(d), narrow(items.largest), narrow(columns)), g);
-  DRRL_CHECK_CUDA(cuda::launch_residual(items.on_gpu(), narrow(d), narrow(columns), left.const_data_ptr<float>(), right.const_data_ptr<float>(), narrow(basis_columns),
+  DRRL_CHECK_CUDA(cuda::launch_residual(items.for_launch(), narrow(d), narrow(columns), left.const_data_ptr<float>(), right.const_data_ptr<float>(), narrow(basis_columns),
                                         g.const_data_ptr<double>(), counts.const_data_ptr<double>(), start.contiguous().const_data_ptr<double>(),
                                         factor.data_ptr<float>(), room.data_ptr<double>(), c10::cuda::getCurrentCUDAStream()));
   return true;
