@@ -23,7 +23,7 @@ import numpy
 
 import study
 
-PART = 25  # examples that one run of drrl-eval answers
+PART = 25  # examples that one run of drrl-eval answers at most, if they are logged
 
 
 def policies(arguments):
@@ -54,8 +54,9 @@ def answer(arguments, log, examples, flags, out):
 
         return log.result((str(arguments.model), hashlib.sha256(asked.encode()).hexdigest(), *flags), run)
 
-    # Several parts a job, as some examples take longer than others and what was logged of an ended run is of whole parts.
-    size = min(PART, -(-len(examples) // arguments.jobs))
+    # Several parts a job, as some examples take longer than others; small ones for a log, which is of whole parts.
+    size = -(-len(examples) // (4 * arguments.jobs if arguments.jobs > 1 else 1))
+    size = min(PART, size) if arguments.log else size
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         parts = [pool.submit(part, "".join(examples[first:first + size])) for first in range(0, len(examples), size)]
         try:
