@@ -26,7 +26,7 @@ struct RunCalls {
   at::Tensor order, inverse;  // [B G count]: the run's item at each place, and back; undefined where there is one call
   at::Tensor p_q, p_k;        // [B G count, d, largest r]; undefined where all ranks are d
   at::Tensor p_v, p_o;        // [B G count, d, largest r_v], likewise
-  at::Tensor residual;        // [B G count, d, m], likewise
+  at::Tensor residual;        // [B G count, d, m], likewise, of the run
   at::Tensor log_gates;       // [B G count, 1]; undefined where no item has a gate
 
   at::Tensor ordered(const at::Tensor& run_rows) const { return order.defined() ? run_rows.index_select(0, order) : run_rows; }
@@ -89,9 +89,10 @@ std::vector<RunCalls> far_calls(const LowRankPlan& plan, int64_t d, const at::Te
   bool gated = false, narrower = false;
   int64_t first = 0, columns_qk = 0, columns_v = 0;  // of a run; the largest ranks below d
   for (const PairRun& run : plan.tree.runs()) {
+    const auto in_plan = [&](int64_t i) { return i / run.count * pairs + run.first_pair + i % run.count; };
     std::map<Ranks, std::vector<int64_t>> shared;
     for (int64_t i = 0; i < sequences * run.count; ++i) {
-      shared[call_key(plan.ranks[i / run.count * pairs + run.first_pair + i % run.count], d, options.device().is_cuda())].push_back(i);
+      shared[call_key(plan.ranks[in_plan(i)], d, options.device().is_cuda())].push_back(i);
     }
     RunCalls& calls = result.emplace_back();
     int64_t place = 0;
@@ -99,7 +100,7 @@ std::vector<RunCalls> far_calls(const LowRankPlan& plan, int64_t d, const at::Te
       Call call{{1, 1, key.gate}, place, static_cast<int64_t>(members.size())};
       for (const int64_t i : members) {
         const int64_t at = first + place;
-        index[at] = i / run.count * pairs + run.first_pair + i % run.count;
+        index[at] = in_plan(i);
         order[at] = i;
         inverse[first + i] = place++;
         const Ranks& own = plan.ranks[index[at]];
@@ -147,8 +148,10 @@ std::vector<RunCalls> far_calls(const LowRankPlan& plan, int64_t d, const at::Te
   for (RunCalls& calls : result) {
     const int64_t count = calls.calls.back().first + calls.calls.back().count;
     const auto of_run = [&](const at::Tensor& x) { return x.defined() ? x.narrow(0, first, count) : x; };
-    std::tie(calls.p_q, calls.p_k, calls.p_v, calls.p_o, calls.residual, calls.log_gates) =
-        std::tuple(of_run(p_q), of_run(p_k), of_run(p_v), of_run(p_o), of_run(residual), of_run(gates));
+    std::tie(calls.p_q, calls.p_k, calls.p_v, calls.p_o, calls.log_gates) = std::tuple(of_run(p_q), of_run(p_k), of_run(p_v), of_run(p_o), of_run(gates));
+    if (std::any_of(calls.calls.begin(), calls.calls.end(), [&](const Call& call) { return call.ranks.qk < d; })) {
+      calls.residual = of_run(residual);
+    }
     if (calls.calls.size() > 1) {
       std::tie(calls.order, calls.inverse) = std::pair(of_run(uploaded[1]), of_run(uploaded[2]));
     }
@@ -267,7 +270,8 @@ GatedWeights gated_weights(const at::Tensor& rows, const at::Tensor& keys, const
   return result;
 }
 
-// A slice's exact entries, `found` in its matrix [n, rows, keys] of the g rows from `first` on and of items in this order, by what sorts them: row of [B, H, L] x L + position of the key.
+// A slice's exact entries, `found` in its matrix [n, rows, keys] of the g rows from `first` on and of items in this order, by what sorts them: row of
+// [B, H, L] x L + position of the key.
 at::Tensor places_of(const at::Tensor& found, int64_t first, int64_t rows, const at::Tensor& order, const PairRun& run, const Shape& s) {
   const auto at_row = found.div(run.key_rows, "floor"), place = at_row.div(rows, "floor"), row = at_row.remainder(rows) + first;
   const auto item = order.defined() ? order.index_select(0, place) : place;

@@ -182,8 +182,7 @@ class UpdateItem {
   /// start_columns, columns: numbers in a row of the start and of both results.
   DRRL_HOST_DEVICE UpdateItem(const Block& block, int d, int rank, int start_columns, int columns, const UpdateSettings& settings, double* scratch)
       : block_(block), d_(d), r_(rank), start_columns_(start_columns), columns_(columns), stride_(row_stride(rank)), settings_(settings), p_(scratch),
-        image_(p_ + d * stride_),
-        factor_(image_ + d * stride_), scales_(factor_ + rank * stride_), inverse_(scales_ + rank), one_(inverse_ + rank) {}
+        image_(p_ + d * stride_), factor_(image_ + d * stride_), scales_(factor_ + rank * stride_), inverse_(scales_ + rank), one_(inverse_ + rank) {}
 
   /// start [d, rank]; gram_x, gram_y [d, d]; writes left and right, [d, rank]. False if a factorization failed for every jitter.
   DRRL_HOST_DEVICE bool run(int steps, const float* start, const double* gram_x, const double* gram_y, float* left, float* right) const {
@@ -263,8 +262,8 @@ DRRL_HOST_DEVICE int residual_scratch_size(int d, int rank, int columns) {
   return (3 * d + rank + columns) * row_stride(columns) + columns + 2;
 }
 
-/// left, right [d, rank] in rows of basis_columns numbers; gram [d, d] times scale is G_k / (2 n d); start [d, columns] the fixed random columns; writes F [d, columns], zeros where nothing
-/// is dropped.
+/// left, right [d, rank] in rows of basis_columns numbers; gram [d, d] times scale is G_k / (2 n d); start [d, columns] the fixed random columns; writes
+/// F [d, columns], zeros where nothing is dropped.
 template <typename Block>
 DRRL_HOST_DEVICE void residual_item(const Block& block, int d, int rank, int columns, const float* left, const float* right, int basis_columns,
                                     const double* gram, double scale, const double* start, float* to, double* scratch) {

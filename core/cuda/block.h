@@ -40,13 +40,7 @@ struct HostBlock {
 };
 
 /// A warp of one thread, on the host.
-struct HostWarp {
-  template <typename F>
-  DRRL_HOST_DEVICE void each(int n, F f) const {
-    for (int i = 0; i < n; ++i) {
-      f(i);
-    }
-  }
+struct HostWarp : HostBlock {
   /// Of f(0), .., f(n - 1), n >= 1, to all threads.
   template <typename F>
   DRRL_HOST_DEVICE auto max(int n, F f) const {
