@@ -52,16 +52,19 @@ Measured read_files(const std::string& files, std::optional<std::string>& settin
 
 /// Prints and returns what the model says of each equation, and the largest relative error of those of full weight: whole steps.
 std::pair<Json, double> compare(const StepModel& model, const std::vector<Equation>& equations) {
-  std::vector<std::vector<std::string>> table = {{"run", "measured ms", "model ms", "error"}};
+  std::vector<std::vector<std::string>> table = {{"run", "measured ms", "slower", "model ms", "error"}};
   Json rows = Json::array();
   double worst = 0;
   for (const Equation& e : equations) {
-    const double ms = model.predict(e.demand).total(), error = ms / e.ms - 1;
+    const double pace = model.pace(e), ms = pace * model.predict(e.demand).total(), error = ms / e.ms - 1;
     worst = e.weight == 1 ? std::max(worst, std::abs(error)) : worst;
-    table.push_back({e.name, format("%.3g", e.ms), format("%.3g", ms), format("%+.1f %%", 100 * error)});
-    rows.push_back({{"run", e.name}, {"measured_ms", e.ms}, {"model_ms", ms}, {"error", error}});
+    table.push_back({e.name, format("%.3g", e.ms), e.yardstick_ms > 0 ? format("%+.1f %%", 100 * (pace - 1)) : "", format("%.3g", ms), format("%+.1f %%", 100 * error)});
+    rows.push_back({{"run", e.name}, {"measured_ms", e.ms}, {"pace", pace}, {"model_ms", ms}, {"error", error}});
   }
   print_table(std::cout, table);
+  if (std::any_of(equations.begin(), equations.end(), [](const Equation& e) { return e.yardstick_ms > 0; })) {
+    std::cout << "slower: the machine's speed then, by a fixed amount of work around each step, against the median of the runs fitted to; the model's ms are at that speed\n";
+  }
   return {rows, worst};
 }
 
@@ -233,6 +236,7 @@ ExitCode model(const Environment&) {
   }
   std::cout << "\ncosts\n";
   json["costs"] = print_costs(model);
+  json["yardstick_ms"] = model.yardstick_ms;
   json["contention"] = model.contention;
   json["overlap"] = model.overlap;
   json["waiting"] = model.waiting;

@@ -22,7 +22,10 @@
 
 #include <algorithm>
 #include <chrono>
+#include <ctime>
 #include <iostream>
+#include <numeric>
+#include <optional>
 #include <random>
 #include <thread>
 
@@ -82,10 +85,41 @@ std::shared_ptr<const TokenFile> random_tokens(int64_t count, int64_t vocabulary
   return file;
 }
 
+/// A fixed amount of work, products and passes over memory, timed before and after every step: processors of a shared machine become slower and faster from one
+/// second to the next, and a step's time means little without. Some 40 ms.
+class Yardstick {
+ public:
+  /// Processor time that it took [ms]: processes that share a core do not wait in it.
+  double ms() {
+    const double begin = processor_ms();
+    for (int i = 0; i < 4; ++i) {
+      at::mm_out(product_, left_, right_);
+    }
+    memory_.add_(1.0);
+    memory_.mul_(0.5);
+    return processor_ms() - begin;
+  }
+
+ private:
+  static double processor_ms() {
+    timespec now{};
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+    return 1e3 * static_cast<double>(now.tv_sec) + 1e-6 * static_cast<double>(now.tv_nsec);
+  }
+
+  at::Tensor left_ = at::ones({512, 576}), right_ = at::ones({576, 1536}), product_ = at::empty({512, 1536});
+  at::Tensor memory_ = at::ones({int64_t{8} << 20});  // 32 MiB
+};
+
 /// What one process sees of the timed steps.
 class Recorder {
  public:
-  Recorder(std::shared_ptr<Traffic> traffic, at::Device device) : traffic_(std::move(traffic)), device_(device) {}
+  Recorder(std::shared_ptr<Traffic> traffic, at::Device device) : traffic_(std::move(traffic)), device_(device) {
+    if (device_.is_cpu()) {
+      yardstick_.emplace();
+      yardstick_->ms();  // once, to warm up
+    }
+  }
 
   /// `hooks` that also tell this recorder.
   PolicyHooks listen(PolicyHooks hooks) {
@@ -93,7 +127,10 @@ class Recorder {
       if (step > FLAGS_warmup_steps) {
         if (begun_.empty()) {
           traffic_->take();
+        } else {
+          ended_.push_back(Clock::now());
         }
+        measure();
         begun_.push_back(Clock::now());
       }
       inner(step);
@@ -109,12 +146,24 @@ class Recorder {
   }
 
   /// After the last step.
-  void finish() { begun_.push_back(Clock::now()); }
+  void finish() {
+    ended_.push_back(Clock::now());
+    measure();
+  }
 
   std::vector<double> step_ms() const {
     std::vector<double> ms;
-    for (size_t i = 1; i < begun_.size(); ++i) {
-      ms.push_back(ms_between(begun_[i - 1], begun_[i]));
+    for (size_t i = 0; i < begun_.size(); ++i) {
+      ms.push_back(ms_between(begun_[i], ended_[i]));
+    }
+    return ms;
+  }
+
+  /// Of each step: the mean of what the yardsticks before and after it took; empty on CUDA.
+  std::vector<double> yardstick_ms() const {
+    std::vector<double> ms;
+    for (size_t i = 1; i < yardsticks_.size(); ++i) {
+      ms.push_back((yardsticks_[i - 1] + yardsticks_[i]) / 2);
     }
     return ms;
   }
@@ -123,7 +172,8 @@ class Recorder {
   Json report(const Mesh& mesh) const {
     const auto steps = static_cast<double>(FLAGS_steps);
     const auto on_cpu = [&](double ms) { return device_.is_cpu() ? Json(ms) : Json(); };  // on CUDA the host runs ahead, and its times say nothing
-    const double all_ms = ms_between(begun_.front(), begun_.back());
+    const std::vector<double> ms = step_ms();
+    const double all_ms = std::accumulate(ms.begin(), ms.end(), 0.0);
     double exposed_ms = 0, sent_bytes = 0;
     Json kinds = Json::array();
     for (const auto& [key, entry] : traffic_->take()) {
@@ -133,7 +183,7 @@ class Recorder {
                        {"sent_bytes", entry.sent_bytes / steps}, {"exposed_ms", on_cpu(entry.waited_ms / steps)}});
     }
     return {{"rank", mesh.world().rank()}, {"tp_rank", mesh.tp().rank()}, {"cp_rank", mesh.cp().rank()}, {"dp_rank", mesh.dp().rank()},
-            {"step_ms", median(step_ms())},
+            {"step_ms", median(ms)},
             {"exposed_ms", on_cpu(exposed_ms / steps)}, {"exposed_share", on_cpu(exposed_ms / all_ms)},
             {"basis_ms", on_cpu(spent_.solve_ms / steps)}, {"basis_share", on_cpu(spent_.solve_ms / all_ms)},
             {"attention_forward_ms", on_cpu(spent_.attention_ms / steps)},
@@ -141,9 +191,17 @@ class Recorder {
   }
 
  private:
+  void measure() {
+    if (yardstick_) {
+      yardsticks_.push_back(yardstick_->ms());
+    }
+  }
+
   std::shared_ptr<Traffic> traffic_;
   at::Device device_;
-  std::vector<Clock::time_point> begun_;  // of the timed steps, and the end
+  std::optional<Yardstick> yardstick_;
+  std::vector<Clock::time_point> begun_, ended_;  // of the timed steps
+  std::vector<double> yardsticks_;                // before the first of them and after each
   AttentionStatistics spent_;
 };
 
@@ -242,17 +300,25 @@ ExitCode scaling(const Environment& environment) {
     recorder.finish();
 
     const Json ranks = gathered(recorder.report(mesh), mesh.world());
-    at::Tensor slowest = at::tensor(recorder.step_ms(), at::kDouble).to(mesh.world().message_device());
-    mesh.world().all_reduce(slowest, ReduceOp::kMax);
-    slowest = slowest.cpu();
-    const double step_ms = median({slowest.data_ptr<double>(), slowest.data_ptr<double>() + slowest.numel()});
+    const auto slowest = [&](const std::vector<double>& own) {
+      at::Tensor all = at::tensor(own, at::kDouble).to(mesh.world().message_device());
+      mesh.world().all_reduce(all, ReduceOp::kMax);
+      all = all.cpu();
+      return std::vector<double>(all.data_ptr<double>(), all.data_ptr<double>() + all.numel());
+    };
+    const std::vector<double> steps_ms = slowest(recorder.step_ms()), yardsticks_ms = device.is_cpu() ? slowest(recorder.yardstick_ms()) : std::vector<double>();
+    const double step_ms = median(steps_ms);
+    Json steps = Json::array();
+    for (size_t i = 0; i < steps_ms.size(); ++i) {
+      steps.push_back({{"ms", steps_ms[i]}, {"yardstick_ms", device.is_cpu() ? Json(yardsticks_ms[i]) : Json()}});
+    }
     if (leader) {
       Json json = provenance("scaling");
       json.update(Json{{"launcher", name(environment.launcher)}, {"world_size", environment.world_size}, {"processes_per_node", environment.local_size},
                        {"cores_per_node", std::thread::hardware_concurrency()}, {"tp", shape.tp}, {"cp", shape.cp}, {"dp", shape.dp}, {"scaling", FLAGS_scaling},
                        {"attention", attention.controller->describe()}, {"config", Json::parse(config.export_json(at::kFloat))},
                        {"parameters", model.parameter_count()}, {"sequences_per_step", options.global_batch}, {"tokens_per_step", step_tokens},
-                       {"timed_steps", FLAGS_steps}, {"step_ms", step_ms}, {"steps_per_second", 1e3 / step_ms},
+                       {"timed_steps", FLAGS_steps}, {"steps", steps}, {"step_ms", step_ms}, {"steps_per_second", 1e3 / step_ms},
                        {"tokens_per_second", 1e3 / step_ms * static_cast<double>(step_tokens)}, {"exposed_share", mean(ranks, "exposed_share")},
                        {"basis_share", mean(ranks, "basis_share")}, {"sent_bytes", mean(ranks, "sent_bytes")}, {"ranks", ranks}});
       print_results(json);

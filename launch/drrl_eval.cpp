@@ -39,8 +39,8 @@ DEFINE_int64(audit_rows, 0, "compare certified error bounds with exact attention
 DEFINE_string(decisions, "", "file for the ranks of every far pair and the share of entries that gates made exact, a JSON object for each sequence and layer, from one process");
 DEFINE_string(ablate, "", "leave out, for a study: residual (of far log-sum-exps), mass (weights of keys and values in Grams), or both with a comma between");
 DEFINE_int64(generate, 0, "instead of evaluating, continue the first --prompt_tokens of --data by this many; 0: evaluate [tokens]");
-DEFINE_string(examples, "", "instead of evaluating --data, answer the questions of this file, a JSON object a line; launch/downstream_sets.py writes such files");
-DEFINE_string(examples_out, "", "file for what became of each of --examples, a JSON object a line");
+DEFINE_string(examples, "", "instead of evaluating --data, answer the questions of this file, a text with one or more a line, in JSON; launch/downstream_sets.py writes such files");
+DEFINE_string(examples_out, "", "file for what became of each question of --examples, a JSON object a line");
 DEFINE_int64(prompt_tokens, 64, "length of the prompt of --generate [tokens]");
 DEFINE_double(temperature, 0, "of the draws of --generate, which --seed decides; 0: always the most likely token");
 DEFINE_int64(top_k, 0, "draw only from this many most likely tokens; 0: from all [tokens]");
@@ -176,27 +176,30 @@ void print_generation(const nlohmann::ordered_json& json) {
             << json["mean_rank_v"].get<double>() << "\n";
 }
 
-/// --examples: the share that is answered right, and what attention cost. `lines` <- a JSON object for each example.
+/// --examples: the share of questions that is answered right, and what attention cost. `lines` <- a JSON object for each question.
 nlohmann::ordered_json answers(CausalLM& model, LowRankController& controller, const std::vector<Example>& examples, const Mesh& mesh,
                                std::vector<nlohmann::ordered_json>& lines) {
   const size_t count = examples.size();
-  std::vector<double> right(count), attention_ms(count), flops(count), logprobs;  // logprobs: of all targets of all examples in turn
+  std::vector<double> attention_ms(count), flops(count), right, logprobs;  // right: of all questions in turn; logprobs: of all of their targets
   Totals totals;
   for (size_t i = 0; i < count; ++i) {
     const Example& example = examples[i];
-    const size_t first = logprobs.size();
-    logprobs.resize(first + example.targets.size());
-    if (static_cast<int64_t>(i) % mesh.dp().size() != mesh.dp().rank()) {
-      continue;
+    const bool mine = static_cast<int64_t>(i) % mesh.dp().size() == mesh.dp().rank();
+    std::vector<QuestionScore> scores;
+    if (mine) {
+      controller.take_statistics();
+      scores = score(model, example);
+      const AttentionStatistics spent = controller.take_statistics();
+      totals.attention += spent;
+      attention_ms[i] = spent.attention_ms;
+      flops[i] = spent.flops / spent.exact_flops;
     }
-    controller.take_statistics();
-    const ExampleScore scored = score(model, example);
-    const AttentionStatistics spent = controller.take_statistics();
-    totals.attention += spent;
-    std::copy(scored.logprobs.begin(), scored.logprobs.end(), logprobs.begin() + static_cast<std::ptrdiff_t>(first));
-    right[i] = scored.right ? 1 : 0;
-    attention_ms[i] = spent.attention_ms;
-    flops[i] = spent.flops / spent.exact_flops;
+    for (size_t q = 0; q < example.questions.size(); ++q) {
+      const std::vector<double> none(example.questions[q].targets.size());
+      const std::vector<double>& own = mine ? scores[q].logprobs : none;
+      logprobs.insert(logprobs.end(), own.begin(), own.end());
+      right.push_back(mine && scores[q].right ? 1 : 0);
+    }
   }
   const AttentionStatistics all = reduce(totals, mesh).attention;
   right = merge(right, mesh);
@@ -204,34 +207,36 @@ nlohmann::ordered_json answers(CausalLM& model, LowRankController& controller, c
   flops = merge(flops, mesh);
   logprobs = merge(logprobs, mesh);
 
-  int64_t hits = 0;
-  double nll = 0;
+  double hits = 0, nll = 0;
   auto logprob = logprobs.begin();
   for (size_t i = 0; i < count; ++i) {
     const Example& example = examples[i];
-    const std::vector<double> own(logprob, logprob + static_cast<std::ptrdiff_t>(example.targets.size()));
-    logprob += static_cast<std::ptrdiff_t>(own.size());
-    const double answer_nll = -own[static_cast<size_t>(example.answer)];
-    hits += right[i] > 0 ? 1 : 0;
-    nll += answer_nll;
-    lines.push_back({{"id", example.id},
-                     {"right", right[i] > 0},
-                     {"nll", answer_nll},
-                     {"logprobs", own},
-                     {"context_tokens", example.context.numel()},
-                     {"attention_flops_fraction", flops[i]},
-                     {"attention_ms", attention_ms[i]}});
+    for (const Question& question : example.questions) {
+      const std::vector<double> own(logprob, logprob + static_cast<std::ptrdiff_t>(question.targets.size()));
+      logprob += static_cast<std::ptrdiff_t>(own.size());
+      const double answer_nll = -own[static_cast<size_t>(question.answer)];
+      const bool hit = right[lines.size()] > 0;
+      hits += hit ? 1 : 0;
+      nll += answer_nll;
+      lines.push_back({{"id", example.id},
+                       {"at", question.at},
+                       {"right", hit},
+                       {"nll", answer_nll},
+                       {"logprobs", own},
+                       {"context_tokens", example.context.numel()},
+                       {"attention_flops_fraction", flops[i]},
+                       {"attention_ms", attention_ms[i] / static_cast<double>(example.questions.size())}});
+    }
   }
-  nlohmann::ordered_json json = {{"accuracy", static_cast<double>(hits) / static_cast<double>(count)},
-                                 {"examples", count},
-                                 {"right", hits},
-                                 {"nll", nll / static_cast<double>(count)}};
+  const auto questions = static_cast<double>(lines.size());
+  nlohmann::ordered_json json = {{"accuracy", hits / questions}, {"examples", count}, {"questions", lines.size()}, {"right", std::llround(hits)},
+                                 {"nll", nll / questions}};
   json.update(attention_json(all, model.config().head_dim));
   return json;
 }
 
 void print_answers(const nlohmann::ordered_json& json) {
-  std::cout << "accuracy " << json["accuracy"].get<double>() << " (" << json["right"] << " of " << json["examples"] << " right), nll of the answer "
+  std::cout << "accuracy " << json["accuracy"].get<double>() << " (" << json["right"] << " of " << json["questions"] << " right), nll of the answer "
             << json["nll"].get<double>() << ", attention FLOPs " << json["attention_flops_fraction"].get<double>() << " of exact, mean ranks "
             << json["mean_rank_qk"].get<double>() << " / " << json["mean_rank_v"].get<double>() << ", attention " << json["attention_ms"].get<double>()
             << " ms\n";

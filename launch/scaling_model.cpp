@@ -7,6 +7,7 @@
 #include "core/storage.h"
 #include "distributed/context_attention.h"
 #include "distributed/traffic.h"
+#include "launch/bench.h"
 #include "launch/options.h"
 #include "models/tensor_parallel.h"
 #include "models/weights.h"
@@ -229,10 +230,17 @@ StepModel StepModel::fit(const std::vector<Equation>& equations) {
     }
   }
   check(ErrorKind::kUsage, equations.size() >= used.size(), equations.size(), " measured times for ", used.size(), " costs: give more runs with --runs");
+  std::vector<double> yardsticks;
+  for (const Equation& e : equations) {
+    if (e.yardstick_ms > 0) {
+      yardsticks.push_back(e.yardstick_ms);
+    }
+  }
+  best.yardstick_ms = yardsticks.empty() ? 0 : median(yardsticks);
   const auto rows_at = [&](double contention, double overlap, double waiting) {
     std::vector<std::vector<double>> rows;
     for (const Equation& e : equations) {
-      const double factor = e.weight * sharing(e.demand, waiting) / e.ms;
+      const double factor = e.weight * best.pace(e) * sharing(e.demand, waiting) / e.ms;
       std::vector<double> row;
       for (const size_t i : used) {
         row.push_back(factor * (is_communication(i) ? e.demand.amounts[i] + (1 - overlap) * e.demand.gradients[i]
@@ -396,11 +404,20 @@ void add_run(const Reader& in, const Json& run, Measured& to) {
   check(ErrorKind::kUsage, std::abs(demand.sent_bytes - sent) <= 0.01 * sent + 1, in.path(), ": ", name, ": process 0 sent ", sent,
         " bytes in a step, where ", demand.sent_bytes, " are counted: it was measured by another version, or with options that are not modelled");
   to.workloads.push_back(w);
-  to.equations.push_back({name, demand, in.number(run, "step_ms", 1e-3)});
+  const Json& steps = in.field(run, "steps");
+  check(ErrorKind::kUsage, steps.is_array() && !steps.empty(), in.path(), ": \"steps\" is ", quoted(steps.dump()), ", expected an entry for each");
+  std::vector<Equation> measured;
+  double yardstick_ms = 0;  // of all steps together
+  for (const Json& step : steps) {
+    const double yardstick = in.field(step, "yardstick_ms").is_null() ? 0 : in.number(step, "yardstick_ms", 1e-3);
+    measured.push_back({name, demand, in.number(step, "ms", 1e-3), 1, yardstick});
+    yardstick_ms += yardstick / static_cast<double>(steps.size());
+  }
+  to.equations.push_back(medians(measured).front());
   if (w.shape.cp == 1 && demand.amounts[kBases] > 0 && !in.field(ranks[0], "basis_ms").is_null()) {
     Demand bases{.busy_others = demand.busy_others, .cores_shared = demand.cores_shared, .out_of_turn = demand.out_of_turn};
     bases.amounts[kBases] = demand.amounts[kBases];
-    to.equations.push_back({name + ": bases", bases, in.number(ranks[0], "basis_ms", 1e-3), kPartWeight});
+    to.equations.push_back({name + ": bases", bases, in.number(ranks[0], "basis_ms", 1e-3), kPartWeight, yardstick_ms});
   }
 }
 
@@ -431,7 +448,7 @@ std::vector<Equation> medians(const std::vector<Equation>& equations) {
   }
   std::vector<Equation> result;
   for (std::vector<Equation>& run : runs) {
-    std::sort(run.begin(), run.end(), [](const Equation& a, const Equation& b) { return a.ms < b.ms; });
+    std::sort(run.begin(), run.end(), [](const Equation& a, const Equation& b) { return a.paced() < b.paced(); });
     result.push_back(run[(run.size() - 1) / 2]);
   }
   return result;

@@ -69,10 +69,14 @@ struct Equation {
   Demand demand;
   double ms = 0;
   double weight = 1;
+  double yardstick_ms = 0;  ///< what a fixed amount of work took on the slowest of its processors at the time; 0: not measured, taken for the usual
+
+  /// The time without the drift of the machine's speed, for comparing.
+  double paced() const { return yardstick_ms > 0 ? ms / yardstick_ms : ms; }
 };
 
-/// Of equations of the same name and demand, a run that was measured several times, the one of the median time (of an even number the lower), in the order of the
-/// first of each.
+/// Of equations of the same name and demand, a run that was measured several times, the one of the median `paced` time (of an even number the lower), in the order
+/// of the first of each.
 std::vector<Equation> medians(const std::vector<Equation>& equations);
 
 struct StepMs {
@@ -90,9 +94,13 @@ struct StepModel {
 
   Amounts costs{};  ///< [ms]
   std::array<Source, kCostCount> sources{};
-  double contention = 0;  ///< by how much work takes longer when all other cores of the node work
-  double overlap = 0;     ///< of the gradients' communication with work: 0 none, 1 perfect
-  double waiting = 0;     ///< by how much all takes longer where processes that wait for each other share cores
+  double contention = 0;    ///< by how much work takes longer when all other cores of the node work
+  double overlap = 0;       ///< of the gradients' communication with work: 0 none, 1 perfect
+  double waiting = 0;       ///< by how much all takes longer where processes that wait for each other share cores
+  double yardstick_ms = 0;  ///< at the speed that the costs are meant for, the median of the equations that it is fitted to; 0: they have none
+
+  /// By how much the machine was slower when the equation was measured than the costs are meant for.
+  double pace(const Equation& equation) const { return equation.yardstick_ms > 0 && yardstick_ms > 0 ? equation.yardstick_ms / yardstick_ms : 1; }
 
   /// Least squares of relative errors, no cost negative; contention, overlap and waiting by search in [0, 1].
   /// Errors: Error(kUsage) if the equations cannot tell a cost from the others, naming it and what would.

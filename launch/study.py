@@ -200,11 +200,27 @@ def has_gates(policy):
     return b"gated_damage" in pathlib.Path(policy).read_bytes()[:1 << 20]
 
 
-def interval(difference, seed=1, draws=10000, level=0.95):
-    """Mean and bootstrap interval of paired differences."""
-    picks = numpy.random.default_rng(seed).integers(0, len(difference), (draws, len(difference)))
-    low, high = numpy.percentile(difference[picks].mean(axis=1), [50 * (1 - level), 50 * (1 + level)])
+def interval(difference, seed=1, draws=10000, level=0.95, groups=None):
+    """Mean and bootstrap interval of paired differences. groups [n]: what each belongs to; groups are drawn whole, as what they hold may be alike."""
+    sums, counts = difference, numpy.ones(len(difference))
+    if groups is not None:
+        members = numpy.unique(groups, return_inverse=True)[1]
+        sums, counts = numpy.bincount(members, weights=difference), numpy.bincount(members)
+    picks = numpy.random.default_rng(seed).integers(0, len(sums), (draws, len(sums)))
+    low, high = numpy.percentile(sums[picks].sum(axis=1) / counts[picks].sum(axis=1), [50 * (1 - level), 50 * (1 + level)])
     return float(difference.mean()), float(low), float(high)
+
+
+def design_effect(difference, groups):
+    """By how much the variance of the mean of `difference` [n] is larger than of n that have nothing to do with each other, where those of a group [n] may
+    be alike; 1 at least, n for a single group (Rao and Scott, Biometrics 48, 1992)."""
+    members = numpy.unique(groups, return_inverse=True)[1]
+    away = difference - difference.mean()
+    k, n, alone = int(members.max()) + 1, len(difference), (away ** 2).sum()
+    if k < 2 or alone == 0:
+        return 1.0 if k > 1 else float(n)
+    together = (numpy.bincount(members, weights=away) ** 2).sum()
+    return max(1.0, k / (k - 1) * together / (n / (n - 1) * alone))
 
 
 def score_statistic(better, worse, n, delta):
@@ -219,15 +235,17 @@ def score_statistic(better, worse, n, delta):
     return distance and distance / math.sqrt(n * max(1e-300, 2 * worse_rate + delta * (1 - delta)))
 
 
-def tost(difference, margin, alpha=0.05):
+def tost(difference, margin, alpha=0.05, groups=None):
     """Two one-sided tests of equivalence: is the mean of paired differences of right (1) and wrong (0) answers within +- margin?
 
     difference [n] of -1, 0 and 1. Returns {"p": the larger of the two p values, "interval": Tango's, of level 1 - 2 alpha, "equivalent": p < alpha,
-    which is the same as the interval within the margin} (Nam, Biometrics 53, 1997).
+    which is the same as the interval within the margin} (Nam, Biometrics 53, 1997). groups [n]: what each belongs to; the counts are divided by their
+    design_effect.
     """
     if not numpy.isin(difference, (-1, 0, 1)).all():
         raise ValueError("differences of right and wrong answers are -1, 0 or 1")
-    pairs = int((difference > 0).sum()), int((difference < 0).sum()), len(difference)
+    effect = 1.0 if groups is None else design_effect(difference, groups)
+    pairs = (difference > 0).sum() / effect, (difference < 0).sum() / effect, len(difference) / effect
 
     def crossing(z):
         low, high = -1.0, 1.0

@@ -4,9 +4,9 @@
     launch/study_downstream.py --model DIR --policy FILE --sets FILE.jsonl... [--limit N] [--jobs N] [--out DIR] [--json FILE] [-- --device=cuda ...]
 
 Sets are files for drrl-eval --examples (launch/downstream_sets.py), policies `dp` at --budget with and without gates, and `fixed`, or some of them. For each: right answers, the
-difference in points with its 95 % interval (paired bootstrap over examples), the same for the answer's loss in nats, and a verdict. "equivalent": two one-sided
-tests exclude a difference of --margin points or more, at level 0.05 (the 90 % score interval lies within +- margin); else "worse" or "better" if
-the 95 % interval excludes 0; else "undecided": too few examples to tell. What follows -- goes to drrl-eval. --out keeps what became of each example,
+difference in points with its 95 % interval (paired bootstrap over examples, each with all of its questions), the same for the answer's loss in nats, and a verdict.
+"equivalent": two one-sided tests exclude a difference of --margin points or more, at level 0.05 (the 90 % score interval, widened by as much as questions of an example
+are alike, lies within +- margin); else "worse" or "better" if the 95 % interval excludes 0; else "undecided": too few questions to tell. What follows -- goes to drrl-eval. --out keeps what became of each example,
 SET.POLICY.jsonl; --log lets an interrupted study go on. On a CPU with many cores --jobs, a core each, are faster than one process with all of them. Exit status: 0 measured, 1 a run failed.
 """
 
@@ -69,17 +69,18 @@ def answer(arguments, log, examples, flags, out):
 
 
 def compare(exact, lines, margin):
-    """Paired figures of two runs on the same examples; accuracies as shares."""
-    if [line["id"] for line in exact] != [line["id"] for line in lines]:
-        raise ValueError("the two runs answered different examples")
+    """Paired figures of two runs on the same questions; accuracies as shares."""
+    if [(line["id"], line["at"]) for line in exact] != [(line["id"], line["at"]) for line in lines]:
+        raise ValueError("the two runs answered different questions")
     right, exact_right, nll, exact_nll = (numpy.array([float(line[key]) for line in run]) for key in ("right", "nll") for run in (lines, exact))
-    difference = right - exact_right
-    test = study.tost(difference, margin)
-    _, low, high = points = study.interval(difference)
+    examples, difference = [line["id"] for line in lines], right - exact_right
+    test = study.tost(difference, margin, groups=examples)
+    _, low, high = points = study.interval(difference, groups=examples)
     verdict = "equivalent" if test["equivalent"] else "worse" if high < 0 else "better" if low > 0 else "undecided"
-    return {"examples": len(lines), "accuracy": float(right.mean()), "exact_accuracy": float(exact_right.mean()), "difference": points,
-            "lost": int((difference < 0).sum()), "won": int((difference > 0).sum()), "margin": margin, "tost_p": test["p"],
-            "interval_90": test["interval"], "verdict": verdict, "nll_difference": study.interval(nll - exact_nll)}
+    return {"examples": len(set(examples)), "questions": len(lines), "accuracy": float(right.mean()), "exact_accuracy": float(exact_right.mean()),
+            "difference": points, "lost": int((difference < 0).sum()), "won": int((difference > 0).sum()), "margin": margin,
+            "design_effect": study.design_effect(difference, examples), "tost_p": test["p"], "interval_90": test["interval"], "verdict": verdict,
+            "nll_difference": study.interval(nll - exact_nll, groups=examples)}
 
 
 def main():
@@ -125,7 +126,7 @@ def main():
                        "attention_flops_fraction": operations, "attention_ms": sum(line["attention_ms"] for line in lines), "run": ran}
                 rows.append(row)
                 if lines is exact:
-                    print(f"{examples.stem:24} {name:14} {1:10.4f} {100 * row['accuracy']:9.1f} {'':7} {len(lines)} examples, "
+                    print(f"{examples.stem:24} {name:14} {1:10.4f} {100 * row['accuracy']:9.1f} {'':7} {len(lines)} questions, "
                           f"{nll:.3f} nats an answer, attention {row['attention_ms']:.0f} ms", flush=True)
                     continue
                 points, tost, nats = [100 * x for x in row["difference"]], [100 * x for x in row["interval_90"]], row["nll_difference"]

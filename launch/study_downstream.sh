@@ -4,8 +4,9 @@
 #
 #   launch/study_downstream.sh [--limit N] [-- --device=cuda ...]     arguments are study_downstream.py's; results under out/downstream
 #
-# Sets, in DRRL_CACHE/downstream: the last words of 1000 sentences after 2048 tokens of held-out books of the Bible, and of the Jargon File; pass keys in 2048, 4096
-# and 8192 tokens of the Jargon File, 300 of each; and 1000 sentences about films to call negative or positive after 2048 tokens of labelled ones.
+# Sets, in DRRL_CACHE/downstream: up to 2000 last words of sentences in texts of 2048 tokens from held-out books of the Bible, and from the Jargon File, up to 16
+# of a text; pass keys in 2048, 4096 and 8192 tokens of the Jargon File, 300 of each; and up to 5000 sentences about films to call negative or positive, 32 in a text
+# of 2048 tokens of labelled ones.
 # DRRL_DOWNSTREAM_SETS chooses among them, e.g. "passkey-2048 lastword-kjv-2048", of any length (2048 or more for dp at 0.585). On CPUs take --limit. See
 # launch/environment.sh for the variables that it listens to.
 set -euo pipefail
@@ -21,12 +22,12 @@ sets=()
 for name in ${DRRL_DOWNSTREAM_SETS:-lastword-kjv-2048 lastword-jargon-2048 passkey-2048 passkey-4096 passkey-8192 sentiment-2048}; do
   file=$DRRL_CACHE/downstream/$name.jsonl
   case $name in
-    lastword-kjv-*) task=(lastword --count=1000 --input "$DRRL_DATA"/text/kjv/valid/*.txt) ;;
-    lastword-jargon-*) task=(lastword --count=1000 --input "$DRRL_DATA"/text/jargon/*.txt) ;;
+    lastword-kjv-*) task=(lastword --count=2000 --together=16 --input "$DRRL_DATA"/text/kjv/valid/*.txt) ;;
+    lastword-jargon-*) task=(lastword --count=2000 --together=16 --input "$DRRL_DATA"/text/jargon/*.txt) ;;
     passkey-*) task=(passkey --count=300 --input "$DRRL_DATA"/text/jargon/*.txt) ;;
     sentiment-*)
       "$DRRL_PYTHON" launch/prepare.py corpus --name reviews --out "$DRRL_DATA/text/reviews"
-      task=(sentiment --count=1000 --input "$DRRL_DATA/text/reviews/reviews.tsv")
+      task=(sentiment --count=5000 --together=32 --input "$DRRL_DATA/text/reviews/reviews.tsv")
       ;;
     *) echo "study_downstream.sh: error: no set '$name' in DRRL_DOWNSTREAM_SETS; expected lastword-kjv-N, lastword-jargon-N, passkey-N or sentiment-N" >&2; exit 2 ;;
   esac

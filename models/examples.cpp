@@ -33,27 +33,51 @@ at::Tensor read_tokens(const json& value, const ModelConfig& config, const std::
   return at::tensor(ids, at::kLong);
 }
 
-Example read_example(const std::string& line, const ModelConfig& config, const std::string& where) {
-  const json object = json::parse(line, nullptr, /*allow_exceptions=*/false);
+void check_keys(const json& object, std::initializer_list<const char*> keys, const std::string& where) {
   check(ErrorKind::kData, object.is_object(), where, ": not a JSON object");
-  for (const char* key : {"id", "context", "targets", "answer"}) {
+  for (const char* key : keys) {
     check(ErrorKind::kData, object.contains(key), where, ": no '", key, "'");
   }
-  check(ErrorKind::kData, object["id"].is_string(), where, ": 'id' is ", object["id"].dump(), ", expected a string");
-  Example example;
-  example.id = object["id"];
-  example.context = read_tokens(object["context"], config, where + ": 'context'");
+}
+
+/// "targets" and "answer" of `object`, a question about what follows the first `at` tokens of a text.
+Question read_question(const json& object, int64_t at, const ModelConfig& config, const std::string& where) {
+  Question question{.at = at};
   const json& targets = object["targets"];
   check(ErrorKind::kData, targets.is_array() && !targets.empty(), where, ": 'targets' must be a list of one or more lists of token ids");
   for (size_t i = 0; i < targets.size(); ++i) {
     const at::Tensor target = read_tokens(targets[i], config, c10::str(where, ": target ", i));
     // The last token of a target is predicted only, never read.
-    const int64_t length = example.context.numel() + target.numel() - 1;
-    check(ErrorKind::kData, length <= config.max_position_embeddings, where, ": a context of ", example.context.numel(), " and a target of ", target.numel(),
+    check(ErrorKind::kData, at + target.numel() - 1 <= config.max_position_embeddings, where, ": a context of ", at, " and a target of ", target.numel(),
           " tokens are longer than the model's max_position_embeddings, ", config.max_position_embeddings);
-    example.targets.push_back(target);
+    question.targets.push_back(target);
   }
-  example.answer = read_index(object["answer"], static_cast<int64_t>(targets.size()), where + ": 'answer'", "the index of a target");
+  question.answer = read_index(object["answer"], static_cast<int64_t>(targets.size()), where + ": 'answer'", "the index of a target");
+  return question;
+}
+
+Example read_example(const std::string& line, const ModelConfig& config, const std::string& where) {
+  const json object = json::parse(line, nullptr, /*allow_exceptions=*/false);
+  check_keys(object, {"id", "context"}, where);
+  check(ErrorKind::kData, object["id"].is_string(), where, ": 'id' is ", object["id"].dump(), ", expected a string");
+  Example example{.id = object["id"], .context = read_tokens(object["context"], config, where + ": 'context'"), .questions = {}};
+  const int64_t length = example.context.numel();
+  if (!object.contains("questions")) {
+    check_keys(object, {"targets", "answer"}, where);
+    example.questions.push_back(read_question(object, length, config, where));
+    return example;
+  }
+  check(ErrorKind::kData, length <= config.max_position_embeddings, where, ": a context of ", length,
+        " tokens is longer than the model's max_position_embeddings, ", config.max_position_embeddings);
+  const json& questions = object["questions"];
+  check(ErrorKind::kData, questions.is_array() && !questions.empty(), where, ": 'questions' must be a list of one or more objects");
+  for (size_t i = 0; i < questions.size(); ++i) {
+    const std::string place = c10::str(where, ": question ", i);
+    check_keys(questions[i], {"at", "targets", "answer"}, place);
+    const int64_t at = read_index(questions[i]["at"], length + 1, place + ": 'at'", "tokens of the context before the question");
+    check(ErrorKind::kData, at >= 1, place, ": 'at' is 0, expected at least one token before the question");
+    example.questions.push_back(read_question(questions[i], at, config, place));
+  }
   return example;
 }
 
@@ -79,33 +103,74 @@ std::vector<Example> read_examples(const std::filesystem::path& path, const Mode
   return examples;
 }
 
-ExampleScore score(CausalLM& model, const Example& example) {
+namespace {
+
+/// A text to read, and the positions [T_i] of it whose logits say the tokens of each target.
+struct Pass {
+  at::Tensor text;
+  std::vector<at::Tensor> positions = {};
+  int64_t rows = 0;  ///< sum of T_i
+};
+
+/// Where the logits of a target are.
+struct Place {
+  size_t pass;
+  int64_t row;
+};
+
+/// Errors: see score.
+at::Tensor read(CausalLM& model, const Pass& pass, const std::string& id) {
+  try {
+    return model.logits_at(pass.text.unsqueeze(0), at::cat(pass.positions))[0].to(at::kCPU, at::kDouble);
+  } catch (const Error& error) {  // a budget, for one, cannot be met at every length
+    raise(error.kind(), "example '", id, "', ", pass.text.numel(), " tokens: ", error.what());
+  }
+}
+
+}  // namespace
+
+std::vector<QuestionScore> score(CausalLM& model, const Example& example) {
   check(ErrorKind::kUsage, model.context().size() == 1, "examples cannot be scored on sequences that are split over ", model.context().size(), " processes");
-  ExampleScore result;
-  bool most_likely = false;
-  at::Tensor tokens, logits;
-  for (const at::Tensor& target : example.targets) {
-    const at::Tensor read = at::cat({example.context, target.narrow(0, 0, target.numel() - 1)}).unsqueeze(0);
-    if (!tokens.defined() || !at::equal(read, tokens)) {  // labels of one token each are scored in one pass
-      tokens = read;
-      try {
-        logits = model.logits(tokens, target.numel())[0].to(at::kCPU, at::kDouble);
-      } catch (const Error& error) {  // a budget, for one, cannot be met at every length
-        raise(error.kind(), "example '", example.id, "', ", tokens.numel(), " tokens: ", error.what());
-      }
+  std::vector<Pass> passes;
+  std::vector<Place> places;  // of all targets of all questions in turn
+  for (const Question& question : example.questions) {
+    for (const at::Tensor& target : question.targets) {
+      const at::Tensor start = target.narrow(0, 0, target.numel() - 1);
+      const bool goes_on = question.at + start.numel() <= example.context.numel() && example.context.narrow(0, question.at, start.numel()).equal(start);
+      const at::Tensor text = goes_on ? example.context : at::cat({example.context.narrow(0, 0, question.at), start});
+      auto pass = std::find_if(passes.begin(), passes.end(), [&](const Pass& other) { return other.text.equal(text); });
+      pass = pass == passes.end() ? passes.insert(pass, {.text = text}) : pass;
+      places.push_back({static_cast<size_t>(pass - passes.begin()), pass->rows});
+      pass->positions.push_back(at::arange(question.at - 1, question.at - 1 + target.numel()));
+      pass->rows += target.numel();
     }
-    const at::Tensor said = logits.gather(1, target.unsqueeze(1));
-    result.logprobs.push_back((said - logits.logsumexp(1, /*keepdim=*/true)).sum().item<double>());
-    check(ErrorKind::kNumerics, std::isfinite(result.logprobs.back()), "example '", example.id, "': the log-probability of a target is ", result.logprobs.back());
-    most_likely = at::ge(logits, said).sum(1).eq(1).all().item<bool>();  // no token but the target's own
   }
-  if (example.targets.size() == 1) {
-    result.right = most_likely;
-  } else {
-    const double answer = result.logprobs[static_cast<size_t>(example.answer)];
-    result.right = std::count_if(result.logprobs.begin(), result.logprobs.end(), [&](double other) { return other >= answer; }) == 1;
+  std::vector<at::Tensor> logits;
+  for (const Pass& pass : passes) {
+    logits.push_back(read(model, pass, example.id));
   }
-  return result;
+
+  std::vector<QuestionScore> scores;
+  auto place = places.begin();
+  for (const Question& question : example.questions) {
+    QuestionScore& result = scores.emplace_back();
+    bool most_likely = false;
+    for (const at::Tensor& target : question.targets) {
+      const at::Tensor own = logits[place->pass].narrow(0, place->row, target.numel());
+      ++place;
+      const at::Tensor said = own.gather(1, target.unsqueeze(1));
+      result.logprobs.push_back((said - own.logsumexp(1, /*keepdim=*/true)).sum().item<double>());
+      check(ErrorKind::kNumerics, std::isfinite(result.logprobs.back()), "example '", example.id, "': the log-probability of a target is ", result.logprobs.back());
+      most_likely = at::ge(own, said).sum(1).eq(1).all().item<bool>();  // no token but the target's own
+    }
+    if (question.targets.size() == 1) {
+      result.right = most_likely;
+    } else {
+      const double answer = result.logprobs[static_cast<size_t>(question.answer)];
+      result.right = std::count_if(result.logprobs.begin(), result.logprobs.end(), [&](double other) { return other >= answer; }) == 1;
+    }
+  }
+  return scores;
 }
 
 }  // namespace drrl

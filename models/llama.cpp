@@ -241,15 +241,23 @@ at::Tensor CausalLM::token_nll(const at::Tensor& tokens, const at::Tensor& label
   return all;
 }
 
-at::Tensor CausalLM::logits(const at::Tensor& tokens, int64_t last) {
+at::Tensor CausalLM::logits(const at::Tensor& tokens) {
   at::NoGradGuard no_grad;
   const at::Tensor checked = check_tokens(tokens);
   const at::Tensor rows = rows_of(tokens.size(1));
-  const int64_t count = last == 0 ? rows.size(0) : last;
-  check(ErrorKind::kUsage, count >= 1 && count <= rows.size(0), "logits of the last ", last, " rows of ", rows.size(0));
-  const at::Tensor x = forward(checked.index_select(1, rows), rows).view({tokens.size(0), -1, config_.hidden_size});
-  const at::Tensor chosen = x.narrow(1, x.size(1) - count, count).reshape({-1, config_.hidden_size});
-  return head(last == 0 ? chosen : chosen.to(value(head_).scalar_type())).view({tokens.size(0), count, config_.vocab_size});
+  const at::Tensor x = forward(checked.index_select(1, rows), rows);
+  return head(x.view({-1, config_.hidden_size})).view({tokens.size(0), -1, config_.vocab_size});
+}
+
+at::Tensor CausalLM::logits_at(const at::Tensor& tokens, const at::Tensor& positions) {
+  at::NoGradGuard no_grad;
+  const at::Tensor checked = check_tokens(tokens);
+  const int64_t length = tokens.size(1);
+  check(ErrorKind::kUsage, context().size() == 1, "logits at chosen positions of sequences that are split over ", context().size(), " processes");
+  check(ErrorKind::kUsage, positions.dim() == 1 && positions.numel() > 0 && at::logical_and(positions.ge(0), positions.lt(length)).all().item<bool>(),
+        "logits at positions ", positions, " of ", length, ", expected a list of some in [0, ", length, ")");
+  const at::Tensor x = forward(checked, rows_of(length)).view({tokens.size(0), length, config_.hidden_size}).index_select(1, positions.to(options_.device));
+  return head(x.reshape({-1, config_.hidden_size}).to(value(head_).scalar_type())).view({tokens.size(0), positions.numel(), config_.vocab_size});
 }
 
 at::Tensor CausalLM::head(const at::Tensor& x) const {

@@ -102,10 +102,12 @@ class CausalLM {
   /// -log p of every label, [B, L] fp32, 0 where ignored. Builds no graph.
   at::Tensor token_nll(const at::Tensor& tokens, const at::Tensor& labels);
 
-  /// [B, L, vocabulary] fp32 gathered over `tp`, of this process' rows; with `last` > 0 only of the last of them, [B, last, vocabulary], and
-  /// their head in fp32 under bf16 too, which would let close tokens tie. Builds no graph. Without `last`, for tests and short inputs. Errors:
-  /// Error(kUsage) when there are fewer than `last` rows.
-  at::Tensor logits(const at::Tensor& tokens, int64_t last = 0);
+  /// [B, L, vocabulary] fp32 gathered over `tp`, of this process' rows. Builds no graph. For tests and short inputs.
+  at::Tensor logits(const at::Tensor& tokens);
+
+  /// The same for some positions only, [n] int64, in any order: [B, n, vocabulary]. Their head is in fp32 under bf16 too, which would let close tokens tie.
+  /// Errors: Error(kUsage) for a position outside the sequence, or a sequence that is split.
+  at::Tensor logits_at(const at::Tensor& tokens, const at::Tensor& positions);
 
   /// An empty cache for `extend`, of sequences that will not exceed `horizon` tokens. Errors: Error(kUsage) unless 1 <= horizon <=
   /// max_position_embeddings.

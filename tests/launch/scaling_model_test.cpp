@@ -67,8 +67,12 @@ StepModel known_model() {
   return model;
 }
 
-/// The file that drrl-bench scaling would write if steps took what the model says.
-ordered_json run_json(const Workload& w, const StepModel& model) {
+/// The file that drrl-bench scaling would write if steps took what the model says, on a machine that is slower by `pace`, in three steps while that drifts and
+/// other things disturb two of them.
+ordered_json run_json(const Workload& w, const StepModel& model, double pace = 1) {
+  const auto step = [&](double drift, double disturbed) -> ordered_json {
+    return {{"ms", disturbed * drift * pace * model.predict(demand_of(w)).total()}, {"yardstick_ms", drift * pace * 40}};
+  };
   const Demand demand = demand_of(w);
   Demand bases = demand;
   bases.amounts = bases.gradients = {};
@@ -79,8 +83,8 @@ ordered_json run_json(const Workload& w, const StepModel& model) {
            {{"attention", exact ? "full" : "lowrank"}, {"rank", std::to_string(w.rank)}, {"seq_len", std::to_string(w.seq_len)}, {"near_block", "32"},
             {"sink_tokens", "2"}, {"basis_updates", "2"}, {"policy", ""}, {"dtype", "fp32"}}},
           {"processes_per_node", w.processes_per_node}, {"tp", w.shape.tp}, {"cp", w.shape.cp}, {"dp", w.shape.dp}, {"config", config_json()},
-          {"sequences_per_step", w.sequences}, {"step_ms", model.predict(demand).total()},
-          {"ranks", {{{"sent_bytes", demand.sent_bytes}, {"basis_ms", exact ? 1e-3 : model.predict(bases).total()}}}}};
+          {"sequences_per_step", w.sequences}, {"steps", {step(0.5, 1.1), step(1, 1), step(1.5, 0.9)}},
+          {"ranks", {{{"sent_bytes", demand.sent_bytes}, {"basis_ms", exact ? 1e-3 : pace * model.predict(bases).total()}}}}};
 }
 
 TEST(LeastSquares, KeepsToNonnegative) {
@@ -170,6 +174,8 @@ TEST(StepModel, TakesTheMedianOfARunMeasuredAgain) {
   EXPECT_EQ(left[0].ms, 5);
   EXPECT_EQ(left[1].ms, 1);
   EXPECT_EQ(left[2].ms, 3);
+  // A machine half as fast: the yardstick takes twice as long.
+  EXPECT_EQ(medians({{"a", one, 10, 1, 2}, {"a", one, 5, 1, 1.1}, {"a", one, 6, 1, 1}})[0].ms, 10);
 }
 
 TEST(StepModel, RefusesWhatRunsDoNotTell) {
@@ -203,8 +209,10 @@ class ModelProgram : public testing::Test {
   /// As launch/bench_scaling.sh writes it.
   std::string write_runs() {
     ordered_json runs = ordered_json::array();
+    double pace = 0.8;
     for (const Workload& w : many_workloads()) {
-      runs.push_back(run_json(w, known_model()));
+      runs.push_back(run_json(w, known_model(), pace));
+      pace = pace < 1 ? 1 : pace > 1 ? 0.8 : 1.25;  // the median is 1
     }
     ordered_json collectives = {{"benchmark", "collectives"}, {"versions", "drrl"}, {"device", "cpu"}, {"cpu", "AVX2"}, {"threads", 1}, {"cores_per_node", 2},
                                 {"group", "world"}, {"processes_per_node", 2}, {"options", {{"tp", "1"}, {"cp", "1"}}}};
@@ -223,9 +231,11 @@ class ModelProgram : public testing::Test {
 
 TEST_F(ModelProgram, FitsValidatesAndPredicts) {
   const std::string runs = write_runs();
-  ordered_json held_out = run_json(workload({.tp = 2, .dp = 2}, 1024, 16, 4), known_model());
+  ordered_json held_out = run_json(workload({.tp = 2, .dp = 2}, 1024, 16, 4), known_model(), 3);
   const std::string right = write("right.json", held_out);
-  held_out["step_ms"] = 1.5 * held_out["step_ms"].get<double>();
+  for (ordered_json& step : held_out["steps"]) {
+    step["ms"] = 1.5 * step["ms"].get<double>();
+  }
   const std::string slow = write("slow.json", held_out);
 
   const Ended good = model("--runs=" + runs + " --validate=" + right + " --worlds=8,64 --seq_lens=256,4096 --alpha_us=10 --gbps=100 --tp=2 --sequences=1");
@@ -289,7 +299,9 @@ TEST_F(ModelProgram, RefusesFilesAndCasesThatItCannotUse) {
   expect_refused("--runs=" + changed("b.json", [](auto& j) { j.erase("config"); }), {"b.json", "\"config\""});
   expect_refused("--runs=" + changed("c.json", [](auto& j) { j["cores_per_node"] = 64; }), {"c.json", "cores_per_node", "64", "first file is 2"});
   expect_refused("--runs=" + changed("d.json", [](auto& j) { j["ranks"][0]["sent_bytes"] = 5; }), {"d.json", "process 0 sent 5 bytes"});
-  expect_refused("--runs=" + changed("e.json", [](auto& j) { j["step_ms"] = "fast"; }), {"e.json", "step_ms"});
+  expect_refused("--runs=" + changed("e.json", [](auto& j) { j["steps"][1]["ms"] = "fast"; }), {"e.json", "\"ms\""});
+  expect_refused("--runs=" + changed("f.json", [](auto& j) { j["steps"].clear(); }), {"f.json", "\"steps\" is \"[]\""});
+  expect_refused("--runs=" + changed("g.json", [](auto& j) { j["steps"][0]["yardstick_ms"] = 0; }), {"g.json", "yardstick_ms"});
   expect_refused("--runs=" + runs, {"network_message", "--alpha_us"});
   expect_refused("--runs=" + runs + " --worlds=3 --tp=2", {"3 processes", "--tp=2"});
   expect_refused("--runs=" + runs + " --rank=32 --worlds=1", {"--rank=32", "[1, 32)"});
@@ -308,6 +320,7 @@ TEST_F(ModelProgram, CountsTheBytesThatRealRunsSend) {
     const auto json = ordered_json::parse(read_bytes(own_ / "r.json"));
     EXPECT_NEAR(file.equations[0].demand.sent_bytes, json["ranks"][0]["sent_bytes"].get<double>(), 1) << arguments;
     EXPECT_EQ(file.equations[0].ms, json["step_ms"]);
+    EXPECT_GT(file.equations[0].yardstick_ms, 0);
     EXPECT_EQ(file.workloads[0].world(), processes);
   }
 }

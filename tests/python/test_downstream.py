@@ -69,6 +69,37 @@ class SetsTest(Folder):
             self.assertNotIn(sentence, sentences)
             sentences.add(sentence)
 
+    def check_text(self, example, length, together):
+        self.assertEqual(len(example["context"]), length)
+        places = [question["at"] for question in example["questions"]]
+        self.assertEqual(places, sorted(places))
+        self.assertTrue(1 <= len(places) <= together)
+        self.assertTrue(length // 2 <= places[0] and places[-1] <= length)
+
+    def test_last_words_asked_about_together(self):
+        examples = self.make("lastword", "a.jsonl", "--length", 600, "--near", 80, "--count", 1000, "--together", 4)
+        data, asked = self.text.encode(), []
+        for example in examples:
+            self.check_text(example, 600, 4)
+            begin = int(example["id"].removeprefix("text:"))
+            self.assertEqual(self.tokenizer.decode(example["context"]), data[begin:begin + 600].decode(errors="replace"))
+            sentences = []
+            for question in example["questions"]:
+                at, word = begin + question["at"], question["word"].encode()
+                self.assertEqual((self.tokenizer.decode(question["targets"][0]).encode(), question["answer"], len(question["targets"])), (word, 0, 1))
+                self.assertTrue(data[:at].endswith(b" ") and data[at:].startswith(word) and data[at + len(word)] in b".,;?")
+                self.assertTrue(at + len(word) <= begin + 600)
+                self.assertTrue(80 < question["distance"] <= question["at"])
+                self.assertEqual(data.rindex(b" " + word, 0, at - 1) + 1, at - question["distance"])
+                asked.append(at)
+                sentences.append(data[:at].count(b". ") + data[:at].count(b"? "))
+            self.assertEqual(len(set(sentences)), len(sentences))
+        self.assertEqual(len(set(asked)), len(asked))
+        self.assertGreater(len(asked), 1.5 * len(examples))
+        fewer = self.make("lastword", "b.jsonl", "--length", 600, "--near", 80, "--count", 7, "--together", 4)
+        self.assertEqual(sum(len(example["questions"]) for example in fewer), 7)
+        self.assertEqual(fewer[0], examples[0])
+
     def test_the_seed_decides_and_fewer_are_the_first(self):
         for task, near in (("lastword", ("--near", 80)), ("passkey", ())):
             first = self.make(task, "a.jsonl", "--length", 400, *near, "--count", 20)
@@ -115,6 +146,25 @@ class SetsTest(Folder):
         self.assertFalse(asked & shown)
         self.assertGreaterEqual(min(abs(ratings[sentence]) for sentence in asked | shown), 1)
         self.assertEqual(self.make("sentiment", "b.jsonl", "--length", 300, "--count", 100), examples)
+
+        together, later = self.make("sentiment", "c.jsonl", "--length", 600, "--count", 100, "--together", 3), set()
+        for example in together:
+            self.check_text(example, 600, 3)
+            context = self.tokenizer.decode(example["context"])
+            for question in example["questions"]:
+                before = self.tokenizer.decode(example["context"][:question["at"]])
+                self.assertTrue(before.endswith(f"\nReview: {question['sentence']}\nSentiment:"))
+                self.assertEqual([self.tokenizer.decode(t) for t in question["targets"]], [" negative", " positive"])
+                self.assertEqual(ratings[question["sentence"]] > 0, question["answer"] == 1)
+                self.assertNotIn(question["sentence"], later)
+                later.add(question["sentence"])
+            self.assertTrue(context.endswith(f"Review: {example['questions'][-1]['sentence']}\nSentiment:"))
+            labelled = [shot.rstrip("\n").split("\nSentiment: ") for shot in context.split("Review: ")[1:-1]]
+            self.assertTrue(all(label == ("positive" if ratings[sentence] > 0 else "negative") for sentence, label in labelled))
+            own = {question["sentence"] for question in example["questions"]}
+            self.assertFalse({sentence for sentence, _ in labelled} & (asked - own))
+        self.assertEqual(later, asked)
+        self.assertGreater(max(len(example["questions"]) for example in together), 1)
 
         def refused(*words):
             result = sets("sentiment", "--model", self.folder / "model", "--input", self.input, "--out", self.folder / "none.jsonl", "--length", 3000)
@@ -175,13 +225,13 @@ class ProgramTest(SharedModel):
 
     def test_exact_attention_answers_like_transformers(self):
         summary, lines = self.answer()
-        self.assertEqual([line["id"] for line in lines], [f"e{i}" for i in range(11)])
+        self.assertEqual([(line["id"], line["at"]) for line in lines], [(f"e{i}", 290 + i) for i in range(11)])
         self.assertEqual([line["right"] for line in lines], [right for right, _ in self.expected])
         for line, (_, logprobs) in zip(lines, self.expected):
             numpy.testing.assert_allclose(line["logprobs"], logprobs, atol=1e-3)
             self.assertEqual(line["nll"], -line["logprobs"][-1])
             self.assertGreater(line["attention_ms"], 0)
-        self.assertEqual(summary["examples"], 11)
+        self.assertEqual((summary["examples"], summary["questions"]), (11, 11))
         self.assertAlmostEqual(summary["accuracy"], sum(right for right, _ in self.expected) / 11)
         self.assertAlmostEqual(summary["nll"], numpy.mean([-logprobs[-1] for _, logprobs in self.expected]), places=3)
         self.assertEqual(summary["attention_flops_fraction"], 1.0)
@@ -200,6 +250,27 @@ class ProgramTest(SharedModel):
             for key in ("accuracy", "examples", "right"):
                 self.assertEqual(other[key], summary[key])
             self.assertAlmostEqual(other["attention_flops_fraction"], summary["attention_flops_fraction"], places=6)
+
+    def test_questions_about_one_text_are_answered_like_alone(self):
+        text = numpy.random.default_rng(5).integers(0, VOCABULARY, 300).tolist()
+        places = (150, 220, 221, 299, 300)
+        questions = [{"at": at, "targets": [[3], text[at:at + 1] or [4]], "answer": at % 2} for at in places]
+        together = write_lines(self.folder / "together.jsonl", [{"id": f"t{i}", "context": text[i:], "questions": [{**q, "at": q["at"] - i} for q in questions]}
+                                                                for i in range(3)])
+        alone = write_lines(self.folder / "alone.jsonl", [{"id": f"t{i}-{q['at']}", "context": text[i:q["at"]], "targets": q["targets"], "answer": q["answer"]}
+                                                          for i in range(3) for q in questions])
+        out, result = self.folder / "out.jsonl", self.folder / "out.json"
+        answers = []
+        for examples, ranks in ((alone, 1), (together, 1), (together, 2)):
+            run([BIN / "drrl-eval", "--model", self.model, "--examples", examples, "--examples_out", out, "--json", result, f"--dp={ranks}"], ranks)
+            answers.append(lines_of(out))
+        summary = json.loads(result.read_text())
+        self.assertEqual((summary["examples"], summary["questions"]), (3, 15))
+        self.assertEqual([(line["id"], line["at"]) for line in answers[1]], [(f"t{i}", at - i) for i in range(3) for at in places])
+        for lines in answers[1:]:
+            self.assertEqual([line["right"] for line in lines], [line["right"] for line in answers[0]])
+            numpy.testing.assert_allclose([line["logprobs"] for line in lines], [line["logprobs"] for line in answers[0]], atol=1e-3)
+            self.assertEqual(len({line["attention_ms"] for line in lines[:5]}), 1, "shares of one pass")
 
     def refused(self, code, words, *flags):
         done = subprocess.run([BIN / "drrl-eval", "--model", self.model, *map(str, flags)], capture_output=True, text=True)
@@ -262,6 +333,29 @@ class StatisticsTest(unittest.TestCase):
         with self.assertRaises(ValueError):
             study.tost(numpy.array([0.5]), 0.01)
 
+    def test_groups_of_answers(self):
+        single = outcomes(10, 14, 1000)
+        self.assertEqual(study.tost(single, 0.01, groups=numpy.arange(1000)), study.tost(single, 0.01))
+        self.assertEqual(study.interval(single, groups=numpy.arange(1000)), study.interval(single))
+        self.assertAlmostEqual(study.design_effect(numpy.repeat(single, 5), numpy.repeat(numpy.arange(1000), 5)), 5, delta=0.02)
+        repeated = study.tost(numpy.repeat(single, 5), 0.01, groups=numpy.repeat(numpy.arange(1000), 5))
+        numpy.testing.assert_allclose(repeated["interval"], study.tost(single, 0.01)["interval"], atol=1e-5)  # five copies of an answer are one
+        numpy.testing.assert_allclose(study.interval(numpy.repeat(single, 5), groups=numpy.repeat(numpy.arange(1000), 5)), study.interval(single), atol=1e-12)
+        self.assertEqual(study.design_effect(outcomes(0, 0, 10), [0] * 5 + [1] * 5), 1)
+        self.assertEqual(study.design_effect(outcomes(1, 1, 10), ["a"] * 10), 10)
+        self.assertEqual(study.design_effect(outcomes(2, 2, 8), [0, 1, 0, 1, 2, 3, 2, 3]), 1, "answers that differ within groups only say no less")
+
+    def test_alike_answers_seldom_make_what_differs_by_the_margin_equivalent(self):
+        rng = numpy.random.default_rng(8)
+        groups, called = numpy.repeat(numpy.arange(150), 20), 0
+        for _ in range(400):  # 3 % of the answers get worse and 2 % better, in groups in which others do so, too
+            turn = rng.random(150)
+            rate = numpy.where(turn < 0.2, 0.15, 0)[:, None], numpy.where(turn > 0.8, 0.10, 0)[:, None]
+            draw = rng.random((150, 20))
+            difference = ((draw > 1 - rate[1]).astype(int) - (draw < rate[0]).astype(int)).ravel()
+            called += study.tost(difference, 0.01, groups=groups)["equivalent"]
+        self.assertLess(called / 400, 0.085)  # alpha = 0.05, and three standard deviations of 400 draws
+
     def test_what_differs_by_the_margin_is_seldom_called_equivalent(self):
         rng = numpy.random.default_rng(7)
         for worse, better in ((0.01, 0.0), (0.03, 0.02)):
@@ -280,7 +374,7 @@ class StatisticsTest(unittest.TestCase):
 
     def test_comparisons(self):
         def answers(right, nll):
-            return [{"id": str(i), "right": bool(r), "nll": nll} for i, r in enumerate(right)]
+            return [{"id": str(i), "at": 5, "right": bool(r), "nll": nll} for i, r in enumerate(right)]
 
         many = [i % 3 > 0 for i in range(3000)]
         self.assertEqual(study_downstream.compare(answers(many, 1.0), answers(many, 1.5), 0.01)["verdict"], "equivalent")
