@@ -185,7 +185,8 @@ class Recorder {
     return {{"rank", mesh.world().rank()}, {"tp_rank", mesh.tp().rank()}, {"cp_rank", mesh.cp().rank()}, {"dp_rank", mesh.dp().rank()},
             {"step_ms", median(ms)},
             {"exposed_ms", on_cpu(exposed_ms / steps)}, {"exposed_share", on_cpu(exposed_ms / all_ms)},
-            {"basis_ms", on_cpu(spent_.solve_ms / steps)}, {"basis_share", on_cpu(spent_.solve_ms / all_ms)},
+            {"basis_ms", on_cpu(spent_.solve_ms / steps)}, {"basis_cpu_ms", on_cpu(spent_.solve_cpu_ms / steps)},
+            {"basis_share", on_cpu(spent_.solve_ms / all_ms)}, {"basis_bytes", static_cast<double>(spent_.context_basis_bytes) / steps},
             {"attention_forward_ms", on_cpu(spent_.attention_ms / steps)},
             {"sent_bytes", sent_bytes / steps}, {"sent", kinds}};
   }
@@ -320,7 +321,8 @@ ExitCode scaling(const Environment& environment) {
                        {"parameters", model.parameter_count()}, {"sequences_per_step", options.global_batch}, {"tokens_per_step", step_tokens},
                        {"timed_steps", FLAGS_steps}, {"steps", steps}, {"step_ms", step_ms}, {"steps_per_second", 1e3 / step_ms},
                        {"tokens_per_second", 1e3 / step_ms * static_cast<double>(step_tokens)}, {"exposed_share", mean(ranks, "exposed_share")},
-                       {"basis_share", mean(ranks, "basis_share")}, {"sent_bytes", mean(ranks, "sent_bytes")}, {"ranks", ranks}});
+                       {"basis_share", mean(ranks, "basis_share")}, {"basis_bytes", mean(ranks, "basis_bytes")},
+                       {"sent_bytes", mean(ranks, "sent_bytes")}, {"ranks", ranks}});
       print_results(json);
       if (!FLAGS_json.empty()) {
         write_text(FLAGS_json, json.dump(2) + "\n");

@@ -95,7 +95,7 @@ ContextBytes context_bytes(const Workload& w, const SequenceSplit& split, int64_
         }
       }
       if (low && member != maker) {
-        bytes.bases[static_cast<size_t>(member)] += keys > 0 ? static_cast<double>(3 * groups * d * d) * 8 : 0;  // Grams, in fp64
+        bytes.bases[static_cast<size_t>(member)] += keys > 0 ? static_cast<double>(3 * groups * d * (d + 1) / 2) * 8 : 0;  // triangles of Grams, in fp64
         const int64_t columns = (keys > 0 ? 2 * part.ranks.qk : 0) + (queries ? 2 * part.ranks.qk + std::min(kResidualColumns, d) : 0);
         bytes.bases[static_cast<size_t>(maker)] += static_cast<double>(groups * d * columns * w.element_bytes);
       }

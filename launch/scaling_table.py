@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
 """Puts runs of drrl-bench scaling side by side: scaling_table.py OUT RUN.json... Prints the table; OUT gets {"runs", "efficiency"}.
 
-Efficiency is tokens per second and process, over those of the smallest run. Runs must differ in nothing but their processes.
+Efficiency is tokens per second and process, basis_ratio the processor time that the slowest process spends on Grams and bases, both over those of the
+smallest run. Processors of shared machines become slower and faster from one second to the next: on a CPU, times are counted in those of the yardsticks around
+them. Runs must differ in nothing but their processes.
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -17,11 +20,22 @@ def shape_of_run(run):
     return {"options": options, **{key: run[key] for key in SAME}}
 
 
+def speedless(run):
+    """Of a step of this run, times in those of the yardsticks around it, on CUDA in ms: the step, Grams and bases of the slowest process (None on CUDA)."""
+    yardsticks = [step["yardstick_ms"] for step in run["steps"]]
+    if None in yardsticks:
+        return run["step_ms"], None
+    bases = max(rank["basis_cpu_ms"] for rank in run["ranks"])
+    return statistics.median(step["ms"] / step["yardstick_ms"] for step in run["steps"]), bases / statistics.mean(yardsticks)
+
+
 def efficiency(runs):
     runs = sorted(runs, key=lambda run: run["world_size"])
-    each = [run["tokens_per_second"] / run["world_size"] for run in runs]
-    keys = ("world_size", "tp", "cp", "dp", "step_ms", "tokens_per_second", "exposed_share", "basis_share", "sent_bytes")
-    return [{**{key: run[key] for key in keys}, "efficiency": rate / each[0]} for run, rate in zip(runs, each)]
+    steps, bases = zip(*map(speedless, runs))
+    each = [run["tokens_per_step"] / run["world_size"] / step for run, step in zip(runs, steps)]
+    keys = ("world_size", "tp", "cp", "dp", "step_ms", "tokens_per_second", "exposed_share", "basis_share", "basis_bytes", "sent_bytes")
+    return [{**{key: run[key] for key in keys}, "efficiency": rate / each[0], "basis_ratio": basis / bases[0] if basis and bases[0] else None}
+            for run, rate, basis in zip(runs, each, bases)]
 
 
 def main():
@@ -34,14 +48,20 @@ def main():
             different += [f"--{name}" for name, value in first["options"].items() if this["options"].get(name) != value]
             print(f"scaling_table: error: {path} and {paths[0]} differ in {', '.join(different)}", file=sys.stderr)
             return 2
-    rows = efficiency(runs)
+    try:
+        rows = efficiency(runs)
+    except KeyError as missing:
+        print(f"scaling_table: error: {', '.join(paths)}: expected the key {missing}, which drrl-bench scaling writes", file=sys.stderr)
+        return 2
     share = lambda value: "-" if value is None else f"{100 * value:.1f} %"
     print(f"{runs[0]['scaling']} scaling, {runs[0]['attention']}")
-    print(f"{'processes':>9} {'tp x cp x dp':>12} {'step ms':>9} {'tokens/s':>9} {'efficiency':>10} {'exposed':>8} {'bases':>7} {'sent MB':>9}")
+    print(f"{'processes':>9} {'tp x cp x dp':>12} {'step ms':>9} {'tokens/s':>9} {'efficiency':>10} {'exposed':>8} {'bases':>7} {'ratio':>6} {'sent MB':>9} "
+          f"{'of bases':>9}")
     for row in rows:
         layout = f"{row['tp']} x {row['cp']} x {row['dp']}"
         print(f"{row['world_size']:>9} {layout:>12} {row['step_ms']:>9.1f} {row['tokens_per_second']:>9.0f} {row['efficiency']:>10.2f} "
-              f"{share(row['exposed_share']):>8} {share(row['basis_share']):>7} {row['sent_bytes'] / 1e6:>9.3f}")
+              f"{share(row['exposed_share']):>8} {share(row['basis_share']):>7} {'-' if row['basis_ratio'] is None else format(row['basis_ratio'], '.2f'):>6} "
+              f"{row['sent_bytes'] / 1e6:>9.3f} {row['basis_bytes'] / 1e6:>9.3f}")
     Path(out).write_text(json.dumps({"runs": runs, "efficiency": rows}, indent=2) + "\n")
     return 0
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <ctime>
 #include <utility>
 
 #include "core/attention_part.h"
@@ -21,6 +22,7 @@ class Stopwatch {
     if (on_) {
       wait();
       start_ = std::chrono::steady_clock::now();
+      cpu_start_ms_ = thread_cpu_ms();
     }
   }
   double ms() const {
@@ -30,8 +32,14 @@ class Stopwatch {
     wait();
     return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start_).count();
   }
+  double cpu_ms() const { return on_ ? thread_cpu_ms() - cpu_start_ms_ : 0; }
 
  private:
+  static double thread_cpu_ms() {
+    timespec now{};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return 1e3 * static_cast<double>(now.tv_sec) + 1e-6 * static_cast<double>(now.tv_nsec);
+  }
   void wait() const {
     if (cuda_) {
       at::detail::getCUDAHooks().deviceSynchronize(at::detail::getCUDAHooks().getCurrentDevice());
@@ -40,7 +48,13 @@ class Stopwatch {
   bool on_;
   bool cuda_;
   std::chrono::steady_clock::time_point start_;
+  double cpu_start_ms_ = 0;
 };
+
+void add_solve_time(AttentionStatistics& statistics, const Stopwatch& watch) {
+  statistics.solve_ms += watch.ms();
+  statistics.solve_cpu_ms += watch.cpu_ms();
+}
 
 // Share of the energy lost at every rank, from a spectrum: [N, d] -> [N, d + 1].
 at::Tensor relative_loss(const at::Tensor& singular_values) {
@@ -110,11 +124,10 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
   LayerObservation observation{layer, batch, heads, groups, first_group_, d, tree, {}, {}};
   FarBases bases;
   PairGrams grams;
-  double basis_ms = 0;
   const auto timed = [&](auto&& make) {
     const Stopwatch watch(timing_, q.device());
     make();
-    basis_ms += watch.ms();
+    add_solve_time(statistics_, watch);
   };
   const auto make_grams = [&] { grams = far_grams(q, k, v, tree, /*weighted=*/!ablation_.mass); };
   const bool grams_first = policy_->needs_spectra() || !policy_->state_ranks().empty() || (guard_.eps > 0 && !policy_->exact());
@@ -156,7 +169,6 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
   statistics_.flops += flops;
   statistics_.solves += bases.solves;
   statistics_.updates += bases.updates;
-  statistics_.solve_ms += basis_ms;
   spent(layer, total.ms());
   if (sampled) {
     sampler_->watch(layer, tree, out, q, k, v, w_o, plan->sample);
@@ -196,7 +208,7 @@ at::Tensor LowRankController::attend_split(int64_t layer, const at::Tensor& q, c
   if (std::any_of(ranks.begin(), ranks.end(), [&](const Ranks& r) { return r.qk < d || r.v < d; })) {
     const Stopwatch watch(timing_, q.device());
     bases = fill_split_plan(layer, q, k, v, w_o, ranks, *plan.context);
-    statistics_.solve_ms += watch.ms();
+    add_solve_time(statistics_, watch);
   }
   const auto out = context_attention(q, k, v, plan.context);
   const double members = static_cast<double>(context_.size());  // the split is even
@@ -367,7 +379,7 @@ NodeFactors LowRankController::decide_node(int64_t layer, LayerCache& cache, int
   factors.residual = residual_factors(grams, bases.scores, factors.ranks, {horizon.geometry().near_block << level});
   statistics_.solves += bases.solves;
   statistics_.updates += bases.updates;
-  statistics_.solve_ms += watch.ms();
+  add_solve_time(statistics_, watch);
   factors.scores = std::move(bases.scores);
   factors.values = std::move(bases.values);
   return factors;

@@ -14,7 +14,8 @@ struct AttentionStatistics {
   double exact_flops = 0;   ///< of exact causal attention on the same shapes
   std::vector<double> layer_ms;  ///< attention_ms by layer, of attend(); empty unless timing is on
   double attention_ms = 0;  ///< forward calls of attend(), solves included; 0 unless timing is on
-  double solve_ms = 0;      ///< Grams and bases; 0 unless timing is on
+  double solve_ms = 0;      ///< Grams and bases, under context parallelism with their exchange; 0 unless timing is on
+  double solve_cpu_ms = 0;  ///< processor time of the calling thread in solve_ms: no wait for another process or for a core. Says nothing about CUDA
   int64_t solves = 0;       ///< full decompositions of d x d basis problems
   int64_t updates = 0;      ///< rounds of incremental basis updates
   double rank_qk = 0, rank_v = 0;  ///< sums over decisions
@@ -32,6 +33,7 @@ struct AttentionStatistics {
     layer_ms.resize(std::max(layer_ms.size(), other.layer_ms.size()), 0.0);
     std::transform(other.layer_ms.begin(), other.layer_ms.end(), layer_ms.begin(), layer_ms.begin(), std::plus<>());
     solve_ms += other.solve_ms;
+    solve_cpu_ms += other.solve_cpu_ms;
     solves += other.solves;
     updates += other.updates;
     rank_qk += other.rank_qk;

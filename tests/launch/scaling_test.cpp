@@ -101,7 +101,10 @@ TEST_F(ScalingProgram, ScalingCountsWhatAStepSendsAndWaitsFor) {
       EXPECT_EQ(rank["dp_rank"], i);
       EXPECT_LE(rank["step_ms"], json["step_ms"]);
       EXPECT_GT(rank["basis_ms"], 0);
+      EXPECT_GT(rank["basis_cpu_ms"], 0);
+      EXPECT_LE(rank["basis_cpu_ms"], rank["basis_ms"].get<double>() + 1);  // of one thread; clocks differ in resolution
       EXPECT_LT(rank["basis_share"], 1);
+      EXPECT_EQ(rank["basis_bytes"], 0);
       EXPECT_LT(rank["basis_ms"], rank["attention_forward_ms"]);
       if (processes == 1) {
         EXPECT_EQ(rank["exposed_ms"], 0);
@@ -137,6 +140,9 @@ TEST_F(ScalingProgram, EveryAxisHasItsGroup) {
   const auto cp = run(2, std::string("scaling --scaling=strong --cp=2 --attention=lowrank") + kTiny);
   EXPECT_EQ(groups_of(cp), (std::set<std::string>{"cp", "data"}));
   EXPECT_GT(cp["basis_share"], 0.01);
+  EXPECT_EQ(tp["basis_bytes"], 0);
+  EXPECT_GT(cp["basis_bytes"], 0);
+  EXPECT_LT(cp["basis_bytes"], cp["sent_bytes"]);
 }
 
 TEST_F(ScalingProgram, ScriptComparesNumbersOfProcesses) {
@@ -152,8 +158,16 @@ TEST_F(ScalingProgram, ScriptComparesNumbersOfProcesses) {
   EXPECT_EQ(json["efficiency"][0]["efficiency"], 1);
   EXPECT_EQ(json["efficiency"][1]["world_size"], 3);
   EXPECT_EQ(json["efficiency"][1]["tp"], 3);
+  const auto in_yardsticks = [](const ordered_json& run) {
+    std::vector<double> times;
+    for (const auto& step : run["steps"]) {
+      times.push_back(step["ms"].get<double>() / step["yardstick_ms"].get<double>());
+    }
+    return bench::median(times);
+  };
+  const auto tokens = [](const ordered_json& run) { return run["tokens_per_step"].get<double>(); };
   EXPECT_NEAR(json["efficiency"][1]["efficiency"].get<double>(),
-              json["runs"][1]["tokens_per_second"].get<double>() / 3 / json["runs"][0]["tokens_per_second"].get<double>(), 1e-12);
+              tokens(json["runs"][1]) / 3 / in_yardsticks(json["runs"][1]) / (tokens(json["runs"][0]) / in_yardsticks(json["runs"][0])), 1e-9);
 
   // Runs that differ in more than their processes are not compared.
   std::vector<std::string> files;
