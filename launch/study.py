@@ -239,8 +239,8 @@ def tost(difference, margin, alpha=0.05, groups=None):
     """Two one-sided tests of equivalence: is the mean of paired differences of right (1) and wrong (0) answers within +- margin?
 
     difference [n] of -1, 0 and 1. Returns {"p": the larger of the two p values, "interval": Tango's, of level 1 - 2 alpha, "equivalent": p < alpha,
-    which is the same as the interval within the margin} (Nam, Biometrics 53, 1997). groups [n]: what each belongs to; the counts are divided by their
-    design_effect.
+    which is the same as the interval within the margin (Nam, Biometrics 53, 1997), "design_effect": of groups [n], what each belongs to, by which the counts
+    are divided; 1 without}.
     """
     if not numpy.isin(difference, (-1, 0, 1)).all():
         raise ValueError("differences of right and wrong answers are -1, 0 or 1")
@@ -256,4 +256,4 @@ def tost(difference, margin, alpha=0.05, groups=None):
 
     p = max(NormalDist().cdf(-score_statistic(*pairs, -margin)), NormalDist().cdf(score_statistic(*pairs, margin)))
     z = NormalDist().inv_cdf(1 - alpha)
-    return {"p": p, "interval": [crossing(z), crossing(-z)], "equivalent": p < alpha}
+    return {"p": p, "interval": [crossing(z), crossing(-z)], "equivalent": p < alpha, "design_effect": effect}

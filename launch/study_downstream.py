@@ -79,7 +79,7 @@ def compare(exact, lines, margin):
     verdict = "equivalent" if test["equivalent"] else "worse" if high < 0 else "better" if low > 0 else "undecided"
     return {"examples": len(set(examples)), "questions": len(lines), "accuracy": float(right.mean()), "exact_accuracy": float(exact_right.mean()),
             "difference": points, "lost": int((difference < 0).sum()), "won": int((difference > 0).sum()), "margin": margin,
-            "design_effect": study.design_effect(difference, examples), "tost_p": test["p"], "interval_90": test["interval"], "verdict": verdict,
+            "design_effect": test["design_effect"], "tost_p": test["p"], "interval_90": test["interval"], "verdict": verdict,
             "nll_difference": study.interval(nll - exact_nll, groups=examples)}
 
 
