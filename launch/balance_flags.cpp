@@ -51,6 +51,8 @@ std::shared_ptr<OnlineBalance> online_balance(int64_t every, const ModelConfig& 
   if (every == 0) {
     return nullptr;
   }
+  check(ErrorKind::kUsage, mesh.cp().size() == 1, "--balance_every=", every, " does not go with --cp=", mesh.cp().size(),
+        ": processes that share a sequence must decide alike, and each tensor-parallel group measures its own speeds");
   auto balance = std::make_shared<OnlineBalance>(attention.controller, rank_balance("--balance_every", mesh.tp().size(), config, device), mesh.tp(), every,
                                                  device.is_cpu());
   PolicyHooks& hooks = attention.hooks;

@@ -10,6 +10,7 @@
 #include "launch/options.h"
 #include "launch/policy_flags.h"
 #include "launch/program.h"
+#include "launch/traffic_report.h"
 #include "models/data.h"
 #include "models/llama.h"
 #include "models/token_file.h"
@@ -174,21 +175,16 @@ class Recorder {
     const auto on_cpu = [&](double ms) { return device_.is_cpu() ? Json(ms) : Json(); };  // on CUDA the host runs ahead, and its times say nothing
     const std::vector<double> ms = step_ms();
     const double all_ms = std::accumulate(ms.begin(), ms.end(), 0.0);
-    double exposed_ms = 0, sent_bytes = 0;
-    Json kinds = Json::array();
-    for (const auto& [key, entry] : traffic_->take()) {
-      exposed_ms += entry.waited_ms;
-      sent_bytes += entry.sent_bytes;
-      kinds.push_back({{"group", key.first}, {"operation", key.second}, {"calls", static_cast<double>(entry.calls) / steps},
-                       {"sent_bytes", entry.sent_bytes / steps}, {"exposed_ms", on_cpu(entry.waited_ms / steps)}});
-    }
-    return {{"rank", mesh.world().rank()}, {"tp_rank", mesh.tp().rank()}, {"cp_rank", mesh.cp().rank()}, {"dp_rank", mesh.dp().rank()},
-            {"step_ms", median(ms)},
-            {"exposed_ms", on_cpu(exposed_ms / steps)}, {"exposed_share", on_cpu(exposed_ms / all_ms)},
-            {"basis_ms", on_cpu(spent_.solve_ms / steps)}, {"basis_cpu_ms", on_cpu(spent_.solve_cpu_ms / steps)},
-            {"basis_share", on_cpu(spent_.solve_ms / all_ms)}, {"basis_bytes", static_cast<double>(spent_.context_basis_bytes) / steps},
-            {"attention_forward_ms", on_cpu(spent_.attention_ms / steps)},
-            {"sent_bytes", sent_bytes / steps}, {"sent", kinds}};
+    const Json sent = traffic_report(traffic_->take(), steps, device_.is_cpu());
+    const Json& exposed_ms = sent["exposed_ms"];
+    Json report = {{"rank", mesh.world().rank()}, {"tp_rank", mesh.tp().rank()}, {"cp_rank", mesh.cp().rank()}, {"dp_rank", mesh.dp().rank()},
+                   {"step_ms", median(ms)},
+                   {"exposed_share", exposed_ms.is_null() ? Json() : Json(exposed_ms.get<double>() * steps / all_ms)},
+                   {"basis_ms", on_cpu(spent_.solve_ms / steps)}, {"basis_cpu_ms", on_cpu(spent_.solve_cpu_ms / steps)},
+                   {"basis_share", on_cpu(spent_.solve_ms / all_ms)}, {"basis_bytes", static_cast<double>(spent_.context_basis_bytes) / steps},
+                   {"attention_forward_ms", on_cpu(spent_.attention_ms / steps)}};
+    report.update(sent);
+    return report;
   }
 
  private:
@@ -205,18 +201,6 @@ class Recorder {
   std::vector<double> yardsticks_;                // before the first of them and after each
   AttentionStatistics spent_;
 };
-
-/// The reports of all processes, in the order of their ranks, on every one of them.
-Json gathered(const Json& own, const Group& world) {
-  const std::string line = own.dump() + "\n";
-  at::Tensor bytes = at::from_blob(const_cast<char*>(line.data()), {static_cast<int64_t>(line.size())}, at::kByte);
-  bytes = world.all_gather_uneven(bytes.to(world.message_device())).cpu();
-  Json all = Json::array();
-  for (const std::string& one : split(std::string(static_cast<const char*>(bytes.data_ptr()), bytes.nbytes()), '\n')) {
-    all.push_back(Json::parse(one));
-  }
-  return all;
-}
 
 Json mean(const Json& ranks, const char* key) {
   double sum = 0;

@@ -11,6 +11,7 @@
 #include "launch/options.h"
 #include "launch/policy_flags.h"
 #include "launch/program.h"
+#include "launch/traffic_report.h"
 #include "models/config.h"
 #include "models/data.h"
 #include "models/llama.h"
@@ -185,7 +186,8 @@ void print_start(const Environment& environment, const MeshShape& shape, const M
 }
 
 nlohmann::ordered_json summary_json(const TrainResult& result, const TrainerOptions& options, const Environment& environment,
-                                    const MeshShape& shape, const OnlineBalance* balance, const AttentionClock* clock) {
+                                    const MeshShape& shape, const OnlineBalance* balance, const AttentionClock* clock,
+                                    const nlohmann::ordered_json& ranks) {
   nlohmann::ordered_json json;
   const auto put = [&](const char* key, double value) {
     if (std::isfinite(value)) {
@@ -217,6 +219,7 @@ nlohmann::ordered_json summary_json(const TrainResult& result, const TrainerOpti
   if (balance != nullptr) {
     json["balance_speeds"] = balance->speeds();
   }
+  json["ranks"] = ranks;
   json["checkpoint"] = result.checkpoint.string();
   json["versions"] = version_line();
   for (const Option& option : drrl::options()) {
@@ -259,7 +262,9 @@ ExitCode train(const Environment& environment) {
   const Data data = open_data(environment, config);
   const TrainerOptions options = trainer_options(*data.train);
 
-  const Mesh mesh = create_mesh(environment, shape, device);
+  Mesh mesh = create_mesh(environment, shape, device);
+  const auto traffic = std::make_shared<Traffic>();
+  mesh.count(traffic);
   std::unique_ptr<CausalLM> model;
   std::unique_ptr<Trainer> trainer;
   ExitCode code = ExitCode::kSuccess;
@@ -275,6 +280,12 @@ ExitCode train(const Environment& environment) {
     if (leader) {
       print_start(environment, shape, config, *model, attention.controller->describe(), data, options);
     }
+    int64_t basis_bytes = 0;
+    attention.hooks.end_step = [&basis_bytes, end_step = attention.hooks.end_step] {
+      const AttentionStatistics spent = end_step();
+      basis_bytes += spent.context_basis_bytes;
+      return spent;
+    };
     TrainConsole console(std::cout, leader && stdout_is_terminal(environment), options.steps);
     TrainerCallbacks callbacks;
     callbacks.on_step = [&](const StepReport& report) { console.step(report); };
@@ -283,7 +294,9 @@ ExitCode train(const Environment& environment) {
     callbacks.on_warning = [&](const std::string& text) { log_warning(text); };
     callbacks.stop_requested = &stop_requested;
     trainer = std::make_unique<Trainer>(options, *model, mesh, data.train, data.valid, attention.hooks, callbacks);
+    traffic->take();  // that of the start
     const TrainResult result = trainer->run();
+    const auto sent = traffic->take();
 
     if (leader) {
       print_summary(result, options);
@@ -303,8 +316,14 @@ ExitCode train(const Environment& environment) {
         std::cout << "exported " << FLAGS_output << "/hf" << (online ? " and policy.safetensors" : "") << std::endl;
       }
     }
-    if (leader && !FLAGS_json.empty()) {
-      write_text(FLAGS_json, summary_json(result, options, environment, shape, balance.get(), clock.get()).dump(2) + "\n");
+    if (!FLAGS_json.empty()) {
+      const double steps = std::max<double>(1, static_cast<double>(result.steps_this_run));
+      nlohmann::ordered_json own = {{"rank", environment.world_rank}, {"basis_bytes", static_cast<double>(basis_bytes) / steps}};
+      own.update(traffic_report(sent, steps, device.is_cpu()));
+      const auto ranks = gathered(own, mesh.world());
+      if (leader) {
+        write_text(FLAGS_json, summary_json(result, options, environment, shape, balance.get(), clock.get(), ranks).dump(2) + "\n");
+      }
     }
     mesh.world().barrier();
     code = result.interrupted ? ExitCode::kInterrupted : ExitCode::kSuccess;

@@ -188,6 +188,8 @@ at::Tensor LowRankController::split(int64_t length) {
   if (context_.size() == 1) {
     return {};
   }
+  // What travels depends on the ranks: processes that decide otherwise would wait for messages that nobody sends.
+  check_agreement(context_, fold(hash_bytes(describe()), decisions_digest_), "rank decisions");
   split_.emplace(BlockTree(length, geometry_), context_.size());
   return split_->positions(context_.rank());
 }

@@ -59,6 +59,7 @@ class LowRankController final : public AttentionController {
   LowRankController(std::shared_ptr<RankPolicy> policy, Geometry geometry, BasisOptions bases = {}, int64_t first_group = 0, GuardOptions guard = {},
                     Group context = {});
 
+  /// Collective over the processes of a split sequence: checks first that they decided alike so far and will (check_agreement), as ranks say what travels.
   at::Tensor split(int64_t length) override;
   const Group& context() const override { return context_; }
 
@@ -86,7 +87,7 @@ class LowRankController final : public AttentionController {
   AttentionStatistics take_statistics();
 
   /// 64-bit hash of the policy's description and of every rank decided since the last call: what processes that hold the same layers compare
-  /// (check_agreement) if their policy does not look at the text.
+  /// (check_agreement) if their policy does not look at the text. Processes that share a sequence call it alike: `split` compares what they have.
   uint64_t take_decisions_digest();
 
   const std::shared_ptr<RankPolicy>& policy() const { return policy_; }

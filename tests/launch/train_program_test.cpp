@@ -11,6 +11,7 @@
 
 #include <cctype>
 #include <chrono>
+#include <map>
 #include <regex>
 #include <set>
 #include <sstream>
@@ -166,8 +167,28 @@ TEST_F(TrainProgram, TheRankPolicyLearnsOnTheWay) {
   const std::string bin = std::string(DRRL_BINARY_DIR) + "/bin/", policy = (own_ / "ranks.safetensors").string();
   const std::string ranks = common + "--attention=lowrank --rank_policy=dp --rank_budget=0.9 --basis_updates=1 ";
   const Ended run = shell(mpirun(3) + bin + "drrl-train --tp=3 --steps=4 --global_batch=4 --valid_fraction=0 --policy_update_every=1 --policy_sample_rows=8 " + output() +
-                          "--policy=" + policy + ranks);
+                          "--policy=" + policy + ranks + "--json=" + (own_ / "result.json").string());
   ASSERT_EQ(run.code, 0) << run.output;
+  // What each process sent: activations, sums and clipping over tensor-parallel ones, rewards to rank 0 and factors from there.
+  const auto processes = nlohmann::json::parse(read_bytes(own_ / "result.json"))["ranks"];
+  ASSERT_EQ(processes.size(), 3U);
+  for (int64_t i = 0; i < 3; ++i) {
+    const auto& process = processes[static_cast<size_t>(i)];
+    EXPECT_EQ(process["rank"], i);
+    std::map<std::string, double> sent;
+    double all = 0;
+    for (const auto& row : process["sent"]) {
+      sent[row["group"].get<std::string>() + " " + row["operation"].get<std::string>()] = row["sent_bytes"];
+      all += row["sent_bytes"].get<double>();
+    }
+    EXPECT_NEAR(process["sent_bytes"].get<double>(), all, 1e-9 * all);
+    EXPECT_GT(process["exposed_ms"], 0);
+    EXPECT_EQ(process["basis_bytes"], 0);
+    EXPECT_GT(sent["tp all_reduce"], 0) << process;
+    ASSERT_TRUE(sent.contains("policy gather")) << process;
+    EXPECT_EQ(sent["policy gather"] > 0, i != 0) << process;
+    EXPECT_GT(sent["policy broadcast"], 0) << process;
+  }
   std::istringstream lines(read_bytes(own_ / "out/metrics/metrics.jsonl"));
   nlohmann::json last;
   for (std::string line; std::getline(lines, line);) {
@@ -185,6 +206,7 @@ TEST_F(TrainProgram, TheRankPolicyLearnsOnTheWay) {
   const std::string balanced = bin + "drrl-train --steps=1 --balance_every=1 --policy=" + policy;
   expect_failure(balanced + ranks + "--rank_policy=fixed --rank=4", ExitCode::kUsage, {"--balance_every needs --attention=lowrank and --rank_policy=dp", "fixed"});
   expect_failure(balanced + ranks + "--policy_update_every=1", ExitCode::kUsage, {"--balance_every does not go with --policy_update_every"});
+  expect_failure(mpirun(2) + balanced + ranks + "--cp=2", ExitCode::kUsage, {"--balance_every=1 does not go with --cp=2", "decide alike"});
   expect_failure(balanced + ranks + "--balance_damage=-1", ExitCode::kUsage, {"--balance_damage", "-1"});
   for (const char* speeds : {"1,x", "1,0", "1,1,1,1"}) {
     expect_failure(bin + "drrl-eval --balance_speeds=" + speeds + " --policy=" + policy + ranks, ExitCode::kUsage, {std::string("--balance_speeds=") + speeds});

@@ -219,6 +219,28 @@ TEST_F(ContextParallel, BasesThatProcessesShareAreEqualBitForBit) {
   EXPECT_GT(shared, 0);
 }
 
+TEST_F(ContextParallel, ProcessesThatDecideOtherwiseAreNamedBeforeAnythingTravels) {
+  const Mesh m = mesh({1, 1, size_});
+  const Text text = random_text(config_, 1, kSolved.length);
+  CausalLM split = model(make_fixed_policy(m.cp().rank() == 1 ? 4 : 8, 16), kSolved.geometry, Group(), m.cp());
+  std::vector<std::string> named = {"'cp'", "do not agree on rank decisions"};
+  if (size_ > 2) {
+    named.push_back("rank 1");  // the odd one out
+  }
+  expect_error(ErrorKind::kCommunication, named, [&] { split.loss(text.tokens, text.labels); });
+
+  // What was decided counts, too, not only what a policy says of itself: here one process forgets it.
+  const auto attention = controller(make_fixed_policy(8, 16), kSolved.geometry, Group(), m.cp());
+  const int64_t rows = attention->split(kSolved.length).numel();
+  std::shared_ptr<LayerPlan> plan;
+  attention->attend(0, at::randn({1, 6, rows, 16}), at::randn({1, 3, rows, 16}), at::randn({1, 3, rows, 16}), at::randn({40, 96}), plan);
+  EXPECT_NO_THROW(attention->split(kSolved.length));
+  if (m.cp().rank() == 1) {
+    attention->take_decisions_digest();
+  }
+  expect_error(ErrorKind::kCommunication, named, [&] { attention->split(kSolved.length); });
+}
+
 TEST_F(ContextParallel, RefusesWhatItCannotSplit) {
   const Mesh m = mesh({1, 1, size_});
   CausalLM split = model(make_full_policy(), {8, 2}, Group(), m.cp());
