@@ -200,6 +200,9 @@ Demand demand_of(const Workload& w) {
     const auto most = [](const std::vector<double>& of) { return *std::max_element(of.begin(), of.end()); };
     add_messages(a, "all_to_all", of_cp, w.processes_per_node, passes * 2, passes * most(bytes.keys_values));
     demand.sent_bytes += passes * bytes.keys_values.front();
+    const double digests = sequences * 8 * static_cast<double>(cp - 1);  // of rank decisions, before each pass
+    add_messages(a, "all_gather", of_cp, w.processes_per_node, sequences, digests);
+    demand.sent_bytes += digests;
     if (low) {
       add_messages(a, "all_to_all", of_cp, w.processes_per_node, passes * 2, passes * most(bytes.bases));
       demand.sent_bytes += passes * bytes.bases.front();
