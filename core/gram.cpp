@@ -91,6 +91,12 @@ at::Tensor attention_mass(const at::Tensor& q, const at::Tensor& k, int64_t begi
   return drrl::attention_mass(at_least_float(blocks_of(q)).mean(4), blocks_of(k).squeeze(3));
 }
 
+// Where the lower triangle of a d x d matrix lies in it, row by row: [d (d + 1) / 2].
+at::Tensor places_of_triangle(int64_t d, const at::Device& device) {
+  const auto indices = at::tril_indices(d, d, 0, at::TensorOptions(at::kLong).device(device));
+  return indices[0] * d + indices[1];
+}
+
 // The left node of a run's first pair, by number in its level; every second one from there on is the next pair's: left nodes are the even ones.
 int64_t first_node(const PairRun& run, const BlockTree& tree) { return 2 * (run.key_begin - tree.sinks()) / run.stride; }
 
@@ -146,6 +152,17 @@ std::vector<at::Tensor> sum_up_tree(const std::vector<at::Tensor>& blocks, const
 }
 
 }  // namespace
+
+at::Tensor lower_triangle(const at::Tensor& symmetric) {
+  return symmetric.flatten(-2).index_select(-1, places_of_triangle(symmetric.size(-1), symmetric.device()));
+}
+
+at::Tensor from_lower_triangle(const at::Tensor& lower, int64_t d) {
+  std::vector<int64_t> shape = lower.sizes().vec();
+  shape.back() = d * d;
+  auto full = at::zeros(shape, lower.options()).index_copy_(-1, places_of_triangle(d, lower.device()), lower).unflatten(-1, {d, d});
+  return full + full.tril(-1).transpose(-2, -1);
+}
 
 at::Tensor attention_mass(const at::Tensor& mean_queries, const at::Tensor& keys) {
   at::NoGradGuard no_grad;

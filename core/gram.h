@@ -12,7 +12,12 @@ struct PairGrams {
   at::Tensor queries;  ///< G_q = sum over the group's heads of Q^T Q, [B, G, pairs, d, d]
   at::Tensor keys;     ///< G_k = K^T K, or K^T diag(w) K, [B, G, pairs, d, d]
   at::Tensor values;   ///< G_v = V^T V, or V^T diag(w) V, [B, G, pairs, d, d]
+  at::Tensor output = {};  ///< output_gram, [G, d, d], of heads of which this process holds some only; undefined: W_O here is of all
 };
+
+/// Symmetric matrices [.., d, d] as their lower triangles, row by row [.., d (d + 1) / 2], and back: what travels of a Gram.
+at::Tensor lower_triangle(const at::Tensor& symmetric);
+at::Tensor from_lower_triangle(const at::Tensor& lower, int64_t d);
 
 /// How much attention keys get, estimated from queries that see them: w_j = rows ((1 - m) mean_h softmax_j(q_h . k_j / sqrt(d)) + m / rows), over the
 /// rows of one block, for the mean query q_h of each head of the group; a share m = 0.1 is spread evenly. The w of a block sum to its rows.

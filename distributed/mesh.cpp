@@ -1,5 +1,6 @@
 #include "distributed/mesh.h"
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -20,10 +21,20 @@ struct Groups {
   Group dp;
   Group cp = {};  // this and data only with cp > 1
   Group data = {};
+  Group kv = {};  // only with tp > kv_heads
 };
 
+bool shares_kv_heads(MeshShape shape) { return shape.kv_heads > 0 && shape.tp > shape.kv_heads; }
+
+// World ranks, of those in this process' tensor-parallel group.
+Share kv_ranks(MeshShape shape, int64_t rank) {
+  const Share sharers = kv_sharers_of(shape.kv_heads, shape.tp, rank % shape.tp);
+  return {rank - rank % shape.tp + sharers.begin, sharers.count};
+}
+
 std::string describe(MeshShape shape) {
-  return c10::str("tp=", shape.tp, ", dp=", shape.dp) + (shape.cp == 1 ? std::string() : c10::str(", cp=", shape.cp));
+  return c10::str("tp=", shape.tp, ", dp=", shape.dp) + (shape.cp == 1 ? std::string() : c10::str(", cp=", shape.cp)) +
+         (shares_kv_heads(shape) ? c10::str(", KV heads=", shape.kv_heads) : std::string());
 }
 
 // Before anything that depends on it: ranks that were given different shapes would wait for each other in different groups.
@@ -55,6 +66,9 @@ Groups make_mpi_groups(const Environment& environment, MeshShape shape, std::chr
   if (shape.cp > 1) {
     groups.cp = make_mpi_group("cp", MPI_COMM_WORLD, timeout, /*color=*/rank / sequence * shape.tp + rank % shape.tp);
     groups.data = make_mpi_group("data", MPI_COMM_WORLD, timeout, /*color=*/rank % shape.tp);
+  }
+  if (shares_kv_heads(shape)) {
+    groups.kv = make_mpi_group("kv", MPI_COMM_WORLD, timeout, /*color=*/kv_ranks(shape, rank).begin);
   }
   return groups;
 }
@@ -92,6 +106,10 @@ Groups make_nccl_groups(const Environment& environment, MeshShape shape, at::Dev
     groups.cp = group("cp", rank - rank % sequence + rank % shape.tp, shape.cp, shape.tp, cpu.cp);
     groups.data = group("data", rank % shape.tp, shape.dp * shape.cp, shape.tp, cpu.data);
   }
+  if (shares_kv_heads(shape)) {
+    const Share sharers = kv_ranks(shape, rank);
+    groups.kv = group("kv", sharers.begin, sharers.count, 1, cpu.kv);
+  }
   return groups;
 }
 
@@ -112,9 +130,32 @@ void check_place(const Group& group, const char* role, int64_t rank, int64_t siz
 
 }  // namespace
 
+Share partition(int64_t n, int64_t parts, int64_t index) {
+  check(ErrorKind::kInternal, n >= 0 && parts >= 1 && index >= 0 && index < parts, "partition(", n, ", ", parts, ", ", index, ")");
+  const int64_t each = n / parts;
+  const int64_t more = n % parts;
+  return {index * each + std::min(index, more), each + (index < more ? 1 : 0)};
+}
+
+Share kv_heads_of(int64_t kv_heads, int64_t tp, int64_t rank) {
+  check(ErrorKind::kInternal, kv_heads >= 1 && rank >= 0 && rank < tp, "KV heads of rank ", rank, " of ", tp, ", of ", kv_heads);
+  if (tp <= kv_heads) {
+    return partition(kv_heads, tp, rank);
+  }
+  int64_t head = 0;
+  for (Share held = partition(tp, kv_heads, 0); held.begin + held.count <= rank; held = partition(tp, kv_heads, head)) {
+    ++head;
+  }
+  return {head, 1};
+}
+
+Share kv_sharers_of(int64_t kv_heads, int64_t tp, int64_t rank) {
+  return tp <= kv_heads ? Share{rank, 1} : partition(tp, kv_heads, kv_heads_of(kv_heads, tp, rank).begin);
+}
+
 void check_shape(MeshShape shape, int64_t world_size) {
-  check(ErrorKind::kUsage, shape.tp >= 1 && shape.dp >= 1 && shape.cp >= 1, "tp=", shape.tp, ", dp=", shape.dp, " and cp=", shape.cp,
-        " must be at least 1");
+  check(ErrorKind::kUsage, shape.tp >= 1 && shape.dp >= 1 && shape.cp >= 1 && shape.kv_heads >= 0, "tp=", shape.tp, ", dp=", shape.dp, " and cp=",
+        shape.cp, " must be at least 1, KV heads not negative, got ", shape.kv_heads);
   // Divided, not multiplied: the product may overflow.
   check(ErrorKind::kUsage, world_size % shape.tp == 0 && world_size / shape.tp % shape.cp == 0 && world_size / shape.tp / shape.cp == shape.dp, "tp=",
         shape.tp, " times dp=", shape.dp, shape.cp == 1 ? std::string() : c10::str(" times cp=", shape.cp), " is not the world size of ", world_size);
@@ -138,7 +179,8 @@ Mesh Mesh::create(const Environment& environment, MeshShape shape, at::Device de
   if (device.is_cuda()) {
     groups = make_nccl_groups(environment, shape, device, timeout, groups);
   }
-  return Mesh(shape, std::move(groups.world), std::move(groups.tp), std::move(groups.dp), std::move(groups.cp), std::move(groups.data));
+  return Mesh(shape, std::move(groups.world), std::move(groups.tp), std::move(groups.dp), std::move(groups.cp), std::move(groups.data),
+              std::move(groups.kv));
 }
 
 Group create_world_group(const std::string& name, const Environment& environment, at::Device device, std::chrono::milliseconds timeout) {
@@ -152,19 +194,19 @@ Group create_world_group(const std::string& name, const Environment& environment
 }
 
 void Mesh::watch(const std::shared_ptr<Watchdog>& watchdog) {
-  for (Group* group : {&world_, &tp_, &dp_, &cp_, &data_}) {
+  for (Group* group : {&world_, &tp_, &dp_, &cp_, &data_, &kv_}) {
     group->watch(watchdog);
   }
 }
 
 void Mesh::count(const std::shared_ptr<Traffic>& traffic) {
-  for (Group* group : {&world_, &tp_, &dp_, &cp_, &data_}) {
+  for (Group* group : {&world_, &tp_, &dp_, &cp_, &data_, &kv_}) {
     group->count(traffic);
   }
 }
 
-Mesh::Mesh(MeshShape shape, Group world, Group tp, Group dp, Group cp, Group data)
-    : shape_(shape), world_(std::move(world)), tp_(std::move(tp)), dp_(std::move(dp)), cp_(std::move(cp)), data_(std::move(data)) {
+Mesh::Mesh(MeshShape shape, Group world, Group tp, Group dp, Group cp, Group data, Group kv)
+    : shape_(shape), world_(std::move(world)), tp_(std::move(tp)), dp_(std::move(dp)), cp_(std::move(cp)), data_(std::move(data)), kv_(std::move(kv)) {
   check_same_shape(world_, shape);
   check_shape(shape, world_.size());
   const int64_t copy = world_.rank() / shape.tp;
@@ -172,6 +214,8 @@ Mesh::Mesh(MeshShape shape, Group world, Group tp, Group dp, Group cp, Group dat
   check_place(dp_, "data-parallel", copy / shape.cp, shape.dp);
   check_place(cp_, "context-parallel", copy % shape.cp, shape.cp);
   check_place(this->data(), "data", copy, shape.dp * shape.cp);
+  const Share sharers = shares_kv_heads(shape) ? kv_ranks(shape, world_.rank()) : Share{world_.rank(), 1};
+  check_place(kv_, "KV", world_.rank() - sharers.begin, sharers.count);
 }
 
 }  // namespace drrl

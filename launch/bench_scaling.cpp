@@ -1,6 +1,7 @@
 // drrl-bench scaling: training steps on the processes that the program was started with, and what of their time is communication and solves.
 // launch/bench_scaling.sh runs several numbers of processes and compares them.
 
+#include "core/cpu_clock.h"
 #include "core/error.h"
 #include "core/storage.h"
 #include "distributed/mesh.h"
@@ -23,7 +24,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <ctime>
 #include <iostream>
 #include <numeric>
 #include <optional>
@@ -92,22 +92,16 @@ class Yardstick {
  public:
   /// Processor time that it took [ms]: processes that share a core do not wait in it.
   double ms() {
-    const double begin = processor_ms();
+    const double begin = cpu_ms(CLOCK_PROCESS_CPUTIME_ID);
     for (int i = 0; i < 4; ++i) {
       at::mm_out(product_, left_, right_);
     }
     memory_.add_(1.0);
     memory_.mul_(0.5);
-    return processor_ms() - begin;
+    return cpu_ms(CLOCK_PROCESS_CPUTIME_ID) - begin;
   }
 
  private:
-  static double processor_ms() {
-    timespec now{};
-    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
-    return 1e3 * static_cast<double>(now.tv_sec) + 1e-6 * static_cast<double>(now.tv_nsec);
-  }
-
   at::Tensor left_ = at::ones({512, 576}), right_ = at::ones({576, 1536}), product_ = at::empty({512, 1536});
   at::Tensor memory_ = at::ones({int64_t{8} << 20});  // 32 MiB
 };
@@ -181,7 +175,7 @@ class Recorder {
                    {"step_ms", median(ms)},
                    {"exposed_share", exposed_ms.is_null() ? Json() : Json(exposed_ms.get<double>() * steps / all_ms)},
                    {"basis_ms", on_cpu(spent_.solve_ms / steps)}, {"basis_cpu_ms", on_cpu(spent_.solve_cpu_ms / steps)},
-                   {"basis_share", on_cpu(spent_.solve_ms / all_ms)}, {"basis_bytes", static_cast<double>(spent_.context_basis_bytes) / steps},
+                   {"basis_share", on_cpu(spent_.solve_ms / all_ms)}, {"basis_bytes", static_cast<double>(spent_.basis_bytes) / steps},
                    {"attention_forward_ms", on_cpu(spent_.attention_ms / steps)}};
     report.update(sent);
     return report;
@@ -245,11 +239,12 @@ void check_options(const MeshShape& shape) {
 }  // namespace
 
 ExitCode scaling(const Environment& environment) {
-  const MeshShape shape = mesh_flags(environment);
+  MeshShape shape = mesh_flags(environment);
   check_options(shape);
   const at::Device device = device_flag(environment);
   const ModelOptions model_options{.dtype = dtype_flag("dtype", FLAGS_dtype), .device = device};
   const ModelConfig config = model_config();
+  shape.kv_heads = config.num_key_value_heads;
   TrainerOptions options;
   options.global_batch = FLAGS_scaling == "weak" ? FLAGS_sequences * environment.world_size : FLAGS_sequences;
   options.steps = FLAGS_warmup_steps + FLAGS_steps;

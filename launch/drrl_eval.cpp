@@ -70,7 +70,7 @@ Totals reduce(const Totals& mine, const Mesh& mesh) {
   const AttentionStatistics& a = mine.attention;
   auto sums = at::tensor({a.flops, a.exact_flops, static_cast<double>(a.solves), static_cast<double>(a.updates), a.rank_qk, a.rank_v,
                           static_cast<double>(a.decisions), static_cast<double>(a.guard_raises), static_cast<double>(a.context_bytes),
-                          static_cast<double>(a.context_exact_bytes), static_cast<double>(a.context_basis_bytes)},
+                          static_cast<double>(a.context_exact_bytes), static_cast<double>(a.basis_bytes)},
                          at::kDouble);
   auto times = at::tensor({a.attention_ms, a.solve_ms}, at::kDouble);
   mesh.dp().all_reduce(losses);
@@ -92,7 +92,7 @@ Totals reduce(const Totals& mine, const Mesh& mesh) {
   all.attention.guard_raises = std::llround(at_index(sums, 7));
   all.attention.context_bytes = std::llround(at_index(sums, 8));
   all.attention.context_exact_bytes = std::llround(at_index(sums, 9));
-  all.attention.context_basis_bytes = std::llround(at_index(sums, 10));
+  all.attention.basis_bytes = std::llround(at_index(sums, 10));
   all.attention.attention_ms = at_index(times, 0);
   all.attention.solve_ms = at_index(times, 1);
   if (!mine.sequence_nll.empty()) {
@@ -114,7 +114,7 @@ nlohmann::ordered_json attention_json(const AttentionStatistics& a, int64_t head
           {"solves_ms", a.solve_ms},
           {"context_bytes", a.context_bytes},
           {"context_exact_bytes", a.context_exact_bytes},
-          {"context_basis_bytes", a.context_basis_bytes},
+          {"basis_bytes", a.basis_bytes},
           {"mean_rank_qk", mean_rank(a.rank_qk, a, head_dim)},
           {"mean_rank_v", mean_rank(a.rank_v, a, head_dim)}};
 }
@@ -394,9 +394,10 @@ ExitCode evaluate(const Environment& environment) {
   const Ablation ablation = ablation_flag();
   check(ErrorKind::kUsage, FLAGS_balance_speeds.empty() || (!answering && FLAGS_generate == 0), "--balance_speeds chooses ranks for sequences of --seq_len, it goes "
         "neither with --examples nor with --generate");
-  const MeshShape shape = mesh_flags(environment);
+  MeshShape shape = mesh_flags(environment);
   const at::Device device = device_flag(environment);
   const ModelConfig config = ModelConfig::load(FLAGS_model);
+  shape.kv_heads = config.num_key_value_heads;
   const auto file = answering ? nullptr : open_token_file(FLAGS_data, config, environment);
   std::vector<Example> examples;
   std::optional<SequenceDataset> data;

@@ -250,7 +250,7 @@ ExitCode train(const Environment& environment) {
   watch_stop_signals();
   require("model", FLAGS_model);
   require("data", FLAGS_data);
-  const MeshShape shape = mesh_flags(environment);
+  MeshShape shape = mesh_flags(environment);
   check(ErrorKind::kUsage, FLAGS_timeout_s >= 1, "--timeout_s must be at least 1, got ", FLAGS_timeout_s);
   check(ErrorKind::kUsage, FLAGS_balance_every >= 0, "--balance_every must not be negative, got ", FLAGS_balance_every);
   const at::Device device = device_flag(environment);
@@ -258,6 +258,7 @@ ExitCode train(const Environment& environment) {
       .dtype = dtype_flag("dtype", FLAGS_dtype), .device = device, .activation_checkpoint = FLAGS_activation_checkpoint};
   const at::ScalarType export_dtype = dtype_flag("export_dtype", FLAGS_export_dtype);
   const ModelConfig config = ModelConfig::load(FLAGS_model);
+  shape.kv_heads = config.num_key_value_heads;
   check_seq_len(config);
   const Data data = open_data(environment, config);
   const TrainerOptions options = trainer_options(*data.train);
@@ -283,7 +284,7 @@ ExitCode train(const Environment& environment) {
     int64_t basis_bytes = 0;
     attention.hooks.end_step = [&basis_bytes, end_step = attention.hooks.end_step] {
       const AttentionStatistics spent = end_step();
-      basis_bytes += spent.context_basis_bytes;
+      basis_bytes += spent.basis_bytes;
       return spent;
     };
     TrainConsole console(std::cout, leader && stdout_is_terminal(environment), options.steps);

@@ -170,13 +170,13 @@ AttentionSetup attention_flags(const ModelConfig& config, const Mesh& mesh, cons
   CalibrationFlag calibration;
   const std::shared_ptr<RankPolicy> policy = rank_policy_flags(config, device, calibration);
   AttentionSetup setup;
-  const Share groups = partition(config.num_key_value_heads, mesh.tp().size(), mesh.tp().rank());
+  const Share groups = kv_heads_of(config.num_key_value_heads, mesh.tp().size(), mesh.tp().rank());
   check(ErrorKind::kUsage, FLAGS_guard_eps >= 0 && FLAGS_guard_decay > 0 && FLAGS_guard_decay <= 1, "--guard_eps must not be negative and --guard_decay lie in (0, 1], got ",
         FLAGS_guard_eps, " and ", FLAGS_guard_decay);
   check(ErrorKind::kUsage, FLAGS_guard_eps == 0 || !FLAGS_policy.empty(), "--guard_eps=", FLAGS_guard_eps, " needs the starting bases of --policy=FILE");
   GuardOptions guard{.eps = policy->exact() ? 0 : FLAGS_guard_eps, .buckets = bucket_flags(device, config.head_dim)};
   setup.controller = std::make_shared<LowRankController>(policy, geometry_flags(), basis_flags(config, groups, device, calibration), groups.begin, guard,
-                                                         mesh.cp());
+                                                         mesh.cp(), mesh.kv());
   const auto controller = setup.controller;
   const std::string description = c10::str(controller->describe(), ", guard decay ", FLAGS_guard_decay);
   check_agreement(mesh.world(), hash_bytes(description), "the rank policy");

@@ -150,6 +150,8 @@ double sharing(const Demand& demand, double waiting) { return demand.cores_share
 
 Demand demand_of(const Workload& w) {
   const int64_t tp = w.shape.tp, dp = w.shape.dp, cp = w.shape.cp;
+  check(ErrorKind::kUsage, tp <= w.config.num_key_value_heads, "the scaling model knows no processes that share a KV head: tensor-parallel size ", tp,
+        " is greater than the model's ", w.config.num_key_value_heads, " KV heads");
   const int64_t groups = partition(w.config.num_key_value_heads, tp, 0).count;
   const BlockTree tree(w.seq_len, w.geometry);
   const int64_t rank = tree.num_pairs() == 0 ? w.config.head_dim : std::min(w.rank, w.config.head_dim);

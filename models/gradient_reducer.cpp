@@ -1,14 +1,17 @@
 #include "models/gradient_reducer.h"
 
+#include "core/error.h"
+
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 
 namespace drrl {
 
-GradientReducer::GradientReducer(std::vector<Parameter>& parameters, const Group& data_parallel, int64_t bucket_bytes)
-    : parameters_(parameters), data_parallel_(data_parallel) {
+GradientReducer::GradientReducer(std::vector<Parameter>& parameters, const Group& data_parallel, const Group& kv, int64_t bucket_bytes)
+    : parameters_(parameters), data_parallel_(data_parallel), kv_(kv) {
   if (data_parallel_.size() == 1) {
     return;
   }
@@ -64,23 +67,50 @@ bool GradientReducer::finish() {
       parameter.value.mutable_grad() = at::zeros_like(parameter.value.detach(), at::MemoryFormat::Contiguous);
     }
   }
-  if (buckets_.empty()) {
-    return true;
-  }
   std::vector<at::Tensor> norms;
   for (Bucket& bucket : buckets_) {
     bucket.pending.wait();
     norms.push_back(bucket.norm);
   }
-  return std::isfinite(at::stack(norms).sum().item<double>());
+  if (norms.empty() && kv_.size() > 1) {
+    std::vector<at::Tensor> gradients;
+    std::transform(parameters_.begin(), parameters_.end(), std::back_inserter(gradients), [](const Parameter& p) { return p.value.grad(); });
+    norms = at::_foreach_norm(gradients, 2.0);
+  }
+  sum_shared_rows(parameters_, kv_);
+  return norms.empty() || std::isfinite(at::stack(norms).sum().item<double>());
 }
 
-at::Tensor squared_gradient_norm(const std::vector<Parameter>& parameters, const Group& tensor_parallel) {
+void sum_shared_rows(const std::vector<Parameter>& parameters, const Group& kv) {
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> shared, flat;
+  for (const Parameter& parameter : parameters) {
+    if (parameter.shared_rows > 0) {
+      const at::Tensor& grad = parameter.value.grad();
+      shared.push_back(grad.narrow(0, grad.size(0) - parameter.shared_rows, parameter.shared_rows));
+      flat.push_back(shared.back().flatten());
+    }
+  }
+  if (shared.empty()) {
+    return;
+  }
+  check(ErrorKind::kUsage, kv.size() > 1, "other tensor-parallel ranks hold this one's KV head, too, but the group of those ranks was not handed in");
+  at::Tensor sum = at::cat(flat);
+  kv.all_reduce(sum);
+  int64_t offset = 0;
+  for (const at::Tensor& rows : shared) {
+    rows.copy_(sum.narrow(0, offset, rows.numel()).view(rows.sizes()));
+    offset += rows.numel();
+  }
+}
+
+at::Tensor squared_gradient_norm(const std::vector<Parameter>& parameters, const Group& tensor_parallel, const Group& kv) {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> gradients;
   for (const Parameter& parameter : parameters) {
     if (parameter.sharded || tensor_parallel.rank() == 0) {
-      gradients.push_back(parameter.value.grad());
+      const at::Tensor& grad = parameter.value.grad();
+      gradients.push_back(kv.rank() == 0 ? grad : grad.narrow(0, 0, grad.size(0) - parameter.shared_rows));
     }
   }
   if (gradients.empty()) {

@@ -91,7 +91,7 @@ CausalLM::CausalLM(const ModelConfig& config, const Group& tp, std::shared_ptr<A
   for (const ParameterLayout& layout : parameter_layouts(config_, tp_.size(), tp_.rank())) {
     index[layout.name] = static_cast<int64_t>(parameters_.size());
     at::Tensor tensor = at::zeros(layout.shape, master).requires_grad_(true);
-    parameters_.push_back({layout.name, std::move(tensor), layout.shape.size() > 1, layout.sharded});
+    parameters_.push_back({layout.name, std::move(tensor), layout.shape.size() > 1, layout.sharded, layout.shared_rows});
   }
   const auto find = [&](const std::string& name) {
     const auto found = index.find(name);
@@ -120,8 +120,9 @@ CausalLM::CausalLM(const ModelConfig& config, const Group& tp, std::shared_ptr<A
   final_norm_ = find(names.final_norm + std::string(".weight"));
   final_norm_bias_ = find(names.final_norm + std::string(".bias"));
   head_ = config_.tie_word_embeddings ? embedding_ : find("lm_head.weight");
-  groups_ = partition(config_.num_key_value_heads, tp_.size(), tp_.rank()).count;
-  heads_ = groups_ * config_.heads_per_group();
+  const HeadShare heads = head_share(config_, tp_.size(), tp_.rank());
+  groups_ = heads.kv_heads.count;
+  heads_ = heads.query_heads.count;
   first_vocabulary_row_ = partition(config_.vocab_size, tp_.size(), tp_.rank()).begin;
 }
 

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "distributed/group.h"
+#include "distributed/mesh.h"
 #include "models/config.h"
 #include "policy/attention.h"
 #include "policy/kv_cache.h"
@@ -29,6 +29,8 @@ struct Parameter {
   at::Tensor value;  ///< fp32 master copy, a leaf that requires grad; the local shard
   bool decay;        ///< weight decay applies: matrices yes, norms and biases no
   bool sharded;      ///< false: the same on every tensor-parallel rank, and so is its gradient
+  int64_t shared_rows = 0;  ///< the last so many belong to a KV head that other ranks hold, too (Mesh::kv): the gradient that backward() gives them is this
+                            ///< rank's part of a sum (sum_shared_rows, gradient_reducer.h)
 };
 
 struct ModelOptions {
@@ -52,7 +54,8 @@ inline constexpr int64_t kIgnoredLabel = -100;
 /// tokens [B, L] int64 -> embedding [B, L, hidden] -> layers of (norm, attention, norm, MLP) -> norm -> head. The families differ
 /// in the norm (RMSNorm, LayerNorm), the positions (rotated queries and keys, a learned embedding) and the MLP's activation.
 /// Rank t of T owns whole KV groups with their query heads, MLP columns and vocabulary rows, each split by
-/// `partition()` (tensor_parallel.h): 3 groups on 2 ranks are 2 + 1.
+/// `partition()` (mesh.h): 3 groups on 2 ranks are 2 + 1. With more ranks than KV heads some hold the same one and share out its query heads
+/// (head_share, weights.h).
 ///
 /// Gradients: `backward()` on a loss adds to `value.grad()` of every parameter in place; an undefined gradient
 /// counts as zero. Do not update a parameter between a forward and its backward pass.
@@ -61,7 +64,7 @@ inline constexpr int64_t kIgnoredLabel = -100;
 /// of its group get the same tokens and labels; loss() is of the own rows, to be summed over the group like gradients, token_nll() of all.
 ///
 /// Every method is collective over `tp`: all its ranks call it with the same arguments.
-/// Errors: Error(kUsage) more TP ranks than KV groups, a sequence beyond max_position_embeddings, wrong shapes; Error(kData) a
+/// Errors: Error(kUsage) more TP ranks than query heads, a sequence beyond max_position_embeddings, wrong shapes; Error(kData) a
 /// token or label outside the vocabulary; each names the values.
 class CausalLM {
  public:
@@ -86,6 +89,8 @@ class CausalLM {
   const std::vector<Parameter>& parameters() const noexcept { return parameters_; }
   const ModelConfig& config() const noexcept { return config_; }
   const ModelOptions& options() const noexcept { return options_; }
+  /// The tensor-parallel ranks that hold this one's KV heads, by number in the group.
+  Share kv_sharers() const { return kv_sharers_of(config_.num_key_value_heads, tp_.size(), tp_.rank()); }
   /// The processes that each sequence is split over.
   const Group& context() const { return attention_->context(); }
   /// Parameters of the whole model, not only of this shard.

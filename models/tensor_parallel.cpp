@@ -1,13 +1,11 @@
 #include "models/tensor_parallel.h"
 
-#include "core/error.h"
 #include "models/fused_ops.h"
 #include "models/gradients.h"
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>
 
-#include <algorithm>
 #include <utility>
 
 namespace drrl {
@@ -140,14 +138,6 @@ struct Embedding : torch::autograd::Function<Embedding> {
 };
 
 }  // namespace
-
-Share partition(int64_t n, int64_t parts, int64_t index) {
-  check(ErrorKind::kInternal, n >= 0 && parts >= 1 && index >= 0 && index < parts, "partition(", n, ", ", parts, ", ", index,
-        ")");
-  const int64_t each = n / parts;
-  const int64_t more = n % parts;
-  return {index * each + std::min(index, more), each + (index < more ? 1 : 0)};
-}
 
 at::Tensor column_parallel_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                                   const Group& tp) {

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "distributed/group.h"
+#include "distributed/mesh.h"
 #include "models/config.h"
 
 #include <ATen/ATen.h>
@@ -8,13 +8,6 @@
 #include <optional>
 
 namespace drrl {
-
-/// The share of one of `parts` processes in `n` things: as even as possible, the first ones get one more.
-struct Share {
-  int64_t begin;
-  int64_t count;
-};
-Share partition(int64_t n, int64_t parts, int64_t index);
 
 /// Megatron's pair of linear layers (arXiv 1909.08053): one all-reduce each, in the forward of the row-parallel one and in the
 /// backward of the column-parallel one. x and the results are [N, features] in the dtype of the activations; weights and biases

@@ -64,7 +64,7 @@ struct Trainer::Impl {
         policy(std::move(policy_in)),
         callbacks(std::move(callbacks_in)),
         optimizer(model_in.parameters(), options.optimizer),
-        reducer(model_in.parameters(), mesh.data()),
+        reducer(model_in.parameters(), mesh.data(), mesh.kv()),
         device(model_in.parameters().front().value.device()) {
     check(ErrorKind::kUsage, options.micro_batch >= 1, "micro_batch must be at least 1, got ", options.micro_batch);
     check(ErrorKind::kUsage, options.global_batch >= 1, "global_batch must be at least 1, got ", options.global_batch);
@@ -72,6 +72,8 @@ struct Trainer::Impl {
           " sequences cannot be shared out to ", mesh.dp().size(), " data-parallel ranks");
     check(ErrorKind::kUsage, model.context().size() == mesh.cp().size(), "the model's attention splits sequences over ", model.context().size(),
           " processes, the mesh over ", mesh.cp().size());
+    check(ErrorKind::kUsage, model.kv_sharers().count == mesh.kv().size(), model.kv_sharers().count, " tensor-parallel ranks hold this one's KV heads, the mesh has ",
+          mesh.kv().size(), " of them (MeshShape::kv_heads)");
     check(ErrorKind::kUsage, options.steps >= 1, "steps must be at least 1, got ", options.steps);
     check(ErrorKind::kUsage, options.clip >= 0, "clip must not be negative, got ", options.clip);
     check(ErrorKind::kUsage, options.log_every >= 1, "log_every must be at least 1, got ", options.log_every);
@@ -165,10 +167,10 @@ struct Trainer::Impl {
       }
     }
     const bool own_gradient_finite = reducer.finish();
-    const double own_squared_norm = squared_gradient_norm(model.parameters(), mesh.tp()).item<double>();
+    const double own_squared_norm = squared_gradient_norm(model.parameters(), mesh.tp(), mesh.kv()).item<double>();
 
     const bool bad_loss = !std::isfinite(mine.loss_sum);
-    const bool bad_gradient = !own_gradient_finite || (mesh.data().size() == 1 && !std::isfinite(own_squared_norm));
+    const bool bad_gradient = !own_gradient_finite || (mesh.data().size() == 1 && mesh.kv().size() == 1 && !std::isfinite(own_squared_norm));
     mine.bad_ranks = bad_loss || bad_gradient ? 1 : 0;
     mine.stops = callbacks.stop_requested && callbacks.stop_requested() ? 1 : 0;
     mine.squared_norm = mesh.data().rank() == 0 ? own_squared_norm : 0;

@@ -1,7 +1,6 @@
 #include "models/weights.h"
 
 #include "core/error.h"
-#include "models/tensor_parallel.h"
 
 #include <utility>
 
@@ -41,31 +40,32 @@ class Layouts {
     layouts.push_back({name, shape, false, {{name, shape, 0, 0, first, 0}}});
   }
 
-  // Several matrices (or biases) cut by rows in the units of `unit` rows and stacked; `inner` are the other dimensions. A matrix may be a
-  // part of a tensor of `all` rows in the file, from row `first` on.
+  // Several matrices (or biases) of which a rank holds the rows of `share` in units of `unit` rows, stacked; `inner` are the other dimensions. A matrix
+  // is `all` rows of a tensor in the file, or a part of one, from row `first` on.
   struct Rows {
     std::string name;
-    int64_t units, unit;
-    int64_t first = 0, all = units * unit;
+    Share share;
+    int64_t unit, all;
+    int64_t first = 0;
   };
+  // Cut evenly.
+  Rows even(const std::string& name, int64_t rows) const { return {name, partition(rows, size_, rank_), 1, rows}; }
   void rows(const std::string& name, const std::vector<Rows>& stack, const std::vector<int64_t>& inner, bool transposed = false) {
     ParameterLayout layout{name, {0}, true, {}};
     layout.shape.insert(layout.shape.end(), inner.begin(), inner.end());
     const bool swap = transposed && !inner.empty();
     for (const Rows& matrix : stack) {
-      const Share share = partition(matrix.units, size_, rank_);
       std::vector<int64_t> shape = {matrix.all};
       shape.insert(swap ? shape.begin() : shape.end(), inner.begin(), inner.end());
-      layout.parts.push_back({matrix.name, shape, swap ? 1 : 0, matrix.first + share.begin * matrix.unit, share.count * matrix.unit,
+      layout.parts.push_back({matrix.name, shape, swap ? 1 : 0, matrix.first + matrix.share.begin * matrix.unit, matrix.share.count * matrix.unit,
                               layout.shape[0], swap});
-      layout.shape[0] += share.count * matrix.unit;
+      layout.shape[0] += matrix.share.count * matrix.unit;
     }
     layouts.push_back(std::move(layout));
   }
 
-  void columns(const std::string& name, int64_t out, int64_t units, int64_t unit, bool transposed) {
-    const Share share = partition(units, size_, rank_);
-    std::vector<int64_t> shape = {out, units * unit};
+  void columns(const std::string& name, int64_t out, const Share& share, int64_t unit, int64_t all, bool transposed) {
+    std::vector<int64_t> shape = {out, all};
     if (transposed) {
       std::swap(shape[0], shape[1]);
     }
@@ -85,17 +85,28 @@ class Layouts {
 
 const ParameterNames& parameter_names(const ModelConfig& config) { return config.is_gpt2() ? kGpt2Names : kLlamaNames; }
 
+HeadShare head_share(const ModelConfig& config, int64_t tp, int64_t rank) {
+  check(ErrorKind::kUsage, tp <= config.num_attention_heads, "tensor-parallel size ", tp, " is greater than the model's ", config.num_attention_heads,
+        " attention heads");
+  const int64_t per_group = config.heads_per_group();
+  HeadShare share{kv_heads_of(config.num_key_value_heads, tp, rank), {}, kv_sharers_of(config.num_key_value_heads, tp, rank)};
+  share.query_heads = {share.kv_heads.begin * per_group, share.kv_heads.count * per_group};
+  if (share.sharers.count > 1) {
+    const Share own = partition(per_group, share.sharers.count, rank - share.sharers.begin);
+    share.query_heads = {share.query_heads.begin + own.begin, own.count};
+  }
+  return share;
+}
+
 std::vector<ParameterLayout> parameter_layouts(const ModelConfig& config, int64_t tp_size, int64_t tp_rank) {
-  check(ErrorKind::kUsage, tp_size <= config.num_key_value_heads, "tensor-parallel size ", tp_size,
-        " is greater than the model's ", config.num_key_value_heads, " KV heads: a rank holds whole KV groups");
   check(ErrorKind::kUsage, tp_size <= config.intermediate_size && tp_size <= config.vocab_size, "tensor-parallel size ",
         tp_size, " is greater than intermediate_size ", config.intermediate_size, " or vocab_size ", config.vocab_size);
   const ParameterNames& names = parameter_names(config);
   const bool gpt2 = config.is_gpt2();
   const int64_t hidden = config.hidden_size;
-  const int64_t groups = config.num_key_value_heads;
+  const HeadShare heads = head_share(config, tp_size, tp_rank);
   const int64_t d = config.head_dim;
-  const int64_t group_rows = config.heads_per_group() * d;  // query rows of a group
+  const int64_t query_rows = config.num_attention_heads * d, kv_rows = config.num_key_value_heads * d;
   const int64_t columns = config.intermediate_size;
   const std::string weight = ".weight";
   const std::string bias = ".bias";
@@ -107,7 +118,7 @@ std::vector<ParameterLayout> parameter_layouts(const ModelConfig& config, int64_
       build.whole(name + bias, {hidden});
     }
   };
-  build.rows(names.embedding + weight, {{names.embedding + weight, config.vocab_size, 1}}, {hidden});
+  build.rows(names.embedding + weight, {build.even(names.embedding + weight, config.vocab_size)}, {hidden});
   if (gpt2) {
     build.whole(names.positions + weight, {config.max_position_embeddings, hidden});
   }
@@ -116,25 +127,28 @@ std::vector<ParameterLayout> parameter_layouts(const ModelConfig& config, int64_
     const auto qkv = [&](const std::string& what) -> std::vector<Layouts::Rows> {
       if (gpt2) {
         const std::string name = layer + names.qkv + what;
-        return {{name, groups, d, 0, 3 * hidden}, {name, groups, d, hidden, 3 * hidden}, {name, groups, d, 2 * hidden, 3 * hidden}};
+        return {{name, heads.query_heads, d, 3 * hidden, 0}, {name, heads.kv_heads, d, 3 * hidden, hidden}, {name, heads.kv_heads, d, 3 * hidden, 2 * hidden}};
       }
       const std::string attention = layer + "self_attn.";
-      return {{attention + "q_proj" + what, groups, group_rows},
-              {attention + "k_proj" + what, groups, d},
-              {attention + "v_proj" + what, groups, d}};
+      return {{attention + "q_proj" + what, heads.query_heads, d, query_rows},
+              {attention + "k_proj" + what, heads.kv_heads, d, kv_rows},
+              {attention + "v_proj" + what, heads.kv_heads, d, kv_rows}};
     };
     const auto into_mlp = [&](const std::string& what) -> std::vector<Layouts::Rows> {
       if (gpt2) {
-        return {{layer + names.into_mlp + what, columns, 1}};
+        return {build.even(layer + names.into_mlp + what, columns)};
       }
-      return {{layer + "mlp.gate_proj" + what, columns, 1}, {layer + "mlp.up_proj" + what, columns, 1}};
+      return {build.even(layer + "mlp.gate_proj" + what, columns), build.even(layer + "mlp.up_proj" + what, columns)};
     };
     norm(layer + names.input_norm);
+    const int64_t shared_rows = heads.sharers.count > 1 ? 2 * d : 0;
     build.rows(layer + names.qkv + weight, qkv(weight), {hidden}, gpt2);
+    build.layouts.back().shared_rows = shared_rows;
     if (config.qkv_bias) {
       build.rows(layer + names.qkv + bias, qkv(bias), {});
+      build.layouts.back().shared_rows = shared_rows;
     }
-    build.columns(layer + names.o + weight, hidden, groups, group_rows, gpt2);
+    build.columns(layer + names.o + weight, hidden, heads.query_heads, d, query_rows, gpt2);
     if (config.attention_output_bias) {
       build.whole(layer + names.o + bias, {hidden});
     }
@@ -143,14 +157,14 @@ std::vector<ParameterLayout> parameter_layouts(const ModelConfig& config, int64_
     if (config.mlp_bias) {
       build.rows(layer + names.into_mlp + bias, into_mlp(bias), {});
     }
-    build.columns(layer + names.down + weight, hidden, columns, 1, gpt2);
+    build.columns(layer + names.down + weight, hidden, partition(columns, tp_size, tp_rank), 1, columns, gpt2);
     if (config.mlp_bias) {
       build.whole(layer + names.down + bias, {hidden});
     }
   }
   norm(names.final_norm);
   if (!config.tie_word_embeddings) {
-    build.rows("lm_head.weight", {{"lm_head.weight", config.vocab_size, 1}}, {hidden});
+    build.rows("lm_head.weight", {build.even("lm_head.weight", config.vocab_size)}, {hidden});
   }
   return std::move(build.layouts);
 }

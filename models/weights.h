@@ -1,5 +1,6 @@
 #pragma once
 
+#include "distributed/mesh.h"
 #include "models/config.h"
 
 #include <ATen/ATen.h>
@@ -34,10 +35,19 @@ struct ParameterLayout {
   std::vector<int64_t> shape;
   bool sharded;
   std::vector<WeightPart> parts;
+  int64_t shared_rows = 0;  ///< the last so many are those of a KV head that other ranks hold, too
 };
 
+/// The attention heads of tensor-parallel rank `rank` of `tp`, among the model's. Errors: Error(kUsage) when there are more ranks than query heads.
+struct HeadShare {
+  Share kv_heads;
+  Share query_heads;
+  Share sharers;  ///< ranks that hold the same KV heads (kv_sharers_of)
+};
+HeadShare head_share(const ModelConfig& config, int64_t tp, int64_t rank);
+
 /// All parameters of the model, in the order of its layers.
-/// Errors: Error(kUsage) when there are more ranks than KV groups, MLP columns or vocabulary rows; it names both numbers.
+/// Errors: Error(kUsage) when there are more ranks than query heads, MLP columns or vocabulary rows; it names both numbers.
 std::vector<ParameterLayout> parameter_layouts(const ModelConfig& config, int64_t tp_size, int64_t tp_rank);
 
 /// The region of a parameter's local tensor that a part fills, a view laid out as the part is in the file.

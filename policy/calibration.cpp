@@ -352,7 +352,7 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
     exact_entries_[layer].select(1, run.level) += exact_of_pairs.narrow(2, run.first_pair, run.count).sum(at::IntArrayRef{0, 2}) * entries;
   }
   if (start_.defined()) {
-    const auto state = pair_state(grams_of_pairs, w_o, for_batch(start_[layer], batch), tree, 0, ranks_);
+    const auto state = pair_state(grams_of_pairs, w_o, q.size(1) / groups, for_batch(start_[layer], batch), tree, 0, ranks_);
     const auto keep = [&](at::Tensor& all, const at::Tensor& x) {
       if (!all.defined() || all[layer].sizes() != x.sizes()) {
         all = at::zeros_like(x).unsqueeze(0).repeat_interleave(layers_, 0);

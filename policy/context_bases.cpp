@@ -17,20 +17,6 @@ std::vector<Range> keys_of_pairs(const BlockTree& tree) {
   return keys;
 }
 
-// Where the lower triangle of a d x d matrix lies in it, row by row: [d (d + 1) / 2].
-at::Tensor triangle(int64_t d, const at::Device& device) {
-  const auto indices = at::tril_indices(d, d, 0, at::TensorOptions(at::kLong).device(device));
-  return indices[0] * d + indices[1];
-}
-
-// Symmetric matrices [.., d, d] of lower triangles [.., d (d + 1) / 2].
-at::Tensor from_triangle(const at::Tensor& lower, const at::Tensor& places, int64_t d) {
-  std::vector<int64_t> shape = lower.sizes().vec();
-  shape.back() = d * d;
-  auto full = at::zeros(shape, lower.options()).index_copy_(-1, places, lower).unflatten(-1, {d, d});
-  return full + full.tril(-1).transpose(-2, -1);
-}
-
 // A basis on its way to one process that projects by it.
 struct Delivery {
   size_t part;
@@ -99,8 +85,7 @@ PairGrams context_grams(const at::Tensor& q, const at::Tensor& k, const at::Tens
   const int64_t batch = k.size(0), groups = k.size(1), d = k.size(3), block = split.tree().geometry().near_block;
   const int64_t begin = group.rank() == 0 ? split.tree().sinks() : 0, blocks = (k.size(2) - begin) / block;  // complete ones: no pair has keys of another
   const PairGrams own = block_grams(q, k, v, begin, blocks, block);
-  const auto places = triangle(d, k.device());
-  const auto all = at::stack({own.queries, own.keys, own.values}).flatten(-2).index_select(-1, places);  // [3, B, G, blocks, d (d + 1) / 2]
+  const auto all = lower_triangle(at::stack({own.queries, own.keys, own.values}));  // [3, B, G, blocks, d (d + 1) / 2]
 
   const auto keys = keys_of_pairs(split.tree());
   std::vector<Message> messages;
@@ -109,7 +94,7 @@ PairGrams context_grams(const at::Tensor& q, const at::Tensor& k, const at::Tens
     for (int64_t from = 0; makers[pair] >= 0 && from < split.parts(); ++from) {
       const Range rows = split.rows_of(from, keys[pair]);
       if (rows.count > 0) {
-        messages.push_back({from, makers[pair], {3, batch, groups, places.numel()}});
+        messages.push_back({from, makers[pair], {3, batch, groups, all.size(4)}});
         contents.push_back(from == group.rank() ? all.narrow(3, (rows.begin - begin) / block, rows.count / block).sum(3) : at::Tensor());
       }
     }
@@ -131,8 +116,8 @@ PairGrams context_grams(const at::Tensor& q, const at::Tensor& k, const at::Tens
       made.push_back(sum);
     }
   }
-  const auto sums = made.empty() ? at::empty({3, batch, groups, 0, places.numel()}, all.options()) : at::stack(made, 3);
-  const auto grams = from_triangle(sums, places, d);
+  const auto sums = made.empty() ? at::empty({3, batch, groups, 0, all.size(4)}, all.options()) : at::stack(made, 3);
+  const auto grams = from_lower_triangle(sums, d);
   return {grams[0], grams[1], grams[2]};
 }
 

@@ -4,10 +4,10 @@
 
 #include <algorithm>
 #include <chrono>
-#include <ctime>
 #include <utility>
 
 #include "core/attention_part.h"
+#include "core/cpu_clock.h"
 #include "core/error.h"
 #include "distributed/agreement.h"
 #include "policy/context_bases.h"
@@ -22,7 +22,7 @@ class Stopwatch {
     if (on_) {
       wait();
       start_ = std::chrono::steady_clock::now();
-      cpu_start_ms_ = thread_cpu_ms();
+      cpu_start_ms_ = drrl::cpu_ms(CLOCK_THREAD_CPUTIME_ID);
     }
   }
   double ms() const {
@@ -32,14 +32,9 @@ class Stopwatch {
     wait();
     return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start_).count();
   }
-  double cpu_ms() const { return on_ ? thread_cpu_ms() - cpu_start_ms_ : 0; }
+  double cpu_ms() const { return on_ ? drrl::cpu_ms(CLOCK_THREAD_CPUTIME_ID) - cpu_start_ms_ : 0; }
 
  private:
-  static double thread_cpu_ms() {
-    timespec now{};
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-    return 1e3 * static_cast<double>(now.tv_sec) + 1e-6 * static_cast<double>(now.tv_nsec);
-  }
   void wait() const {
     if (cuda_) {
       at::detail::getCUDAHooks().deviceSynchronize(at::detail::getCUDAHooks().getCurrentDevice());
@@ -72,9 +67,9 @@ uint64_t fold(uint64_t digest, uint64_t next) {
 }  // namespace
 
 LowRankController::LowRankController(std::shared_ptr<RankPolicy> policy, Geometry geometry, BasisOptions bases, int64_t first_group,
-                                     GuardOptions guard, Group context)
+                                     GuardOptions guard, Group context, Group kv)
     : policy_(std::move(policy)), geometry_(geometry), bases_(std::move(bases)), first_group_(first_group), guard_(std::move(guard)),
-      context_(std::move(context)), first_eps_(guard_.eps) {
+      context_(std::move(context)), shared_(std::move(kv)), first_eps_(guard_.eps) {
   TORCH_CHECK(guard_.eps == 0 || (guard_.eps > 0 && bases_.start.defined() && !guard_.buckets.empty()), "LowRankController: a guard of eps ", guard_.eps,
               " needs starting bases and buckets");
   TORCH_CHECK(bases_.update_steps >= BasisOptions::kSolve, "LowRankController: update_steps ", bases_.update_steps, ", expected at least -1");
@@ -121,7 +116,7 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
     return out;
   }
 
-  LayerObservation observation{layer, batch, heads, groups, first_group_, d, tree, {}, {}};
+  LayerObservation observation{layer, batch, shared_.total(heads, q.device()), groups, first_group_, d, tree, {}, {}};
   FarBases bases;
   PairGrams grams;
   const auto timed = [&](auto&& make) {
@@ -129,7 +124,7 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
     make();
     add_solve_time(statistics_, watch);
   };
-  const auto make_grams = [&] { grams = far_grams(q, k, v, tree, /*weighted=*/!ablation_.mass); };
+  const auto make_grams = [&] { grams = shared_.sum(far_grams(q, k, v, tree, /*weighted=*/!ablation_.mass), w_o, statistics_.basis_bytes); };
   const bool grams_first = policy_->needs_spectra() || !policy_->state_ranks().empty() || (guard_.eps > 0 && !policy_->exact());
   if (grams_first) {
     timed(make_grams);
@@ -185,11 +180,15 @@ void LowRankController::spent(int64_t layer, double ms) {
 }
 
 at::Tensor LowRankController::split(int64_t length) {
+  // What travels depends on the ranks: processes that decide otherwise would wait for messages that nobody sends.
+  for (const Group* group : {&std::as_const(context_), &shared_.group()}) {
+    if (group->size() > 1) {
+      check_agreement(*group, fold(hash_bytes(describe()), decisions_digest_), "rank decisions");
+    }
+  }
   if (context_.size() == 1) {
     return {};
   }
-  // What travels depends on the ranks: processes that decide otherwise would wait for messages that nobody sends.
-  check_agreement(context_, fold(hash_bytes(describe()), decisions_digest_), "rank decisions");
   split_.emplace(BlockTree(length, geometry_), context_.size());
   return split_->positions(context_.rank());
 }
@@ -201,7 +200,7 @@ at::Tensor LowRankController::attend_split(int64_t layer, const at::Tensor& q, c
   const int64_t batch = q.size(0), heads = q.size(1), groups = k.size(1), d = q.size(3);
   const bool with_backward = at::GradMode::is_enabled() && q.requires_grad();
   const BlockTree& tree = split_->tree();
-  LayerObservation observation{layer, batch, heads, groups, first_group_, d, tree, {}, {}};
+  LayerObservation observation{layer, batch, shared_.total(heads, q.device()), groups, first_group_, d, tree, {}, {}};
   FarBases bases;
   const std::vector<Ranks> ranks = decide(observation, {}, w_o, bases);
   check(ErrorKind::kUsage, std::none_of(ranks.begin(), ranks.end(), [&](const Ranks& r) { return r.gated(d); }), "a sequence split over ", context_.size(),
@@ -230,13 +229,13 @@ FarBases LowRankController::fill_split_plan(int64_t layer, const at::Tensor& q, 
   const int64_t d = q.size(3), sequences = k.size(0) * k.size(1), pairs = split_->tree().num_pairs();
   const auto makers = basis_makers(*split_, ranks, d);
   const auto made = pairs_made_by(makers, context_.rank());
-  const PairGrams grams = context_grams(q, k, v, *split_, context_, makers, statistics_.context_basis_bytes);
+  const PairGrams grams = shared_.sum(context_grams(q, k, v, *split_, context_, makers, statistics_.basis_bytes), w_o, statistics_.basis_bytes);
   FarBases bases;
   at::Tensor start;
   if (starts_from_first_pair(d)) {
     start = context_.rank() == 0 ? first_pair_bases(grams, w_o).contiguous() : at::empty({sequences, 2, d, d}, q.options().dtype(at::kFloat));
     context_.broadcast(start);
-    statistics_.context_basis_bytes += context_.rank() == 0 ? (context_.size() - 1) * static_cast<int64_t>(start.nbytes()) : 0;
+    statistics_.basis_bytes += context_.rank() == 0 ? (context_.size() - 1) * static_cast<int64_t>(start.nbytes()) : 0;
     bases.solves = context_.rank() == 0 ? 2 * sequences : 0;
     bases.flops = static_cast<double>(bases.solves) * basis_solve_flops(d);
   }
@@ -258,7 +257,7 @@ FarBases LowRankController::fill_split_plan(int64_t layer, const at::Tensor& q, 
     residual = residual_of(grams, of_made, keys, bases);
     bases.flops += before.flops;
   }
-  hand_out_bases(plan, makers, bases, residual, d, q.options(), statistics_.context_basis_bytes);
+  hand_out_bases(plan, makers, bases, residual, d, q.options(), statistics_.basis_bytes);
   return bases;
 }
 
@@ -291,20 +290,22 @@ bool LowRankController::starts_from_first_pair(int64_t head_dim) const {
 }
 
 FarBases LowRankController::make_bases(int64_t layer, const PairGrams& grams, const at::Tensor& w_o, const std::vector<Ranks>& ranks,
-                                       at::Tensor& start) const {
+                                       at::Tensor& start) {
   const int64_t batch = grams.keys.size(0), d = grams.keys.size(4);
-  if (bases_.update_steps == BasisOptions::kSolve || (!bases_.start.defined() && !starts_from_first_pair(d))) {
-    const auto any = [&](auto&& low) { return std::any_of(ranks.begin(), ranks.end(), low); };
-    return solve_far_bases(grams, w_o, any([&](const Ranks& r) { return r.qk < d; }), any([&](const Ranks& r) { return r.v < d; }));
-  }
+  const bool solve = bases_.update_steps == BasisOptions::kSolve || (!bases_.start.defined() && !starts_from_first_pair(d));
   int64_t solves = 0;
-  if (!start.defined() && bases_.start.defined()) {
+  if (!solve && !start.defined() && bases_.start.defined()) {
     start = for_batch(bases_.start[layer], batch);
-  } else if (!start.defined()) {
+  } else if (!solve && !start.defined()) {
     start = first_pair_bases(grams, w_o);
     solves = 2 * start.size(0);
   }
-  FarBases bases = update_far_bases(grams, w_o, ranks, start, bases_.update_steps);
+  const auto make = [&](const PairGrams& of, const std::vector<Ranks>& at) {
+    const auto any = [&](auto&& low) { return std::any_of(at.begin(), at.end(), low); };
+    return solve ? solve_far_bases(of, w_o, any([&](const Ranks& r) { return r.qk < d; }), any([&](const Ranks& r) { return r.v < d; }))
+                 : update_far_bases(of, w_o, at, start, bases_.update_steps);
+  };
+  FarBases bases = shared_.deal_out(grams, ranks, make, statistics_.basis_bytes);
   bases.solves += solves;
   bases.flops += static_cast<double>(solves) * basis_solve_flops(d);
   return bases;
@@ -319,7 +320,8 @@ std::vector<Ranks> LowRankController::decide(LayerObservation& observation, cons
   }
   if (const auto of = policy_->state_ranks(); !of.empty()) {
     TORCH_CHECK(bases_.start.defined(), "rank policy '", policy_->describe(), "' needs the starting bases of a calibration");
-    observation.state = pair_state(grams, w_o, for_batch(bases_.start[observation.layer], observation.batch), observation.tree, observation.first_pair, of);
+    observation.state = pair_state(grams, w_o, observation.heads / observation.groups, for_batch(bases_.start[observation.layer], observation.batch),
+                                   observation.tree, observation.first_pair, of);
     bases.flops += static_cast<double>(observation.items()) * (start_loss_flops(d) + policy_->flops_per_pair());
   }
   std::vector<Ranks> ranks = policy_->decide(observation);
@@ -361,12 +363,13 @@ void LowRankController::raise_to_guard(const LayerObservation& observation, cons
   }
 }
 
-NodeFactors LowRankController::decide_node(int64_t layer, LayerCache& cache, int64_t level, int64_t pair, const PairGrams& grams,
+NodeFactors LowRankController::decide_node(int64_t layer, LayerCache& cache, int64_t level, int64_t pair, const PairGrams& of_own_heads,
                                            const at::Tensor& w_o) {
   const BlockTree& horizon = cache.horizon();
   const Stopwatch watch(timing_, w_o.device());
+  const PairGrams grams = shared_.sum(of_own_heads, w_o, statistics_.basis_bytes);
   const int64_t batch = grams.keys.size(0), groups = grams.keys.size(1), d = grams.keys.size(4);
-  LayerObservation observation{layer, batch, w_o.size(1) / d, groups, first_group_, d, horizon, {}, {}};
+  LayerObservation observation{layer, batch, shared_.total(w_o.size(1) / d, w_o.device()), groups, first_group_, d, horizon, {}, {}};
   observation.first_pair = horizon.pair_index(level, pair);
   observation.pairs = 1;
   FarBases bases;

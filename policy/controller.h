@@ -16,6 +16,7 @@
 #include "policy/far_bases.h"
 #include "policy/kv_cache.h"
 #include "policy/rank_policy.h"
+#include "policy/shared_heads.h"
 #include "policy/statistics.h"
 
 namespace drrl {
@@ -55,11 +56,12 @@ class LowRankController final : public AttentionController {
  public:
   /// first_group: the first of this process' KV groups among the model's, under tensor parallelism. A guard needs starting bases. context: the processes
   /// that each sequence is split over; then Error(kUsage) for a guard and for policies that look at Grams (`energy`, `rl`), of which no process has all,
-  /// and `attend` for gates, when a policy chooses some.
+  /// and `attend` for gates, when a policy chooses some. kv: the tensor-parallel processes that hold the same KV head (Mesh::kv).
   LowRankController(std::shared_ptr<RankPolicy> policy, Geometry geometry, BasisOptions bases = {}, int64_t first_group = 0, GuardOptions guard = {},
-                    Group context = {});
+                    Group context = {}, Group kv = {});
 
-  /// Collective over the processes of a split sequence: checks first that they decided alike so far and will (check_agreement), as ranks say what travels.
+  /// Collective over the processes that share a sequence, and over those that share a KV head: checks first that they decided alike so far and will
+  /// (check_agreement), as ranks say what travels.
   at::Tensor split(int64_t length) override;
   const Group& context() const override { return context_; }
 
@@ -80,14 +82,17 @@ class LowRankController final : public AttentionController {
   /// From now on, in `attend`. Errors: Error(kUsage) under context parallelism.
   void leave_out(Ablation ablation);
 
-  /// Measures damages while the model is trained, whenever it is active; null: nobody does. Not under context parallelism.
+  /// Whether other processes hold this one's KV head, too.
+  bool shares_kv_head() const { return shared_.shared(); }
+
+  /// Measures damages while the model is trained, whenever it is active; null: nobody does. Not under context parallelism, nor where a KV head is shared.
   void set_sampler(std::shared_ptr<DamageSampler> sampler) { sampler_ = std::move(sampler); }
 
   /// What was spent since the last call.
   AttentionStatistics take_statistics();
 
   /// 64-bit hash of the policy's description and of every rank decided since the last call: what processes that hold the same layers compare
-  /// (check_agreement) if their policy does not look at the text. Processes that share a sequence call it alike: `split` compares what they have.
+  /// (check_agreement) if their policy does not look at the text. Processes that share a sequence or KV head call it alike: `split` compares what they have.
   uint64_t take_decisions_digest();
 
   const std::shared_ptr<RankPolicy>& policy() const { return policy_; }
@@ -100,7 +105,7 @@ class LowRankController final : public AttentionController {
  private:
   /// Bases as the options say. `start` [B G, 2, d, d] is where updates start from; if it is undefined it becomes the calibration's, or made from the
   /// first of these pairs.
-  FarBases make_bases(int64_t layer, const PairGrams& grams, const at::Tensor& w_o, const std::vector<Ranks>& ranks, at::Tensor& start) const;
+  FarBases make_bases(int64_t layer, const PairGrams& grams, const at::Tensor& w_o, const std::vector<Ranks>& ranks, at::Tensor& start);
 
   /// `attend` of a split sequence.
   at::Tensor attend_split(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o, LayerPlan& plan);
@@ -129,6 +134,7 @@ class LowRankController final : public AttentionController {
   int64_t first_group_;
   GuardOptions guard_;
   Group context_;
+  SharedHeads shared_;
   std::optional<SequenceSplit> split_;  // of the pass under way
   Ablation ablation_;
   std::shared_ptr<DamageSampler> sampler_;

@@ -17,10 +17,14 @@ Problem problem_of(FarKind kind, const PairGrams& grams, const at::Tensor& w_o) 
   if (kind == FarKind::kScores) {
     return {grams.queries.flatten(0, 2), grams.keys.flatten(0, 2)};
   }
-  return {grams.values.flatten(0, 2), for_batch(output_gram(w_o, grams.values.size(1), grams.values.size(4)), grams.values.size(0))};
+  return {grams.values.flatten(0, 2), for_batch(output_of(grams, w_o), grams.values.size(0))};
 }
 
 }  // namespace
+
+at::Tensor output_of(const PairGrams& grams, const at::Tensor& w_o) {
+  return grams.output.defined() ? grams.output : output_gram(w_o, grams.values.size(1), grams.values.size(4));
+}
 
 PairGrams far_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const BlockTree& tree, bool weighted) {
   at::NoGradGuard no_grad;
@@ -74,7 +78,7 @@ FarBases update_far_bases(const PairGrams& grams, const at::Tensor& w_o, const s
 at::Tensor first_pair_bases(const PairGrams& grams, const at::Tensor& w_o) {
   at::NoGradGuard no_grad;
   const auto first = [](const at::Tensor& x) { return x.narrow(2, 0, 1); };
-  const FarBases bases = solve_far_bases({first(grams.queries), first(grams.keys), first(grams.values)}, w_o, /*scores=*/true, /*values=*/true);
+  const FarBases bases = solve_far_bases({first(grams.queries), first(grams.keys), first(grams.values), grams.output}, w_o, /*scores=*/true, /*values=*/true);
   return at::stack({bases.scores.right, bases.values.right}, 1);
 }
 

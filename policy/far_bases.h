@@ -24,6 +24,9 @@ struct FarBases {
 /// The Grams that bases are made from: pair_grams with keys and values weighted by attention_mass, or not.
 PairGrams far_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const BlockTree& tree, bool weighted = true);
 
+/// The output Gram that belongs to these Grams, [G, d, d]: theirs, or that of w_o.
+at::Tensor output_of(const PairGrams& grams, const at::Tensor& w_o);
+
 /// The best bases of every pair at all ranks at once (d columns), one full decomposition each; only of what is asked for.
 /// grams [B, G, pairs, d, d]; w_o [hidden, H d].
 FarBases solve_far_bases(const PairGrams& grams, const at::Tensor& w_o, bool scores, bool values);

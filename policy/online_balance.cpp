@@ -14,6 +14,7 @@ OnlineBalance::OnlineBalance(std::shared_ptr<LowRankController> controller, Rank
   check(ErrorKind::kUsage, every_ >= 1, "ranks that are balanced every ", every_, " steps, expected at least 1");
   check(ErrorKind::kUsage, controller_->context().size() == 1, "balance of ranks does not go with sequences split over ", controller_->context().size(),
         " processes");
+  check(ErrorKind::kUsage, !controller_->shares_kv_head(), "balance of ranks does not go with tensor-parallel processes that share a KV head");
 }
 
 void OnlineBalance::begin_step(int64_t step) {

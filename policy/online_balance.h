@@ -25,8 +25,8 @@ class OnlineBalance {
   /// New ranks must save this share of the time that attention takes with those in effect: less is noise, and new shapes cost something on a GPU.
   static constexpr double kWorthwhile = 0.02;
 
-  /// balance: of processes that are the members of `tp`, in their order. Errors: Error(kUsage) for every < 1, and if sequences are split over processes, which
-  /// then wait for each other within attention.
+  /// balance: of processes that are the members of `tp`, in their order. Errors: Error(kUsage) for every < 1, and if sequences are split over processes or a
+  /// KV head is shared by some, which then wait for each other within attention.
   OnlineBalance(std::shared_ptr<LowRankController> controller, RankBalance balance, Group tp, int64_t every, bool on_cpu);
 
   void begin_step(int64_t step);

@@ -39,6 +39,7 @@ OnlinePolicy::OnlinePolicy(std::shared_ptr<LowRankController> controller, Calibr
   check(ErrorKind::kUsage, options_.update_every >= 1, "a policy that is updated every ", options_.update_every, " steps, expected at least 1");
   check(ErrorKind::kUsage, controller_->context().size() == 1, "online training of the rank policy does not go with sequences split over ",
         controller_->context().size(), " processes");
+  check(ErrorKind::kUsage, !controller_->shares_kv_head(), "online training of the rank policy does not go with tensor-parallel processes that share a KV head");
   controller_->policy()->set_calibration(calibration_);  // refuses if it decides by none
   controller_->set_sampler(sampler_);
 }

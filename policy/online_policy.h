@@ -35,7 +35,8 @@ class OnlinePolicy {
   };
 
   /// Collective over `channel`, a group of its own of all processes. The controller's policy must decide by `calibration` (RankPolicy::set_calibration).
-  /// first_group, groups: this process' KV groups. Errors: Error(kUsage) for sequences split over processes, or update_every < 1.
+  /// first_group, groups: this process' KV groups. Errors: Error(kUsage) for sequences split over processes, processes that share a
+  /// KV head, or update_every < 1.
   OnlinePolicy(std::shared_ptr<LowRankController> controller, Calibration calibration, int64_t first_group, int64_t groups, at::Device device, Group channel,
                Options options);
 

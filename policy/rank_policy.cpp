@@ -101,7 +101,7 @@ class AllocatedPolicy final : public RankPolicy {
   AllocatedPolicy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, Spending how, uint64_t seed, bool with_gates,
                   std::shared_ptr<const LatencyTable> latency)
       : calibration_(std::move(calibration)), budget_(budget), buckets_(std::move(buckets)), update_steps_(update_steps), how_(how), seed_(seed),
-        with_gates_(with_gates), latency_(std::move(latency)) {
+        with_gates_(with_gates), latency_(std::move(latency)), digest_(calibration_.digest()) {
     check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
   }
 
@@ -119,6 +119,7 @@ class AllocatedPolicy final : public RankPolicy {
 
   void set_calibration(const Calibration& calibration) override {
     calibration_ = calibration;
+    digest_ = calibration_.digest();
     tables_.clear();
   }
 
@@ -126,7 +127,7 @@ class AllocatedPolicy final : public RankPolicy {
 
   std::string describe() const override {
     const std::string name = how_ == Spending::kBest ? "dp" : how_ == Spending::kGreedy ? "greedy" : c10::str("random ", seed_);
-    return c10::str(name, with_gates_ ? " with gates" : "", ", budget ", budget_, latency_ ? " of the " + latency_->describe() : "", ", calibrated on ", calibration_.tokens, " tokens of ", calibration_.data, " (", calibration_.digest(), ")");
+    return c10::str(name, with_gates_ ? " with gates" : "", ", budget ", budget_, latency_ ? " of the " + latency_->describe() : "", ", calibrated on ", calibration_.tokens, " tokens of ", calibration_.data, " (", digest_, ")");
   }
 
  private:
@@ -138,6 +139,7 @@ class AllocatedPolicy final : public RankPolicy {
   uint64_t seed_;
   bool with_gates_;
   std::shared_ptr<const LatencyTable> latency_;
+  std::string digest_;  // of the calibration, for describe(), which is called in every pass
   std::map<std::pair<int64_t, int64_t>, Allocation> tables_;
   double spent_ = 0;
 };
@@ -147,7 +149,7 @@ class LearnedPolicy final : public RankPolicy {
   LearnedPolicy(Calibration calibration, RankAgent agent, double budget, std::vector<int64_t> buckets, int64_t update_steps, bool with_gates,
                 std::shared_ptr<const LatencyTable> latency)
       : calibration_(std::move(calibration)), agent_(std::move(agent)), budget_(budget), buckets_(std::move(buckets)), update_steps_(update_steps),
-        with_gates_(with_gates), latency_(std::move(latency)) {}
+        with_gates_(with_gates), latency_(std::move(latency)), digest_(calibration_.digest()) {}
 
   std::vector<Ranks> decide(const LayerObservation& o) override {
     at::NoGradGuard no_grad;
@@ -171,12 +173,13 @@ class LearnedPolicy final : public RankPolicy {
 
   void set_calibration(const Calibration& calibration) override {
     calibration_ = calibration;
+    digest_ = calibration_.digest();
     prices_.clear();
   }
 
   std::string describe() const override {
     return c10::str("rl", with_gates_ ? " with gates" : "", ", budget ", budget_, latency_ ? " of the " + latency_->describe() : "", ", calibrated on ",
-                    calibration_.tokens, " tokens of ", calibration_.data, " (", calibration_.digest(), "), agent ", agent_.digest(), ", strength ", agent_.strength());
+                    calibration_.tokens, " tokens of ", calibration_.data, " (", digest_, "), agent ", agent_.digest(), ", strength ", agent_.strength());
   }
 
  private:
@@ -255,6 +258,7 @@ class LearnedPolicy final : public RankPolicy {
   int64_t update_steps_;
   bool with_gates_;
   std::shared_ptr<const LatencyTable> latency_;
+  std::string digest_;  // as above
   std::map<std::pair<int64_t, int64_t>, Priced> prices_;
   std::map<int64_t, RankAgent::Memory> memories_;  // by first pair
 };

@@ -40,7 +40,7 @@ std::vector<int64_t> rank_buckets(const at::Device& device, int64_t head_dim);
 struct LayerObservation {
   int64_t layer;
   int64_t batch;
-  int64_t heads;        ///< query heads on this process
+  int64_t heads;        ///< query heads of these groups, on this process and others that share one
   int64_t groups;       ///< KV groups on this process
   int64_t first_group;  ///< the first of them among the model's
   int64_t head_dim;

@@ -4,6 +4,7 @@
 
 #include "core/basis.h"
 #include "core/cost.h"
+#include "policy/far_bases.h"
 
 namespace drrl {
 namespace {
@@ -14,15 +15,15 @@ constexpr double kFloor = 6.144e-6;  // e^-12
 
 StartLoss start_loss(const PairGrams& grams, const at::Tensor& w_o, const at::Tensor& start) {
   at::NoGradGuard no_grad;
-  const int64_t groups = grams.keys.size(1), count = grams.keys.size(2), d = grams.keys.size(4);
+  const int64_t count = grams.keys.size(2);
   const auto loss = [&](int64_t kind, const at::Tensor& gram_x, const at::Tensor& gram_y) {
     const auto from = start.select(1, kind).unsqueeze(1).expand({-1, count, -1, -1}).flatten(0, 1);
     return stale_loss(from, gram_x.flatten(0, 2), gram_y.flatten(0, 2)).to(at::kCPU);
   };
-  return {loss(0, grams.queries, grams.keys), loss(1, grams.values, output_gram(w_o, groups, d).unsqueeze(1).expand_as(grams.values))};
+  return {loss(0, grams.queries, grams.keys), loss(1, grams.values, output_of(grams, w_o).unsqueeze(1).expand_as(grams.values))};
 }
 
-at::Tensor pair_state(const PairGrams& grams, const at::Tensor& w_o, const at::Tensor& start, const BlockTree& tree, int64_t first_pair,
+at::Tensor pair_state(const PairGrams& grams, const at::Tensor& w_o, int64_t heads_per_group, const at::Tensor& start, const BlockTree& tree, int64_t first_pair,
                       const std::vector<int64_t>& ranks) {
   at::NoGradGuard no_grad;
   const int64_t batch = grams.keys.size(0), groups = grams.keys.size(1), count = grams.keys.size(2), d = grams.keys.size(4);
@@ -44,8 +45,7 @@ at::Tensor pair_state(const PairGrams& grams, const at::Tensor& w_o, const at::T
     const auto total = lost.narrow(3, 0, 1).clamp_min(1e-300);
     return at::cat({(lost.index_select(3, columns) / total).clamp_min(kFloor).log(), (total / size.unsqueeze(3)).clamp_min(1e-12).log()}, 3);
   };
-  const double heads = static_cast<double>(w_o.size(1)) / static_cast<double>(groups * d);
-  return at::cat({features(loss.scores, rows * rows * heads * static_cast<double>(d)), features(loss.values, rows), by_pair(level).unsqueeze(3),
+  return at::cat({features(loss.scores, rows * rows * static_cast<double>(heads_per_group * d)), features(loss.values, rows), by_pair(level).unsqueeze(3),
                   by_pair(position).unsqueeze(3)},
                  3)
       .to(at::kFloat);

@@ -30,9 +30,9 @@ inline int64_t pair_features(const std::vector<int64_t>& ranks) { return 2 * (st
 ///   log of the mean squared score, total / (queries keys d), and of the mean squared value as W_O sees it
 ///   level / 8, log2(1 + index of the pair's first query block) / 8
 ///
-/// grams of `count` pairs of `tree` from number `first_pair` on, [B, G, count, d, d]; start [B G, 2, d, d] right factors.
+/// grams of `count` pairs of `tree` from number `first_pair` on, [B, G, count, d, d], sums over heads_per_group query heads; start [B G, 2, d, d] right factors.
 /// Returns [B, G, count, pair_features(ranks)] float32 on the CPU.
-at::Tensor pair_state(const PairGrams& grams, const at::Tensor& w_o, const at::Tensor& start, const BlockTree& tree, int64_t first_pair,
+at::Tensor pair_state(const PairGrams& grams, const at::Tensor& w_o, int64_t heads_per_group, const at::Tensor& start, const BlockTree& tree, int64_t first_pair,
                       const std::vector<int64_t>& ranks);
 
 /// Operations of start_loss for one pair, and with it of pair_state: stale_loss of both kinds.

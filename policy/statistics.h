@@ -14,7 +14,7 @@ struct AttentionStatistics {
   double exact_flops = 0;   ///< of exact causal attention on the same shapes
   std::vector<double> layer_ms;  ///< attention_ms by layer, of attend(); empty unless timing is on
   double attention_ms = 0;  ///< forward calls of attend(), solves included; 0 unless timing is on
-  double solve_ms = 0;      ///< Grams and bases, under context parallelism with their exchange; 0 unless timing is on
+  double solve_ms = 0;      ///< Grams and bases, under context parallelism or with a shared KV head with their exchange; 0 unless timing is on
   double solve_cpu_ms = 0;  ///< processor time of the calling thread in solve_ms: no wait for another process or for a core. Says nothing about CUDA
   int64_t solves = 0;       ///< full decompositions of d x d basis problems
   int64_t updates = 0;      ///< rounds of incremental basis updates
@@ -22,7 +22,7 @@ struct AttentionStatistics {
   int64_t guard_raises = 0;  ///< decisions for scores or values that the guard raised
   int64_t context_bytes = 0;        ///< of keys and values that left this process in forward passes under context parallelism
   int64_t context_exact_bytes = 0;  ///< the same at rank d
-  int64_t context_basis_bytes = 0;  ///< of Grams and bases that left it
+  int64_t basis_bytes = 0;          ///< of Grams and bases that left it, to processes that share its sequences or its KV head
   int64_t decisions = 0;    ///< (sequence, KV group, pair) decisions; exact layers without far pairs make none
 
   AttentionStatistics& operator+=(const AttentionStatistics& other) {
@@ -41,7 +41,7 @@ struct AttentionStatistics {
     guard_raises += other.guard_raises;
     context_bytes += other.context_bytes;
     context_exact_bytes += other.context_exact_bytes;
-    context_basis_bytes += other.context_basis_bytes;
+    basis_bytes += other.basis_bytes;
     decisions += other.decisions;
     return *this;
   }

@@ -95,6 +95,45 @@ TEST_F(MeshTest, ContextParallelRanksComeBetween) {
   }
 }
 
+// Who holds which KV head, by tensor-parallel rank.
+TEST(KvHeads, AreSharedByNeighboursIfThereAreFewerThanRanks) {
+  const auto heads = [](int64_t kv_heads, int64_t tp) {
+    std::vector<std::vector<int64_t>> result;
+    for (int64_t rank = 0; rank < tp; ++rank) {
+      const Share held = kv_heads_of(kv_heads, tp, rank), sharers = kv_sharers_of(kv_heads, tp, rank);
+      result.push_back({held.begin, held.count, sharers.begin, sharers.count});
+    }
+    return result;
+  };
+  using Rows = std::vector<std::vector<int64_t>>;
+  EXPECT_EQ(heads(3, 2), (Rows{{0, 2, 0, 1}, {2, 1, 1, 1}}));
+  EXPECT_EQ(heads(3, 3), (Rows{{0, 1, 0, 1}, {1, 1, 1, 1}, {2, 1, 2, 1}}));
+  EXPECT_EQ(heads(3, 4), (Rows{{0, 1, 0, 2}, {0, 1, 0, 2}, {1, 1, 2, 1}, {2, 1, 3, 1}}));
+  EXPECT_EQ(heads(2, 5), (Rows{{0, 1, 0, 3}, {0, 1, 0, 3}, {0, 1, 0, 3}, {1, 1, 3, 2}, {1, 1, 3, 2}}));
+}
+
+TEST_F(MeshTest, ProcessesThatShareAKvHeadHaveAGroup) {
+  for (MeshShape shape : shapes()) {
+    for (shape.kv_heads = 1; shape.kv_heads <= shape.tp; ++shape.kv_heads) {
+      SCOPED_TRACE(c10::str("tp=", shape.tp, " dp=", shape.dp, " KV heads=", shape.kv_heads));
+      const Mesh mesh = Mesh::create(Environment::detect(), shape, at::kCPU, kTimeout);
+      int64_t sum = 0, size = 0;
+      for (int64_t other = 0; other < size_; ++other) {
+        if (other / shape.tp == rank_ / shape.tp &&
+            kv_heads_of(shape.kv_heads, shape.tp, other % shape.tp).begin == kv_heads_of(shape.kv_heads, shape.tp, rank_ % shape.tp).begin) {
+          sum += other;
+          ++size;
+        }
+      }
+      EXPECT_EQ(mesh.kv().size(), size);
+      EXPECT_EQ(mesh.kv().size() > 1 ? sum_over(mesh.kv(), rank_) : rank_, sum);
+      if (shape.kv_heads == 1 && shape.tp > 1) {
+        EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { Mesh(shape, mesh.world(), mesh.tp(), mesh.dp()); }), HasSubstr("KV group"));
+      }
+    }
+  }
+}
+
 TEST_F(MeshTest, TakesGroupsOfAHostProgram) {
   for (const MeshShape shape : shapes()) {
     const Group world = make_mpi_group("host_world", MPI_COMM_WORLD, kTimeout);

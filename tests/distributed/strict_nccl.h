@@ -29,6 +29,8 @@ struct Journal {
   std::set<std::thread::id> threads;  ///< that asked
   std::vector<std::string> refused;   ///< what NCCL does not do
   int64_t fail_at = -1;               ///< number of the call that fails, counted from 0; none: -1
+  size_t fail_members = 0;            ///< of groups with so many members alone; 0: of all groups
+  int64_t counted = 0;                ///< calls of those groups so far
   bool fail_in_wait = false;          ///< when its result is waited for, as after a communicator was aborted; else when it is started
 };
 
@@ -98,7 +100,9 @@ class StrictNccl final : public c10d::Backend {
         journal_->refused.push_back(what);
       }
     }
-    const bool fails = static_cast<int64_t>(journal_->calls.size()) == journal_->fail_at;
+    const bool counts = journal_->fail_members == 0 || journal_->fail_members == members_.size();
+    const bool fails = counts && journal_->counted == journal_->fail_at;
+    journal_->counted += counts ? 1 : 0;
     journal_->calls.push_back({members_, what});
     journal_->threads.insert(std::this_thread::get_id());
     if (fails && !journal_->fail_in_wait) {
@@ -135,7 +139,7 @@ inline Group over_strict_nccl(const Group& inner, const std::shared_ptr<Journal>
 inline Mesh over_strict_nccl(const Mesh& inner, const std::shared_ptr<Journal>& journal) {
   const auto strict = [&](const Group& group) { return over_strict_nccl(group, journal); };
   return Mesh(inner.shape(), strict(inner.world()), strict(inner.tp()), strict(inner.dp()), strict(inner.cp()),
-              inner.shape().cp > 1 ? strict(inner.data()) : Group());
+              inner.shape().cp > 1 ? strict(inner.data()) : Group(), strict(inner.kv()));
 }
 
 /// Any two processes made the same calls in the same order on the groups that both are in, each process from one thread, and nothing that NCCL refuses.

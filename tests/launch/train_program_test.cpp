@@ -162,6 +162,32 @@ TEST_F(TrainProgram, TheBudgetMayBeOfMeasuredTime) {
   expect_failure(bin + "drrl-bench latency", ExitCode::kUsage, {"--latency is required"});
 }
 
+// Three KV heads on four processes: the first two hold the same one.
+TEST_F(TrainProgram, TensorParallelProcessesMayShareAKvHead) {
+  const std::string common = calibrated_model(own_, *shared_ / "text");
+  const std::string bin = std::string(DRRL_BINARY_DIR) + "/bin/";
+  const std::string ranks = common + "--attention=lowrank --rank_policy=dp --rank_budget=0.9 --basis_updates=1 --policy=" + (own_ / "ranks.safetensors").string() + " ";
+  const std::string steps = bin + "drrl-train --steps=10 --global_batch=2 --lr=1e-3 --min_lr=1e-4 --valid_fraction=0.1 " + ranks;
+  const auto result = [&](const std::string& line) {
+    const Ended run = shell(line + "--json=" + (own_ / "result.json").string());
+    EXPECT_EQ(run.code, 0) << run.output;
+    return nlohmann::json::parse(read_bytes(own_ / "result.json"));
+  };
+  const auto alone = result(steps), shared = result(mpirun(4) + steps + "--tp=4 ");
+  for (const char* loss : {"first_loss", "last_loss", "valid_loss_before", "valid_loss_after"}) {
+    EXPECT_NEAR(shared[loss].get<double>(), alone[loss].get<double>(), 1e-4 * alone[loss].get<double>()) << loss;
+  }
+  for (int64_t i = 0; i < 4; ++i) {
+    const auto& process = shared["ranks"][static_cast<size_t>(i)];
+    EXPECT_EQ(process["basis_bytes"] > 0, i < 2) << process;
+    EXPECT_EQ(process["sent"].dump().find("\"kv\"") != std::string::npos, i < 2) << process;
+  }
+  const std::string of_four = mpirun(4) + bin;
+  expect_failure(of_four + "drrl-train --tp=4 --steps=1 --global_batch=1 --policy_update_every=1 " + ranks, ExitCode::kUsage, {"online training", "share a KV head"});
+  expect_failure(of_four + "drrl-train --tp=4 --steps=1 --global_batch=1 --balance_every=1 " + ranks, ExitCode::kUsage, {"balance", "share a KV head"});
+  expect_failure(of_four + "drrl-policy calibrate --tp=4 --calibration_tokens=514 --policy=" + (own_ / "other").string() + common, ExitCode::kUsage, {"--tp=4", "3 KV heads"});
+}
+
 TEST_F(TrainProgram, TheRankPolicyLearnsOnTheWay) {
   const std::string common = calibrated_model(own_, *shared_ / "text");
   const std::string bin = std::string(DRRL_BINARY_DIR) + "/bin/", policy = (own_ / "ranks.safetensors").string();
@@ -239,7 +265,7 @@ TEST_F(TrainProgram, BadUsageUnderMpirunIsSaidOnceAndHangsNobody) {
   const Ended run = shell(mpirun(3) + command("--bogus=1"));
   EXPECT_EQ(run.code, static_cast<int>(ExitCode::kUsage)) << run.output;
   EXPECT_EQ(count(run.output, "bogus"), 1U) << run.output;
-  expect_failure(mpirun(4) + command("--tp=4"), ExitCode::kUsage, {"4", "3 KV heads"});
+  expect_failure(mpirun(7) + command("--tp=7"), ExitCode::kUsage, {"7", "6 attention heads"});
   expect_failure(mpirun(2) + command("--global_batch=1"), ExitCode::kUsage, {"global_batch = 1", "2 data-parallel"});
 }
 

@@ -41,12 +41,14 @@ class ContextParallel : public MpiTest {
     }
   }
 
-  std::shared_ptr<LowRankController> controller(const std::shared_ptr<RankPolicy>& policy, Geometry geometry, const Group& tp, const Group& cp) const {
-    const int64_t first_group = partition(config_.num_key_value_heads, tp.size(), tp.rank()).begin;
-    return std::make_shared<LowRankController>(policy, geometry, BasisOptions{}, first_group, GuardOptions{}, cp);
+  std::shared_ptr<LowRankController> controller(const std::shared_ptr<RankPolicy>& policy, Geometry geometry, const Group& tp, const Group& cp,
+                                                const Group& kv = {}) const {
+    const int64_t first_group = kv_heads_of(config_.num_key_value_heads, tp.size(), tp.rank()).begin;
+    return std::make_shared<LowRankController>(policy, geometry, BasisOptions{}, first_group, GuardOptions{}, cp, kv);
   }
-  CausalLM model(const std::shared_ptr<RankPolicy>& policy, Geometry geometry, const Group& tp, const Group& cp, ModelOptions options = {}) const {
-    CausalLM result(config_, tp, controller(policy, geometry, tp, cp), options);
+  CausalLM model(const std::shared_ptr<RankPolicy>& policy, Geometry geometry, const Group& tp, const Group& cp, ModelOptions options = {},
+                 const Group& kv = {}) const {
+    CausalLM result(config_, tp, controller(policy, geometry, tp, cp, kv), options);
     set_weights(result, random_weights(config_, 1), tp);
     return result;
   }
@@ -64,8 +66,8 @@ class ContextParallel : public MpiTest {
       SCOPED_TRACE(c10::str(policy->describe(), ", ", dtype, ", tp ", mesh.shape().tp, ", cp ", mesh.shape().cp, ", length ", of.length));
       // Bases are float32 in any case.
       const double close = dtype == at::kFloat ? 1e-5 : policy->exact() ? 1e-11 : 2e-6;
-      CausalLM alone = model(policy, of.geometry, mesh.tp(), Group(), {.dtype = dtype});
-      CausalLM split = model(policy, of.geometry, mesh.tp(), mesh.cp(), {.dtype = dtype});
+      CausalLM alone = model(policy, of.geometry, mesh.tp(), Group(), {.dtype = dtype}, mesh.kv());
+      CausalLM split = model(policy, of.geometry, mesh.tp(), mesh.cp(), {.dtype = dtype}, mesh.kv());
       EXPECT_LE(relative_error(split.token_nll(text.tokens, text.labels), alone.token_nll(text.tokens, text.labels)), std::max(close, 1e-6));
       const LossResult expected = alone.loss(text.tokens, text.labels, 0.5);
       const LossResult own = split.loss(text.tokens, text.labels, 0.5);
@@ -97,6 +99,19 @@ TEST_F(ContextParallel, LossAndEveryGradientEqualOneProcess) {
         expect_equal_to_one_process(m, of, dtype);
       }
     }
+  }
+}
+
+TEST_F(ContextParallel, WithSharedKvHeadsAsWell) {
+  if (size_ % 2 != 0 || size_ == 2) {
+    return;
+  }
+  config_ = small_config(3, 1);
+  config_.max_position_embeddings = 1100;
+  const Mesh m = mesh({size_ / 2, 1, 2, config_.num_key_value_heads});
+  EXPECT_EQ(m.kv().size(), size_ / 2);
+  for (const Case& of : {kSolved, kUpdated}) {
+    expect_equal_to_one_process(m, of, at::kDouble);
   }
 }
 

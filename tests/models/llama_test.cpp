@@ -439,7 +439,7 @@ TEST(LlamaTest, RefusesBadInputWithTheValues) {
   expect_error(ErrorKind::kData, {"54", "53"}, [&] { model.loss(good, good + 54); });
   expect_error(ErrorKind::kData, {"-99", "53"}, [&] { model.token_nll(good, good - 99); });
   expect_error(ErrorKind::kUsage, {"Half"}, [&] { CausalLM(config, Group(), make_full_attention(), {.dtype = at::kHalf}); });
-  expect_error(ErrorKind::kUsage, {"4", "3 KV heads"}, [&] { parameter_layouts(config, 4, 0); });
+  expect_error(ErrorKind::kUsage, {"7", "6 attention heads"}, [&] { parameter_layouts(config, 7, 0); });
   expect_error(ErrorKind::kStorage, {"/dev/null"}, [&] { model.save("/dev/null/model"); });
 }
 

@@ -1,5 +1,5 @@
-// The model under every rank policy, on 1, 2 and 3 tensor-parallel ranks: strictly causal, one sequence at a time, the same on every layout,
-// and checkpointing changes no bit.
+// The model under every rank policy, on 1, 2 and 3 tensor-parallel ranks: strictly causal, one sequence at a time, the same on every layout, with fewer KV
+// heads than ranks as well, and checkpointing changes no bit.
 #include "core/error.h"
 #include "models/llama.h"
 #include "models/tensor_parallel.h"
@@ -17,8 +17,9 @@ constexpr int64_t kLevels = 3;
 class LowRankModel : public TensorParallelTest {
  protected:
   CausalLM model(const std::shared_ptr<RankPolicy>& policy, const Group& tp, ModelOptions options = {}) const {
-    const int64_t first_group = partition(config_.num_key_value_heads, tp.size(), tp.rank()).begin;
-    CausalLM result(config_, tp, std::make_shared<LowRankController>(policy, kGeometry, BasisOptions{}, first_group), options);
+    const int64_t first_group = kv_heads_of(config_.num_key_value_heads, tp.size(), tp.rank()).begin;
+    const Group kv = tp.size() > 1 ? make_kv(config_.num_key_value_heads) : Group();
+    CausalLM result(config_, tp, std::make_shared<LowRankController>(policy, kGeometry, BasisOptions{}, first_group, GuardOptions{}, Group(), kv), options);
     set_weights(result, random_weights(config_, 1), tp);
     return result;
   }
@@ -55,20 +56,26 @@ TEST_F(LowRankModel, ASequenceDoesNotSeeItsNeighboursInTheBatch) {
 }
 
 TEST_F(LowRankModel, LayoutsAgree) {
-  const Text text = random_text(config_, 2, kLength);
-  for (const auto& policy : rank_policies(kLevels)) {
-    SCOPED_TRACE(policy->describe());
-    CausalLM alone = model(policy, Group());
-    CausalLM shared = model(policy, tp_);
-    const at::Tensor expected = alone.loss(text.tokens, text.labels).loss_sum;
-    const at::Tensor got = shared.loss(text.tokens, text.labels).loss_sum;
-    EXPECT_LE(relative_error(got, expected), 1e-5);
-    expected.backward();
-    got.backward();
-    for (size_t i = 0; i < alone.parameters().size(); ++i) {  // those that every rank holds whole
-      if (!alone.parameters()[i].sharded) {
-        EXPECT_LE(relative_error(shared.parameters()[i].value.grad(), alone.parameters()[i].value.grad()), 1e-4)
-            << alone.parameters()[i].name;
+  // With three query heads to a KV head, which on 3 ranks {0 1 2} share, or {0 1} and {2}, in float64: a word that a block repeats leaves its values a
+  // direction that is rounding, and in float32 the gradient along it as well.
+  for (const auto& [heads, groups, dtype] : {std::tuple(6, 3, at::kFloat), {3, 1, at::kDouble}, {6, 2, at::kDouble}}) {
+    config_ = small_config(heads, groups);
+    const Text text = random_text(config_, 2, kLength);
+    for (const auto& policy : rank_policies(kLevels)) {
+      SCOPED_TRACE(c10::str(policy->describe(), ", ", heads, " heads in ", groups));
+      const double close = dtype == at::kDouble ? 1e-6 : 1e-5;
+      CausalLM alone = model(policy, Group(), {.dtype = dtype});
+      CausalLM shared = model(policy, tp_, {.dtype = dtype});
+      const at::Tensor expected = alone.loss(text.tokens, text.labels).loss_sum;
+      const at::Tensor got = shared.loss(text.tokens, text.labels).loss_sum;
+      EXPECT_LE(relative_error(got, expected), close);
+      expected.backward();
+      got.backward();
+      for (size_t i = 0; i < alone.parameters().size(); ++i) {  // those that every rank holds whole
+        if (!alone.parameters()[i].sharded) {
+          EXPECT_LE(relative_error(shared.parameters()[i].value.grad(), alone.parameters()[i].value.grad()), 10 * close)
+              << alone.parameters()[i].name;
+        }
       }
     }
   }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "distributed/mesh.h"
 #include "distributed/mpi_group.h"
 #include "policy/rank_policy.h"
 #include "tests/distributed/mpi_test.h"
@@ -19,6 +20,11 @@ class TensorParallelTest : public MpiTest {
     ASSERT_EQ(tp_.size(), size_);
   }
   void TearDown() override { MPI_Barrier(MPI_COMM_WORLD); }
+
+  /// Mesh::kv of a model with so many KV heads. Collective.
+  Group make_kv(int64_t kv_heads) const {
+    return make_mpi_group("kv", MPI_COMM_WORLD, std::chrono::seconds(30), kv_sharers_of(kv_heads, size_, rank_).begin);
+  }
 
   Group tp_;
 };

@@ -1,10 +1,13 @@
 // The model on 2, 3 and 4 tensor-parallel ranks, with uneven shares of everything, against the plain reference on the whole.
 #include "models/tensor_parallel.h"
 #include "core/error.h"
+#include "models/gradient_reducer.h"
 #include "models/llama.h"
 #include "tests/models/io_support.h"
 #include "tests/models/reference_llama.h"
 #include "tests/models/tensor_parallel_fixture.h"
+
+#include <regex>
 
 namespace drrl::test {
 namespace {
@@ -17,7 +20,13 @@ class TensorParallel : public TensorParallelTest {
     config.qkv_bias = config.attention_output_bias = config.mlp_bias = true;
     return config;
   }
-  std::vector<ModelConfig> configs() const { return {config(), small_gpt2_config(size_ < 4 ? 3 : 5)}; }
+  // The last one has fewer KV heads than ranks: on 2 ranks 3 query heads of one are 2 + 1; on 3 and 4 ranks {0 1} {2} and {0 1} {2 3} share.
+  std::vector<ModelConfig> configs() const {
+    ModelConfig few = config();
+    few.num_key_value_heads = size_ == 2 ? 1 : 2;
+    few.num_attention_heads = 3 * few.num_key_value_heads;
+    return {config(), small_gpt2_config(size_ < 4 ? 3 : 5), few};
+  }
 
   // A folder that all ranks know; rank 0 made it and removes it.
   std::filesystem::path shared_folder() {
@@ -53,6 +62,7 @@ TEST_F(TensorParallel, LossAndEveryGradientEqualTheReference) {
         const LossResult result = model.loss(text.tokens, text.labels, 0.5);
         EXPECT_LE(relative_error(result.loss_sum, nll.sum()), close);
         result.loss_sum.backward();
+        sum_shared_rows(model.parameters(), make_kv(whole.num_key_value_heads));
         expect_gradients(model, weights, tp_, 0.5, close);
       }
     }
@@ -109,10 +119,12 @@ TEST_F(TensorParallel, SavesOneModelAndLoadsItsShards) {
       2 * groups, R"(, "num_key_value_heads": )", groups, "}");
   const std::string gpt2 = c10::str(R"({"model_type": "gpt2", "vocab_size": 53, "n_inner": 37, "n_layer": 2, "n_positions": 64, "n_head": )",
                                     groups, R"(, "n_embd": )", 16 * groups, "}");
+  // One KV head of all ranks.
+  const std::string shared = std::regex_replace(llama, std::regex("\"num_key_value_heads\": [0-9]+"), "\"num_key_value_heads\": 1");
   const std::filesystem::path folder = shared_folder();
-  for (const std::string& json : {llama, gpt2}) {
+  for (const std::string& json : {llama, gpt2, shared}) {
     const ModelConfig parsed = ModelConfig::parse(json, "test");
-    const std::filesystem::path to = folder / name(parsed.architecture);
+    const std::filesystem::path to = folder / c10::str(name(parsed.architecture), parsed.num_key_value_heads);
     const Weights weights = random_weights(parsed, 1);
     CausalLM saved(parsed, tp_, make_full_attention());
     set_weights(saved, weights, tp_);
@@ -135,9 +147,39 @@ TEST_F(TensorParallel, OneRankThatCannotSaveStopsAll) {
   expect_error(ErrorKind::kStorage, {}, [&] { model.save("/dev/null/model"); });
 }
 
-TEST_F(TensorParallel, RefusesMoreRanksThanGroups) {
-  ModelConfig few = small_config(6, 1);
-  expect_error(ErrorKind::kUsage, {"1 KV heads", std::to_string(size_)}, [&] { CausalLM(few, tp_, make_full_attention()); });
+TEST_F(TensorParallel, SharedRowsHaveTheSameGradientBitForBitAndCountOnce) {
+  const ModelConfig few = configs().back();
+  const Group kv = make_kv(few.num_key_value_heads);
+  CausalLM model(few, tp_, make_full_attention());
+  CausalLM alone(few, Group(), make_full_attention());
+  model.initialize(4);
+  alone.initialize(4);
+  const Text text = random_text(few, 2, 19);
+  model.loss(text.tokens, text.labels).loss_sum.backward();
+  alone.loss(text.tokens, text.labels).loss_sum.backward();
+  if (kv.size() > 1) {
+    expect_error(ErrorKind::kUsage, {"KV head"}, [&] { sum_shared_rows(model.parameters(), Group()); });
+  }
+  sum_shared_rows(model.parameters(), kv);
+  int64_t shared = 0;
+  for (const Parameter& parameter : model.parameters()) {
+    if (parameter.shared_rows > 0) {
+      ++shared;
+      const at::Tensor rows = parameter.value.grad().narrow(0, parameter.value.size(0) - parameter.shared_rows, parameter.shared_rows);
+      at::Tensor first = rows.clone();
+      kv.broadcast(first);
+      EXPECT_TRUE(first.equal(rows)) << parameter.name;
+    }
+  }
+  EXPECT_EQ(shared, kv.size() > 1 ? 2 * 2 : 0) << "weight and bias of qkv_proj, a layer";
+  at::Tensor squares = squared_gradient_norm(model.parameters(), tp_, kv);
+  tp_.all_reduce(squares);
+  EXPECT_NEAR(squares.item<double>() / squared_gradient_norm(alone.parameters(), Group()).item<double>(), 1, 1e-5);
+}
+
+TEST_F(TensorParallel, RefusesMoreRanksThanHeads) {
+  ModelConfig few = small_config(1, 1);
+  expect_error(ErrorKind::kUsage, {"1 attention heads", std::to_string(size_)}, [&] { CausalLM(few, tp_, make_full_attention()); });
 }
 
 }  // namespace

@@ -22,6 +22,7 @@ namespace {
 
 constexpr int64_t kSeqLen = 24;
 constexpr int64_t kVocabulary = 61;
+constexpr int64_t kKvHeads = 3;
 
 ModelConfig tiny_config() {
   return ModelConfig::parse(R"({
@@ -30,6 +31,9 @@ ModelConfig tiny_config() {
     "rope_theta": 10000.0, "tie_word_embeddings": true, "hidden_act": "silu", "initializer_range": 0.05})",
                             "tiny");
 }
+
+// For tiny_config(): on four tensor-parallel ranks the first two share a KV head, and have one of its query heads each.
+Mesh mesh_of(int64_t tp, int64_t dp, int64_t cp = 1) { return make_mesh(tp, dp, cp, kKvHeads); }
 
 class Training : public TrainingTest {
  protected:
@@ -97,8 +101,9 @@ class Training : public TrainingTest {
     table.at(0, 1, 0) = {8, 2};
     table.at(0, 2, 1) = {4, 8};
     table.at(1, 0, 2) = {8, 8};
-    const int64_t first_group = partition(3, mesh.tp().size(), mesh.tp().rank()).begin;
-    return std::make_shared<LowRankController>(make_table_policy(table, "table"), Geometry{8, 1}, BasisOptions{}, first_group, GuardOptions{}, mesh.cp());
+    const int64_t first_group = kv_heads_of(kKvHeads, mesh.tp().size(), mesh.tp().rank()).begin;
+    return std::make_shared<LowRankController>(make_table_policy(table, "table"), Geometry{8, 1}, BasisOptions{}, first_group, GuardOptions{}, mesh.cp(),
+                                               mesh.kv());
   }
 
   /// The whole model's weights by Hugging Face name, on every rank.
@@ -160,7 +165,7 @@ bool bit_equal(const CausalLM& a, const CausalLM& b) {
 }
 
 TEST_F(Training, TenStepsLearn) {
-  const Mesh mesh = make_mesh(1, size_);
+  const Mesh mesh = mesh_of(1, size_);
   TrainerOptions o = options();
   const Outcome outcome = train(mesh, o, {}, {}, valid_);
   EXPECT_LT(outcome.result.last_loss, outcome.result.first_loss - 0.3);
@@ -170,28 +175,27 @@ TEST_F(Training, TenStepsLearn) {
 }
 
 TEST_F(Training, DataParallelEqualsOneProcess) {
-  expect_equal_runs(make_mesh(1, size_), options(), 1e-5);  // on 3 ranks the shares are 3, 3 and 2 sequences
+  expect_equal_runs(mesh_of(1, size_), options(), 1e-5);  // on 3 ranks the shares are 3, 3 and 2 sequences
 }
 
 TEST_F(Training, UnevenSharesOfASmallBatch) {
   TrainerOptions o = options(4);
   o.micro_batch = 1;
   o.global_batch = size_ + 1;  // the first rank has two microbatches, the others one
-  expect_equal_runs(make_mesh(1, size_), o, 1e-5);
+  expect_equal_runs(mesh_of(1, size_), o, 1e-5);
 }
 
 TEST_F(Training, TensorParallelEqualsOneProcess) {
-  if (size_ > 3) {
-    return;  // three KV groups
-  }
-  expect_equal_runs(make_mesh(size_, 1), options(), 1e-5);
+  expect_equal_runs(mesh_of(size_, 1), options(), 1e-5);
+  use_low_rank();
+  expect_equal_runs(mesh_of(size_, 1), options(), 1e-5);
 }
 
 TEST_F(Training, TensorTimesDataParallelEqualsOneProcess) {
   if (size_ != 4) {
     return;
   }
-  expect_equal_runs(make_mesh(2, 2), options(), 1e-5);
+  expect_equal_runs(mesh_of(2, 2), options(), 1e-5);
 }
 
 TEST_F(Training, ContextParallelEqualsOneProcess) {
@@ -201,26 +205,28 @@ TEST_F(Training, ContextParallelEqualsOneProcess) {
   std::map<int, std::vector<MeshShape>> shapes = {{2, {{1, 1, 2}}}, {3, {{1, 1, 3}}}, {4, {{2, 1, 2}, {1, 2, 2}}}};
   for (const MeshShape& shape : shapes[size_]) {
     SCOPED_TRACE(c10::str("tp ", shape.tp, ", dp ", shape.dp, ", cp ", shape.cp));
-    expect_equal_runs(make_mesh(shape.tp, shape.dp, shape.cp), o, 1e-5);
+    expect_equal_runs(mesh_of(shape.tp, shape.dp, shape.cp), o, 1e-5);
   }
 }
 
 // All layouts of this many processes, with far pairs, validation and checkpoints.
 TEST_F(Training, KeepsNcclsRulesAndEndsOnAnyErrorOfIt) {
   use_low_rank();
-  std::map<int, std::vector<MeshShape>> shapes = {{2, {{2, 1, 1}, {1, 2, 1}, {1, 1, 2}}}, {3, {{3, 1, 1}}}, {4, {{2, 2, 1}, {2, 1, 2}, {1, 2, 2}}}};
+  std::map<int, std::vector<MeshShape>> shapes = {{2, {{2, 1, 1}, {1, 2, 1}, {1, 1, 2}}}, {3, {{3, 1, 1}}}, {4, {{4, 1, 1}, {2, 2, 1}, {2, 1, 2}, {1, 2, 2}}}};
   for (const MeshShape& shape : shapes[size_]) {
     SCOPED_TRACE(c10::str("tp ", shape.tp, ", dp ", shape.dp, ", cp ", shape.cp));
-    const Mesh inner = make_mesh(shape.tp, shape.dp, shape.cp);
+    const Mesh inner = mesh_of(shape.tp, shape.dp, shape.cp);
     TrainerOptions o = options(1);
     o.global_batch = 4;
     o.eval_tokens = 200;
     int64_t calls = 0;  // of a whole run
     const auto journal_of = [&](int64_t fail_at, bool in_wait, std::string& error) {
       const auto journal = std::make_shared<Journal>();
+      // All processes must fail alike, and those that share a KV head have calls that the others do not have.
+      journal->fail_members = shape.tp > kKvHeads ? static_cast<size_t>(size_) : 0;
       o.output = folder_ / c10::str("strict", shape.tp, shape.dp, shape.cp, fail_at, in_wait);
       const Mesh mesh = over_strict_nccl(inner, journal);
-      const auto of_mesh = static_cast<int64_t>(journal->calls.size());
+      const int64_t of_mesh = journal->counted;
       journal->fail_at = fail_at < 0 ? -1 : of_mesh + fail_at;
       journal->fail_in_wait = in_wait;
       try {
@@ -229,7 +235,7 @@ TEST_F(Training, KeepsNcclsRulesAndEndsOnAnyErrorOfIt) {
         EXPECT_EQ(caught.kind(), ErrorKind::kCommunication);
         error = caught.what();
       }
-      calls = std::max(calls, static_cast<int64_t>(journal->calls.size()) - of_mesh);
+      calls = std::max(calls, journal->counted - of_mesh);
       MPI_Barrier(MPI_COMM_WORLD);
       return journal;
     };
@@ -254,7 +260,7 @@ TEST_F(Training, ContextParallelValidatesAndResumes) {
     return;
   }
   use_low_rank();
-  const Mesh mesh = make_mesh(1, size_ / 2, 2);
+  const Mesh mesh = mesh_of(1, size_ / 2, 2);
   TrainerOptions whole = options(4);
   const Outcome alone = train(Mesh(), whole, {}, {}, valid_);
   whole.output = folder_ / "whole";
@@ -276,7 +282,7 @@ TEST_F(Training, ContextParallelValidatesAndResumes) {
 }
 
 TEST_F(Training, AccumulationEqualsABiggerMicrobatch) {
-  const Mesh mesh = make_mesh(1, size_);
+  const Mesh mesh = mesh_of(1, size_);
   TrainerOptions small = options();
   small.micro_batch = 1;
   TrainerOptions big = options();
@@ -290,7 +296,7 @@ TEST_F(Training, AccumulationEqualsABiggerMicrobatch) {
 }
 
 TEST_F(Training, ActivationCheckpointsChangeNoBit) {
-  const Mesh mesh = make_mesh(1, size_);
+  const Mesh mesh = mesh_of(1, size_);
   const Outcome plain = train(mesh, options(3));
   const Outcome recomputed = train(mesh, options(3), {}, {.activation_checkpoint = true});
   EXPECT_TRUE(bit_equal(*plain.model, *recomputed.model));
@@ -300,10 +306,10 @@ TEST_F(Training, BucketsAreSentDuringTheBackwardPass) {
   if (size_ == 1) {
     return;
   }
-  const Mesh mesh = make_mesh(1, size_);
+  const Mesh mesh = mesh_of(1, size_);
   CausalLM model(tiny_config(), mesh.tp(), make_full_attention());
   model.initialize(5);
-  GradientReducer reducer(model.parameters(), mesh.dp(), 8 << 10);
+  GradientReducer reducer(model.parameters(), mesh.dp(), {}, 8 << 10);
   EXPECT_GT(reducer.bucket_count(), 3);
   reducer.begin();
   std::vector<int64_t> sent;
@@ -332,7 +338,7 @@ TEST_F(Training, BucketsAreSentDuringTheBackwardPass) {
 
 TEST_F(Training, AResumedRunIsBitForBitTheUninterruptedOne) {
   const int64_t tp = size_ == 4 || size_ == 2 ? 2 : 1;
-  const Mesh mesh = make_mesh(tp, size_ / tp);
+  const Mesh mesh = mesh_of(tp, size_ / tp);
   TrainerOptions whole = options();
   whole.output = folder_ / "whole";
   const Outcome uninterrupted = train(mesh, whole);
@@ -373,7 +379,7 @@ TEST_F(Training, AResumedRunIsBitForBitTheUninterruptedOne) {
 }
 
 TEST_F(Training, ACheckpointOfAnotherRunIsRefused) {
-  const Mesh mesh = make_mesh(1, size_);
+  const Mesh mesh = mesh_of(1, size_);
   TrainerOptions o = options(2);
   o.output = folder_ / "run";
   train(mesh, o);
@@ -387,7 +393,7 @@ TEST_F(Training, ACheckpointOfAnotherRunIsRefused) {
 }
 
 TEST_F(Training, ADamagedCheckpointFallsBackToTheOneBefore) {
-  const Mesh mesh = make_mesh(1, size_);
+  const Mesh mesh = mesh_of(1, size_);
   TrainerOptions o = options(4);
   o.output = folder_ / "run";
   o.save_every = 2;
@@ -410,7 +416,7 @@ TEST_F(Training, ADamagedCheckpointFallsBackToTheOneBefore) {
 }
 
 TEST_F(Training, ResumesOnAnotherLayout) {
-  // From and to every layout of this world and the single process; three KV groups on two ranks are 2 + 1.
+  // From and to every layout of this world and the single process; three KV groups on two ranks are 2 + 1, on four two ranks hold the first one.
   std::vector<MeshShape> shapes = {{1, 1}};
   if (size_ > 1) {
     shapes.push_back({1, size_});
@@ -419,6 +425,7 @@ TEST_F(Training, ResumesOnAnotherLayout) {
     shapes.push_back({size_, 1});
   } else if (size_ == 4) {
     shapes.push_back({2, 2});
+    shapes.push_back({4, 1});
   }
   const TrainerOptions whole = options();
   const Outcome uninterrupted = train(Mesh(), whole);
@@ -426,7 +433,7 @@ TEST_F(Training, ResumesOnAnotherLayout) {
   const auto run = [&](MeshShape shape, const TrainerOptions& o, const TrainerCallbacks& callbacks) {
     std::optional<Outcome> outcome;
     if (shape.tp * shape.dp > 1 || rank_ == 0) {
-      outcome = train(make_mesh(shape.tp, shape.dp), o, callbacks);
+      outcome = train(mesh_of(shape.tp, shape.dp), o, callbacks);
     }
     MPI_Barrier(MPI_COMM_WORLD);
     return outcome;
@@ -482,7 +489,7 @@ TEST_F(Training, AReshardedStateIsBitForBitTheOld) {
     ASSERT_TRUE(position.has_value());
     save_training_state(folder_ / to / "checkpoints", state, *position, 0);
   };
-  copy_through("one", "split", make_mesh(size_, 1));
+  copy_through("one", "split", mesh_of(size_, 1));
   MPI_Barrier(MPI_COMM_WORLD);
   if (rank_ == 0) {
     copy_through("split", "back", Mesh());
@@ -500,7 +507,7 @@ TEST_F(Training, AReshardedStateIsBitForBitTheOld) {
 }
 
 TEST_F(Training, WeightsThatBrokeAfterTheStepAreNotSaved) {
-  const Mesh mesh = make_mesh(1, size_);
+  const Mesh mesh = mesh_of(1, size_);
   TrainerOptions o = options(4);
   o.output = folder_ / "run";
   o.save_every = 2;
@@ -525,7 +532,7 @@ TEST_F(Training, ANanOnOneRankStopsAllBeforeTheUpdate) {
     if (tensor_parallel && size_ > 3) {
       continue;
     }
-    const Mesh mesh = tensor_parallel ? make_mesh(size_, 1) : make_mesh(1, size_);
+    const Mesh mesh = tensor_parallel ? mesh_of(size_, 1) : mesh_of(1, size_);
     CausalLM model(tiny_config(), mesh.tp(), make_full_attention());
     model.initialize(5);
     int64_t done = 0;
@@ -561,7 +568,7 @@ TEST_F(Training, ANanOnOneRankStopsAllBeforeTheUpdate) {
 }
 
 TEST_F(Training, AFullDiskStopsEveryRankAndKeepsTheOldCheckpoint) {
-  const Mesh mesh = make_mesh(1, size_);
+  const Mesh mesh = mesh_of(1, size_);
   TrainerOptions o = options(2);
   o.output = folder_ / "run";
   train(mesh, o);
@@ -579,7 +586,7 @@ TEST_F(Training, AFullDiskStopsEveryRankAndKeepsTheOldCheckpoint) {
 TEST_F(Training, RefusesContradictions) {
   TrainerOptions o = options();
   o.global_batch = size_ - 1;
-  const Mesh mesh = make_mesh(1, size_);
+  const Mesh mesh = mesh_of(1, size_);
   test::expect_error(ErrorKind::kUsage, {"global_batch"}, [&] { train(mesh, o); });
   o = options();
   o.micro_batch = 0;

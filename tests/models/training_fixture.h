@@ -15,9 +15,9 @@
 
 namespace drrl {
 
-/// Ranks x ranks of the test's world, or one process for each rank by itself.
-inline Mesh make_mesh(int64_t tp, int64_t dp, int64_t cp = 1) {
-  return tp * dp * cp == 1 ? Mesh() : Mesh::create(Environment::detect(), {tp, dp, cp}, at::kCPU, std::chrono::seconds(60));
+/// Ranks x ranks of the test's world, or one process for each rank by itself; kv_heads as in MeshShape.
+inline Mesh make_mesh(int64_t tp, int64_t dp, int64_t cp = 1, int64_t kv_heads = 0) {
+  return tp * dp * cp == 1 ? Mesh() : Mesh::create(Environment::detect(), {tp, dp, cp, kv_heads}, at::kCPU, std::chrono::seconds(60));
 }
 
 /// Fixture of training runs under mpirun: one folder for the world, made by rank 0, with a text in it.

@@ -1,0 +1,112 @@
+#include "policy/shared_heads.h"
+
+#include <algorithm>
+
+#include "distributed/mesh.h"
+#include "distributed/traffic.h"
+
+namespace drrl {
+namespace {
+
+int64_t sent(const char* operation, const Group& group, const at::Tensor& message) {
+  return static_cast<int64_t>(static_cast<double>(message.nbytes()) * bus_factor(operation, group.size()));
+}
+
+// Columns that bases of these ranks have.
+int64_t columns_of(const std::vector<Ranks>& ranks, int64_t Ranks::*kind, int64_t head_dim) {
+  int64_t most = 0;
+  for (const Ranks& r : ranks) {
+    most = r.*kind < head_dim ? std::max(most, r.*kind) : most;
+  }
+  return most;
+}
+
+}  // namespace
+
+int64_t SharedHeads::total(int64_t own, const at::Device& device) {
+  if (!shared()) {
+    return own;
+  }
+  if (total_ == 0) {
+    at::Tensor sum = at::full({1}, own, at::TensorOptions(device).dtype(at::kLong));
+    group_.all_reduce(sum);
+    total_ = sum.item<int64_t>();
+  }
+  return total_;
+}
+
+PairGrams SharedHeads::sum(const PairGrams& own, const at::Tensor& w_o, int64_t& bytes) {
+  if (!shared()) {
+    return own;
+  }
+  at::NoGradGuard no_grad;
+  const int64_t d = own.keys.size(4), heads = w_o.size(1) / d;
+  const double share = static_cast<double>(heads) / static_cast<double>(total(heads, own.keys.device()));
+  std::vector<at::Tensor> parts;
+  for (const at::Tensor& gram : {own.queries, own.keys * share, own.values * share, output_gram(w_o, 1, d)}) {
+    parts.push_back(lower_triangle(gram));
+  }
+  std::vector<at::Tensor> flat;
+  std::transform(parts.begin(), parts.end(), std::back_inserter(flat), [](const at::Tensor& x) { return x.flatten(); });
+  at::Tensor message = at::cat(flat);
+  group_.all_reduce(message);
+  bytes += sent("all_reduce", group_, message);
+  int64_t offset = 0;
+  for (at::Tensor& part : parts) {
+    const int64_t count = part.numel();
+    part = from_lower_triangle(message.narrow(0, offset, count).view(part.sizes()), d);
+    offset += count;
+  }
+  return {parts[0], parts[1], parts[2], parts[3]};
+}
+
+FarBases SharedHeads::deal_out(const PairGrams& grams, const std::vector<Ranks>& ranks,
+                               const std::function<FarBases(const PairGrams&, const std::vector<Ranks>&)>& make, int64_t& bytes) const {
+  if (!shared()) {
+    return make(grams, ranks);
+  }
+  at::NoGradGuard no_grad;
+  const int64_t batch = grams.keys.size(0), pairs = grams.keys.size(2), d = grams.keys.size(4);
+  const Share share = partition(pairs, group_.size(), group_.rank());
+  FarBases made;
+  if (share.count > 0) {
+    const auto own = [&](const at::Tensor& x) { return x.narrow(2, share.begin, share.count).contiguous(); };
+    std::vector<Ranks> of_own;
+    for (int64_t b = 0; b < batch; ++b) {
+      const auto first = ranks.begin() + b * pairs + share.begin;
+      of_own.insert(of_own.end(), first, first + share.count);
+    }
+    made = make({own(grams.queries), own(grams.keys), own(grams.values), grams.output}, of_own);
+  }
+
+  // A row for each pair: left and right factors of scores, then of values.
+  const int64_t scores = columns_of(ranks, &Ranks::qk, d), values = columns_of(ranks, &Ranks::v, d);
+  if (scores + values == 0) {
+    return made;
+  }
+  const int64_t most = partition(pairs, group_.size(), 0).count;
+  const auto options = grams.keys.options().dtype(at::kFloat);
+  const auto row = at::zeros({most, batch, d, 2 * (scores + values)}, options);
+  int64_t column = 0;
+  for (const auto& [factor, columns] : {std::pair(made.scores.left, scores), {made.scores.right, scores}, {made.values.left, values}, {made.values.right, values}}) {
+    if (factor.defined()) {
+      const int64_t count = std::min(columns, factor.size(2));
+      row.narrow(0, 0, share.count).narrow(3, column, count).copy_(factor.narrow(2, 0, count).unflatten(0, {batch, share.count}).transpose(0, 1));
+    }
+    column += columns;
+  }
+  at::Tensor all = at::empty({group_.size() * most, batch, d, row.size(3)}, options);
+  group_.all_gather(all, row);
+  bytes += sent("all_gather", group_, all);
+  std::vector<at::Tensor> rows;
+  for (int64_t member = 0; member < group_.size(); ++member) {
+    rows.push_back(all.narrow(0, member * most, partition(pairs, group_.size(), member).count));
+  }
+  const auto of_pairs = at::cat(rows).transpose(0, 1).flatten(0, 1);  // [B pairs, d, columns]
+  const auto factor = [&](int64_t first, int64_t columns) { return columns > 0 ? of_pairs.narrow(2, first, columns).contiguous() : at::Tensor(); };
+  made.scores = {factor(0, scores), factor(scores, scores), {}};
+  made.values = {factor(2 * scores, values), factor(2 * scores + values, values), {}};
+  return made;
+}
+
+}  // namespace drrl
