@@ -106,7 +106,7 @@ ContextBytes context_bytes(const Workload& w, const SequenceSplit& split, int64_
 
 /// Operations of a layer's attention for one sequence, forward and backward.
 struct AttentionWork {
-  double attention = 0, bases = 0, first_bases = 0;  // first_bases: of one process, while those that share the sequence wait
+  double attention = 0, bases = 0, first_bases = 0;  // first_bases: decompositions of the first pair, where updates start
 };
 
 AttentionWork attention_work(const Workload& w, const BlockTree& tree, int64_t groups, int64_t rank) {
@@ -176,7 +176,9 @@ Demand demand_of(const Workload& w) {
   a[kLinear] = sequences * 6 * static_cast<double>(rows) * multiplied / kGiga;
   const AttentionWork attention = attention_work(w, tree, groups, rank);
   a[cp > 1 ? (low ? kSplitLowRank : kSplitExact) : (low ? kLowRank : kExact)] = passes * attention.attention / static_cast<double>(cp) / kGiga;
-  a[kBases] = passes * (attention.bases / static_cast<double>(cp) + attention.first_bases) / kGiga;
+  const int64_t first_problems = 2 * groups;  // of a sequence
+  const auto first_share = [&](int64_t process) { return static_cast<double>(partition(first_problems, cp, process).count); };
+  a[kBases] = passes * (attention.bases / static_cast<double>(cp) + attention.first_bases * first_share(0) / static_cast<double>(first_problems)) / kGiga;
   demand.hiding = kBackwardShare / sequences;
 
   const Members of_tp{tp, 1}, of_cp{cp, tp}, of_data{dp * cp, tp};
@@ -209,9 +211,11 @@ Demand demand_of(const Workload& w) {
       add_messages(a, "all_to_all", of_cp, w.processes_per_node, passes * 2, passes * most(bytes.bases));
       demand.sent_bytes += passes * bytes.bases.front();
       if (attention.first_bases > 0) {
-        const double start = static_cast<double>(groups * 2 * w.config.head_dim * w.config.head_dim * 4);
-        add_messages(a, "broadcast", of_cp, w.processes_per_node, passes, passes * start);
-        demand.sent_bytes += passes * start;
+        const int64_t d = w.config.head_dim;
+        const double dealt = static_cast<double>(d * (d + 1) * 8) * (static_cast<double>(first_problems) - first_share(0));  // two triangles each, in fp64
+        const double gathered = static_cast<double>(d * d * 4 * (cp - 1)) * first_share(0);
+        add_messages(a, "all_to_all", of_cp, w.processes_per_node, passes * 2, passes * (dealt + gathered));
+        demand.sent_bytes += passes * (dealt + gathered);
       }
     }
   }

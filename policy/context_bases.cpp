@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "distributed/exchange.h"
+#include "distributed/mesh.h"
 
 namespace drrl {
 namespace {
@@ -119,6 +120,47 @@ PairGrams context_grams(const at::Tensor& q, const at::Tensor& k, const at::Tens
   const auto sums = made.empty() ? at::empty({3, batch, groups, 0, all.size(4)}, all.options()) : at::stack(made, 3);
   const auto grams = from_lower_triangle(sums, d);
   return {grams[0], grams[1], grams[2]};
+}
+
+at::Tensor dealt_first_pair_bases(const PairGrams& made, const at::Tensor& w_o, const Group& group, int64_t& solves, int64_t& bytes) {
+  at::NoGradGuard no_grad;
+  const int64_t sequences = made.keys.size(0) * made.keys.size(1), d = made.keys.size(4);
+  const auto share = [&](int64_t process) { return partition(2 * sequences, group.size(), process); };  // of (sequence, kind), kind innermost
+  at::Tensor problems;  // [2 B G, 2, d (d + 1) / 2]: Grams X^T X and Y^T Y
+  if (group.rank() == 0) {
+    const auto first = [](const at::Tensor& gram) { return lower_triangle(gram.select(2, 0).flatten(0, 1)); };
+    const auto output = lower_triangle(for_batch(output_of(made, w_o), made.keys.size(0)));
+    problems = at::stack({at::stack({first(made.queries), first(made.keys)}, 1), at::stack({first(made.values), output}, 1)}, 1).flatten(0, 1);
+  }
+  std::vector<Message> messages;
+  std::vector<at::Tensor> contents;
+  for (int64_t to = 0; to < group.size(); ++to) {
+    messages.push_back({0, to, {share(to).count, 2, d * (d + 1) / 2}});
+    contents.push_back(problems.defined() ? problems.narrow(0, share(to).begin, share(to).count) : at::Tensor());
+  }
+  Exchange dealt(group, messages, contents, made.keys.options());
+  bytes += dealt.bytes_sent();
+  const auto own = from_lower_triangle(dealt.wait()[static_cast<size_t>(group.rank())], d);
+  const auto solved = own.size(0) > 0 ? solve_basis(own.select(1, 0), own.select(1, 1)).right : at::empty({0, d, d}, own.options().dtype(at::kFloat));
+  solves += own.size(0);
+
+  messages.clear();
+  contents.clear();
+  for (int64_t from = 0; from < group.size(); ++from) {
+    for (int64_t to = 0; to < group.size(); ++to) {
+      messages.push_back({from, to, {share(from).count, d, d}});
+      contents.push_back(from == group.rank() ? solved : at::Tensor());
+    }
+  }
+  Exchange gathered(group, messages, contents, solved.options());
+  bytes += gathered.bytes_sent();
+  std::vector<at::Tensor> all;
+  for (const at::Tensor& part : gathered.wait()) {
+    if (part.defined()) {
+      all.push_back(part);
+    }
+  }
+  return at::cat(all).view({sequences, 2, d, d});
 }
 
 void hand_out_bases(ContextPlan& plan, const std::vector<int64_t>& makers, const FarBases& made, const at::Tensor& residual, int64_t head_dim,

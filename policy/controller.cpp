@@ -233,10 +233,7 @@ FarBases LowRankController::fill_split_plan(int64_t layer, const at::Tensor& q, 
   FarBases bases;
   at::Tensor start;
   if (starts_from_first_pair(d)) {
-    start = context_.rank() == 0 ? first_pair_bases(grams, w_o).contiguous() : at::empty({sequences, 2, d, d}, q.options().dtype(at::kFloat));
-    context_.broadcast(start);
-    statistics_.basis_bytes += context_.rank() == 0 ? (context_.size() - 1) * static_cast<int64_t>(start.nbytes()) : 0;
-    bases.solves = context_.rank() == 0 ? 2 * sequences : 0;
+    start = dealt_first_pair_bases(grams, w_o, context_, bases.solves, statistics_.basis_bytes);
     bases.flops = static_cast<double>(bases.solves) * basis_solve_flops(d);
   }
   at::Tensor residual;
