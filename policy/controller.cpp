@@ -327,11 +327,13 @@ std::vector<Ranks> LowRankController::decide(LayerObservation& observation, cons
   if (guard_.eps > 0 && !policy_->exact()) {
     raise_to_guard(observation, grams, w_o, ranks, bases);
   }
-  for (const Ranks& r : ranks) {
-    statistics_.rank_qk += static_cast<double>(r.qk);
-    statistics_.rank_v += static_cast<double>(r.v);
+  if (shared_.group().rank() == 0) {
+    for (const Ranks& r : ranks) {
+      statistics_.rank_qk += static_cast<double>(r.qk);
+      statistics_.rank_v += static_cast<double>(r.v);
+    }
+    statistics_.decisions += observation.items();
   }
-  statistics_.decisions += observation.items();
   std::vector<double> decided = {static_cast<double>(observation.layer)};
   for (const Ranks& r : ranks) {
     decided.insert(decided.end(), {static_cast<double>(r.qk), static_cast<double>(r.v), r.gate});
@@ -351,7 +353,7 @@ void LowRankController::raise_to_guard(const LayerObservation& observation, cons
     while (rank < d && lost[rank] > guard_.eps * guard_.eps * lost[0]) {
       rank = *std::upper_bound(guard_.buckets.begin(), guard_.buckets.end(), rank);
     }
-    statistics_.guard_raises += rank > chosen ? 1 : 0;
+    statistics_.guard_raises += rank > chosen && shared_.group().rank() == 0 ? 1 : 0;
   };
   const auto scores = loss.scores.contiguous(), values = loss.values.contiguous();
   for (size_t item = 0; item < ranks.size(); ++item) {

@@ -23,7 +23,8 @@ struct AttentionStatistics {
   int64_t context_bytes = 0;        ///< of keys and values that left this process in forward passes under context parallelism
   int64_t context_exact_bytes = 0;  ///< the same at rank d
   int64_t basis_bytes = 0;          ///< of Grams and bases that left it, to processes that share its sequences or its KV head
-  int64_t decisions = 0;    ///< (sequence, KV group, pair) decisions; exact layers without far pairs make none
+  int64_t decisions = 0;    ///< (sequence, KV group, pair) decisions; exact layers without far pairs make none. Like raises and ranks, of a KV head that
+                            ///< processes share on the first of them alone
 
   AttentionStatistics& operator+=(const AttentionStatistics& other) {
     calls += other.calls;
