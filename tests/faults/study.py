@@ -8,7 +8,7 @@ Each trial trains a tiny random model with drrl-train under mpirun, injects one 
   clean     no process of it is left
   sound     a restart with --resume finds a checkpoint that nothing is wrong with (or none, when none was due), at most --save_every steps back
   equal     the restarted run logs, step by step, bit for bit the losses of a run that nothing happened to
-A fault that a run must survive (a slow link, a short outage, a wall clock that jumps) is checked for that instead. Faults that this machine cannot make (no root, no
+A fault that a run must survive (a slow or lossy link, a short outage, a wall clock that jumps) is checked for that instead. Faults that this machine cannot make (no root, no
 network namespaces) are reported as skipped, with the reason. Exit status: 0 when every promise was kept.
 """
 
@@ -369,7 +369,21 @@ def outage(trial):
 def slow_link(trial):
     if not random_moment(trial):
         return None
-    trial.network.slow("20mbit")
+    trial.network.shape("20mbit", latency="100ms")
+    return {0}
+
+
+def lossy_link(trial):
+    """A link whose queue holds a few packets and drops the others: TCP has to send them again."""
+    if not random_moment(trial):
+        return None
+    trial.network.shape("20mbit", limit="32k")
+    give_up = time.monotonic() + PATIENCE
+    while (lost := trial.network.dropped()) == 0 and trial.run.process.poll() is None and time.monotonic() < give_up:
+        time.sleep(0.05)
+    if lost == 0 and trial.run.process.poll() is not None:
+        return None  # too late
+    expect(lost > 0, "packets are lost")
     return {0}
 
 
@@ -401,10 +415,11 @@ FAULTS = {
     "network partition": partition,
     "short network outage": outage,
     "slow network": slow_link,
+    "lossy network": lossy_link,
     "clock jump": clock_jump,
 }
 SUPERVISED = {"SIGSTOP at a random moment", "SIGSTOP in a checkpoint", "SIGSTOP at the end", "network partition"}
-NETWORKED = {"network partition", "short network outage", "slow network"}
+NETWORKED = {"network partition", "short network outage", "slow network", "lossy network"}
 GOES_ON = SUPERVISED | NETWORKED | {"clock jump"}  # and so may take as long as a whole run
 FIXED_LAYOUTS = {kind: [(1, 2)] for kind in NETWORKED} | {"hung write": [(1, 1), (1, 2)]}
 
@@ -443,9 +458,16 @@ class Network:
     def link(self, state):
         self.ip("-n", self.names[0], "link", "set", self.devices[0], state)
 
-    def slow(self, rate):
-        subprocess.run(["ip", "netns", "exec", self.names[0], "tc", "qdisc", "add", "dev", self.devices[0], "root", "tbf", "rate", rate, "burst",
-                        "10k", "latency", "100ms"], check=True, capture_output=True)
+    def tc(self, *arguments):
+        return subprocess.run(["ip", "netns", "exec", self.names[0], "tc", *arguments], check=True, capture_output=True, text=True).stdout
+
+    def shape(self, rate, **queue):
+        """From now on so many bits a second one way, and no more waiting than queue says (of tc-tbf: latency or limit); what does not fit is lost."""
+        self.tc("qdisc", "add", "dev", self.devices[0], "root", "tbf", "rate", rate, "burst", "10k", *itertools.chain(*queue.items()))
+
+    def dropped(self):
+        """Packets lost so far."""
+        return int(re.search(r"dropped (\d+)", self.tc("-s", "qdisc", "show", "dev", self.devices[0], "root"))[1])
 
     def close(self):
         for name in self.names:
