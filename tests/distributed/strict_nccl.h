@@ -43,7 +43,7 @@ class StrictNccl final : public c10d::Backend {
 
   StrictNccl(std::string name, std::set<int64_t> members, const Group& inner, std::shared_ptr<Journal> journal)
       : Backend(static_cast<int>(inner.rank()), static_cast<int>(inner.size())), name_(std::move(name)), members_(std::move(members)),
-        inner_(inner.process_group()), journal_(std::move(journal)) {}
+        inner_(inner.process_group()->getBackend(at::kCPU)), journal_(std::move(journal)) {}
 
   const std::string getBackendName() const override { return "strict"; }
 
@@ -114,7 +114,7 @@ class StrictNccl final : public c10d::Backend {
 
   std::string name_;
   std::set<int64_t> members_;
-  c10::intrusive_ptr<c10d::ProcessGroup> inner_;
+  c10::intrusive_ptr<c10d::Backend> inner_;
   std::shared_ptr<Journal> journal_;
 };
 
