@@ -53,6 +53,7 @@ std::shared_ptr<OnlineBalance> online_balance(int64_t every, const ModelConfig& 
   }
   check(ErrorKind::kUsage, mesh.cp().size() == 1, "--balance_every=", every, " does not go with --cp=", mesh.cp().size(),
         ": processes that share a sequence must decide alike, and each tensor-parallel group measures its own speeds");
+  check_whole_groups("--balance_every", mesh.tp().size(), config);
   auto balance = std::make_shared<OnlineBalance>(attention.controller, rank_balance("--balance_every", mesh.tp().size(), config, device), mesh.tp(), every,
                                                  device.is_cpu());
   PolicyHooks& hooks = attention.hooks;

@@ -117,8 +117,7 @@ class Measurement {
       : environment_(environment), shape_(mesh_flags(environment)), device(device_flag(environment)), config(ModelConfig::load(FLAGS_model)),
         geometry(geometry_flags()), ranks(bucket_flags(device, config.head_dim)) {
     check(ErrorKind::kUsage, shape_.cp == 1, "drrl-policy does not split sequences, --cp=", shape_.cp);
-    check(ErrorKind::kUsage, shape_.tp <= config.num_key_value_heads, "drrl-policy measures whole KV groups on each process, --tp=", shape_.tp,
-          " is more than the ", config.num_key_value_heads, " KV heads of ", FLAGS_model);
+    check_whole_groups("drrl-policy", shape_.tp, config);
     check(ErrorKind::kUsage, FLAGS_calibration_tokens >= 1, "--calibration_tokens must be at least 1, got ", FLAGS_calibration_tokens);
     check(ErrorKind::kUsage, FLAGS_seq_len > geometry.near_block + geometry.sink_tokens && FLAGS_seq_len <= config.max_position_embeddings,
           "--seq_len=", FLAGS_seq_len, " must be more than --near_block + --sink_tokens = ", geometry.near_block + geometry.sink_tokens,

@@ -73,6 +73,11 @@ MeshShape mesh_flags(const Environment& environment) {
   return shape;
 }
 
+void check_whole_groups(const std::string& what, int64_t tp, const ModelConfig& config) {
+  check(ErrorKind::kUsage, tp <= config.num_key_value_heads, what, " needs whole KV groups on each process, --tp=", tp, " is more than the ",
+        config.num_key_value_heads, " KV heads of ", FLAGS_model);
+}
+
 void check_seq_len(const ModelConfig& config) {
   check(ErrorKind::kUsage, FLAGS_seq_len >= 1 && FLAGS_seq_len <= config.max_position_embeddings, "--seq_len=", FLAGS_seq_len,
         " must lie in [1, ", config.max_position_embeddings, "], the positions of ", FLAGS_model);

@@ -54,6 +54,9 @@ MeshShape mesh_flags(const Environment& environment);
 struct ModelConfig;
 void check_seq_len(const ModelConfig& config);
 
+/// Errors: Error(kUsage) if `tp` processes are more than --model has KV heads, of which `what` needs whole groups.
+void check_whole_groups(const std::string& what, int64_t tp, const ModelConfig& config);
+
 /// The token file --data or --valid_data names. World rank 0 compares all of its tokens with the model's vocabulary, unless there are so many that this
 /// would delay the start; whoever reads a batch checks that again. Errors: Error(kData).
 class TokenFile;

@@ -183,8 +183,8 @@ TEST_F(TrainProgram, TensorParallelProcessesMayShareAKvHead) {
     EXPECT_EQ(process["sent"].dump().find("\"kv\"") != std::string::npos, i < 2) << process;
   }
   const std::string of_four = mpirun(4) + bin;
-  expect_failure(of_four + "drrl-train --tp=4 --steps=1 --global_batch=1 --policy_update_every=1 " + ranks, ExitCode::kUsage, {"online training", "share a KV head"});
-  expect_failure(of_four + "drrl-train --tp=4 --steps=1 --global_batch=1 --balance_every=1 " + ranks, ExitCode::kUsage, {"balance", "share a KV head"});
+  expect_failure(of_four + "drrl-train --tp=4 --steps=1 --global_batch=1 --policy_update_every=1 " + ranks, ExitCode::kUsage, {"--policy_update_every", "--tp=4", "3 KV heads"});
+  expect_failure(of_four + "drrl-train --tp=4 --steps=1 --global_batch=1 --balance_every=1 " + ranks, ExitCode::kUsage, {"--balance_every", "--tp=4", "3 KV heads"});
   expect_failure(of_four + "drrl-policy calibrate --tp=4 --calibration_tokens=514 --policy=" + (own_ / "other").string() + common, ExitCode::kUsage, {"--tp=4", "3 KV heads"});
 }
 
