@@ -126,23 +126,18 @@ at::Tensor dealt_first_pair_bases(const PairGrams& made, const at::Tensor& w_o, 
   at::NoGradGuard no_grad;
   const int64_t sequences = made.keys.size(0) * made.keys.size(1), d = made.keys.size(4);
   const auto share = [&](int64_t process) { return partition(2 * sequences, group.size(), process); };  // of (sequence, kind), kind innermost
-  at::Tensor problems;  // [2 B G, 2, d (d + 1) / 2]: Grams X^T X and Y^T Y
-  if (group.rank() == 0) {
-    const auto first = [](const at::Tensor& gram) { return lower_triangle(gram.select(2, 0).flatten(0, 1)); };
-    const auto output = lower_triangle(for_batch(output_of(made, w_o), made.keys.size(0)));
-    problems = at::stack({at::stack({first(made.queries), first(made.keys)}, 1), at::stack({first(made.values), output}, 1)}, 1).flatten(0, 1);
-  }
+  const at::Tensor problems = group.rank() == 0 ? lower_triangle(first_pair_problems(made, w_o)) : at::Tensor();  // [2, 2 B G, d (d + 1) / 2]
   std::vector<Message> messages;
   std::vector<at::Tensor> contents;
   for (int64_t to = 0; to < group.size(); ++to) {
-    messages.push_back({0, to, {share(to).count, 2, d * (d + 1) / 2}});
-    contents.push_back(problems.defined() ? problems.narrow(0, share(to).begin, share(to).count) : at::Tensor());
+    messages.push_back({0, to, {2, share(to).count, d * (d + 1) / 2}});
+    contents.push_back(problems.defined() ? problems.narrow(1, share(to).begin, share(to).count) : at::Tensor());
   }
   Exchange dealt(group, messages, contents, made.keys.options());
   bytes += dealt.bytes_sent();
   const auto own = from_lower_triangle(dealt.wait()[static_cast<size_t>(group.rank())], d);
-  const auto solved = own.size(0) > 0 ? solve_basis(own.select(1, 0), own.select(1, 1)).right : at::empty({0, d, d}, own.options().dtype(at::kFloat));
-  solves += own.size(0);
+  const auto solved = own.size(1) > 0 ? solve_basis(own[0], own[1]).right : at::empty({0, d, d}, own.options().dtype(at::kFloat));
+  solves += own.size(1);
 
   messages.clear();
   contents.clear();
@@ -176,18 +171,33 @@ void hand_out_bases(ContextPlan& plan, const std::vector<int64_t>& makers, const
     const Basis& basis = scores ? made.scores : made.values;
     return left ? basis.left : basis.right;
   };
+  const auto of_part = [&](const Delivery& delivery) {  // what this process made: [sequences of the part, d, columns]
+    const ContextPart& part = plan.parts[delivery.part];
+    const auto at_pair = std::lower_bound(own.begin(), own.end(), part.pair) - own.begin();
+    const at::Tensor& all = source(delivery);
+    const auto pair = all.unflatten(0, {-1, static_cast<int64_t>(own.size())}).select(1, at_pair).narrow(2, 0, delivery.columns);
+    const bool every = static_cast<int64_t>(part.sequences.size()) == pair.size(0);
+    return (every ? pair : pair.index_select(0, at::tensor(part.sequences, at::kLong).to(options.device()))).to(options.dtype()).contiguous();
+  };
   const auto deliveries = deliveries_of(plan, head_dim);
+  std::vector<std::pair<at::Tensor ContextPart::*, at::Tensor>> ready;  // of one part: several processes want the same
   std::vector<Message> messages;
   std::vector<at::Tensor> contents;
-  for (const Delivery& delivery : deliveries) {
+  for (size_t i = 0; i < deliveries.size(); ++i) {
+    const Delivery& delivery = deliveries[i];
     const ContextPart& part = plan.parts[delivery.part];
     const int64_t from = makers[static_cast<size_t>(part.pair)];
     messages.push_back({from, delivery.to, {static_cast<int64_t>(part.sequences.size()), head_dim, delivery.columns}});
     contents.emplace_back();
+    if (i > 0 && deliveries[i - 1].part != delivery.part) {
+      ready.clear();
+    }
     if (from == plan.group.rank()) {
-      const auto at_pair = std::lower_bound(own.begin(), own.end(), part.pair) - own.begin();
-      auto items = at::tensor(part.sequences, at::kLong).to(options.device()) * static_cast<int64_t>(own.size()) + at_pair;
-      contents.back() = source(delivery).narrow(2, 0, delivery.columns).index_select(0, items).to(options.dtype());
+      auto found = std::find_if(ready.begin(), ready.end(), [&](const auto& entry) { return entry.first == delivery.field; });
+      if (found == ready.end()) {
+        found = ready.insert(ready.end(), {delivery.field, of_part(delivery)});
+      }
+      contents.back() = found->second;
     }
   }
   Exchange exchange(plan.group, messages, contents, options);

@@ -294,8 +294,7 @@ FarBases LowRankController::make_bases(int64_t layer, const PairGrams& grams, co
   if (!solve && !start.defined() && bases_.start.defined()) {
     start = for_batch(bases_.start[layer], batch);
   } else if (!solve && !start.defined()) {
-    start = first_pair_bases(grams, w_o);
-    solves = 2 * start.size(0);
+    start = shared_.first_pair_bases(grams, w_o, solves, statistics_.basis_bytes);
   }
   const auto make = [&](const PairGrams& of, const std::vector<Ranks>& at) {
     const auto any = [&](auto&& low) { return std::any_of(at.begin(), at.end(), low); };

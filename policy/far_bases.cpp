@@ -76,10 +76,15 @@ FarBases update_far_bases(const PairGrams& grams, const at::Tensor& w_o, const s
 }
 
 at::Tensor first_pair_bases(const PairGrams& grams, const at::Tensor& w_o) {
+  const auto problems = first_pair_problems(grams, w_o);
+  return solve_basis(problems[0], problems[1]).right.unflatten(0, {-1, 2});
+}
+
+at::Tensor first_pair_problems(const PairGrams& grams, const at::Tensor& w_o) {
   at::NoGradGuard no_grad;
-  const auto first = [](const at::Tensor& x) { return x.narrow(2, 0, 1); };
-  const FarBases bases = solve_far_bases({first(grams.queries), first(grams.keys), first(grams.values), grams.output}, w_o, /*scores=*/true, /*values=*/true);
-  return at::stack({bases.scores.right, bases.values.right}, 1);
+  const auto first = [](const at::Tensor& gram) { return gram.select(2, 0).flatten(0, 1); };
+  const auto of_kinds = [](const at::Tensor& scores, const at::Tensor& values) { return at::stack({scores, values}, 1).flatten(0, 1); };
+  return at::stack({of_kinds(first(grams.queries), first(grams.values)), of_kinds(first(grams.keys), for_batch(output_of(grams, w_o), grams.values.size(0)))});
 }
 
 at::Tensor for_batch(const at::Tensor& of_layer, int64_t batch) {

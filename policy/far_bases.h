@@ -39,6 +39,9 @@ FarBases update_far_bases(const PairGrams& grams, const at::Tensor& w_o, const s
 /// queries; one for each (sequence, KV group) and kind.
 at::Tensor first_pair_bases(const PairGrams& grams, const at::Tensor& w_o);
 
+/// The problems that they solve, X^T X and Y^T Y: [2, 2 B G, d, d], numbered (sequence, KV group, kind).
+at::Tensor first_pair_problems(const PairGrams& grams, const at::Tensor& w_o);
+
 /// What a layer has for each KV group, such as starting bases [G, 2, d, d], for every sequence of a batch: [B G, ..].
 at::Tensor for_batch(const at::Tensor& of_layer, int64_t batch);
 

@@ -60,6 +60,39 @@ PairGrams SharedHeads::sum(const PairGrams& own, const at::Tensor& w_o, int64_t&
   return {parts[0], parts[1], parts[2], parts[3]};
 }
 
+at::Tensor SharedHeads::gathered(const at::Tensor& own, int64_t rows, int64_t& bytes) const {
+  auto sizes = own.sizes().vec();
+  const int64_t most = sizes[0] = partition(rows, group_.size(), 0).count;
+  const auto padded = own.size(0) == most ? own.contiguous() : at::zeros(sizes, own.options());
+  if (own.size(0) < most) {
+    padded.narrow(0, 0, own.size(0)).copy_(own);
+  }
+  sizes[0] = group_.size() * most;
+  at::Tensor all = at::empty(sizes, own.options());
+  group_.all_gather(all, padded);
+  bytes += sent("all_gather", group_, all);
+  std::vector<at::Tensor> parts;
+  for (int64_t member = 0; member < group_.size(); ++member) {
+    parts.push_back(all.narrow(0, member * most, partition(rows, group_.size(), member).count));
+  }
+  return at::cat(parts);
+}
+
+at::Tensor SharedHeads::first_pair_bases(const PairGrams& grams, const at::Tensor& w_o, int64_t& solves, int64_t& bytes) const {
+  if (!shared()) {
+    solves += 2 * grams.keys.size(0) * grams.keys.size(1);
+    return drrl::first_pair_bases(grams, w_o);
+  }
+  at::NoGradGuard no_grad;
+  const auto problems = first_pair_problems(grams, w_o);
+  const int64_t count = problems.size(1), d = problems.size(2);
+  const Share own = partition(count, group_.size(), group_.rank());
+  const auto of_own = problems.narrow(1, own.begin, own.count);
+  solves += own.count;
+  const auto solved = own.count > 0 ? solve_basis(of_own[0], of_own[1]).right : at::empty({0, d, d}, problems.options().dtype(at::kFloat));
+  return gathered(solved, count, bytes).unflatten(0, {-1, 2});
+}
+
 FarBases SharedHeads::deal_out(const PairGrams& grams, const std::vector<Ranks>& ranks,
                                const std::function<FarBases(const PairGrams&, const std::vector<Ranks>&)>& make, int64_t& bytes) const {
   if (!shared()) {
@@ -84,25 +117,16 @@ FarBases SharedHeads::deal_out(const PairGrams& grams, const std::vector<Ranks>&
   if (scores + values == 0) {
     return made;
   }
-  const int64_t most = partition(pairs, group_.size(), 0).count;
-  const auto options = grams.keys.options().dtype(at::kFloat);
-  const auto row = at::zeros({most, batch, d, 2 * (scores + values)}, options);
+  const auto row = at::zeros({share.count, batch, d, 2 * (scores + values)}, grams.keys.options().dtype(at::kFloat));
   int64_t column = 0;
   for (const auto& [factor, columns] : {std::pair(made.scores.left, scores), {made.scores.right, scores}, {made.values.left, values}, {made.values.right, values}}) {
     if (factor.defined()) {
       const int64_t count = std::min(columns, factor.size(2));
-      row.narrow(0, 0, share.count).narrow(3, column, count).copy_(factor.narrow(2, 0, count).unflatten(0, {batch, share.count}).transpose(0, 1));
+      row.narrow(3, column, count).copy_(factor.narrow(2, 0, count).unflatten(0, {batch, share.count}).transpose(0, 1));
     }
     column += columns;
   }
-  at::Tensor all = at::empty({group_.size() * most, batch, d, row.size(3)}, options);
-  group_.all_gather(all, row);
-  bytes += sent("all_gather", group_, all);
-  std::vector<at::Tensor> rows;
-  for (int64_t member = 0; member < group_.size(); ++member) {
-    rows.push_back(all.narrow(0, member * most, partition(pairs, group_.size(), member).count));
-  }
-  const auto of_pairs = at::cat(rows).transpose(0, 1).flatten(0, 1);  // [B pairs, d, columns]
+  const auto of_pairs = gathered(row, pairs, bytes).transpose(0, 1).flatten(0, 1);  // [B pairs, d, columns]
   const auto factor = [&](int64_t first, int64_t columns) { return columns > 0 ? of_pairs.narrow(2, first, columns).contiguous() : at::Tensor(); };
   made.scores = {factor(0, scores), factor(scores, scores), {}};
   made.values = {factor(2 * scores, values), factor(2 * scores + values, values), {}};

@@ -29,12 +29,18 @@ class SharedHeads {
   /// of the lower triangles. Keys' and values' weights are means over heads, so they count by heads. bytes += what left this process. Collective.
   PairGrams sum(const PairGrams& own, const at::Tensor& w_o, int64_t& bytes);
 
+  /// first_pair_bases of such Grams, each of the 2 B problems solved by one process and gathered; solves += those of this one, bytes as above. Collective.
+  at::Tensor first_pair_bases(const PairGrams& grams, const at::Tensor& w_o, int64_t& solves, int64_t& bytes) const;
+
   /// What `make` makes of pairs' Grams at their ranks (as FarBases, for a batch of one KV group), each process for its share of the pairs, put together
   /// for all of them on all processes by one all-gather; solves, updates and operations are this process' own. bytes as above. Collective.
   FarBases deal_out(const PairGrams& grams, const std::vector<Ranks>& ranks, const std::function<FarBases(const PairGrams&, const std::vector<Ranks>&)>& make,
                     int64_t& bytes) const;
 
  private:
+  /// Rows [n, ..] of which this process has the share partition(n, size, rank) -> all of them.
+  at::Tensor gathered(const at::Tensor& own, int64_t rows, int64_t& bytes) const;
+
   Group group_;
   int64_t total_ = 0;
 };
