@@ -277,18 +277,29 @@ at::Tensor Group::all_gather_uneven(const at::Tensor& input) const {
   at::Tensor all = at::empty({size_, 2}, own.options());
   all_gather(all, own);
   all = all.cpu();
-  int64_t most = 0;
+  std::vector<int64_t> rows;
   for (int64_t member = 0; member < size_; ++member) {
     const int64_t* entry = all.const_data_ptr<int64_t>() + 2 * member;
     check(ErrorKind::kCommunication, entry[1] == row_elements, describe(), ": all_gather_uneven of rows of ", row_elements,
           " elements, but rank ", member, " has rows of ", entry[1]);
-    most = std::max(most, entry[0]);
+    rows.push_back(entry[0]);
+  }
+  return all_gather_uneven(input, rows);
+}
+
+at::Tensor Group::all_gather_uneven(const at::Tensor& input, at::IntArrayRef rows) const {
+  check_tensor(input, "all_gather_uneven");
+  TORCH_CHECK(static_cast<int64_t>(rows.size()) == size_ && input.dim() > 0 && input.size(0) == rows[static_cast<size_t>(rank_)], describe(),
+              ": all_gather_uneven of a tensor ", input.sizes(), " on rank ", rank_, ", expected rows ", rows);
+  const at::NoGradGuard no_grad;
+  if (size_ == 1) {
+    return input.detach().clone();
   }
   // Padded to equal sizes, since no c10d backend but ours gathers unequal ones.
   std::vector<int64_t> sizes = input.sizes().vec();
-  sizes[0] = most;
+  sizes[0] = *std::max_element(rows.begin(), rows.end());
   at::Tensor padded = input.detach();
-  if (input.size(0) != most) {
+  if (input.size(0) != sizes[0]) {
     padded = at::zeros(sizes, input.options());
     padded.narrow(0, 0, input.size(0)).copy_(input);
   }
@@ -297,7 +308,7 @@ at::Tensor Group::all_gather_uneven(const at::Tensor& input) const {
   all_gather(gathered, padded);
   std::vector<at::Tensor> parts;
   for (int64_t member = 0; member < size_; ++member) {
-    parts.push_back(gathered[member].narrow(0, 0, all.const_data_ptr<int64_t>()[2 * member]));
+    parts.push_back(gathered[member].narrow(0, 0, rows[static_cast<size_t>(member)]));
   }
   return at::cat(parts);
 }

@@ -104,6 +104,8 @@ class Group {
 
   /// As all_gather, but member i contributes its own number of rows (0 too); returns the concatenation along dimension 0.
   at::Tensor all_gather_uneven(const at::Tensor& input) const;
+  /// With rows[i] those of member i, which all members know: one message less, and on CUDA no wait. Errors: c10::Error if `input` has other rows.
+  at::Tensor all_gather_uneven(const at::Tensor& input, at::IntArrayRef rows) const;
 
   /// input [size * n, ...] -> output [n, ...]: the i-th slice of the sum over members on member i.
   void reduce_scatter(at::Tensor& output, const at::Tensor& input) const;

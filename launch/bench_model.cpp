@@ -63,7 +63,7 @@ std::pair<Json, double> compare(const StepModel& model, const std::vector<Equati
   }
   print_table(std::cout, table);
   if (std::any_of(equations.begin(), equations.end(), [](const Equation& e) { return e.yardstick_ms > 0; })) {
-    std::cout << "slower: the machine's speed then, by a fixed amount of work around each step, against the median of the runs fitted to; the model's ms are at that speed\n";
+    std::cout << "slower: the machine's speed then, by a fixed amount of work done again and again meanwhile, against the median of the runs fitted to; the model's ms are at that speed\n";
   }
   return {rows, worst};
 }

@@ -56,7 +56,7 @@ for ((round = 1; round <= rounds; ++round)); do
     measure fitted "$attention-many" 1,2 dp --attention=$attention --seq_len=512 --sequences=4
   done
   if [ ! -s "$out/collectives$suffix.json" ]; then
-    launch="mpirun --oversubscribe --bind-to none"
+    launch="mpirun --oversubscribe --map-by core --bind-to core:overload-allowed"
     [ "$(id -u)" -eq 0 ] && launch+=" --allow-run-as-root"
     ${DRRL_LAUNCH:-$launch} -np 2 "$DRRL_BIN/drrl-bench" collectives --threads=1 --operations=all_reduce,all_to_all --bytes=4096,65536,1048576,16777216 \
       --repeats=9 --json="$out/collectives$suffix.json"

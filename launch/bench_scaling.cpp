@@ -23,8 +23,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <iostream>
+#include <mutex>
 #include <numeric>
 #include <optional>
 #include <random>
@@ -86,24 +89,56 @@ std::shared_ptr<const TokenFile> random_tokens(int64_t count, int64_t vocabulary
   return file;
 }
 
-/// A fixed amount of work, products and passes over memory, timed before and after every step: processors of a shared machine become slower and faster from one
-/// second to the next, and a step's time means little without. Some 40 ms.
+/// A fixed amount of work, a product and a pass over memory of less than a millisecond, timed every 50 ms while steps run: a core of a shared machine becomes
+/// slower and faster within tenths of a second, each by itself, and a step's time means little without. Its thread runs on the cores that the process is bound to
+/// (launch/bench_scaling.sh binds each process to one) and counts processor time, in which no wait for the core is.
 class Yardstick {
  public:
-  /// Processor time that it took [ms]: processes that share a core do not wait in it.
-  double ms() {
-    const double begin = cpu_ms(CLOCK_PROCESS_CPUTIME_ID);
-    for (int i = 0; i < 4; ++i) {
-      at::mm_out(product_, left_, right_);
-    }
-    memory_.add_(1.0);
-    memory_.mul_(0.5);
-    return cpu_ms(CLOCK_PROCESS_CPUTIME_ID) - begin;
+  Yardstick() : thread_([this] { run(); }) {}
+  ~Yardstick() {
+    stop_ = true;
+    thread_.join();
+  }
+  Yardstick(const Yardstick&) = delete;
+  Yardstick& operator=(const Yardstick&) = delete;
+
+  /// What the work has taken since the last call [ms]: the harmonic mean of its times, which is that of a constant speed that would do as much.
+  double take() {
+    std::unique_lock lock(mutex_);
+    measured_.wait(lock, [&] { return count_ > 0; });
+    const double ms = static_cast<double>(count_) / speed_;
+    count_ = 0;
+    speed_ = 0;
+    return ms;
   }
 
  private:
-  at::Tensor left_ = at::ones({512, 576}), right_ = at::ones({576, 1536}), product_ = at::empty({512, 1536});
-  at::Tensor memory_ = at::ones({int64_t{8} << 20});  // 32 MiB
+  static constexpr auto kEvery = std::chrono::milliseconds(50);
+
+  void run() {
+    const at::NoGradGuard no_grad;
+    at::Tensor left = at::ones({64, 576}), right = at::ones({576, 768}), product = at::empty({64, 768}), memory = at::ones({int64_t{512} << 10});  // 2 MiB
+    while (!stop_) {
+      const double begin = cpu_ms(CLOCK_THREAD_CPUTIME_ID);
+      at::mm_out(product, left, right);
+      memory.neg_();
+      const double ms = cpu_ms(CLOCK_THREAD_CPUTIME_ID) - begin;
+      {
+        const std::scoped_lock lock(mutex_);
+        speed_ += 1 / ms;
+        ++count_;
+      }
+      measured_.notify_one();
+      std::this_thread::sleep_for(kEvery);
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable measured_;
+  int64_t count_ = 0;  // since the last take()
+  double speed_ = 0;   // sum of what was measured [1/ms]
+  std::atomic<bool> stop_ = false;
+  std::thread thread_;  // last: it uses all of the above
 };
 
 /// What one process sees of the timed steps.
@@ -112,7 +147,6 @@ class Recorder {
   Recorder(std::shared_ptr<Traffic> traffic, at::Device device) : traffic_(std::move(traffic)), device_(device) {
     if (device_.is_cpu()) {
       yardstick_.emplace();
-      yardstick_->ms();  // once, to warm up
     }
   }
 
@@ -122,10 +156,12 @@ class Recorder {
       if (step > FLAGS_warmup_steps) {
         if (begun_.empty()) {
           traffic_->take();
+          if (yardstick_) {
+            yardstick_->take();  // of the steps before
+          }
         } else {
-          ended_.push_back(Clock::now());
+          end_step();
         }
-        measure();
         begun_.push_back(Clock::now());
       }
       inner(step);
@@ -141,10 +177,7 @@ class Recorder {
   }
 
   /// After the last step.
-  void finish() {
-    ended_.push_back(Clock::now());
-    measure();
-  }
+  void finish() { end_step(); }
 
   std::vector<double> step_ms() const {
     std::vector<double> ms;
@@ -154,14 +187,8 @@ class Recorder {
     return ms;
   }
 
-  /// Of each step: the mean of what the yardsticks before and after it took; empty on CUDA.
-  std::vector<double> yardstick_ms() const {
-    std::vector<double> ms;
-    for (size_t i = 1; i < yardsticks_.size(); ++i) {
-      ms.push_back((yardsticks_[i - 1] + yardsticks_[i]) / 2);
-    }
-    return ms;
-  }
+  /// Of each step: what the yardstick took meanwhile; empty on CUDA.
+  const std::vector<double>& yardstick_ms() const { return yardsticks_; }
 
   /// All figures are those of one step, on average; shares are of the time of all.
   Json report(const Mesh& mesh) const {
@@ -182,9 +209,10 @@ class Recorder {
   }
 
  private:
-  void measure() {
+  void end_step() {
+    ended_.push_back(Clock::now());
     if (yardstick_) {
-      yardsticks_.push_back(yardstick_->ms());
+      yardsticks_.push_back(yardstick_->take());
     }
   }
 
@@ -192,7 +220,7 @@ class Recorder {
   at::Device device_;
   std::optional<Yardstick> yardstick_;
   std::vector<Clock::time_point> begun_, ended_;  // of the timed steps
-  std::vector<double> yardsticks_;                // before the first of them and after each
+  std::vector<double> yardsticks_;                // during each
   AttentionStatistics spent_;
 };
 

@@ -181,10 +181,10 @@ void LowRankController::spent(int64_t layer, double ms) {
 
 at::Tensor LowRankController::split(int64_t length) {
   // What travels depends on the ranks: processes that decide otherwise would wait for messages that nobody sends.
-  for (const Group* group : {&std::as_const(context_), &shared_.group()}) {
-    if (group->size() > 1) {
-      check_agreement(*group, fold(hash_bytes(describe()), decisions_digest_), "rank decisions");
-    }
+  if (context_.size() > 1 || shared_.shared()) {
+    const uint64_t digest = fold(hash_bytes(describe()), decisions_digest_);
+    check_agreement(context_, digest, "rank decisions");
+    check_agreement(shared_.group(), digest, "rank decisions");
   }
   if (context_.size() == 1) {
     return {};

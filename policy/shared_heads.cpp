@@ -60,22 +60,14 @@ PairGrams SharedHeads::sum(const PairGrams& own, const at::Tensor& w_o, int64_t&
   return {parts[0], parts[1], parts[2], parts[3]};
 }
 
-at::Tensor SharedHeads::gathered(const at::Tensor& own, int64_t rows, int64_t& bytes) const {
-  auto sizes = own.sizes().vec();
-  const int64_t most = sizes[0] = partition(rows, group_.size(), 0).count;
-  const auto padded = own.size(0) == most ? own.contiguous() : at::zeros(sizes, own.options());
-  if (own.size(0) < most) {
-    padded.narrow(0, 0, own.size(0)).copy_(own);
-  }
-  sizes[0] = group_.size() * most;
-  at::Tensor all = at::empty(sizes, own.options());
-  group_.all_gather(all, padded);
-  bytes += sent("all_gather", group_, all);
-  std::vector<at::Tensor> parts;
+at::Tensor SharedHeads::gathered(const at::Tensor& own, int64_t count, int64_t& bytes) const {
+  std::vector<int64_t> rows;
   for (int64_t member = 0; member < group_.size(); ++member) {
-    parts.push_back(all.narrow(0, member * most, partition(rows, group_.size(), member).count));
+    rows.push_back(partition(count, group_.size(), member).count);
   }
-  return at::cat(parts);
+  const at::Tensor all = group_.all_gather_uneven(own.contiguous(), rows);
+  bytes += sent("all_gather", group_, all);
+  return all;
 }
 
 at::Tensor SharedHeads::first_pair_bases(const PairGrams& grams, const at::Tensor& w_o, int64_t& solves, int64_t& bytes) const {

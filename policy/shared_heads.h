@@ -38,8 +38,8 @@ class SharedHeads {
                     int64_t& bytes) const;
 
  private:
-  /// Rows [n, ..] of which this process has the share partition(n, size, rank) -> all of them.
-  at::Tensor gathered(const at::Tensor& own, int64_t rows, int64_t& bytes) const;
+  /// Rows [count, ..] of which this process has the share partition(count, size, rank) -> all of them.
+  at::Tensor gathered(const at::Tensor& own, int64_t count, int64_t& bytes) const;
 
   Group group_;
   int64_t total_ = 0;

@@ -178,14 +178,17 @@ TEST_P(Collectives, AllGatherUnevenRows) {
   // 0 rows on rank 0, 3 on rank 1, 6 on rank 2, ...
   for (const auto dtype : kMovedTypes) {
     const at::Tensor x = input(rank_ * 3 * 2, dtype).view({rank_ * 3, 2});
-    const at::Tensor y = group_.all_gather_uneven(x);
     std::vector<at::Tensor> expected;
+    std::vector<int64_t> rows;
     for (int64_t rank = 0; rank < size_; ++rank) {
+      rows.push_back(rank * 3);
       expected.push_back(input(rank, rank * 3 * 2, dtype).view({rank * 3, 2}));
     }
-    EXPECT_TRUE(y.equal(at::cat(expected))) << dtype;
+    EXPECT_TRUE(group_.all_gather_uneven(x).equal(at::cat(expected))) << dtype;
+    EXPECT_TRUE(group_.all_gather_uneven(x, rows).equal(at::cat(expected))) << dtype;
   }
   EXPECT_EQ(group_.all_gather_uneven(at::empty({0, 4})).sizes(), at::IntArrayRef({0, 4}));
+  EXPECT_THROW(group_.all_gather_uneven(at::empty({2, 4}), std::vector<int64_t>(static_cast<size_t>(size_), 1)), c10::Error);
 }
 
 TEST_P(Collectives, ReduceScatterSums) {
