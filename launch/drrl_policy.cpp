@@ -29,7 +29,7 @@
 #include <memory>
 #include <optional>
 
-DEFINE_string(traces, "", "file that drrl-policy record writes and train reads, which takes several, with commas between");
+DEFINE_string(traces, "", "file that drrl-policy record writes, or goes on with, and train reads, which takes several, with commas between");
 DEFINE_int64(held_out, 1, "sequences of each trace file that drrl-policy train does not learn from but judges by");
 DEFINE_int64(validation, 1, "sequences of each trace file by which drrl-policy train decides how far the agent is trusted");
 DEFINE_int64(fit_steps, 300, "of drrl-policy train, value fit");
@@ -145,9 +145,11 @@ class Measurement {
         log_warning(warning);
       }
     }
-    // All ranks of a tensor-parallel group must draw the same labels.
-    generator_.set_current_seed(FLAGS_seed * 1000003 + static_cast<uint64_t>(mesh().dp().rank()));
+    set_labels(mesh().dp().rank());
   }
+
+  /// From now on labels are those of this stream: all ranks of a tensor-parallel group must draw the same.
+  void set_labels(int64_t stream) { generator_.set_current_seed(FLAGS_seed * 1000003 + static_cast<uint64_t>(stream)); }
 
   std::unique_ptr<CausalLM> new_model(const std::shared_ptr<AttentionController>& attention) const {
     auto result = std::make_unique<CausalLM>(config, mesh().tp(), attention,
@@ -258,7 +260,7 @@ ExitCode calibrate(const Environment& environment) {
 }
 
 /// Traces for the learned policy: of every sequence what each pair looked like and, for two independent draws of labels, what each rank would have
-/// cost it.
+/// cost it. Written after every sequence, or as many as there are data-parallel processes; a file with some of them is gone on with.
 ExitCode record(const Environment& environment) {
   require("model", FLAGS_model);
   require("data", FLAGS_data);
@@ -270,30 +272,52 @@ ExitCode record(const Environment& environment) {
   check_geometry(calibration);
   check(ErrorKind::kUsage, calibration.ranks == m.ranks, "--policy=", FLAGS_policy, " is of ranks ", c10::IntArrayRef(calibration.ranks), ", the options say ",
         c10::IntArrayRef(m.ranks));
+  Traces traces(m.windows, m.config.num_hidden_layers, m.config.num_key_value_heads, BlockTree(FLAGS_seq_len, m.geometry).num_pairs(), m.ranks,
+                CalibrationController::default_gates());
+  traces.seq_len = FLAGS_seq_len;
+  traces.geometry = m.geometry;
+  traces.heads_per_group = m.config.num_attention_heads / m.config.num_key_value_heads;
+  traces.calibration = calibration.digest();
+  traces.source = c10::str(FLAGS_model, ", ", m.windows, " sequences of ", FLAGS_seq_len, " tokens of ", FLAGS_data, ", seed ", FLAGS_seed);
+  int64_t done = 0;
+  if (std::filesystem::exists(FLAGS_traces)) {
+    const Traces before = Traces::load(FLAGS_traces);
+    check(ErrorKind::kUsage, before.source == traces.source && before.calibration == traces.calibration, "--traces=", FLAGS_traces, " is of ", before.source,
+          ", calibration ", before.calibration, ", and would be of ", traces.source, ", calibration ", traces.calibration, ": name another file or remove it");
+    done = before.sequences();
+    const Traces same = traces.first(done);
+    same.state.copy_(before.state);
+    same.damage.copy_(before.damage);
+    same.gated_damage.copy_(before.gated_damage);
+    same.exact_entries.copy_(before.exact_entries);
+  }
   guarded(environment, [&] {
     m.load("drrl-policy record");
+    if (m.leader() && done > 0) {
+      std::cout << FLAGS_traces << " has " << done << " of " << m.windows << " sequences" << std::endl;
+    }
     const Share groups = m.groups();
     m.controller->record(calibration.bases.narrow(1, groups.begin, groups.count).to(m.device));
-    Traces traces(m.windows, m.config.num_hidden_layers, m.config.num_key_value_heads, BlockTree(FLAGS_seq_len, m.geometry).num_pairs(), m.ranks,
-                  CalibrationController::default_gates());
-    m.for_each_sequence([&](int64_t sequence) {
-      for (int64_t draw = 0; draw < Traces::kDraws; ++draw) {
-        m.measure(sequence);
-        traces.put(sequence, draw, groups.begin, m.controller->pairs());
+    for (const int64_t members = m.mesh().dp().size(); done < m.windows;) {
+      if (const int64_t sequence = done + m.mesh().dp().rank(); sequence < m.windows) {
+        m.set_labels(sequence);
+        for (int64_t draw = 0; draw < Traces::kDraws; ++draw) {
+          m.measure(sequence);
+          traces.put(sequence, draw, groups.begin, m.controller->pairs());
+        }
       }
+      const int64_t count = std::min(members, m.windows - done);
+      for (const at::Tensor& all : {traces.state, traces.damage, traces.gated_damage, traces.exact_entries}) {
+        at::Tensor rows = all.narrow(0, done, count);
+        m.mesh().world().all_reduce(rows);
+      }
+      done += count;
       if (m.leader()) {
-        std::cout << "sequence " << sequence + 1 << " of " << m.windows << std::endl;
+        traces.first(done).save(FLAGS_traces);
+        std::cout << "sequence " << done << " of " << m.windows << std::endl;
       }
-    });
-    for (at::Tensor* all : {&traces.state, &traces.damage, &traces.gated_damage, &traces.exact_entries}) {
-      m.mesh().world().all_reduce(*all);
     }
     if (m.leader()) {
-      traces.seq_len = FLAGS_seq_len;
-      traces.geometry = m.geometry;
-      traces.heads_per_group = m.config.num_attention_heads / m.config.num_key_value_heads;
-      traces.calibration = calibration.digest();
-      traces.save(FLAGS_traces);
       std::cout << "wrote " << FLAGS_traces << std::endl;
     }
     m.mesh().world().barrier();

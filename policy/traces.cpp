@@ -6,7 +6,7 @@
 
 namespace drrl {
 namespace {
-constexpr const char* kFormat = "drrl-traces-2";
+constexpr const char* kFormat = "drrl-traces-3";
 }  // namespace
 
 Traces::Traces(int64_t sequences, int64_t layers, int64_t groups, int64_t pairs, std::vector<int64_t> ranks_in, at::Tensor gates_in)
@@ -15,6 +15,14 @@ Traces::Traces(int64_t sequences, int64_t layers, int64_t groups, int64_t pairs,
   damage = at::zeros({sequences, kDraws, layers, groups, 2, pairs, choices});
   gated_damage = at::zeros({sequences, kDraws, layers, groups, 2, pairs, choices, gates.size(0)});
   exact_entries = at::zeros({sequences, layers, groups, pairs, choices + 1, gates.size(0)});
+}
+
+Traces Traces::first(int64_t count) const {
+  Traces some = *this;
+  for (at::Tensor* part : {&some.state, &some.damage, &some.gated_damage, &some.exact_entries}) {
+    *part = part->narrow(0, 0, count);
+  }
+  return some;
 }
 
 void Traces::put(int64_t sequence, int64_t draw, int64_t first_group, const CalibrationController::PairRecord& pairs) {
@@ -34,6 +42,7 @@ void Traces::save(const std::filesystem::path& file) const {
                      {"sink_tokens", std::to_string(geometry.sink_tokens)},
                      {"heads_per_group", std::to_string(heads_per_group)},
                      {"calibration", calibration},
+                     {"source", source},
                      {"ranks", to_list(ranks)}});
 }
 
@@ -44,6 +53,7 @@ Traces Traces::load(const std::filesystem::path& path) {
   t.geometry = {file.integer("near_block", 1), file.integer("sink_tokens", 0)};
   t.heads_per_group = file.integer("heads_per_group", 1);
   t.calibration = file.field("calibration");
+  t.source = file.field("source");
   t.ranks = file.ranks();
   t.state = file.tensor("state", at::kFloat, 5);
   t.gates = file.tensor("gates", at::kDouble, 1);

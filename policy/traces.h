@@ -26,6 +26,7 @@ class Traces {
   Geometry geometry;
   int64_t heads_per_group = 0;
   std::string calibration;  ///< digest of the calibration whose bases the states are about
+  std::string source;       ///< what they are recorded from and to be of when complete, for people and for going on
   std::vector<int64_t> ranks;
   at::Tensor state;   ///< [sequences, layers, groups, pairs, pair_features] float32
   at::Tensor gates;   ///< [gates] float64, as Calibration::gates
@@ -34,6 +35,8 @@ class Traces {
   at::Tensor exact_entries;  ///< share of a pair's entries that gates make exact, by score rank, [sequences, layers, groups, pairs, ranks + 1, gates] float32
 
   int64_t sequences() const { return state.size(0); }
+  /// Views of the first so many sequences.
+  Traces first(int64_t count) const;
 
   /// What was recorded of one sequence, of the KV groups from first_group on.
   void put(int64_t sequence, int64_t draw, int64_t first_group, const CalibrationController::PairRecord& pairs);

@@ -255,6 +255,29 @@ TEST_F(Training, KeepsNcclsRulesAndEndsOnAnyErrorOfIt) {
   }
 }
 
+// Some processes alone make calls in the group of a KV head that they share: an error there ends them at once, and the others when they have waited for them.
+TEST_F(Training, AnErrorThatOnlySharersOfAKvHeadHaveEndsAllProcesses) {
+  if (size_ != kKvHeads + 1) {
+    return;
+  }
+  use_low_rank();
+  const bool shares = rank_ < 2;  // of four processes and three heads
+  for (const auto& [call, in_wait] : {std::pair(0, false), {5, true}}) {  // agreement before the first pass, and one within it
+    SCOPED_TRACE(c10::str("call ", call, in_wait ? ", in wait" : ""));
+    const auto journal = std::make_shared<Journal>();
+    const Mesh mesh = over_strict_nccl(Mesh::create(Environment::detect(), {.tp = size_, .kv_heads = kKvHeads}, at::kCPU, std::chrono::seconds(3)), journal);
+    ASSERT_EQ(mesh.kv().size(), shares ? 2 : 1);
+    journal->fail_members = 2;
+    journal->fail_at = journal->counted + call;
+    journal->fail_in_wait = in_wait;
+    const std::string error = error_of(ErrorKind::kCommunication, [&] { train(mesh, options(1)); });
+    EXPECT_NE(error.find(!shares ? "did not complete within 3000 ms" : in_wait ? "failed: NCCL communicator was aborted" : "failed: NCCL error"),
+              std::string::npos) << error;
+    EXPECT_NE(error.find(c10::str("world rank ", rank_, ", group '", shares ? "kv" : "")), std::string::npos) << error;
+    MPI_Barrier(MPI_COMM_WORLD);
+  }
+}
+
 TEST_F(Training, ContextParallelValidatesAndResumes) {
   if (size_ == 1 || size_ == 3) {
     return;

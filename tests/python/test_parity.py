@@ -4,6 +4,7 @@ several layouts, and the way back from an exported folder. Environment: DRRL_BIN
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ import unittest
 from pathlib import Path
 
 import numpy
+import safetensors.numpy
 import torch
 
 from reference import load_model
@@ -157,7 +159,11 @@ class SmallModelTest(Folder):
         policy, traces = self.folder / "ranks.safetensors", self.folder / "traces.safetensors"
         common = ["--model", model, "--data", self.data, "--seq_len=400", "--near_block=32", "--policy", policy]
         run([BIN / "drrl-policy", "calibrate", *common, "--calibration_tokens=400"])
-        run([BIN / "drrl-policy", "record", *common, "--tp=2", "--calibration_tokens=2000", "--traces", traces], ranks=2)
+        record = [BIN / "drrl-policy", "record", *common, "--tp=2", "--calibration_tokens=2000", "--traces", traces]
+        run(record, ranks=2)
+        self.goes_on_with(traces, lambda: run(record, ranks=2))
+        with self.assertRaisesRegex(AssertionError, re.compile("exit 2.*seed 1, calibration.*seed 7, calibration.*name another file", re.DOTALL)):
+            run([*record, "--seed=7"], ranks=2)
         for gates in ([], ["--gates"]):
             run([BIN / "drrl-policy", "train", "--policy", policy, "--traces", traces, "--fit_steps=30", "--reward_steps=30", *gates])
             perplexities = []
@@ -169,6 +175,19 @@ class SmallModelTest(Folder):
                 self.assertLess(result["mean_rank_qk"], 16)
                 perplexities.append(result["perplexity"])
             self.assertLess(max(perplexities) / min(perplexities) - 1, 1e-4)  # every process decides for its own KV groups, all the same
+
+    def goes_on_with(self, file, action):
+        """As though the action that wrote the traces had been interrupted after two sequences of several."""
+        whole = safetensors.numpy.load_file(file)
+        with safetensors.safe_open(file, "numpy") as opened:
+            metadata = opened.metadata()
+        first = {name: value if name == "gates" else value[:2] for name, value in whole.items()}
+        safetensors.numpy.save_file(first, file, metadata)
+        action()
+        again = safetensors.numpy.load_file(file)
+        self.assertGreater(len(whole["state"]), 2)
+        for name, value in whole.items():
+            numpy.testing.assert_array_equal(again[name], value)
 
     def generate(self, model, tp, *flags):
         run([BIN / "drrl-eval", "--model", model, "--data", self.data, "--generate=70", "--prompt_tokens=45", f"--tp={tp}", *flags,
