@@ -154,15 +154,49 @@ std::vector<at::Tensor> sum_up_tree(const std::vector<at::Tensor>& blocks, const
 }  // namespace
 
 at::Tensor lower_triangle(const at::Tensor& symmetric) {
-  return symmetric.flatten(-2).index_select(-1, places_of_triangle(symmetric.size(-1), symmetric.device()));
+  const int64_t d = symmetric.size(-1);
+  if (!symmetric.is_cpu()) {
+    return symmetric.flatten(-2).index_select(-1, places_of_triangle(d, symmetric.device()));
+  }
+  const auto full = symmetric.contiguous();
+  std::vector<int64_t> shape = full.sizes().vec();
+  shape.pop_back();
+  shape.back() = d * (d + 1) / 2;
+  const at::Tensor lower = at::empty(shape, full.options());
+  const size_t bytes = full.element_size();
+  const auto* from = static_cast<const std::byte*>(full.const_data_ptr());
+  auto* to = static_cast<std::byte*>(lower.mutable_data_ptr());
+  for (int64_t row = 0; row < full.numel() / std::max<int64_t>(1, d); ++row, from += static_cast<size_t>(d) * bytes) {
+    to = std::copy_n(from, static_cast<size_t>(row % d + 1) * bytes, to);
+  }
+  return lower;
 }
 
 at::Tensor from_lower_triangle(const at::Tensor& lower, int64_t d) {
   std::vector<int64_t> shape = lower.sizes().vec();
-  shape.back() = d * d;
-  auto full = at::zeros(shape, lower.options()).index_copy_(-1, places_of_triangle(d, lower.device()), lower).unflatten(-1, {d, d});
-  return full + full.tril(-1).transpose(-2, -1);
+  if (!lower.is_cpu()) {
+    shape.back() = d * d;
+    auto full = at::zeros(shape, lower.options()).index_copy_(-1, places_of_triangle(d, lower.device()), lower).unflatten(-1, {d, d});
+    return full + full.tril(-1).transpose(-2, -1);
+  }
+  shape.back() = d;
+  shape.push_back(d);
+  const auto triangles = lower.contiguous();
+  const at::Tensor full = at::empty(shape, lower.options());
+  AT_DISPATCH_FLOATING_TYPES(lower.scalar_type(), "from_lower_triangle", [&] {
+    const auto* from = triangles.const_data_ptr<scalar_t>();
+    for (auto *matrix = full.mutable_data_ptr<scalar_t>(), *end = matrix + full.numel(); matrix < end; matrix += d * d) {
+      for (int64_t i = 0; i < d; ++i) {
+        for (int64_t j = 0; j <= i; ++j) {
+          matrix[i * d + j] = matrix[j * d + i] = *from++;
+        }
+      }
+    }
+  });
+  return full;
 }
+
+at::ScalarType travelling_type(at::ScalarType of_inputs) { return of_inputs == at::kDouble ? at::kDouble : at::kFloat; }
 
 at::Tensor attention_mass(const at::Tensor& mean_queries, const at::Tensor& keys) {
   at::NoGradGuard no_grad;
@@ -203,6 +237,17 @@ PairGrams block_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor
   const auto weights = attention_mass(q, k, begin, blocks, rows);
   const auto of = [&](const at::Tensor& x, const at::Tensor& w) { return block_grams(x, k.size(1), begin, blocks, rows, w); };
   return {of(q, {}), of(k, weights), of(v, weights)};
+}
+
+at::Tensor block_gram_triangles(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t begin, int64_t blocks, int64_t rows) {
+  at::NoGradGuard no_grad;
+  if (kernel_fits(q) && kernel_fits(k) && kernel_fits(v)) {
+    const auto weights = attention_mass(q, k, begin, blocks, rows);
+    const auto grams = symmetric_block_grams({{q, {}}, {k, weights}, {v, weights}}, k.size(1), begin, blocks, rows);
+    return at::stack({lower_triangle(grams[0]), lower_triangle(grams[1]), lower_triangle(grams[2])});
+  }
+  const PairGrams grams = block_grams(q, k, v, begin, blocks, rows);
+  return lower_triangle(at::stack({grams.queries, grams.keys, grams.values}).to(travelling_type(q.scalar_type())));
 }
 
 at::Tensor token_gram(const at::Tensor& x, int64_t groups, int64_t rows, const at::Tensor& weights) {

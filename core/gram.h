@@ -18,6 +18,8 @@ struct PairGrams {
 /// Symmetric matrices [.., d, d] as their lower triangles, row by row [.., d (d + 1) / 2], and back: what travels of a Gram.
 at::Tensor lower_triangle(const at::Tensor& symmetric);
 at::Tensor from_lower_triangle(const at::Tensor& lower, int64_t d);
+/// In which it travels: float32, as precise as the products that it is made of, but float64 where the inputs are.
+at::ScalarType travelling_type(at::ScalarType of_inputs);
 
 /// How much attention keys get, estimated from queries that see them: w_j = rows ((1 - m) mean_h softmax_j(q_h . k_j / sqrt(d)) + m / rows), over the
 /// rows of one block, for the mean query q_h of each head of the group; a share m = 0.1 is spread evenly. The w of a block sum to its rows.
@@ -40,6 +42,9 @@ PairGrams pair_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
 /// What pair_grams sums up, with the weights of attention_mass: the Grams of each of `blocks` blocks of `rows` tokens from token `begin` on,
 /// [B, G, blocks, d, d] float64. For sequences of which a process holds some blocks only.
 PairGrams block_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t begin, int64_t blocks, int64_t rows);
+
+/// The lower triangles of the same, in travelling_type: [3, B, G, blocks, d (d + 1) / 2], of queries, keys and values.
+at::Tensor block_gram_triangles(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t begin, int64_t blocks, int64_t rows);
 
 /// X^T X, or X^T diag(w) X, of all rows of x, summed over the heads of each of `groups` groups: one product for each run of `rows` tokens, which L is a
 /// multiple of, summed in float64, as pair_grams does. x [B, H, L, d], weights [B, groups, L / rows, rows] (with one head a group) or undefined

@@ -95,7 +95,7 @@ ContextBytes context_bytes(const Workload& w, const SequenceSplit& split, int64_
         }
       }
       if (low && member != maker) {
-        bytes.bases[static_cast<size_t>(member)] += keys > 0 ? static_cast<double>(3 * groups * d * (d + 1) / 2) * 8 : 0;  // triangles of Grams, in fp64
+        bytes.bases[static_cast<size_t>(member)] += keys > 0 ? static_cast<double>(3 * groups * d * (d + 1) / 2) * 4 : 0;  // triangles of Grams, in fp32
         const int64_t columns = (keys > 0 ? 2 * part.ranks.qk : 0) + (queries ? 2 * part.ranks.qk + std::min(kResidualColumns, d) : 0);
         bytes.bases[static_cast<size_t>(maker)] += static_cast<double>(groups * d * columns * w.element_bytes);
       }
@@ -212,7 +212,7 @@ Demand demand_of(const Workload& w) {
       demand.sent_bytes += passes * bytes.bases.front();
       if (attention.first_bases > 0) {
         const int64_t d = w.config.head_dim;
-        const double dealt = static_cast<double>(d * (d + 1) * 8) * (static_cast<double>(first_problems) - first_share(0));  // two triangles each, in fp64
+        const double dealt = static_cast<double>(d * (d + 1) * 4) * (static_cast<double>(first_problems) - first_share(0));  // two triangles each, in fp32
         const double gathered = static_cast<double>(d * d * 4 * (cp - 1)) * first_share(0);
         add_messages(a, "all_to_all", of_cp, w.processes_per_node, passes * 2, passes * (dealt + gathered));
         demand.sent_bytes += passes * (dealt + gathered);

@@ -85,8 +85,7 @@ PairGrams context_grams(const at::Tensor& q, const at::Tensor& k, const at::Tens
   at::NoGradGuard no_grad;
   const int64_t batch = k.size(0), groups = k.size(1), d = k.size(3), block = split.tree().geometry().near_block;
   const int64_t begin = group.rank() == 0 ? split.tree().sinks() : 0, blocks = (k.size(2) - begin) / block;  // complete ones: no pair has keys of another
-  const PairGrams own = block_grams(q, k, v, begin, blocks, block);
-  const auto all = lower_triangle(at::stack({own.queries, own.keys, own.values}));  // [3, B, G, blocks, d (d + 1) / 2]
+  const at::Tensor all = block_gram_triangles(q, k, v, begin, blocks, block);
 
   const auto keys = keys_of_pairs(split.tree());
   std::vector<Message> messages;
@@ -109,7 +108,8 @@ PairGrams context_grams(const at::Tensor& q, const at::Tensor& k, const at::Tens
     at::Tensor sum;
     for (int64_t from = 0; makers[pair] >= 0 && from < split.parts(); ++from) {
       if (split.rows_of(from, keys[pair]).count > 0) {
-        const auto& part = received[message++];
+        const auto part = received[message].defined() ? received[message].to(at::kDouble) : at::Tensor();
+        ++message;
         sum = sum.defined() && part.defined() ? sum + part : part;
       }
     }
@@ -117,7 +117,7 @@ PairGrams context_grams(const at::Tensor& q, const at::Tensor& k, const at::Tens
       made.push_back(sum);
     }
   }
-  const auto sums = made.empty() ? at::empty({3, batch, groups, 0, all.size(4)}, all.options()) : at::stack(made, 3);
+  const auto sums = made.empty() ? at::empty({3, batch, groups, 0, all.size(4)}, all.options().dtype(at::kDouble)) : at::stack(made, 3);
   const auto grams = from_lower_triangle(sums, d);
   return {grams[0], grams[1], grams[2]};
 }
@@ -126,16 +126,17 @@ at::Tensor dealt_first_pair_bases(const PairGrams& made, const at::Tensor& w_o, 
   at::NoGradGuard no_grad;
   const int64_t sequences = made.keys.size(0) * made.keys.size(1), d = made.keys.size(4);
   const auto share = [&](int64_t process) { return partition(2 * sequences, group.size(), process); };  // of (sequence, kind), kind innermost
-  const at::Tensor problems = group.rank() == 0 ? lower_triangle(first_pair_problems(made, w_o)) : at::Tensor();  // [2, 2 B G, d (d + 1) / 2]
+  const auto options = made.keys.options().dtype(travelling_type(w_o.scalar_type()));
+  const at::Tensor problems = group.rank() == 0 ? lower_triangle(first_pair_problems(made, w_o)).to(options.dtype()) : at::Tensor();  // [2, 2 B G, d (d + 1) / 2]
   std::vector<Message> messages;
   std::vector<at::Tensor> contents;
   for (int64_t to = 0; to < group.size(); ++to) {
     messages.push_back({0, to, {2, share(to).count, d * (d + 1) / 2}});
     contents.push_back(problems.defined() ? problems.narrow(1, share(to).begin, share(to).count) : at::Tensor());
   }
-  Exchange dealt(group, messages, contents, made.keys.options());
+  Exchange dealt(group, messages, contents, options);
   bytes += dealt.bytes_sent();
-  const auto own = from_lower_triangle(dealt.wait()[static_cast<size_t>(group.rank())], d);
+  const auto own = from_lower_triangle(dealt.wait()[static_cast<size_t>(group.rank())].to(at::kDouble), d);
   const auto solved = own.size(1) > 0 ? solve_basis(own[0], own[1]).right : at::empty({0, d, d}, own.options().dtype(at::kFloat));
   solves += own.size(1);
 

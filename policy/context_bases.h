@@ -22,7 +22,7 @@ std::vector<int64_t> basis_makers(const SequenceSplit& split, const std::vector<
 std::vector<int64_t> pairs_made_by(const std::vector<int64_t>& makers, int64_t process);
 
 /// far_grams of the pairs that this process makes, [B, G, made, d, d]; q, k, v of its rows. What travels of a Gram, which is symmetric, is
-/// its lower triangle. bytes += what left this process. Collective.
+/// its lower triangle, as travelling_type says. bytes += what left this process. Collective.
 PairGrams context_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceSplit& split, const Group& group,
                         const std::vector<int64_t>& makers, int64_t& bytes);
 

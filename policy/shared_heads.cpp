@@ -48,13 +48,13 @@ PairGrams SharedHeads::sum(const PairGrams& own, const at::Tensor& w_o, int64_t&
   }
   std::vector<at::Tensor> flat;
   std::transform(parts.begin(), parts.end(), std::back_inserter(flat), [](const at::Tensor& x) { return x.flatten(); });
-  at::Tensor message = at::cat(flat);
+  at::Tensor message = at::cat(flat).to(travelling_type(w_o.scalar_type()));
   group_.all_reduce(message);
   bytes += sent("all_reduce", group_, message);
   int64_t offset = 0;
   for (at::Tensor& part : parts) {
     const int64_t count = part.numel();
-    part = from_lower_triangle(message.narrow(0, offset, count).view(part.sizes()), d);
+    part = from_lower_triangle(message.narrow(0, offset, count).view(part.sizes()).to(at::kDouble), d);
     offset += count;
   }
   return {parts[0], parts[1], parts[2], parts[3]};

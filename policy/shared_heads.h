@@ -26,7 +26,7 @@ class SharedHeads {
   int64_t total(int64_t own, const at::Device& device);
 
   /// Grams of own heads, [B, 1, pairs, d, d], and w_o [hidden, H d] -> those of all heads, `output` among them, bit-equal on all processes. One all-reduce
-  /// of the lower triangles. Keys' and values' weights are means over heads, so they count by heads. bytes += what left this process. Collective.
+  /// of the lower triangles, as travelling_type says. Keys' and values' weights are means over heads, so they count by heads. bytes += what left this process. Collective.
   PairGrams sum(const PairGrams& own, const at::Tensor& w_o, int64_t& bytes);
 
   /// first_pair_bases of such Grams, each of the 2 B problems solved by one process and gathered; solves += those of this one, bytes as above. Collective.
