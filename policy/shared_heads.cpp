@@ -8,8 +8,8 @@
 namespace drrl {
 namespace {
 
-int64_t sent(const char* operation, const Group& group, const at::Tensor& message) {
-  return static_cast<int64_t>(static_cast<double>(message.nbytes()) * bus_factor(operation, group.size()));
+int64_t sent(const char* operation, const Group& group, int64_t message_bytes) {
+  return static_cast<int64_t>(static_cast<double>(message_bytes) * bus_factor(operation, group.size()));
 }
 
 // Columns that bases of these ranks have.
@@ -50,7 +50,7 @@ PairGrams SharedHeads::sum(const PairGrams& own, const at::Tensor& w_o, int64_t&
   std::transform(parts.begin(), parts.end(), std::back_inserter(flat), [](const at::Tensor& x) { return x.flatten(); });
   at::Tensor message = at::cat(flat).to(travelling_type(w_o.scalar_type()));
   group_.all_reduce(message);
-  bytes += sent("all_reduce", group_, message);
+  bytes += sent("all_reduce", group_, static_cast<int64_t>(message.nbytes()));
   int64_t offset = 0;
   for (at::Tensor& part : parts) {
     const int64_t count = part.numel();
@@ -66,7 +66,7 @@ at::Tensor SharedHeads::gathered(const at::Tensor& own, int64_t count, int64_t& 
     rows.push_back(partition(count, group_.size(), member).count);
   }
   const at::Tensor all = group_.all_gather_uneven(own.contiguous(), rows);
-  bytes += sent("all_gather", group_, all);
+  bytes += sent("all_gather", group_, group_.size() * rows[0] * static_cast<int64_t>(all.nbytes()) / count);  // padded to the largest share
   return all;
 }
 
