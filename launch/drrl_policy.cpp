@@ -285,11 +285,9 @@ ExitCode record(const Environment& environment) {
     check(ErrorKind::kUsage, before.source == traces.source && before.calibration == traces.calibration, "--traces=", FLAGS_traces, " is of ", before.source,
           ", calibration ", before.calibration, ", and would be of ", traces.source, ", calibration ", traces.calibration, ": name another file or remove it");
     done = before.sequences();
-    const Traces same = traces.first(done);
-    same.state.copy_(before.state);
-    same.damage.copy_(before.damage);
-    same.gated_damage.copy_(before.gated_damage);
-    same.exact_entries.copy_(before.exact_entries);
+    for (const auto part : Traces::kBySequence) {
+      (traces.*part).narrow(0, 0, done).copy_(before.*part);
+    }
   }
   guarded(environment, [&] {
     m.load("drrl-policy record");
@@ -307,8 +305,8 @@ ExitCode record(const Environment& environment) {
         }
       }
       const int64_t count = std::min(members, m.windows - done);
-      for (const at::Tensor& all : {traces.state, traces.damage, traces.gated_damage, traces.exact_entries}) {
-        at::Tensor rows = all.narrow(0, done, count);
+      for (const auto part : Traces::kBySequence) {
+        at::Tensor rows = (traces.*part).narrow(0, done, count);
         m.mesh().world().all_reduce(rows);
       }
       done += count;

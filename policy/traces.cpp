@@ -1,5 +1,7 @@
 #include "policy/traces.h"
 
+#include <algorithm>
+
 #include "core/error.h"
 #include "policy/policy_file.h"
 #include "policy/state.h"
@@ -19,8 +21,8 @@ Traces::Traces(int64_t sequences, int64_t layers, int64_t groups, int64_t pairs,
 
 Traces Traces::first(int64_t count) const {
   Traces some = *this;
-  for (at::Tensor* part : {&some.state, &some.damage, &some.gated_damage, &some.exact_entries}) {
-    *part = part->narrow(0, 0, count);
+  for (const auto part : kBySequence) {
+    some.*part = (some.*part).narrow(0, 0, count);
   }
   return some;
 }
@@ -63,8 +65,7 @@ Traces Traces::load(const std::filesystem::path& path) {
   const auto s = t.state.sizes();
   const Traces expected(s[0], s[1], s[2], s[3], t.ranks, t.gates);
   const auto fits = [&](at::Tensor Traces::*x) { return (t.*x).sizes() == (expected.*x).sizes(); };
-  check(ErrorKind::kModel, fits(&Traces::state) && fits(&Traces::damage) && fits(&Traces::gated_damage) && fits(&Traces::exact_entries) &&
-                               s[3] == BlockTree(t.seq_len, t.geometry).num_pairs(),
+  check(ErrorKind::kModel, std::all_of(kBySequence.begin(), kBySequence.end(), fits) && s[3] == BlockTree(t.seq_len, t.geometry).num_pairs(),
         path, ": state ", s, ", damage ", t.damage.sizes(), ", gated_damage ", t.gated_damage.sizes(), " and exact_entries ", t.exact_entries.sizes(),
         " do not fit each other, the ranks ", at::IntArrayRef(t.ranks), ", ", t.gates.size(0), " gates or ", t.seq_len, " tokens");
   return t;

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <array>
 #include <filesystem>
 #include <string>
 #include <vector>
@@ -33,6 +34,9 @@ class Traces {
   at::Tensor damage;  ///< nats over a pair's queries, [sequences, draws, layers, groups, 2, pairs, ranks] float32
   at::Tensor gated_damage;   ///< the same behind each gate, [sequences, draws, layers, groups, 2, pairs, ranks, gates] float32
   at::Tensor exact_entries;  ///< share of a pair's entries that gates make exact, by score rank, [sequences, layers, groups, pairs, ranks + 1, gates] float32
+
+  /// What has a row for each sequence.
+  static constexpr std::array kBySequence = {&Traces::state, &Traces::damage, &Traces::gated_damage, &Traces::exact_entries};
 
   int64_t sequences() const { return state.size(0); }
   /// Views of the first so many sequences.
