@@ -31,7 +31,7 @@
 
 DEFINE_string(traces, "", "file that drrl-policy record writes, or goes on with, and train reads, which takes several, with commas between");
 DEFINE_int64(held_out, 1, "sequences of each trace file that drrl-policy train does not learn from but judges by");
-DEFINE_int64(validation, 1, "sequences of each trace file by which drrl-policy train decides how far the agent is trusted");
+DEFINE_int64(validation, 2, "sequences of each trace file, at least 2, by which drrl-policy train decides how far the agent is trusted");
 DEFINE_int64(fit_steps, 300, "of drrl-policy train, value fit");
 DEFINE_int64(reward_steps, 300, "of drrl-policy train, policy gradient");
 DEFINE_int64(calibration_tokens, 8192, "text to calibrate on, from evenly spread sequences of --data, rounded up to whole ones [tokens]");
@@ -272,20 +272,20 @@ ExitCode record(const Environment& environment) {
   check_geometry(calibration);
   check(ErrorKind::kUsage, calibration.ranks == m.ranks, "--policy=", FLAGS_policy, " is of ranks ", c10::IntArrayRef(calibration.ranks), ", the options say ",
         c10::IntArrayRef(m.ranks));
-  Traces traces(m.windows, m.config.num_hidden_layers, m.config.num_key_value_heads, BlockTree(FLAGS_seq_len, m.geometry).num_pairs(), m.ranks,
-                CalibrationController::default_gates());
-  traces.seq_len = FLAGS_seq_len;
-  traces.geometry = m.geometry;
+  Traces traces(m.windows, m.config.num_hidden_layers, m.config.num_key_value_heads, FLAGS_seq_len, m.geometry, m.ranks, CalibrationController::default_gates());
   traces.heads_per_group = m.config.num_attention_heads / m.config.num_key_value_heads;
   traces.calibration = calibration.digest();
   traces.source = c10::str(FLAGS_model, ", ", m.windows, " sequences of ", FLAGS_seq_len, " tokens of ", FLAGS_data, ", seed ", FLAGS_seed);
+  for (int64_t sequence = 0; sequence < m.windows; ++sequence) {
+    traces.tokens[sequence].copy_(m.tokens(sequence).squeeze(0));
+  }
   int64_t done = 0;
   if (std::filesystem::exists(FLAGS_traces)) {
     const Traces before = Traces::load(FLAGS_traces);
     check(ErrorKind::kUsage, before.source == traces.source && before.calibration == traces.calibration, "--traces=", FLAGS_traces, " is of ", before.source,
           ", calibration ", before.calibration, ", and would be of ", traces.source, ", calibration ", traces.calibration, ": name another file or remove it");
     done = before.sequences();
-    for (const auto part : Traces::kBySequence) {
+    for (const auto part : Traces::kMeasured) {
       (traces.*part).narrow(0, 0, done).copy_(before.*part);
     }
   }
@@ -305,7 +305,7 @@ ExitCode record(const Environment& environment) {
         }
       }
       const int64_t count = std::min(members, m.windows - done);
-      for (const auto part : Traces::kBySequence) {
+      for (const auto part : Traces::kMeasured) {
         at::Tensor rows = (traces.*part).narrow(0, done, count);
         m.mesh().world().all_reduce(rows);
       }

@@ -229,6 +229,16 @@ Demand demand_of(const Workload& w) {
   return demand;
 }
 
+double StepModel::pace(const Equation& equation) const {
+  if (equation.yardstick_ms <= 0 || yardstick_ms <= 0) {
+    return 1;
+  }
+  const double pace = equation.yardstick_ms / yardstick_ms;
+  check(ErrorKind::kUsage, pace < 8 && pace > 1.0 / 8, equation.name, ": its yardstick took ", equation.yardstick_ms, " ms, usual among the runs are ", yardstick_ms,
+        ": runs of another machine or of another version of drrl-bench scaling do not go together");
+  return pace;
+}
+
 StepModel StepModel::fit(const std::vector<Equation>& equations) {
   std::vector<size_t> used;
   StepModel best;

@@ -99,8 +99,9 @@ struct StepModel {
   double waiting = 0;       ///< by how much all takes longer where processes that wait for each other share cores
   double yardstick_ms = 0;  ///< at the speed that the costs are meant for, the median of the equations that it is fitted to; 0: they have none
 
-  /// By how much the machine was slower when the equation was measured than the costs are meant for.
-  double pace(const Equation& equation) const { return equation.yardstick_ms > 0 && yardstick_ms > 0 ? equation.yardstick_ms / yardstick_ms : 1; }
+  /// By how much the machine was slower when the equation was measured than the costs are meant for. Errors: Error(kUsage) beyond a factor of 8 either way:
+  /// no drift, but another amount of work.
+  double pace(const Equation& equation) const;
 
   /// Least squares of relative errors, no cost negative; contention, overlap and waiting by search in [0, 1].
   /// Errors: Error(kUsage) if the equations cannot tell a cost from the others, naming it and what would.

@@ -1,22 +1,23 @@
 #!/usr/bin/env python3
-"""What each part of the method is worth: `dp` at one budget, and the same with one part left out or put in another way, on the same sequences.
+"""What each part of the method is worth: `dp` at one budget, with gates if --policy has some, and the same with one part left out or put in another way, on the same
+sequences.
 
     launch/study_ablations.py --model DIR --data PREFIX --policy FILE [--calibration_data PREFIX] [--seq_len 4096] [--budget 0.585] [--time] [--json FILE] [--log FILE]
 
     fixed ranks          one rank everywhere, at whatever operations it takes
-    random, greedy       another way to spend the budget
+    random, greedy       another way to spend the budget, without gates
+    no gates             low rank for all entries
     no updates           static bases: those of the calibration for every far pair
     decompositions       every pair's bases solved, none updated
     no residual factors  far log-sum-exps without what the projected scores lack
     unweighted Grams     keys and values count alike, whatever attention rests on them; the starting bases are still of weighted Grams
     guard                ranks raised until the starting bases lose at most --guard_eps, at whatever operations that takes; without it is how drrl runs
-    gates                entries of large weight are exact
     rl                   the agent of --policy, if it has one (dp is "no RL")
     no sinks, near N     another geometry, with a calibration of its own on --calibration_data; without that text they are left out. As fair as --policy was made alike: give
                          --calibration_tokens and --calibration_seq_len as it had them
 
 Of the paper's ablations (arXiv 2512.15973) three have nothing to switch off here. No reward shaping: the agent learns from every rank's measured damage, not from a shaped
-reward. No convolution features: its state is made of Grams and starting bases, none of embeddings. No perturbation features: what starting bases lose is
+reward. No convolution features: its state is made of Grams and starting bases, none of embeddings, which tell nothing that Grams do not (study_agent.py). No perturbation features: what starting bases lose is
 all that its state says about the text, but for the sizes of scores and values.
 
 Prints and writes for each the increase of perplexity over exact attention and over `dp` itself, 95 % bootstrap intervals over sequences, operations, and with --time
@@ -33,13 +34,15 @@ import study
 
 def variants(arguments, policy_of):
     """name -> (flags of drrl-eval, those that shape the calibration); policy_of(flags): the policy file of such a calibration, None if there can be none."""
-    dp = ["--rank_policy=dp", f"--rank_budget={arguments.budget}"]
     spend = [f"--rank_budget={arguments.budget}"]
+    no_gates = ["--rank_policy=dp", *spend]
+    gates = study.has_gates(arguments.policy)
+    dp = [*no_gates, "--gates"] if gates else no_gates
     result = {"dp": dp, "fixed ranks": ["--rank_policy=fixed", f"--rank={arguments.rank}"], "random": ["--rank_policy=random", *spend],
-              "greedy": ["--rank_policy=greedy", *spend], "no updates": [*dp, "--basis_updates=0"], "decompositions": [*dp, "--basis_updates=-1"],
-              "no residual factors": [*dp, "--ablate=residual"], "unweighted Grams": [*dp, "--ablate=mass"], "guard": [*dp, f"--guard_eps={arguments.guard_eps}"]}
-    if study.has_gates(arguments.policy):
-        result["gates"] = [*dp, "--gates"]
+              "greedy": ["--rank_policy=greedy", *spend], **({"no gates": no_gates} if gates else {}), "no updates": [*dp, "--basis_updates=0"],
+              "decompositions": [*dp, "--basis_updates=-1"],
+              "no residual factors": [*dp, "--ablate=residual"], "unweighted Grams": [*dp, "--ablate=mass"],
+              "guard": [*dp, f"--guard_eps={arguments.guard_eps}"]}
     if study.has_agent(arguments.policy):
         result["rl"] = [*study.agent_flags(arguments.policy), *spend]
     result = {name: [*flags, "--policy", arguments.policy] for name, flags in result.items()}

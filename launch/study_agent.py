@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """What an agent that looks at the text can gain over `dp`, what it does gain, and how sure that is: agents of several seeds, trained on the same traces.
 
-    launch/study_agent.py --policy FILE --traces FILE... [--seeds 5] [--held_out 4] [--validation 4] [--out DIR] [--json FILE] [-- --gates --latency=FILE ...]
+    launch/study_agent.py --policy FILE --traces FILE... --model DIR [--seeds 5] [--held_out 4] [--validation 4] [--out DIR] [--json FILE]
+                          [-- --gates --latency=FILE ...]
 
 FILE is of drrl-policy calibrate, traces are of drrl-policy record with it; what follows -- goes to drrl-policy train. For each length and budget, on the
 sequences held out, at equal cost: the damage of `dp` [1e-3 nats per token], and what share of it is saved by
@@ -45,14 +46,20 @@ def saved(dp, agent, seed=1, draws=10000):
     return [float(1 - agent.sum() / dp.sum()), float(low), float(high)]
 
 
+PENALTIES = (10, 100, 1000)  # of squared weights, beside squares summed over sequences and pairs
+
+
 def explained(features, target, out):
-    """Squares that a ridge regression on the other sequences leaves on sequence `out`, and all of them; features [sequences, .., n], target [sequences, ..]."""
+    """Squares that ridge regressions on the other sequences leave on sequence `out`, one for each penalty, and all of them; features [sequences, .., n], target
+    [sequences, ..]."""
     columns, others = features.shape[-1], numpy.arange(len(target)) != out
     x, y = features[others].reshape(-1, columns), target[others].ravel()
     scale = x.std(axis=0) + 1e-3
-    weights = numpy.linalg.solve((x / scale).T @ (x / scale) + 10 * numpy.eye(columns), (x / scale).T @ y)
-    left = target[out].ravel() - features[out].reshape(-1, columns) / scale @ weights
-    return numpy.array([(left ** 2).sum(), (target[out] ** 2).sum()])
+    x, seen, left = x / scale, features[out].reshape(-1, columns) / scale, []
+    for penalty in PENALTIES:
+        weights = numpy.linalg.solve(x.T @ x + penalty * numpy.eye(columns), x.T @ y)
+        left.append(((target[out].ravel() - seen @ weights) ** 2).sum())
+    return numpy.array([*left, (target[out] ** 2).sum()])
 
 
 def beyond_mean(values, out):
@@ -63,23 +70,40 @@ def beyond_mean(values, out):
     return result
 
 
-def foretold(file):
-    """{what: (R^2 by states, R^2 by past)} of a trace file of three sequences or more."""
+def text_features(file, traces, embeddings, first, begin, directions=8):
+    """[sequences, pairs, 3 directions]: mean input embeddings of the pair's key blocks [first, begin), of the last of them, and of all blocks before `begin`."""
+    with safetensors.safe_open(file, framework="numpy") as opened:
+        block, sinks = (int(opened.metadata()[name]) for name in ("near_block", "sink_tokens"))
+    tokens = traces["tokens"][:, sinks:]
+    tokens = tokens[:, :tokens.shape[1] // block * block].reshape(len(tokens), -1, block)
+    blocks = numpy.stack([embeddings[sequence].mean(axis=1) for sequence in tokens]).astype(numpy.float64)  # [sequences, blocks, hidden]
+    blocks -= blocks.mean(axis=(0, 1))
+    blocks = blocks @ numpy.linalg.svd(blocks.reshape(-1, blocks.shape[-1]), full_matrices=False)[2][:directions].T
+    return numpy.stack([numpy.concatenate([blocks[:, a:b].mean(axis=1), blocks[:, b - 1], blocks[:, :b].mean(axis=1)], axis=-1)
+                        for a, b in zip(first, begin)], axis=1)
+
+
+def foretold(file, embeddings):
+    """{what: {by what: R^2}} of a trace file of three sequences or more; embeddings [vocabulary, hidden]."""
     traces = safetensors.numpy.load_file(file)
     state = traces["state"].astype(numpy.float64)  # [sequences, layers, groups, pairs, features]; the last two: level / 8, log2(1 + first block) / 8
     level, begin = state[0, 0, 0, :, -2] * 8, 2 ** (state[0, 0, 0, :, -1] * 8) - 1
+    level, begin = level.round().astype(int), begin.round().astype(int)
     end = begin + 2 ** level
-    earlier = [numpy.flatnonzero(end < first + 0.5) for first in begin]  # in whole blocks
+    earlier = [numpy.flatnonzero(end <= first) for first in begin]  # in whole blocks
+    text = text_features(file, traces, embeddings, begin - 2 ** level, begin)
     damage, gated = (traces[name].mean(axis=1) for name in ("damage", "gated_damage"))  # of all draws
     gate = gated.shape[-1] // 2
     targets = {"entries": traces["exact_entries"][..., 0, gate]}
     for kind, name in enumerate(("scores", "values")):
         targets[name] = damage[:, :, :, kind, :, 0]
         targets[f"{name}, gate"] = gated[:, :, :, kind, :, 0, gate]
+    features = {"states": lambda layer, group: state[:, layer, group], "text": lambda layer, group: text,
+                "both": lambda layer, group: numpy.concatenate([state[:, layer, group], text], axis=-1)}
 
-    def by_state(beyond, out):
-        centred = beyond_mean(state, out)
-        return sum(explained(centred[:, layer, group], beyond[:, layer, group], out) for layer in range(state.shape[1]) for group in range(state.shape[2]))
+    def by_features(of, beyond, out):
+        return sum(explained(beyond_mean(of(layer, group), out), beyond[:, layer, group], out)
+                   for layer in range(state.shape[1]) for group in range(state.shape[2]))
 
     def by_past(beyond, out):
         features, later = [], []
@@ -92,16 +116,32 @@ def foretold(file):
 
     result = {}
     for what, target in targets.items():
-        logarithm = numpy.log(target.astype(numpy.float64) + 1e-12)
-        squares = [(by_state(beyond, out), by_past(beyond, out)) for out in range(len(target)) for beyond in [beyond_mean(logarithm, out)]]
-        result[what] = tuple(float(1 - left / total) for left, total in numpy.sum(squares, axis=0))
+        logarithm, squares = numpy.log(target.astype(numpy.float64) + 1e-12), []
+        for out in range(len(target)):
+            beyond = beyond_mean(logarithm, out)
+            squares.append({**{name: by_features(of, beyond, out) for name, of in features.items()}, "past": by_past(beyond, out)})
+        result[what] = {}
+        for name in squares[0]:
+            *left, total = sum(of[name] for of in squares)
+            result[what][name] = float(1 - min(left) / total)
     return result
+
+
+def input_embeddings(model):
+    """[vocabulary, hidden] float32."""
+    for file in sorted(pathlib.Path(model).glob("*.safetensors")):
+        with safetensors.safe_open(file, framework="pt") as opened:
+            for name in ("model.embed_tokens.weight", "transformer.wte.weight", "wte.weight"):
+                if name in opened.keys():
+                    return opened.get_tensor(name).float().numpy()
+    sys.exit(f"study_agent.py: error: no input embeddings in {model}/*.safetensors; expected model.embed_tokens.weight or wte.weight")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", required=True, help="file of drrl-policy calibrate")
     parser.add_argument("--traces", required=True, nargs="+", type=pathlib.Path, help="files of drrl-policy record")
+    parser.add_argument("--model", required=True, help="Hugging Face directory that the traces were recorded with, for its input embeddings")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--held_out", type=int, default=4, help="sequences of each trace file to judge by")
     parser.add_argument("--validation", type=int, default=4, help="sequences of each trace file that decide how far an agent is trusted")
@@ -126,9 +166,12 @@ def main():
         share, low, high = (100 * x for x in row["agent"])
         print(f"{row['seq_len']:6} {row['budget']:7} {1e3 * row['dp']:8.3f} {100 * row['refitted']:+7.1f} % {share:+6.1f} %  {low:+6.1f} .. {high:+5.1f} % "
               f"{100 * row['oracle']:+6.1f} % {100 * row['bound']:+6.1f} %")
-    told = {str(file): foretold(file) for file in arguments.traces}
+    embeddings = input_embeddings(arguments.model)
+    told = {str(file): foretold(file, embeddings) for file in arguments.traces}
     for file, what in told.items():
-        print(f"{file}: R^2 by states, by past:", "; ".join(f"{name} {states:+.2f}, {past:+.2f}" for name, (states, past) in what.items()))
+        print(f"{file}: R^2 {'by ' + ', by '.join(what['entries']):>40}")
+        for name, of in what.items():
+            print(f"  {name:14}", "  ".join(f"{r2:+.3f}" for r2 in of.values()))
     study.save(arguments, runs=runs, rows=rows, foretold=told)
 
 

@@ -51,7 +51,7 @@ def main():
     if study.has_gates(arguments.policy):
         policies["gates"] = ["--rank_policy=dp", "--gates", *budget]
     if study.has_agent(arguments.policy):
-        policies["rl"] = ["--rank_policy=rl", *budget]
+        policies["rl"] = [*study.agent_flags(arguments.policy), *budget]
     if not all((arguments.out / f"{name}.jsonl").exists() for name in policies):
         runs.log.held.clear()
     decisions = {}

@@ -3,8 +3,8 @@
 
     launch/study_updates.py --model DIR --data PREFIX --policy FILE [--seq_len 4096] [--budgets 0.4 0.585] [--updates 0 1 2 4 -1] [--json FILE] [--log FILE]
 
-For each number of rounds (drrl-eval --basis_updates; 0: starting bases as they are, -1: every far pair decomposed) `dp` runs at each budget, where bases start from the
-calibration and the budget counts what updates or decompositions take; and `fixed`, which starts from each sequence's first block, so that a few decompositions
+For each number of rounds (drrl-eval --basis_updates; 0: starting bases as they are, -1: every far pair decomposed) `dp`, and `gates` (dp with --gates) if the file
+has some, run at each budget, where bases start from the calibration and the budget counts what updates or decompositions take; and `fixed`, which starts from each sequence's first block, so that a few decompositions
 are made. Intervals as in study_policies.py. Exit status: 0 measured, 1 a run failed.
 """
 
@@ -20,7 +20,9 @@ def main():
     arguments = parser.parse_args()
     runs = study.Study(arguments)
 
-    series = {f"dp {budget}": ["--rank_policy=dp", f"--rank_budget={budget}", "--policy", arguments.policy] for budget in arguments.budgets}
+    policies = {"dp": [], **({"gates": ["--gates"]} if study.has_gates(arguments.policy) else {})}
+    series = {f"{name} {budget}": ["--rank_policy=dp", *flags, f"--rank_budget={budget}", "--policy", arguments.policy]
+              for name, flags in policies.items() for budget in arguments.budgets}
     series[f"fixed {arguments.rank}, from the first block"] = ["--rank_policy=fixed", f"--rank={arguments.rank}"]
     for name, flags in series.items():
         for updates in arguments.updates:

@@ -16,6 +16,7 @@
 namespace drrl {
 namespace {
 
+constexpr double kErrors = 2;  // standard errors by which an agent must gain to be trusted
 constexpr double kFirstTemperature = 0.3, kLastTemperature = 0.03;  // of what exact costs
 
 // Sequences of one trace file as tensors over N = sequences x groups x pairs items. What can be chosen for an item at a layer is a rank of the scores and one of the
@@ -187,6 +188,47 @@ class TraceItems {
   at::Tensor base_, base_entries_, pair_cost_, entry_cost_, scale_;
 };
 
+// The strength in {0, 1/4, .. 1} whose gain over 0 on the validation sequences, less kErrors of its standard errors, is largest.
+double trusted_strength(RankAgent& agent, const std::vector<Length>& lengths, const std::function<void(const std::string&)>& log) {
+  double best = 0, least = 0;
+  std::vector<std::vector<double>> untrusted;  // damages at strength 0, of each length and budget, by sequence
+  for (const double strength : {0.0, 0.25, 0.5, 0.75, 1.0}) {
+    agent.set_strength(strength);
+    double gain = 0, unwatched = 0, variance = 0;  // of the logarithm of the damage, summed over lengths and budgets; if states and network were free
+    size_t run = 0;
+    for (const Length& l : lengths) {
+      const Choice estimate = estimate_of(agent, l.validation), truth = measured(l.validation);
+      const int64_t sequences = l.validation.sequences;
+      std::vector<double> shares(static_cast<size_t>(sequences), 0);  // what each sequence adds to the gain
+      for (const double budget : l.budgets) {
+        const auto damages = [&](double watching) {
+          return outcome(estimate, truth, sequences, price_for(estimate, truth, sequences, budget * l.exact - l.fixed - watching)).damages;
+        };
+        const std::vector<double> met = damages(strength > 0 ? l.watching : 0);
+        if (strength == 0) {
+          untrusted.push_back(met);
+        }
+        const std::vector<double>& before = untrusted[run++];
+        const double mean = mean_damage(met), mean_before = mean_damage(before);
+        gain += std::log(mean / mean_before);
+        unwatched += std::log(mean_damage(damages(0)) / mean_before);
+        for (size_t i = 0; i < shares.size(); ++i) {
+          shares[i] += met[i] / mean - before[i] / mean_before;
+        }
+      }
+      variance += std::inner_product(shares.begin(), shares.end(), shares.begin(), 0.0) / static_cast<double>(sequences * (sequences - 1));
+    }
+    const double error = std::sqrt(variance);
+    log(c10::str("strength ", strength, ": validation damage e^(", gain, " +- ", error, ") of that of the calibration's choices, were states and network free e^",
+                 unwatched));
+    if (gain + kErrors * error < least) {
+      best = strength;
+      least = gain + kErrors * error;
+    }
+  }
+  return best;
+}
+
 }  // namespace
 
 double mean_damage(const std::vector<double>& sequences) { return std::accumulate(sequences.begin(), sequences.end(), 0.0) / static_cast<double>(sequences.size()); }
@@ -199,9 +241,9 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
   for (const Traces& t : traces) {
     check(ErrorKind::kUsage, t.calibration == calibration.digest() && t.ranks == calibration.ranks && t.state.size(1) == layers && t.state.size(2) == groups,
           "traces of the calibration ", t.calibration, ", expected ", calibration.digest(), ": record them again");
-    check(ErrorKind::kUsage, options.held_out >= 1 && options.validation >= 1 && t.sequences() > options.held_out + options.validation, "traces of ",
+    check(ErrorKind::kUsage, options.held_out >= 1 && options.validation >= 2 && t.sequences() > options.held_out + options.validation, "traces of ",
           t.sequences(), " sequences, of which ", options.held_out, " are held out and ", options.validation,
-          " are for validation: at least one must be each and one must be left");
+          " are for validation: at least one must be held out, two are for validation and one must be left");
     check(ErrorKind::kUsage, !options.with_gates || (calibration.gates.defined() && t.gates.equal(calibration.gates)),
           "the gates of traces and calibration are not the same: make both again");
     const BlockTree tree(t.seq_len, t.geometry);
@@ -278,27 +320,7 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
            (exact.sum() * static_cast<double>(layers));
   });
 
-  double best = 0, least = INFINITY;
-  for (const double strength : {0.0, 0.25, 0.5, 0.75, 1.0}) {
-    agent.set_strength(strength);
-    double cost = 0, unwatched = 0;  // sums over budgets of the logarithm of the damage at equal cost; if states and network were free
-    for (const Length& l : lengths) {
-      const Choice estimate = estimate_of(agent, l.validation), truth = measured(l.validation);
-      for (const double budget : l.budgets) {
-        const auto damage = [&](double watching) {
-          const double price = price_for(estimate, truth, l.validation.sequences, budget * l.exact - l.fixed - watching);
-          return std::log(mean_damage(outcome(estimate, truth, l.validation.sequences, price).damages));
-        };
-        unwatched += damage(0);
-        cost += damage(strength > 0 ? l.watching : 0);
-      }
-    }
-    log(c10::str("strength ", strength, ": validation damage e^", cost, ", were states and network free e^", unwatched));
-    if (cost < least) {
-      best = strength;
-      least = cost;
-    }
-  }
+  const double best = trusted_strength(agent, lengths, log);
   agent.set_strength(best);
   for (Length& l : lengths) {
     l.watching = best > 0 ? l.watching : 0;

@@ -17,7 +17,7 @@ struct AgentTrainingOptions {
   int64_t reward_steps = 300;   ///< of the second
   double lr = 3e-3;             ///< at the start; falls linearly to a tenth in each stage
   int64_t held_out = 1;         ///< sequences of each trace file, the last ones, that are not trained on but judged by
-  int64_t validation = 1;       ///< those before them: they decide how far the agent is trusted
+  int64_t validation = 2;       ///< those before them, at least 2: they decide how far the agent is trusted
   std::vector<double> budgets = {0.3, 0.4, 0.5, 0.585, 0.7, 0.8};
   std::vector<int64_t> buckets;  ///< of the device
   int64_t update_steps = 2;
@@ -48,13 +48,13 @@ double mean_damage(const std::vector<double>& sequences);
 /// 2. Policy gradient: at prices drawn from those of `budgets`, choices are drawn from softmax(-(damage + price operations) / temperature) and the expected
 ///    cost sum_a pi(a) (true damage + price operations) is lowered by its exact gradient, while the temperature is annealed
 ///    ("reward: fidelity against latency", arXiv 2512.15973, with operations for latency).
-/// 3. Trust: the strength in {0, 1/4, .. 1} that spoils least on the validation sequences over all budgets. An agent that has learned nothing that carries
-///    over gets 0, and decides like the calibration.
+/// 3. Trust: the strength in {0, 1/4, .. 1} that surely gains most on the validation sequences, over all budgets: its gain over the calibration's choices less
+///    twice that gain's standard error over the sequences. An agent that has learned nothing that carries over gets 0, and decides like the calibration.
 /// Finally factors on the prices are found with which the agent meets each budget on the training sequences.
 ///
 /// With gates what a choice costs depends on the text, too: decisions are made by expected costs, and judged by those that were met.
 /// All traces must be of this calibration. Budgets that cannot be met at a trace's length are left out there.
-/// Errors: Error(kUsage) if a trace does not fit the calibration or has too few sequences (held_out, validation, and one to learn from); Error(kNumerics) if the loss is not finite.
+/// Errors: Error(kUsage) if a trace does not fit the calibration or has too few sequences (held_out, two for validation, and one to learn from); Error(kNumerics) if the loss is not finite.
 std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calibration, const std::vector<Traces>& traces,
                                       const AgentTrainingOptions& options, const std::function<void(const std::string&)>& log);
 

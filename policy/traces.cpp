@@ -8,11 +8,13 @@
 
 namespace drrl {
 namespace {
-constexpr const char* kFormat = "drrl-traces-3";
+constexpr const char* kFormat = "drrl-traces-4";
 }  // namespace
 
-Traces::Traces(int64_t sequences, int64_t layers, int64_t groups, int64_t pairs, std::vector<int64_t> ranks_in, at::Tensor gates_in)
-    : ranks(std::move(ranks_in)), state(at::zeros({sequences, layers, groups, pairs, pair_features(ranks)})), gates(std::move(gates_in)) {
+Traces::Traces(int64_t sequences, int64_t layers, int64_t groups, int64_t seq_len_in, Geometry geometry_in, std::vector<int64_t> ranks_in, at::Tensor gates_in)
+    : seq_len(seq_len_in), geometry(geometry_in), ranks(std::move(ranks_in)), tokens(at::zeros({sequences, seq_len}, at::kLong)), gates(std::move(gates_in)) {
+  const int64_t pairs = BlockTree(seq_len, geometry).num_pairs();
+  state = at::zeros({sequences, layers, groups, pairs, pair_features(ranks)});
   const auto choices = static_cast<int64_t>(ranks.size());
   damage = at::zeros({sequences, kDraws, layers, groups, 2, pairs, choices});
   gated_damage = at::zeros({sequences, kDraws, layers, groups, 2, pairs, choices, gates.size(0)});
@@ -21,7 +23,8 @@ Traces::Traces(int64_t sequences, int64_t layers, int64_t groups, int64_t pairs,
 
 Traces Traces::first(int64_t count) const {
   Traces some = *this;
-  for (const auto part : kBySequence) {
+  some.tokens = tokens.narrow(0, 0, count);
+  for (const auto part : kMeasured) {
     some.*part = (some.*part).narrow(0, 0, count);
   }
   return some;
@@ -37,7 +40,7 @@ void Traces::put(int64_t sequence, int64_t draw, int64_t first_group, const Cali
 }
 
 void Traces::save(const std::filesystem::path& file) const {
-  write_safetensors(file, {{"state", state}, {"gates", gates}, {"damage", damage}, {"gated_damage", gated_damage}, {"exact_entries", exact_entries}},
+  write_safetensors(file, {{"tokens", tokens}, {"state", state}, {"gates", gates}, {"damage", damage}, {"gated_damage", gated_damage}, {"exact_entries", exact_entries}},
                     {{"format", kFormat},
                      {"seq_len", std::to_string(seq_len)},
                      {"near_block", std::to_string(geometry.near_block)},
@@ -57,17 +60,19 @@ Traces Traces::load(const std::filesystem::path& path) {
   t.calibration = file.field("calibration");
   t.source = file.field("source");
   t.ranks = file.ranks();
+  t.tokens = file.tensor("tokens", at::kLong, 2);
   t.state = file.tensor("state", at::kFloat, 5);
   t.gates = file.tensor("gates", at::kDouble, 1);
   t.damage = file.tensor("damage", at::kFloat, 7);
   t.gated_damage = file.tensor("gated_damage", at::kFloat, 8);
   t.exact_entries = file.tensor("exact_entries", at::kFloat, 6);
   const auto s = t.state.sizes();
-  const Traces expected(s[0], s[1], s[2], s[3], t.ranks, t.gates);
+  check(ErrorKind::kModel, t.tokens.sizes() == at::IntArrayRef({s[0], t.seq_len}), path, ": \"tokens\" is ", t.tokens.sizes(), ", expected [", s[0], ", ",
+        t.seq_len, "]");
+  const Traces expected(s[0], s[1], s[2], t.seq_len, t.geometry, t.ranks, t.gates);
   const auto fits = [&](at::Tensor Traces::*x) { return (t.*x).sizes() == (expected.*x).sizes(); };
-  check(ErrorKind::kModel, std::all_of(kBySequence.begin(), kBySequence.end(), fits) && s[3] == BlockTree(t.seq_len, t.geometry).num_pairs(),
-        path, ": state ", s, ", damage ", t.damage.sizes(), ", gated_damage ", t.gated_damage.sizes(), " and exact_entries ", t.exact_entries.sizes(),
-        " do not fit each other, the ranks ", at::IntArrayRef(t.ranks), ", ", t.gates.size(0), " gates or ", t.seq_len, " tokens");
+  check(ErrorKind::kModel, std::all_of(kMeasured.begin(), kMeasured.end(), fits), path, ": state ", s, ", damage ", t.damage.sizes(),
+        ", gated_damage ", t.gated_damage.sizes(), " and exact_entries ", t.exact_entries.sizes(), " do not fit each other, the ranks ", at::IntArrayRef(t.ranks), ", ", t.gates.size(0), " gates or ", t.seq_len, " tokens");
   return t;
 }
 

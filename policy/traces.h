@@ -21,7 +21,7 @@ class Traces {
 
   Traces() = default;
   /// All zero.
-  Traces(int64_t sequences, int64_t layers, int64_t groups, int64_t pairs, std::vector<int64_t> ranks, at::Tensor gates);
+  Traces(int64_t sequences, int64_t layers, int64_t groups, int64_t seq_len, Geometry geometry, std::vector<int64_t> ranks, at::Tensor gates);
 
   int64_t seq_len = 0;
   Geometry geometry;
@@ -29,14 +29,15 @@ class Traces {
   std::string calibration;  ///< digest of the calibration whose bases the states are about
   std::string source;       ///< what they are recorded from and to be of when complete, for people and for going on
   std::vector<int64_t> ranks;
+  at::Tensor tokens;  ///< [sequences, seq_len] int64: with the model's embeddings what else could be seen of the texts
   at::Tensor state;   ///< [sequences, layers, groups, pairs, pair_features] float32
   at::Tensor gates;   ///< [gates] float64, as Calibration::gates
   at::Tensor damage;  ///< nats over a pair's queries, [sequences, draws, layers, groups, 2, pairs, ranks] float32
   at::Tensor gated_damage;   ///< the same behind each gate, [sequences, draws, layers, groups, 2, pairs, ranks, gates] float32
   at::Tensor exact_entries;  ///< share of a pair's entries that gates make exact, by score rank, [sequences, layers, groups, pairs, ranks + 1, gates] float32
 
-  /// What has a row for each sequence.
-  static constexpr std::array kBySequence = {&Traces::state, &Traces::damage, &Traces::gated_damage, &Traces::exact_entries};
+  /// What is measured of each sequence.
+  static constexpr std::array kMeasured = {&Traces::state, &Traces::damage, &Traces::gated_damage, &Traces::exact_entries};
 
   int64_t sequences() const { return state.size(0); }
   /// Views of the first so many sequences.
