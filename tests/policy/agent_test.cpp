@@ -164,14 +164,22 @@ TEST(RankAgent, SurvivesItsFile) {
 
 TEST(Traces, SurviveTheirFile) {
   const auto file = temporary("traces.safetensors");
-  const Traces t = traces(calibration(), 2, true);
+  Traces t = traces(calibration(), 2, true);
+  t.tokens.random_(1000);
   t.save(file);
   const Traces back = Traces::load(file);
-  EXPECT_TRUE(back.state.equal(t.state) && back.damage.equal(t.damage) && back.gated_damage.equal(t.gated_damage) && back.exact_entries.equal(t.exact_entries) && back.gates.equal(t.gates));
+  for (const auto part : Traces::kMeasured) {
+    EXPECT_TRUE((back.*part).equal(t.*part));
+  }
+  EXPECT_TRUE(back.tokens.equal(t.tokens) && back.gates.equal(t.gates));
   EXPECT_EQ(back.calibration, t.calibration);
   AgentTrainingOptions o = options();
   RankAgent agent(kLayers, kGroups, kRanks, 0, 1);
   EXPECT_NE(error_of(ErrorKind::kUsage, [&] { train_agent(agent, calibration(), {back}, o, nullptr); }).find("2 sequences"), std::string::npos);
+  Traces cut = t;
+  cut.tokens = cut.tokens.narrow(1, 1, kLength - 1).contiguous();
+  cut.save(temporary("cut.safetensors"));
+  EXPECT_NE(error_of(ErrorKind::kModel, [&] { Traces::load(temporary("cut.safetensors")); }).find("\"tokens\" is [2, 2047]"), std::string::npos);
   Calibration other = calibration();
   other.damage *= 2;
   o.held_out = 1;

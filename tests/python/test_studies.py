@@ -9,6 +9,7 @@ import unittest
 from pathlib import Path
 
 import numpy
+import safetensors
 
 from test_parity import BIN, HERE, SharedModel, run
 
@@ -191,6 +192,11 @@ class StudiesTest(SharedModel):
         traces, agents, out = self.folder / "traces.safetensors", self.folder / "agents", self.folder / "study_agent.json"
         run([BIN / "drrl-policy", "record", "--model", self.model, "--data", self.data, "--policy", self.policy, "--seq_len=300", "--calibration_tokens=1800",
              "--traces", traces, *SHAPE])
+        with safetensors.safe_open(traces, framework="numpy") as file:
+            recorded = file.get_tensor("tokens")
+        text = numpy.fromfile(f"{self.data}.bin", dtype=numpy.uint16)  # evenly spread windows of 300
+        windows = (len(text) - 1) // 300
+        numpy.testing.assert_array_equal(recorded, [text[i * windows // 6 * 300:][:300] for i in range(6)])
         table = run([sys.executable, LAUNCH / "study_agent.py", "--policy", self.policy, "--traces", traces, "--model", self.model, "--seeds", 2,
                      "--held_out", 2, "--validation", 2, "--build", BIN.parent, "--out", agents, "--json", out, "--", "--gates", "--fit_steps=20", "--reward_steps=20"])
         result = json.loads(out.read_text())
