@@ -9,7 +9,8 @@ sequences held out, at equal cost: the damage of `dp` [1e-3 nats per token], and
   refitted   dp with the damages of the training sequences, pair by pair: nothing looks at the text,
   agent      mean of the seeds, with the 95 % bootstrap interval over the sequences held out, of their means,
   oracle     choices by one measurement of the very sequence, judged by another one: noise misleads them,
-  bound      choices by all measurements, judged by the same: noise included, no policy can save more.
+  bound      choices by all measurements, judged by the same: noise included, no policy can save more,
+  worth      by how much larger a budget would bring `dp` where the oracle is, its damage interpolated between budgets.
 Then what can be foretold at all: by how much a pair's damage at the smallest rank, with the middle gate and without one, and the entries which that gate
 makes exact, differ from their mean over texts; share of the variance of the logarithm that linear regressions explain on sequences that they have not seen, each left
 out in turn (R^2; 0 or less: nothing),
@@ -47,6 +48,17 @@ def saved(dp, agent, seed=1, draws=10000):
 
 
 PENALTIES = (10, 100, 1000)  # of squared weights, beside squares summed over sequences and pairs
+
+
+def add_worth(rows):
+    """"worth" of each row: what more of the budget saves `dp` as much as the oracle saves; None where no larger budget was measured or
+    none spoils less."""
+    for row in rows:
+        larger = [other for other in rows if other["seq_len"] == row["seq_len"] and other["budget"] > row["budget"]]
+        above = min(larger, key=lambda other: other["budget"], default=None)
+        row["worth"] = None
+        if above and above["dp"] < row["dp"]:
+            row["worth"] = float(numpy.log(1 - row["oracle"]) / numpy.log(above["dp"] / row["dp"]) * (above["budget"] - row["budget"]))
 
 
 def explained(features, target, out):
@@ -155,7 +167,7 @@ def main():
         runs = [train(arguments, seed, folder) for seed in range(1, arguments.seeds + 1)]
     rows = []
     print("trusted by", ", ".join(f"{run['agent_strength']:g}" for run in runs), f"(seeds 1 to {arguments.seeds})")
-    print(f"{'L':>6} {'budget':>7} {'dp':>8} {'refitted':>9} {'agent':>8}  95 % interval     {'oracle':>8} {'bound':>8}")
+    print(f"{'L':>6} {'budget':>7} {'dp':>8} {'refitted':>9} {'agent':>8}  95 % interval     {'oracle':>8} {'bound':>8} {'worth':>8}")
     for reports in zip(*(run["held_out"] for run in runs)):
         first = reports[0]
         dp, agent = numpy.array(first["dp"]), numpy.mean([report["agent"] for report in reports], axis=0)
@@ -163,9 +175,12 @@ def main():
                "agents": [float(1 - sum(report["agent"]) / dp.sum()) for report in reports],
                **{name: 1 - first[name] / float(dp.mean()) for name in ("refitted", "oracle", "bound")}}
         rows.append(row)
+    add_worth(rows)
+    for row in rows:
         share, low, high = (100 * x for x in row["agent"])
+        worth = "" if row["worth"] is None else f"{row['worth']:+8.3f}"
         print(f"{row['seq_len']:6} {row['budget']:7} {1e3 * row['dp']:8.3f} {100 * row['refitted']:+7.1f} % {share:+6.1f} %  {low:+6.1f} .. {high:+5.1f} % "
-              f"{100 * row['oracle']:+6.1f} % {100 * row['bound']:+6.1f} %")
+              f"{100 * row['oracle']:+6.1f} % {100 * row['bound']:+6.1f} % {worth}")
     embeddings = input_embeddings(arguments.model)
     told = {str(file): foretold(file, embeddings) for file in arguments.traces}
     for file, what in told.items():

@@ -207,6 +207,10 @@ class StudiesTest(SharedModel):
             self.assertLessEqual(row["agent"][1], row["agent"][0] + 1e-12)
             self.assertGreaterEqual(row["bound"], max(row["oracle"], row["refitted"], *row["agents"]))  # nobody can save more than hindsight
             self.assertIn(f"{1e3 * dp:8.3f}", table)
+        first, *_, last = result["rows"]
+        self.assertIsNone(last["worth"])
+        if first["worth"] is not None:
+            self.assertEqual(first["worth"] > 0, first["oracle"] > 0)
         (told,) = result["foretold"].values()
         self.assertEqual(set(told), {"entries", "scores", "scores, gate", "values", "values, gate"})
         self.assertTrue(all(set(of) == {"states", "text", "both", "past"} and max(of.values()) < 1 for of in told.values()))
