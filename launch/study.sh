@@ -30,8 +30,8 @@ drrl_build drrl-eval drrl-policy
 drrl_prepare
 
 if [ "$quick" ]; then
-  out=out/study-quick length=2048 calibration_tokens=4096 trace_tokens=8192 lengths=(2048) policy_tokens=8192
-  seeds=2 held_out=1 validation=2 budgets=(0.5 0.7) energies=(0.99) updates=(0 1 -1) tokens=4096 blocks=(256)
+  out=out/study-quick length=1024 calibration_tokens=4096 trace_tokens=4096 lengths=(1024 2048) policy_tokens=4096
+  seeds=2 held_out=1 validation=2 budgets=(0.6 0.8) energies=(0.99) updates=(0 1 -1) tokens=4096 blocks=(256)
 else
   out=out/study length=4096 calibration_tokens=16384 trace_tokens=65536 lengths=(2048 8192) policy_tokens=32768
   seeds=5 held_out=4 validation=4 budgets=(0.3 0.4 0.5 0.585 0.7 0.8) energies=(0.9 0.99 0.999) updates=(0 1 2 4 -1) tokens=32768 blocks=(64 256)
