@@ -32,9 +32,11 @@ drrl_prepare
 if [ "$quick" ]; then
   out=out/study-quick length=1024 calibration_tokens=4096 trace_tokens=4096 lengths=(1024 2048) policy_tokens=4096
   seeds=2 held_out=1 validation=2 budgets=(0.6 0.8) energies=(0.99) updates=(0 1 -1) tokens=4096 blocks=(256)
+  budget=0.8 update_budgets=(0.8)
 else
   out=out/study length=4096 calibration_tokens=16384 trace_tokens=65536 lengths=(2048 8192) policy_tokens=32768
   seeds=5 held_out=4 validation=4 budgets=(0.3 0.4 0.5 0.585 0.7 0.8) energies=(0.9 0.99 0.999) updates=(0 1 2 4 -1) tokens=32768 blocks=(64 256)
+  budget=0.585 update_budgets=(0.4 0.585)
 fi
 bin=build/$DRRL_PRESET/bin
 shape=(--near_block=128 --basis_updates=1)
@@ -71,11 +73,11 @@ for name in "${studies[@]}"; do
         --markdown "$out/policies.md"
       ;;
     jargon) study jargon policies jargon --seq_len $length --budgets "${budgets[@]}" --energies "${energies[@]}" --max_tokens $tokens --markdown "$out/jargon.md" ;;
-    updates) study updates updates kjv-valid --seq_len $length --updates "${updates[@]}" --max_tokens $tokens ;;
-    ranks) study ranks ranks kjv-valid --seq_len $length --max_tokens $tokens --out "$out/ranks" ;;
+    updates) study updates updates kjv-valid --seq_len $length --budgets "${update_budgets[@]}" --updates "${updates[@]}" --max_tokens $tokens ;;
+    ranks) study ranks ranks kjv-valid --seq_len $length --budget $budget --max_tokens $tokens --out "$out/ranks" ;;
     ablations)
-      study ablations ablations kjv-valid --seq_len $length --max_tokens $tokens --time --near_blocks "${blocks[@]}" --calibration_data "$DRRL_DATA/kjv-train" \
-        --calibration_seq_len $length --calibration_tokens $calibration_tokens --calibrations "$out/calibrations"
+      study ablations ablations kjv-valid --seq_len $length --budget $budget --max_tokens $tokens --time --near_blocks "${blocks[@]}" \
+        --calibration_data "$DRRL_DATA/kjv-train" --calibration_seq_len $length --calibration_tokens $calibration_tokens --calibrations "$out/calibrations"
       ;;
   esac
 done
