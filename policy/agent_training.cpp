@@ -194,12 +194,12 @@ double trusted_strength(RankAgent& agent, const std::vector<Length>& lengths, co
   std::vector<std::vector<double>> untrusted;  // damages at strength 0, of each length and budget, by sequence
   for (const double strength : {0.0, 0.25, 0.5, 0.75, 1.0}) {
     agent.set_strength(strength);
-    double gain = 0, unwatched = 0, variance = 0;  // of the logarithm of the damage, summed over lengths and budgets; if states and network were free
+    double change = 0, variance = 0, unwatched = 0;  // of the logarithm of the damage, summed over lengths and budgets; if states and network were free
     size_t run = 0;
     for (const Length& l : lengths) {
       const Choice estimate = estimate_of(agent, l.validation), truth = measured(l.validation);
       const int64_t sequences = l.validation.sequences;
-      std::vector<double> shares(static_cast<size_t>(sequences), 0);  // what each sequence adds to the gain
+      std::vector<double> shares(static_cast<size_t>(sequences), 0);  // what each sequence adds to the change
       for (const double budget : l.budgets) {
         const auto damages = [&](double watching) {
           return outcome(estimate, truth, sequences, price_for(estimate, truth, sequences, budget * l.exact - l.fixed - watching)).damages;
@@ -210,7 +210,7 @@ double trusted_strength(RankAgent& agent, const std::vector<Length>& lengths, co
         }
         const std::vector<double>& before = untrusted[run++];
         const double mean = mean_damage(met), mean_before = mean_damage(before);
-        gain += std::log(mean / mean_before);
+        change += std::log(mean / mean_before);
         unwatched += std::log(mean_damage(damages(0)) / mean_before);
         for (size_t i = 0; i < shares.size(); ++i) {
           shares[i] += met[i] / mean - before[i] / mean_before;
@@ -219,11 +219,11 @@ double trusted_strength(RankAgent& agent, const std::vector<Length>& lengths, co
       variance += std::inner_product(shares.begin(), shares.end(), shares.begin(), 0.0) / static_cast<double>(sequences * (sequences - 1));
     }
     const double error = std::sqrt(variance);
-    log(c10::str("strength ", strength, ": validation damage e^(", gain, " +- ", error, ") of that of the calibration's choices, were states and network free e^",
+    log(c10::str("strength ", strength, ": validation damage e^(", change, " +- ", error, ") of that of the calibration's choices, were states and network free e^",
                  unwatched));
-    if (gain + kErrors * error < least) {
+    if (change + kErrors * error < least) {
       best = strength;
-      least = gain + kErrors * error;
+      least = change + kErrors * error;
     }
   }
   return best;

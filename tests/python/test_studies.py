@@ -148,7 +148,7 @@ class StudiesTest(SharedModel):
                 self.assertNotEqual(row["sequence_nll"], dp["sequence_nll"], name)
             self.assertNotEqual(row["attention"], dp["attention"], name)
         for name in ("no residual factors", "unweighted Grams"):
-            self.assertEqual(rows[name]["operations"], dp["operations"])
+            self.assertAlmostEqual(rows[name]["operations"], dp["operations"], delta=1e-4)  # the same, but for entries that gates happen to make exact
         self.assertGreater(rows["guard"]["guard_violations"], 0)
         self.assertGreater(rows["guard"]["operations"], dp["operations"])
         self.assertIn("no sinks", self.pictures("study_ablations")["study_ablations.svg"])
