@@ -17,8 +17,8 @@ sequences.
                          --calibration_tokens and --calibration_seq_len as it had them
 
 Of the paper's ablations (arXiv 2512.15973) three have nothing to switch off here. No reward shaping: the agent learns from every rank's measured damage, not from a shaped
-reward. No convolution features: its state is made of Grams and starting bases, none of embeddings, which tell nothing that Grams do not (study_agent.py). No perturbation features: what starting bases lose is
-all that its state says about the text, but for the sizes of scores and values.
+reward. No convolution features: its state is made of Grams and starting bases, none of embeddings, which tell nothing that Grams do not (study_agent.py). No perturbation
+features: what starting bases lose is all that its state says about the text, but for the sizes of scores and values.
 
 Prints and writes for each the increase of perplexity over exact attention and over `dp` itself, 95 % bootstrap intervals over sequences, operations, and with --time
 the time of attention over exact attention's. Exit status: 0 measured, 1 a run failed.
