@@ -147,8 +147,11 @@ class StudiesTest(SharedModel):
             if name not in ("greedy", "no gates"):  # which for a model so small find the same ranks, and gates that no entry passes
                 self.assertNotEqual(row["sequence_nll"], dp["sequence_nll"], name)
             self.assertNotEqual(row["attention"], dp["attention"], name)
-        for name in ("no residual factors", "unweighted Grams"):
-            self.assertAlmostEqual(rows[name]["operations"], dp["operations"], delta=1e-4)  # the same, but for entries that gates happen to make exact
+        for ablated in ("residual", "mass"):  # without gates, which make exact what they meet
+            out = self.folder / "ablated.json"
+            run([BIN / "drrl-eval", "--model", self.model, "--data", self.data, "--policy", self.policy, "--attention=lowrank", "--rank_policy=dp",
+                 "--rank_budget=0.9", "--seq_len=300", "--max_tokens=900", f"--ablate={ablated}", *SHAPE, "--json", out])
+            self.assertEqual(json.loads(out.read_text())["attention_flops_fraction"], rows["no gates"]["operations"])
         self.assertGreater(rows["guard"]["guard_violations"], 0)
         self.assertGreater(rows["guard"]["operations"], dp["operations"])
         self.assertIn("no sinks", self.pictures("study_ablations")["study_ablations.svg"])
