@@ -97,6 +97,9 @@ Totals reduce(const Totals& mine, const Mesh& mesh) {
   all.attention.solve_ms = at_index(times, 1);
   if (!mine.sequence_nll.empty()) {
     all.sequence_nll = merge(mine.sequence_nll, mesh);
+    for (size_t i = 0; i < all.sequence_nll.size(); ++i) {
+      check_loss(static_cast<int64_t>(i), all.sequence_nll[i]);
+    }
   }
   return all;
 }

@@ -175,7 +175,9 @@ class Measurement {
   /// One backward pass over a sequence with labels of the model's own: adds to what the controller has measured.
   void measure(int64_t sequence) {
     const at::Tensor x = tokens(sequence);
-    model->loss(x, sampled_labels(*model, x)).loss_sum.backward();
+    const at::Tensor loss = model->loss(x, sampled_labels(*model, x)).loss_sum;
+    check_loss(sequence, loss.item<double>());
+    loss.backward();
     model->parameters().front().value.mutable_grad().reset();
   }
 

@@ -9,7 +9,7 @@ enum class ExitCode : int {
   kSuccess = 0,
   kUnexpected = 1,     ///< an exception that is not drrl::Error: out of memory, a tensor contract, a bug
   kUsage = 2,          ///< unknown flag, bad value, options that contradict each other or the model
-  kModel = 3,          ///< model directory missing, damaged or not supported
+  kModel = 3,          ///< model directory missing, damaged or not supported; likewise policy, trace and latency files
   kData = 4,           ///< token file missing, damaged, too short, or with tokens beyond the vocabulary
   kCheckpoint = 5,     ///< checkpoint damaged or of another run
   kStorage = 6,        ///< disk full, no permission

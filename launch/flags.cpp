@@ -8,6 +8,8 @@
 
 #include <gflags/gflags.h>
 
+#include <cmath>
+
 DEFINE_string(model, "", "Hugging Face model directory (config.json, *.safetensors)");
 DEFINE_string(data, "", "token file, without .bin or .idx (Megatron's format; launch/prepare.py text writes it)");
 DEFINE_int64(seq_len, 2048, "length of a sequence, at most the model's max_position_embeddings [tokens]");
@@ -76,6 +78,11 @@ MeshShape mesh_flags(const Environment& environment) {
 void check_whole_groups(const std::string& what, int64_t tp, const ModelConfig& config) {
   check(ErrorKind::kUsage, tp <= config.num_key_value_heads, what, " needs whole KV groups on each process, --tp=", tp, " is more than the ",
         config.num_key_value_heads, " KV heads of ", FLAGS_model);
+}
+
+void check_loss(int64_t sequence, double loss) {
+  check(ErrorKind::kNumerics, std::isfinite(loss), "the loss of sequence ", sequence, " of ", FLAGS_data, " is ", loss, ", expected a finite one: weights of ", FLAGS_model,
+        " are not finite, or too large for --dtype=", FLAGS_dtype);
 }
 
 void check_seq_len(const ModelConfig& config) {

@@ -54,6 +54,9 @@ MeshShape mesh_flags(const Environment& environment);
 struct ModelConfig;
 void check_seq_len(const ModelConfig& config);
 
+/// Errors: Error(kNumerics) unless `loss` of the `sequence`-th sequence of --data under --model is finite.
+void check_loss(int64_t sequence, double loss);
+
 /// Errors: Error(kUsage) if `tp` processes are more than --model has KV heads, of which `what` needs whole groups.
 void check_whole_groups(const std::string& what, int64_t tp, const ModelConfig& config);
 

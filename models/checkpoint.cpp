@@ -256,6 +256,8 @@ void CheckpointWriter::prune(int64_t keep_last) const {
   std::for_each(leftovers.begin(), leftovers.end(), remove_quietly);
 }
 
+bool CheckpointReader::any(const fs::path& root) { return path_exists(root / kLatest, kKind) || !steps_in(root).empty(); }
+
 std::optional<fs::path> CheckpointReader::latest(const fs::path& root) {
   const fs::path pointer = root / kLatest;
   if (!path_exists(pointer, kKind)) {
@@ -265,9 +267,9 @@ std::optional<fs::path> CheckpointReader::latest(const fs::path& root) {
   while (!text.empty() && (text.back() == '\n' || text.back() == '\r' || text.back() == ' ')) {
     text.pop_back();
   }
-  check(kKind, step_of(text).has_value(), pointer, " says \"",
-        c10::str(Json(text).dump(-1, ' ', true, Json::error_handler_t::replace)),
-        "\"; expected the name of a checkpoint folder such as ", folder_name(120));
+  check(kKind, step_of(text).has_value(), pointer, " says ",
+        Json(text).dump(-1, ' ', true, Json::error_handler_t::replace),
+        "; expected the name of a checkpoint folder such as ", folder_name(120));
   return root / text;
 }
 

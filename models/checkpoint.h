@@ -91,7 +91,10 @@ class CheckpointReader {
   static CheckpointReader open(const std::filesystem::path& path, const Options& options);
   static CheckpointReader open(const std::filesystem::path& path) { return open(path, Options()); }
 
-  /// The folder that `latest` of `root` names; none if nothing was ever saved there.
+  /// Whether something was saved in `root`, sound or not: a file `latest`, or a folder with the name of a checkpoint.
+  static bool any(const std::filesystem::path& root);
+
+  /// The folder that `latest` of `root` names; none if there is no such file.
   static std::optional<std::filesystem::path> latest(const std::filesystem::path& root);
 
   const std::filesystem::path& directory() const noexcept { return directory_; }

@@ -12,6 +12,7 @@ namespace drrl {
 namespace {
 
 int64_t choose(const at::Tensor& logits, const GenerationOptions& options, at::Generator& generator) {
+  check(ErrorKind::kNumerics, at::isfinite(logits).all().item<bool>(), "the logits of the next token are not finite");
   if (options.temperature == 0.0) {
     return logits.argmax().item<int64_t>();
   }

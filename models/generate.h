@@ -21,7 +21,7 @@ struct Generation {
 };
 
 /// Continues `prompt` [P] int64. Collective over the model's tensor-parallel ranks, which all get the same tokens.
-/// Errors: Error(kUsage) on options out of range, or when prompt and tokens exceed the model's positions.
+/// Errors: Error(kUsage) on options out of range, or when prompt and tokens exceed the model's positions; Error(kNumerics) on logits that are not finite.
 Generation generate(CausalLM& model, const at::Tensor& prompt, const GenerationOptions& options);
 
 }  // namespace drrl

@@ -321,9 +321,9 @@ void CausalLM::load(const std::filesystem::path& hf_dir) {
     for (size_t i = 0; i < layouts.size(); ++i) {
       for (const WeightPart& part : layouts[i].parts) {
         const std::string name = stored_name(part.name);
-        check(ErrorKind::kModel, store.contains(name), hf_dir.string(), ": no tensor ", part.name,
+        check(ErrorKind::kModel, store.contains(name), store.path(), ": no tensor ", part.name,
               ", which config.json calls for");
-        check(ErrorKind::kModel, store.shape(name) == part.shape, hf_dir.string(), ": tensor ", name, " has shape ",
+        check(ErrorKind::kModel, store.shape(name) == part.shape, store.path(), ": tensor ", name, " has shape ",
               at::IntArrayRef(store.shape(name)), ", config.json says ", at::IntArrayRef(part.shape));
         region(parameters_[i].value, part)
             .copy_(store.slice(name, part.dim, part.start, part.length, parameters_[i].value.scalar_type()));
@@ -334,7 +334,7 @@ void CausalLM::load(const std::filesystem::path& hf_dir) {
       const bool constant = name.ends_with(".rotary_emb.inv_freq") ||  // tables that old exports hold
                             (config_.is_gpt2() && (name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias")));
       check(ErrorKind::kModel, used.contains(name) || constant || (name == "lm_head.weight" && config_.tie_word_embeddings),
-            hf_dir.string(), ": tensor ", name, " has no place in the model that config.json describes");
+            store.path(), ": tensor ", name, " has no place in the model that config.json describes");
     }
   });
   source_ = hf_dir;

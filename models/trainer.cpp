@@ -264,7 +264,7 @@ struct Trainer::Impl {
     const bool has_output = !options.output.empty();
     if (has_output) {
       // World rank 0 looks, all of them hear: a shared file system may show the folder late to some.
-      const bool exists = leader() && CheckpointReader::latest(options.output / "checkpoints").has_value();
+      const bool exists = leader() && CheckpointReader::any(options.output / "checkpoints");
       const bool any = sum_over_world({exists ? 1.0 : 0.0})[0] > 0;
       check(ErrorKind::kUsage, options.resume || !any, options.output.string(),
             " already holds checkpoints: resume that run, or choose another output folder");

@@ -195,7 +195,7 @@ std::optional<TrainingPosition> restore_training_state(const std::filesystem::pa
   std::string failure;
   if (world.rank() == 0) {
     try {
-      if (CheckpointReader::latest(root)) {
+      if (CheckpointReader::any(root)) {
         CheckpointReader::Options options;
         options.on_fallback = warn ? warn : [](const std::string&) {};
         chosen = CheckpointReader::open(root, options).directory().string();

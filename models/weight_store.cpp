@@ -17,7 +17,7 @@ bool is_plain_file_name(const std::string& name) {
 WeightStore WeightStore::open(const std::filesystem::path& directory) {
   constexpr ErrorKind kind = ErrorKind::kModel;
   check(kind, is_folder(directory, kind), directory, " is not a folder; expected a Hugging Face model directory");
-  WeightStore store(directory);
+  WeightStore store;
   const auto adopt = [&](const std::filesystem::path& path) -> SafetensorsFile& {
     return store.files_.emplace_back(path, kind);
   };
@@ -25,6 +25,7 @@ WeightStore WeightStore::open(const std::filesystem::path& directory) {
   const std::filesystem::path single = directory / "model.safetensors";
   const std::filesystem::path index = directory / "model.safetensors.index.json";
   if (path_exists(single, kind)) {
+    store.path_ = single;
     for (const auto& [name, entry] : adopt(single).entries()) {
       store.owner_.emplace(name, 0);
     }
@@ -40,6 +41,7 @@ WeightStore WeightStore::open(const std::filesystem::path& directory) {
             : "");
   }
 
+  store.path_ = index;
   Json listing;
   try {
     listing = Json::parse(read_text(index, kind));
@@ -55,6 +57,7 @@ WeightStore WeightStore::open(const std::filesystem::path& directory) {
     const auto file = value.get<std::string>();
     const auto [position, fresh] = numbers.emplace(file, store.files_.size());
     if (fresh) {
+      check(kind, path_exists(directory / file, kind), index, " says that tensor ", quoted(name), " is in ", quoted(file), ", but there is no such file");
       adopt(directory / file);
     }
     check(kind, store.files_[position->second].contains(name), index, " says that tensor ", quoted(name), " is in ", quoted(file),
@@ -74,7 +77,7 @@ std::vector<std::string> WeightStore::names() const {
 
 const SafetensorsFile& WeightStore::file_of(const std::string& name) const {
   const auto found = owner_.find(name);
-  check(ErrorKind::kModel, found != owner_.end(), directory_, " has no tensor ", quoted(name), " (it has ", owner_.size(),
+  check(ErrorKind::kModel, found != owner_.end(), path_, " has no tensor ", quoted(name), " (it has ", owner_.size(),
         " others)");
   return files_[found->second];
 }

@@ -12,7 +12,8 @@ class WeightStore {
  public:
   static WeightStore open(const std::filesystem::path& directory);
 
-  std::vector<std::string> names() const;  ///< sorted
+  const std::filesystem::path& path() const { return path_; }  ///< of the only file, or of the index of several
+  std::vector<std::string> names() const;                      ///< sorted
   bool contains(const std::string& name) const { return owner_.contains(name); }
   const std::vector<int64_t>& shape(const std::string& name) const;
   at::ScalarType dtype(const std::string& name) const;
@@ -23,10 +24,10 @@ class WeightStore {
                    at::ScalarType dtype = at::kFloat) const;
 
  private:
-  explicit WeightStore(std::filesystem::path directory) : directory_(std::move(directory)) {}
+  WeightStore() = default;
   const SafetensorsFile& file_of(const std::string& name) const;
 
-  std::filesystem::path directory_;
+  std::filesystem::path path_;  // model.safetensors, or the index of several files
   std::vector<SafetensorsFile> files_;
   std::map<std::string, size_t> owner_;  // tensor name -> index in files_
 };

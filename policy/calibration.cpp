@@ -178,6 +178,9 @@ Calibration Calibration::load(const std::filesystem::path& path) {
     c.gates = file.tensor("gates", at::kDouble, 1);
     c.gated_damage = file.tensor("gated_damage", at::kDouble, 6);
     c.exact_entries = file.tensor("exact_entries", at::kDouble, 5);
+    const at::Tensor shares = at::constant_pad_nd(at::constant_pad_nd(c.gates, {1, 0}), {0, 1}, 1);
+    check(kind, (shares.diff() > 0).all().item<bool>(), path, ": \"gates\" are ",
+          at::ArrayRef(c.gates.const_data_ptr<double>(), static_cast<size_t>(c.gates.numel())), ", expected shares between 0 and 1, ascending");
     const int64_t choices = c.damage.size(4) + 1, gates = c.gates.size(0);
     check(kind, c.gated_damage.sizes() == at::IntArrayRef({c.layers(), c.groups(), 2, c.levels(), choices - 1, gates}) &&
                     c.exact_entries.sizes() == at::IntArrayRef({c.layers(), c.groups(), c.levels(), choices, gates}),

@@ -69,6 +69,7 @@ Traces Traces::load(const std::filesystem::path& path) {
   const auto s = t.state.sizes();
   check(ErrorKind::kModel, t.tokens.sizes() == at::IntArrayRef({s[0], t.seq_len}), path, ": \"tokens\" is ", t.tokens.sizes(), ", expected [", s[0], ", ",
         t.seq_len, "]");
+  check(ErrorKind::kModel, (t.tokens >= 0).all().item<bool>(), path, ": \"tokens\" holds a negative one, ", t.tokens.min().item<int64_t>());
   const Traces expected(s[0], s[1], s[2], t.seq_len, t.geometry, t.ranks, t.gates);
   const auto fits = [&](at::Tensor Traces::*x) { return (t.*x).sizes() == (expected.*x).sizes(); };
   check(ErrorKind::kModel, std::all_of(kMeasured.begin(), kMeasured.end(), fits), path, ": state ", s, ", damage ", t.damage.sizes(),

@@ -382,6 +382,21 @@ TEST(Checkpoint, RenamedFolderIsFound) {
                [&] { CheckpointReader::open(folder / "step-00000009"); });
 }
 
+TEST(Checkpoint, WithoutLatestTheNewestIsFound) {
+  const TemporaryDirectory folder;
+  EXPECT_FALSE(CheckpointReader::any(folder.path()));
+  save(folder.path(), 1);
+  save(folder.path(), 2);
+  fs::remove(folder / "latest");
+  EXPECT_TRUE(CheckpointReader::any(folder.path()));
+  expect_error(ErrorKind::kCheckpoint, {"neither a file \"latest\""}, [&] { CheckpointReader::open(folder.path()); });
+  std::string said;
+  CheckpointReader::Options options;
+  options.on_fallback = [&](const std::string& text) { said += text; };
+  EXPECT_EQ(CheckpointReader::open(folder.path(), options).step(), 2);
+  EXPECT_NE(said.find("neither a file \"latest\""), std::string::npos) << said;
+}
+
 TEST(Checkpoint, DamagedLatestIsNamed) {
   const TemporaryDirectory folder;
   save(folder.path(), 1);

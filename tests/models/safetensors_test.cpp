@@ -339,7 +339,7 @@ TEST(WeightStore, BadDirectoriesAreRefusedByName) {
     expect_error(ErrorKind::kModel, {"\"a\"", "not the name of a file in the same folder"}, open);
   }
   index(R"({"weight_map":{"a":"gone.safetensors"}})");
-  expect_error(ErrorKind::kModel, {"gone.safetensors", "No such file"}, open);
+  expect_error(ErrorKind::kModel, {"index.json", "\"a\"", "\"gone.safetensors\"", "no such file"}, open);
   index(R"({"weight_map":{"b":"s.safetensors"}})");
   expect_error(ErrorKind::kModel, {"\"b\"", "\"s.safetensors\"", "not there"}, open);
 }
