@@ -422,7 +422,7 @@ ExitCode evaluate(const Environment& environment) {
     data.emplace(file, 0, file->tokens(), FLAGS_seq_len, FLAGS_seed);
     windows = data->windows();
     if (FLAGS_max_tokens > 0) {
-      windows = std::min(windows, (FLAGS_max_tokens + FLAGS_seq_len - 1) / FLAGS_seq_len);
+      windows = std::min(windows, (FLAGS_max_tokens - 1) / FLAGS_seq_len + 1);
     }
   }
 

@@ -126,7 +126,7 @@ class Measurement {
     check(ErrorKind::kUsage, !ranks.empty(), "a head_dim of ", config.head_dim, " has no smaller ranks to calibrate");
     const auto file = open_token_file(FLAGS_data, config, environment);
     data_.emplace(file, 0, file->tokens(), FLAGS_seq_len, FLAGS_seed);
-    windows = std::min(data_->windows(), (FLAGS_calibration_tokens + FLAGS_seq_len - 1) / FLAGS_seq_len);
+    windows = std::min(data_->windows(), (FLAGS_calibration_tokens - 1) / FLAGS_seq_len + 1);
     mesh_.emplace(create_mesh(environment, shape_, device));
   }
 

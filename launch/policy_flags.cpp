@@ -23,8 +23,9 @@
 namespace drrl {
 
 Geometry geometry_flags() {
-  check(ErrorKind::kUsage, FLAGS_near_block >= 1, "--near_block must be at least 1, got ", FLAGS_near_block);
-  check(ErrorKind::kUsage, FLAGS_sink_tokens >= 0, "--sink_tokens must not be negative, got ", FLAGS_sink_tokens);
+  constexpr int64_t kMostTokens = int64_t{1} << 32;
+  check(ErrorKind::kUsage, FLAGS_near_block >= 1 && FLAGS_near_block <= kMostTokens, "--near_block must lie in [1, 2^32], got ", FLAGS_near_block);
+  check(ErrorKind::kUsage, FLAGS_sink_tokens >= 0 && FLAGS_sink_tokens <= kMostTokens, "--sink_tokens must lie in [0, 2^32], got ", FLAGS_sink_tokens);
   return {FLAGS_near_block, FLAGS_sink_tokens};
 }
 

@@ -57,7 +57,8 @@ int64_t usable_cores() {
 }
 
 void set_threads(const Environment& environment) {
-  check(ErrorKind::kUsage, FLAGS_threads >= 0, "--threads must not be negative, got ", FLAGS_threads);
+  constexpr int64_t kMostThreads = 65536;
+  check(ErrorKind::kUsage, FLAGS_threads >= 0 && FLAGS_threads <= kMostThreads, "--threads must lie in [0, ", kMostThreads, "], got ", FLAGS_threads);
   if (FLAGS_threads == 0 && std::getenv("OMP_NUM_THREADS") != nullptr) {
     return;  // the user, or torchrun, has decided
   }

@@ -217,7 +217,7 @@ struct Trainer::Impl {
     }
     int64_t windows = validation->windows();
     if (options.eval_tokens > 0) {
-      windows = std::min(windows, (options.eval_tokens + validation->seq_len() - 1) / validation->seq_len());
+      windows = std::min(windows, (options.eval_tokens - 1) / validation->seq_len() + 1);
     }
     const Share share = partition(windows, mesh.dp().size(), mesh.dp().rank());
     double nll = 0;
