@@ -587,7 +587,8 @@ def parse_split(text):
 def split_documents(documents, split, seed):
     """Deal whole documents out, in an order fixed by their contents and the seed, until each part has its share of tokens."""
     if len(documents) < len(split):
-        raise BadInput(f"{len(documents)} documents cannot be split into {len(split)} parts")
+        raise BadInput(f"{len(documents)} documents cannot be split into {len(split)} parts: part them by form feeds, or leave --split out, as drrl-train can "
+                       "set the end of its text aside (--valid_fraction)")
     order = sorted(range(len(documents)),
                    key=lambda i: hashlib.sha256(f"{seed}:{i}:".encode() + documents[i].tobytes()).digest())
     names = sorted(split, key=split.get)  # the smallest share first: a small part must not end up empty

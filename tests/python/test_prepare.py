@@ -208,7 +208,7 @@ class TextTest(unittest.TestCase):
         self.refused(self.text(self.write("bad.jsonl", '{"text": "a"}\n{"txt": "b"}\n')), "bad.jsonl", "line 2")
         self.refused(self.text(self.write("bad.jsonl", '{"text": 3}\n')), "bad.jsonl", "line 1")
         self.refused(self.text(good, options=["--split", "train=0.5,valid=0.6"]), "add up to 1")
-        self.refused(self.text(good, options=["--split", "train=0.5,valid=0.5"]), "1 documents", "2 parts")
+        self.refused(self.text(good, options=["--split", "train=0.5,valid=0.5"]), "1 documents", "2 parts", "form feeds", "--valid_fraction")
         self.refused(self.text(good, options=["--eod", "<nope>"]), "<nope>")
         byte_tokenizer(self.model, vocab_size=50)
         self.refused(self.text(good), "token", "50")
