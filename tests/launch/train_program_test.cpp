@@ -346,6 +346,12 @@ TEST_F(TrainProgram, SigtermSavesAndARestartGoesOnBitForBit) {
 
   expect_failure(command(output() + many), ExitCode::kUsage, {"already holds checkpoints"});
   expect_failure(command(output() + many + "--resume --lr=2e-2"), ExitCode::kCheckpoint, {"lr: 0.01 -> 0.02"});
+
+  std::filesystem::remove(own_ / "out/checkpoints/latest");
+  expect_failure(command(output() + many), ExitCode::kUsage, {"already holds checkpoints"});
+  const Ended found = interrupt("exec " + command(output() + many + "--resume"), "INT");
+  EXPECT_EQ(found.code, static_cast<int>(ExitCode::kInterrupted)) << found.output;
+  EXPECT_NE(found.output.find("resumed after step"), std::string::npos) << found.output;
 }
 
 TEST_F(TrainProgram, UnderMpirunSigusr1SavesAndStops) {
