@@ -10,7 +10,8 @@ one of . , ; : ! ?). The word occurs in the context, but not among its last `nea
 has looked far back. Words whose tokens do not begin and end with them are left out. Of all such places `count` are drawn, at most one of a sentence.
 
 passkey: "The pass key is 48213. Remember it." in a haystack of `length` tokens of text, at depths of 0.1, 0.2, .. 0.9 in turn, and the question at the end;
-the target is the five digits. Haystacks begin at random tokens of the documents, put one after the other.
+the target is the five digits. Where both are more tokens than the model's positions, the haystack is cut. Haystacks begin at random tokens of the documents, put one
+after the other.
 
 sentiment: is a sentence about a film negative or positive? Labelled sentences, as many as `length` tokens hold (the first is cut), then one without its label, and both labels
 as targets. Sentences whose mean rating is within 1 of neutral are left out, half of the questions are of each label, and no question is among the labelled
@@ -28,6 +29,7 @@ wrong usage, 3 wrong or missing input.
 import argparse
 import bisect
 import json
+import math
 import random
 import re
 import sys
@@ -125,24 +127,32 @@ def command_lastword(options):
     return examples
 
 
+def positions_of(model):
+    """The longest text, target included, that the model takes; inf if it does not say."""
+    config = Path(model) / "config.json"
+    values = json.loads(config.read_text()) if config.is_file() else {}
+    return values.get("max_position_embeddings", values.get("n_positions", math.inf))
+
+
 def command_passkey(options):
     tokenizer = load_tokenizer(options.model)
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
     text = [token for _, document in read_named_documents(options.input) for token in encode(document)]
     draw = random.Random(options.seed)
-    examples = []
+    examples, positions = [], positions_of(options.model)
     for number in range(options.count):
         key, depth = f"{draw.randrange(10000, 100000)}", DEPTHS[number % len(DEPTHS)]
         opening, needle, question, answered = (encode(part) for part in (OPENING, NEEDLE.format(key=key), QUESTION, QUESTION + key))
         if answered[:len(question)] != question:  # tokens across the border: what they share with the question is asked
             question = question[:next(i for i, (a, b) in enumerate(zip(question, answered)) if a != b)]
-        room = options.length - len(opening) - len(needle) - len(question)
+        target = answered[len(question):]
+        room = min(options.length, positions - len(target)) - len(opening) - len(needle) - len(question)
         if room < 1 or room > len(text):
             raise BadInput(f"--length {options.length} leaves {room} tokens of text beside needle and question, expected 1 to {len(text)}, all that there is")
         start, at = draw.randrange(len(text) - room + 1), round(depth * room)
         hay = text[start:start + room]
         examples.append({"id": f"{options.length}-{number}", "context": opening + hay[:at] + needle + hay[at:] + question,
-                         "targets": [answered[len(question):]], "answer": 0, "key": key, "depth": depth})
+                         "targets": [target], "answer": 0, "key": key, "depth": depth})
     draw.shuffle(examples)
     return examples
 

@@ -121,6 +121,11 @@ class SetsTest(Folder):
             before, after = (len(self.tokenizer.encode(text).ids) for text in (context[opening:needle], context[needle + 59:context.rindex("\n\nWhat")]))
             self.assertAlmostEqual(before / (before + after), example["depth"], delta=0.01)
 
+    def test_pass_keys_fit_into_the_model_s_positions(self):
+        (self.folder / "model/config.json").write_text(json.dumps({"max_position_embeddings": 600}))
+        for example in self.make("passkey", "a.jsonl", "--length", 600, "--count", 9):
+            self.assertEqual(len(example["context"]) + len(example["targets"][0]), 600)
+
     def test_sentences_to_classify_follow_labelled_ones(self):
         ratings = {}
         for i in range(40):
