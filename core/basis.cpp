@@ -19,10 +19,19 @@ namespace drrl {
 namespace {
 
 constexpr double kNegligible = 1e-7;      // relative singular value below which a direction is noise of the float32 Grams
-constexpr double kRounding = 1e-6;        // of float32 Grams, relative to the mean diagonal
+constexpr double kNothing = 1e-100;       // singular value that is there only because a Gram of zeros is lifted
 constexpr double kFirstJitter = 1e-12;    // relative to the mean diagonal
-constexpr double kLargestJitter = 1e-2;
-constexpr UpdateSettings kUpdateSettings{kRounding, kFirstJitter, kLargestJitter};
+constexpr double kLargestJitter = 1;
+constexpr UpdateSettings kUpdateSettings;
+
+// [rows, columns] of random_sign.
+at::Tensor random_signs(int64_t rows, int64_t columns, const at::TensorOptions& options) {
+  std::vector<double> signs;
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    signs.push_back(random_sign(i));
+  }
+  return on_device(signs, options.device()).to(options.dtype()).view({rows, columns});
+}
 
 // Lower Cholesky factors of G + jitter I, for each matrix with the smallest jitter that works (a Gram of fewer rows than columns, or
 // one rounded in float32, is only semidefinite). Matrix by matrix: what one pair needs must not touch another's basis.
@@ -48,7 +57,8 @@ at::Tensor shifted_cholesky(const at::Tensor& gram) {
         ", its largest entry ", gram.index_select(0, pending).abs().max().item<double>());
 }
 
-Basis solve_batch(const at::Tensor& gram_x, const at::Tensor& gram_y) {
+// And the items some of whose columns are zero, [N] bool.
+std::pair<Basis, at::Tensor> solve_once(const at::Tensor& gram_x, const at::Tensor& gram_y) {
   const auto c = shifted_cholesky(gram_y);
   const auto gram_x_c = at::matmul(gram_x, c);
   auto product = at::matmul(c.transpose(1, 2), gram_x_c);
@@ -57,39 +67,81 @@ Basis solve_batch(const at::Tensor& gram_x, const at::Tensor& gram_y) {
   squared = squared.flip(1).clamp_min(0);
   vectors = vectors.flip(2);
   const auto sigma = squared.sqrt();
-  const auto keep = sigma > sigma.narrow(1, 0, 1) * kNegligible;
+  const auto keep = sigma > (sigma.narrow(1, 0, 1) * kNegligible).clamp_min(kNothing);
   const auto root = at::where(keep, sigma.rsqrt(), at::zeros({}, sigma.options())).unsqueeze(1);  // Sigma^-1/2, [N, 1, d]
   const auto left = at::matmul(c, vectors) * root;
   const auto right = at::matmul(gram_x_c, vectors) * root.pow(3);
-  return {left.to(at::kFloat), right.to(at::kFloat), sigma};
+  return {{left.to(at::kFloat), right.to(at::kFloat), sigma}, keep.logical_not().any(1)};
 }
 
-// G p (p^T G p)^-1: the partner of p that minimizes || Y^T - p' p^T Y^T ||_F for Y^T Y = G. Columns of p are scaled first, so that the jitter
-// of the factorization means the same for each of them; one of zeros gets a partner of zeros. G is lifted above
-// its own rounding, so that directions without rows do not turn into noise.
-at::Tensor partner(const at::Tensor& p, const at::Tensor& gram) {
-  const auto floor = gram.diagonal(0, 1, 2).mean(-1).view({-1, 1, 1}) * kRounding;
-  auto gram_p = at::matmul(gram, p) + floor * p;
-  const auto energy = (p * gram_p).sum(1, /*keepdim=*/true);  // p_i^T G p_i, [N, 1, r]
+Basis solve_batch(const at::Tensor& gram_x, const at::Tensor& gram_y) {
+  auto [basis, deficient] = solve_once(gram_x, gram_y);
+  if (!deficient.any().item<bool>()) {
+    return basis;
+  }
+  // Of few rows of X: the columns that they leave go to what is best for Y, whatever other rows follow. There X^T X is lifted.
+  const auto items = deficient.nonzero().flatten();
+  const auto mean = gram_x.diagonal(0, 1, 2).mean(-1).index_select(0, items).view({-1, 1, 1});
+  const auto lifted = gram_x.index_select(0, items) + mean * kUpdateSettings.first_lift * at::eye(gram_x.size(1), gram_x.options());
+  const Basis filled = solve_once(lifted, gram_y.index_select(0, items)).first;
+  basis.left.index_copy_(0, items, filled.left);
+  basis.right.index_copy_(0, items, filled.right);
+  return basis;
+}
+
+at::Tensor lengths(const at::Tensor& columns) { return at::linalg_vector_norm(columns, 2, {1}, /*keepdim=*/true); }
+
+// G p (p^T G p)^-1 for G = gram + floor I, and whether that G is definite, [n] bool: the partner of p that minimizes || Y^T - p' p^T Y^T ||_F for Y^T Y = G. Columns
+// of p are scaled first, so that the jitter of the factorization means the same for each of them; one of zeros gets a partner of zeros.
+std::pair<at::Tensor, at::Tensor> lifted_partner(const at::Tensor& p, const at::Tensor& gram, const at::Tensor& trace, const at::Tensor& floor) {
+  auto gram_p = at::matmul(gram, p) + floor.view({-1, 1, 1}) * p;
+  const auto energy = (p * gram_p).sum(1, /*keepdim=*/true);  // p_i^T G p_i, [n, 1, r]
   const auto scale = at::where(energy > 0, energy.rsqrt(), at::zeros({}, energy.options()));
-  const auto scaled = p * scale;
   gram_p = gram_p * scale;
-  const auto factor = shifted_cholesky(at::matmul(scaled.transpose(1, 2), gram_p));
-  // X (C C^T)^-1 diag(scale)
-  return at::cholesky_solve(gram_p.transpose(1, 2), factor).transpose(1, 2) * scale;
+  auto inner = at::matmul((p * scale).transpose(1, 2), gram_p);
+  inner.diagonal(0, 1, 2).add_(inner.diagonal(0, 1, 2).mean(-1, /*keepdim=*/true).clamp_min(1e-300) * kUpdateSettings.jitter);
+  const auto [factor, info] = at::linalg_cholesky_ex(inner);
+  const auto partner = at::cholesky_solve(gram_p.transpose(1, 2), factor).transpose(1, 2);  // X (C C^T)^-1
+  const auto explained = (partner * gram_p).sum({1, 2});
+  const auto positive = at::logical_or(energy > 0, lengths(p) == 0).flatten(1).all(1);
+  return {partner * scale, (info == 0).logical_and(positive).logical_and(explained <= kMostExplained * (trace + static_cast<double>(p.size(1)) * floor))};
+}
+
+// Each item's with the smallest lift that makes its Gram definite. Lifts stand above the rounding of Grams, so that directions without rows do not turn into noise.
+at::Tensor partner(const at::Tensor& p, const at::Tensor& gram) {
+  const auto trace = gram.diagonal(0, 1, 2).sum(-1), mean = trace / static_cast<double>(gram.size(1));
+  at::Tensor result, pending;
+  for (double lift = kUpdateSettings.first_lift; lift <= kUpdateSettings.largest_lift; lift *= 100) {
+    const auto of = [&](const at::Tensor& x) { return pending.defined() ? x.index_select(0, pending) : x; };
+    const auto floor = at::where(mean > 0, mean * lift, at::ones({}, mean.options()));  // without any rows the identity stands in
+    const auto [some, sound] = lifted_partner(of(p), of(gram), of(trace), of(floor));
+    if (result.defined()) {
+      result.index_copy_(0, pending, some);
+    } else {
+      result = some;
+      pending = at::arange(p.size(0), p.options().dtype(at::kLong));
+    }
+    pending = pending.masked_select(sound.logical_not());
+    if (pending.numel() == 0) {
+      return result;
+    }
+  }
+  raise(ErrorKind::kNumerics, "update_basis: Gram matrix ", pending[0].item<int64_t>(), " of ", gram.size(0), " is far from positive semidefinite");
 }
 
 Basis update_batch(const at::Tensor& start, const at::Tensor& gram_x, const at::Tensor& gram_y, int64_t steps) {
   // Columns of length one before each half: their partners' lengths follow, and none grows from round to round where a Gram is deficient.
-  const auto unit = [](const at::Tensor& p) { return p / at::linalg_vector_norm(p, 2, {1}, /*keepdim=*/true).clamp_min(1e-300); };
-  auto right = unit(start.to(at::kDouble));
+  const auto unit = [](const at::Tensor& p) { return p / lengths(p).clamp_min(1e-300); };
+  const int64_t d = start.size(1), rank = start.size(2);
+  auto right = start.to(at::kDouble);
+  right = unit(at::where(lengths(right) == 0, random_signs(d, rank, right.options()), right));
   auto left = partner(right, gram_y);
   for (int64_t step = 0; step < steps; ++step) {
     right = unit(partner(unit(left), gram_x));
     left = partner(right, gram_y);
   }
   // Columns of equal length on both sides, so that neither projection leaves the range of a half-precision float.
-  const auto balance = (at::linalg_vector_norm(right, 2, {1}, true) / at::linalg_vector_norm(left, 2, {1}, true).clamp_min(1e-300)).sqrt();
+  const auto balance = (lengths(right) / lengths(left).clamp_min(1e-300)).sqrt();
   return {(left * balance).to(at::kFloat), (right / balance.clamp_min(1e-300)).to(at::kFloat), {}};
 }
 
@@ -297,12 +349,7 @@ at::Tensor residual_factor(const Basis& basis, const at::Tensor& gram, const at:
   TORCH_CHECK(static_cast<int64_t>(ranks.size()) == gram.size(0) && std::all_of(ranks.begin(), ranks.end(), [](int64_t rank) { return rank >= 1; }),
               "residual_factor: ", ranks.size(), " ranks of ", gram.size(0), " items, expected one each from 1 on");
   const int64_t d = gram.size(1), m = std::min(kResidualColumns, d);
-  // Deterministic, and the same on every device and process: signs from a multiplicative hash.
-  std::vector<int64_t> signs;
-  for (int64_t i = 0; i < d * m; ++i) {
-    signs.push_back((static_cast<uint64_t>(i + 1) * 0x9e3779b97f4a7c15ULL) >> 63 != 0 ? 1 : -1);
-  }
-  const auto random = on_device(signs, gram.device()).to(gram.scalar_type()).view({d, m});
+  const auto random = random_signs(d, m, gram.options());
   auto factor = at::empty({gram.size(0), d, m}, gram.options().dtype(at::kFloat));
   const auto items_of = items_by_rank(ranks, columns);
   if (gram.is_cpu() && gram.scalar_type() == at::kDouble && basis.left.scalar_type() == at::kFloat && m % 8 == 0 && kernel_fits(d, items_of)) {
@@ -359,7 +406,7 @@ at::Tensor residual_factor(const Basis& basis, const at::Tensor& gram, const at:
 at::Tensor residual_correction(const at::Tensor& rows, const at::Tensor& factor) {
   const auto flat = rows.flatten(1, -2);  // [N, k, d]
   const auto wide = rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const auto squares = at::bmm(flat, factor.to(rows.scalar_type())).to(wide).pow(2).sum(2);
+  const auto squares = at::bmm(flat, factor.to(rows.scalar_type())).to(wide).pow(2).sum(2).clamp_max(kLargestCorrection);
   return squares.view(rows.sizes().slice(0, static_cast<size_t>(rows.dim() - 1)));
 }
 

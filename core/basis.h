@@ -4,6 +4,8 @@
 
 #include <vector>
 
+#include "core/basis_settings.h"
+
 namespace drrl {
 
 /// Bases of the best low-rank approximations of products X Y^T, known only through their Grams.
@@ -22,7 +24,8 @@ struct Basis {
 /// With G_y = C C^T (Cholesky) the matrix C^T G_x C = V Sigma^2 V^T holds the squared singular values of X Y^T, and
 ///   left = C V Sigma^-1/2,   right = G_x C V Sigma^-3/2.
 /// One Cholesky factorization and one symmetric eigenproblem a matrix, in float64; no Gram is inverted. Directions with
-/// sigma_i < 1e-7 sigma_0 are beyond the accuracy of the Grams: their columns are zero, never amplified.
+/// sigma_i < 1e-7 sigma_0 are beyond the accuracy of the Grams. If X has too few rows to choose them, they are chosen for Y alone (G_x is lifted by 1e-6 of its mean
+/// diagonal); what Y has not either are columns of zeros, never amplified.
 ///
 /// gram_x, gram_y [N, d, d] symmetric positive semidefinite, float64. Large batches are dealt out over the CPU's threads with one
 /// thread a matrix; on CUDA cuSOLVER's batched solver is used (core/cuda).
@@ -37,9 +40,10 @@ Basis solve_basis(const at::Tensor& gram_x, const at::Tensor& gram_y);
 /// come close to `solve_basis` (the "incremental updates" of arXiv 2512.15973, section on online updates). Products and a Cholesky factorization
 /// of size r only. The columns span the right spaces but are not nested: the rank of the result is fixed.
 ///
-/// right [N, d, r]; gram_x, gram_y as for solve_basis. Returns bases [N, d, r] without singular values; columns that are dependent within the accuracy
-/// of the Grams stay harmless (Cholesky with jitter). steps >= 0; 0 gives only the left factor.
-/// Errors: as solve_basis. On CUDA, where d is a multiple of 4 and r of 8, the call does not wait for the device: bases of bad Grams are NaN, and a later
+/// right [N, d, r]; gram_x, gram_y as for solve_basis, of any rank, zero included. Returns bases [N, d, r] without singular values. Empty columns of `right` are
+/// filled with random signs, so that a start of low rank finds the others in the Grams. A Gram that rounding has made indefinite is lifted by as much of its mean
+/// diagonal as it needs (basis_settings.h). steps >= 0; 0 gives only the left factor.
+/// Errors: Error(kNumerics) naming the matrix if a Gram is not finite or far from positive semidefinite. On CUDA, where d is a multiple of 4 and r of 8, the call does not wait for the device: bases of bad Grams are NaN, and a later
 /// call throws.
 Basis update_basis(const at::Tensor& right, const at::Tensor& gram_x, const at::Tensor& gram_y, int64_t steps);
 
@@ -79,7 +83,7 @@ inline constexpr int64_t kResidualColumns = 16;
 /// item whose rank is beyond r no factor is made, what stands there is not defined. Empty: all r of all.
 at::Tensor residual_factor(const Basis& basis, const at::Tensor& gram, const at::Tensor& keys, const std::vector<int64_t>& ranks = {});
 
-/// || q F ||^2 of each row: rows [N, .., d], factor [N, d, m] -> [N, ..], at least float32.
+/// || q F ||^2 of each row, at most kLargestCorrection: rows [N, .., d], factor [N, d, m] -> [N, ..], at least float32.
 at::Tensor residual_correction(const at::Tensor& rows, const at::Tensor& factor);
 
 }  // namespace drrl

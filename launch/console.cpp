@@ -60,6 +60,9 @@ void TrainConsole::step(const StepReport& report) {
   if (std::isfinite(report.mean_rank_qk)) {
     out_ << format("  rank %.1f/%.1f", report.mean_rank_qk, report.mean_rank_v);
   }
+  if (report.exact_pairs > 0) {
+    out_ << format("  exact pairs %.1f %%", 100 * report.exact_pairs);
+  }
   if (std::isfinite(report.attention_flops_fraction)) {
     out_ << format("  attention %.3f", report.attention_flops_fraction);
   }

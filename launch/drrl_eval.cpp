@@ -70,7 +70,7 @@ Totals reduce(const Totals& mine, const Mesh& mesh) {
   const AttentionStatistics& a = mine.attention;
   auto sums = at::tensor({a.flops, a.exact_flops, static_cast<double>(a.solves), static_cast<double>(a.updates), a.rank_qk, a.rank_v,
                           static_cast<double>(a.decisions), static_cast<double>(a.guard_raises), static_cast<double>(a.context_bytes),
-                          static_cast<double>(a.context_exact_bytes), static_cast<double>(a.basis_bytes)},
+                          static_cast<double>(a.context_exact_bytes), static_cast<double>(a.basis_bytes), static_cast<double>(a.exact_pairs)},
                          at::kDouble);
   auto times = at::tensor({a.attention_ms, a.solve_ms}, at::kDouble);
   mesh.dp().all_reduce(losses);
@@ -93,6 +93,7 @@ Totals reduce(const Totals& mine, const Mesh& mesh) {
   all.attention.context_bytes = std::llround(at_index(sums, 8));
   all.attention.context_exact_bytes = std::llround(at_index(sums, 9));
   all.attention.basis_bytes = std::llround(at_index(sums, 10));
+  all.attention.exact_pairs = std::llround(at_index(sums, 11));
   all.attention.attention_ms = at_index(times, 0);
   all.attention.solve_ms = at_index(times, 1);
   if (!mine.sequence_nll.empty()) {
@@ -113,6 +114,8 @@ nlohmann::ordered_json attention_json(const AttentionStatistics& a, int64_t head
           {"attention_ms", a.attention_ms},
           {"refreshes", a.solves},
           {"basis_updates", a.updates},
+          {"far_pairs", a.decisions},
+          {"exact_pairs", a.exact_pairs},
           {"guard_violations", FLAGS_guard_eps > 0 ? nlohmann::ordered_json(a.guard_raises) : nlohmann::ordered_json()},
           {"solves_ms", a.solve_ms},
           {"context_bytes", a.context_bytes},
@@ -131,6 +134,14 @@ nlohmann::ordered_json result_json(const Totals& t, int64_t head_dim) {
 }
 
 std::vector<int64_t> to_vector(const at::Tensor& ids) { return {ids.const_data_ptr<int64_t>(), ids.const_data_ptr<int64_t>() + ids.numel()}; }
+
+/// Says how many pairs no low rank served.
+void print_exact_pairs(const nlohmann::ordered_json& json) {
+  if (const auto exact = json["exact_pairs"].get<int64_t>(); exact > 0) {
+    std::cout << exact << " of " << json["far_pairs"] << " far pairs were attended exactly: no low rank serves their keys and queries (rows that are zero, beyond float32's "
+              << "range, or of scores too large)\n";
+  }
+}
 
 /// --generate: tokens, speed, and the bytes of the cache over all tensor-parallel ranks against those of a cache of exact keys and values.
 nlohmann::ordered_json generation(CausalLM& model, LowRankController& controller, const TokenFile& file, const Mesh& mesh) {
@@ -159,6 +170,8 @@ nlohmann::ordered_json generation(CausalLM& model, LowRankController& controller
       {"refreshes", a.solves},
       {"solves_ms", a.solve_ms},
       {"attention_ms", a.attention_ms},
+      {"far_pairs", a.decisions},
+      {"exact_pairs", a.exact_pairs},
       {"mean_rank_qk", mean_rank(a.rank_qk, a, config.head_dim)},
       {"mean_rank_v", mean_rank(a.rank_v, a, config.head_dim)}};
   if (FLAGS_generate > 1) {
@@ -177,6 +190,7 @@ void print_generation(const nlohmann::ordered_json& json) {
   std::cout << ", KV cache " << json["kv_cache_bytes"] << " bytes, " << json["kv_cache_bytes"].get<double>() / full << " of exact keys and values ("
             << json["kv_cache_bytes_peak"].get<double>() / full << " at most), mean ranks " << json["mean_rank_qk"].get<double>() << " / "
             << json["mean_rank_v"].get<double>() << "\n";
+  print_exact_pairs(json);
 }
 
 /// --examples: the share of questions that is answered right, and what attention cost. `lines` <- a JSON object for each question.
@@ -243,6 +257,7 @@ void print_answers(const nlohmann::ordered_json& json) {
             << json["nll"].get<double>() << ", attention FLOPs " << json["attention_flops_fraction"].get<double>() << " of exact, mean ranks "
             << json["mean_rank_qk"].get<double>() << " / " << json["mean_rank_v"].get<double>() << ", attention " << json["attention_ms"].get<double>()
             << " ms\n";
+  print_exact_pairs(json);
 }
 
 /// Mean loss over windows of the data under the chosen policy, and under exact attention as well if asked for.
@@ -296,6 +311,7 @@ void print_evaluation(const nlohmann::ordered_json& json) {
             << json["attention_flops_fraction"].get<double>() << " of exact, mean ranks " << json["mean_rank_qk"].get<double>() << " / "
             << json["mean_rank_v"].get<double>() << ", attention " << json["attention_ms"].get<double>() << " ms of which solves "
             << json["solves_ms"].get<double>() << " ms\n";
+  print_exact_pairs(json);
   if (!json["latency_fraction"].is_null()) {
     std::cout << "by the latency table these ranks take " << json["latency_fraction"].get<double>() << " of exact attention's time\n";
   }

@@ -32,7 +32,7 @@ struct Totals {
 
   std::vector<double> pack() const {
     return {loss_sum,          tokens,           squared_norm,       bad_ranks, stops, attention.flops, attention.exact_flops,
-            attention.rank_qk, attention.rank_v, static_cast<double>(attention.decisions)};
+            attention.rank_qk, attention.rank_v, static_cast<double>(attention.decisions), static_cast<double>(attention.exact_pairs)};
   }
   static Totals unpack(const double* v) {
     Totals t{v[0], v[1], v[2], v[3], v[4], {}};
@@ -41,6 +41,7 @@ struct Totals {
     t.attention.rank_qk = v[7];
     t.attention.rank_v = v[8];
     t.attention.decisions = std::llround(v[9]);
+    t.attention.exact_pairs = std::llround(v[10]);
     return t;
   }
 };
@@ -202,6 +203,7 @@ struct Trainer::Impl {
     if (all.attention.decisions > 0) {
       report.mean_rank_qk = all.attention.rank_qk / static_cast<double>(all.attention.decisions);
       report.mean_rank_v = all.attention.rank_v / static_cast<double>(all.attention.decisions);
+      report.exact_pairs = static_cast<double>(all.attention.exact_pairs) / static_cast<double>(all.attention.decisions);
     }
     if (all.attention.exact_flops > 0) {
       report.attention_flops_fraction = all.attention.flops / all.attention.exact_flops;
@@ -370,6 +372,7 @@ struct Trainer::Impl {
     row.set("mean_rank_qk", report.mean_rank_qk);
     row.set("mean_rank_v", report.mean_rank_v);
     row.set("attention_flops_fraction", report.attention_flops_fraction);
+    row.set("exact_pairs", report.exact_pairs);
     row.set("valid_loss", report.valid_loss);
     row.set("valid_ppl", std::exp(report.valid_loss));
     row.set("memory_gib", peak_memory_gib());

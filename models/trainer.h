@@ -64,6 +64,7 @@ struct StepReport {
   double tokens_per_second = 0;
   double ms_per_step = 0;
   double mean_rank_qk = kNotMeasured, mean_rank_v = kNotMeasured;
+  double exact_pairs = kNotMeasured;  ///< share of the far pairs that no low rank served
   double attention_flops_fraction = kNotMeasured;
   double valid_loss = kNotMeasured;
   double eta_seconds = 0;

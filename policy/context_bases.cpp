@@ -4,6 +4,7 @@
 
 #include "distributed/exchange.h"
 #include "distributed/mesh.h"
+#include "distributed/traffic.h"
 
 namespace drrl {
 namespace {
@@ -120,6 +121,21 @@ PairGrams context_grams(const at::Tensor& q, const at::Tensor& k, const at::Tens
   const auto sums = made.empty() ? at::empty({3, batch, groups, 0, all.size(4)}, all.options().dtype(at::kDouble)) : at::stack(made, 3);
   const auto grams = from_lower_triangle(sums, d);
   return {grams[0], grams[1], grams[2]};
+}
+
+void agree_on_ranks(std::vector<Ranks>& ranks, const Group& group, int64_t& bytes) {
+  at::Tensor all = at::empty({static_cast<int64_t>(ranks.size()), 2}, at::kFloat);
+  auto row = all.accessor<float, 2>();
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    row[static_cast<int64_t>(i)][0] = static_cast<float>(ranks[i].qk);
+    row[static_cast<int64_t>(i)][1] = static_cast<float>(ranks[i].v);
+  }
+  group.all_reduce(all, ReduceOp::kMax);
+  bytes += static_cast<int64_t>(static_cast<double>(all.nbytes()) * bus_factor("all_reduce", group.size()));
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    ranks[i].qk = static_cast<int64_t>(row[static_cast<int64_t>(i)][0]);
+    ranks[i].v = static_cast<int64_t>(row[static_cast<int64_t>(i)][1]);
+  }
 }
 
 at::Tensor dealt_first_pair_bases(const PairGrams& made, const at::Tensor& w_o, const Group& group, int64_t& solves, int64_t& bytes) {

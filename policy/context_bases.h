@@ -26,6 +26,9 @@ std::vector<int64_t> pairs_made_by(const std::vector<int64_t>& makers, int64_t p
 PairGrams context_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const SequenceSplit& split, const Group& group,
                         const std::vector<int64_t>& makers, int64_t& bytes);
 
+/// Each rank <- the largest that a process has there, on all of them: makers of bases may have left pairs exact. bytes += what left this process. Collective.
+void agree_on_ranks(std::vector<Ranks>& ranks, const Group& group, int64_t& bytes);
+
 /// first_pair_bases, [B G, 2, d, d] on all processes: process 0, whose `made` begin with pair 0, deals its Grams out, and each process decomposes its share of
 /// the 2 B G problems. `made` need have groups and batch only elsewhere. solves += those of this process, bytes as above. Collective.
 at::Tensor dealt_first_pair_bases(const PairGrams& made, const at::Tensor& w_o, const Group& group, int64_t& solves, int64_t& bytes);

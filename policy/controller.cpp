@@ -119,12 +119,16 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
   LayerObservation observation{layer, batch, shared_.total(heads, q.device()), groups, first_group_, d, tree, {}, {}};
   FarBases bases;
   PairGrams grams;
+  UsablePairs usable;
   const auto timed = [&](auto&& make) {
     const Stopwatch watch(timing_, q.device());
     make();
     add_solve_time(statistics_, watch);
   };
-  const auto make_grams = [&] { grams = shared_.sum(far_grams(q, k, v, tree, /*weighted=*/!ablation_.mass), w_o, statistics_.basis_bytes); };
+  const auto make_grams = [&] {
+    grams = shared_.sum(far_grams(q, k, v, tree, /*weighted=*/!ablation_.mass), w_o, statistics_.basis_bytes);
+    usable = usable_pairs(grams, w_o);
+  };
   const bool grams_first = policy_->needs_spectra() || !policy_->state_ranks().empty() || (guard_.eps > 0 && !policy_->exact());
   if (grams_first) {
     timed(make_grams);
@@ -151,6 +155,7 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
         bases.flops += spent;
       }
       plan->lowrank = make_plan(tree, std::move(ranks), grams, bases);
+      count_exact(leave_exact(grams, usable, observation.heads / groups, key_counts(tree), plan->lowrank->residual, plan->lowrank->ranks));
       if (ablation_.residual) {
         plan->lowrank->residual = at::Tensor();
       }
@@ -169,6 +174,10 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
     sampler_->watch(layer, tree, out, q, k, v, w_o, plan->sample);
   }
   return out;
+}
+
+void LowRankController::count_exact(int64_t pairs) {
+  statistics_.exact_pairs += shared_.group().rank() == 0 ? pairs : 0;
 }
 
 void LowRankController::spent(int64_t layer, double ms) {
@@ -202,14 +211,15 @@ at::Tensor LowRankController::attend_split(int64_t layer, const at::Tensor& q, c
   const BlockTree& tree = split_->tree();
   LayerObservation observation{layer, batch, shared_.total(heads, q.device()), groups, first_group_, d, tree, {}, {}};
   FarBases bases;
-  const std::vector<Ranks> ranks = decide(observation, {}, w_o, bases);
+  std::vector<Ranks> ranks = decide(observation, {}, w_o, bases);
   check(ErrorKind::kUsage, std::none_of(ranks.begin(), ranks.end(), [&](const Ranks& r) { return r.gated(d); }), "a sequence split over ", context_.size(),
         " processes takes no gates, as ", policy_->describe(), " chose: they need exact keys, which do not travel");
-  plan.context = c10::make_intrusive<ContextPlan>(*split_, context_, context_parts(*split_, ranks, d));
   if (std::any_of(ranks.begin(), ranks.end(), [&](const Ranks& r) { return r.qk < d || r.v < d; })) {
     const Stopwatch watch(timing_, q.device());
-    bases = fill_split_plan(layer, q, k, v, w_o, ranks, *plan.context);
+    bases = make_split_plan(layer, q, k, v, w_o, ranks, plan);
     add_solve_time(statistics_, watch);
+  } else {
+    plan.context = c10::make_intrusive<ContextPlan>(*split_, context_, context_parts(*split_, ranks, d));
   }
   const auto out = context_attention(q, k, v, plan.context);
   const double members = static_cast<double>(context_.size());  // the split is even
@@ -224,12 +234,13 @@ at::Tensor LowRankController::attend_split(int64_t layer, const at::Tensor& q, c
   return out;
 }
 
-FarBases LowRankController::fill_split_plan(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
-                                            const std::vector<Ranks>& ranks, ContextPlan& plan) {
+FarBases LowRankController::make_split_plan(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
+                                            std::vector<Ranks>& ranks, LayerPlan& plan) {
   const int64_t d = q.size(3), sequences = k.size(0) * k.size(1), pairs = split_->tree().num_pairs();
   const auto makers = basis_makers(*split_, ranks, d);
   const auto made = pairs_made_by(makers, context_.rank());
-  const PairGrams grams = shared_.sum(context_grams(q, k, v, *split_, context_, makers, statistics_.basis_bytes), w_o, statistics_.basis_bytes);
+  PairGrams grams = shared_.sum(context_grams(q, k, v, *split_, context_, makers, statistics_.basis_bytes), w_o, statistics_.basis_bytes);
+  const UsablePairs usable = usable_pairs(grams, w_o);
   FarBases bases;
   at::Tensor start;
   if (starts_from_first_pair(d)) {
@@ -253,8 +264,16 @@ FarBases LowRankController::fill_split_plan(int64_t layer, const at::Tensor& q, 
     bases.solves += before.solves;
     residual = residual_of(grams, of_made, keys, bases);
     bases.flops += before.flops;
+    count_exact(leave_exact(grams, usable, shared_.total(q.size(1), q.device()) / k.size(1), keys, residual, of_made));
+    for (size_t i = 0; i < of_made.size(); ++i) {
+      ranks[i / made.size() * static_cast<size_t>(pairs) + static_cast<size_t>(made[i % made.size()])] = of_made[i];
+    }
   }
-  hand_out_bases(plan, makers, bases, residual, d, q.options(), statistics_.basis_bytes);
+  if (q.is_cpu()) {  // where leave_exact may have changed some of them
+    agree_on_ranks(ranks, context_, statistics_.basis_bytes);
+  }
+  plan.context = c10::make_intrusive<ContextPlan>(*split_, context_, context_parts(*split_, ranks, d));
+  hand_out_bases(*plan.context, makers, bases, residual, d, q.options(), statistics_.basis_bytes);
   return bases;
 }
 
@@ -365,7 +384,8 @@ NodeFactors LowRankController::decide_node(int64_t layer, LayerCache& cache, int
                                            const at::Tensor& w_o) {
   const BlockTree& horizon = cache.horizon();
   const Stopwatch watch(timing_, w_o.device());
-  const PairGrams grams = shared_.sum(of_own_heads, w_o, statistics_.basis_bytes);
+  PairGrams grams = shared_.sum(of_own_heads, w_o, statistics_.basis_bytes);
+  const UsablePairs usable = usable_pairs(grams, w_o);
   const int64_t batch = grams.keys.size(0), groups = grams.keys.size(1), d = grams.keys.size(4);
   LayerObservation observation{layer, batch, shared_.total(w_o.size(1) / d, w_o.device()), groups, first_group_, d, horizon, {}, {}};
   observation.first_pair = horizon.pair_index(level, pair);
@@ -379,7 +399,9 @@ NodeFactors LowRankController::decide_node(int64_t layer, LayerCache& cache, int
   if (!policy_->needs_spectra()) {
     bases = make_bases(layer, grams, w_o, factors.ranks, cache.start());
   }
-  factors.residual = residual_factors(grams, bases.scores, factors.ranks, {horizon.geometry().near_block << level});
+  const std::vector<int64_t> keys = {horizon.geometry().near_block << level};
+  factors.residual = residual_factors(grams, bases.scores, factors.ranks, keys);
+  count_exact(leave_exact(grams, usable, observation.heads / groups, keys, factors.residual, factors.ranks));
   statistics_.solves += bases.solves;
   statistics_.updates += bases.updates;
   add_solve_time(statistics_, watch);

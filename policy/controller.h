@@ -110,9 +110,9 @@ class LowRankController final : public AttentionController {
   /// `attend` of a split sequence.
   at::Tensor attend_split(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o, LayerPlan& plan);
 
-  /// Makes this process' share of the bases and puts what it needs of all into the plan. Returns the cost.
-  FarBases fill_split_plan(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
-                           const std::vector<Ranks>& ranks, ContextPlan& plan);
+  /// Makes this process' share of the bases and plan.context, with what it needs of all bases. ranks <- those at which pairs are attended. Returns the cost.
+  FarBases make_split_plan(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o, std::vector<Ranks>& ranks,
+                           LayerPlan& plan);
 
   /// Whether updates start from bases of the sequence's first pair.
   bool starts_from_first_pair(int64_t head_dim) const;
@@ -124,6 +124,9 @@ class LowRankController final : public AttentionController {
 
   /// Ranks and bases of one far pair of the cache's horizon: what `attend` decides for it when it sees the whole sequence.
   NodeFactors decide_node(int64_t layer, LayerCache& cache, int64_t level, int64_t pair, const PairGrams& grams, const at::Tensor& w_o);
+
+  /// Counts pairs that no low rank serves.
+  void count_exact(int64_t pairs);
 
   /// Counts a call of attend.
   void spent(int64_t layer, double ms);

@@ -117,12 +117,71 @@ at::Tensor residual_of(const PairGrams& grams, const std::vector<Ranks>& ranks, 
   return residual_factors(grams, bases.scores, ranks, keys);
 }
 
-c10::intrusive_ptr<LowRankPlan> make_plan(const BlockTree& tree, std::vector<Ranks> ranks, const PairGrams& grams, FarBases& bases) {
+std::vector<int64_t> key_counts(const BlockTree& tree) {
   std::vector<int64_t> keys;
   for (const PairRun& run : tree.runs()) {
     keys.insert(keys.end(), static_cast<size_t>(run.count), run.key_rows);
   }
-  auto residual = residual_of(grams, ranks, keys, bases);
+  return keys;
+}
+
+UsablePairs usable_pairs(PairGrams& grams, const at::Tensor& w_o) {
+  at::NoGradGuard no_grad;
+  constexpr double kSmallest = 1e-30, kLargest = 1e30;  // traces of a Gram
+  const auto in_pairs = grams.keys.sizes().slice(0, 3);
+  const int64_t items = c10::multiply_integers(in_pairs);
+  UsablePairs result{std::vector<bool>(static_cast<size_t>(items), true), {}};
+  result.values = result.scores;
+  if (!grams.keys.is_cpu()) {
+    return result;
+  }
+  grams.output = output_of(grams, w_o);
+  const auto mended = [&](at::Tensor& gram) {  // and which were sound
+    const auto trace = gram.diagonal(0, -2, -1).sum(-1);
+    const auto sound = (trace >= kSmallest).logical_and(trace <= kLargest);
+    if (!sound.all().item<bool>()) {
+      gram = at::where(sound.unsqueeze(-1).unsqueeze(-1), gram, at::eye(gram.size(-1), gram.options()));
+    }
+    return sound;
+  };
+  const auto scores = mended(grams.queries).logical_and(mended(grams.keys)).contiguous();
+  const auto values = mended(grams.values).logical_and(mended(grams.output).view({1, -1, 1})).contiguous();
+  std::copy_n(scores.const_data_ptr<bool>(), items, result.scores.begin());
+  std::copy_n(values.const_data_ptr<bool>(), items, result.values.begin());
+  return result;
+}
+
+int64_t leave_exact(const PairGrams& grams, const UsablePairs& usable, int64_t heads_per_group, const std::vector<int64_t>& keys, const at::Tensor& residual,
+                    std::vector<Ranks>& ranks) {
+  at::NoGradGuard no_grad;
+  const int64_t d = grams.keys.size(4);
+  if (!grams.keys.is_cpu()) {
+    return 0;
+  }
+  at::Tensor expected;  // the sum over older queries of their corrections
+  const auto energy = (grams.queries * grams.keys).sum({3, 4}).flatten().contiguous();  // of all their scores, unscaled
+  if (residual.defined()) {
+    const auto factor = residual.to(at::kDouble);
+    expected = (at::bmm(grams.queries.flatten(0, 2), factor) * factor).sum({1, 2});
+  }
+  int64_t changed = 0;
+  for (size_t item = 0; item < ranks.size(); ++item) {
+    Ranks& r = ranks[item];
+    const Ranks before = r;
+    const auto hopeless = [&] {
+      const auto rows = static_cast<double>(keys[item % keys.size()]), queries = static_cast<double>(heads_per_group) * rows;
+      return !(expected.const_data_ptr<double>()[item] <= kHopelessCorrection * queries &&
+               energy.const_data_ptr<double>()[item] <= kHopelessScore * kHopelessScore * static_cast<double>(d) * queries * rows);
+    };
+    r.qk = r.qk < d && (!usable.scores[item] || hopeless()) ? d : r.qk;
+    r.v = usable.values[item] ? r.v : d;
+    changed += r == before ? 0 : 1;
+  }
+  return changed;
+}
+
+c10::intrusive_ptr<LowRankPlan> make_plan(const BlockTree& tree, std::vector<Ranks> ranks, const PairGrams& grams, FarBases& bases) {
+  auto residual = residual_of(grams, ranks, key_counts(tree), bases);
   return c10::make_intrusive<LowRankPlan>(tree, std::move(ranks), bases.scores, bases.values, std::move(residual));
 }
 

@@ -45,12 +45,32 @@ at::Tensor first_pair_problems(const PairGrams& grams, const at::Tensor& w_o);
 /// What a layer has for each KV group, such as starting bases [G, 2, d, d], for every sequence of a batch: [B G, ..].
 at::Tensor for_batch(const at::Tensor& of_layer, int64_t batch);
 
+/// How many keys each pair has, in the order of the tree's pairs.
+std::vector<int64_t> key_counts(const BlockTree& tree);
+
 /// residual_factor of each pair's score basis at its rank: [B G pairs, d, m] float32, of pairs with `keys[pair]` keys. Undefined if every rank is d; not
 /// defined for items whose rank is d.
 at::Tensor residual_factors(const PairGrams& grams, const Basis& scores, const std::vector<Ranks>& ranks, const std::vector<int64_t>& keys);
 
 /// The same of bases just made. Adds its operations to bases.flops.
 at::Tensor residual_of(const PairGrams& grams, const std::vector<Ranks>& ranks, const std::vector<int64_t>& keys, FarBases& bases);
+
+/// What bases can be made of, for each item (B G pairs): Grams of traces from 1e-30 to 1e30, within which float32 sums of squares mean something.
+struct UsablePairs {
+  std::vector<bool> scores, values;
+};
+
+/// Tells them, and puts the identity in the place of other Grams, so that all that follows is finite. Scores need the Grams of queries and keys, values those of values
+/// and of the output, which grams.output holds from now on. On CUDA, where it would have to wait for the device, all count as usable.
+UsablePairs usable_pairs(PairGrams& grams, const at::Tensor& w_o);
+
+/// Items that no low rank serves become exact: scores or values that are not usable, and scores whose error would make another softmax of it. The latter is foretold by
+/// the keys' older queries: their mean correction by the residual factor is above kHopelessCorrection (entries would be off by a factor of exp(2.8), root mean square),
+/// or their scores, root mean square, are above kHopelessScore, where what float32 bases round is too much.
+/// heads_per_group: of all query heads that grams.queries sums. keys: of each pair. Returns how many items changed; on CUDA, likewise, none.
+int64_t leave_exact(const PairGrams& grams, const UsablePairs& usable, int64_t heads_per_group, const std::vector<int64_t>& keys, const at::Tensor& residual,
+                    std::vector<Ranks>& ranks);
+inline constexpr double kHopelessCorrection = 4, kHopelessScore = 1e5;
 
 /// A plan of these bases at these ranks, with the residual factors of its scores. Adds the operations of the latter to bases.flops.
 c10::intrusive_ptr<LowRankPlan> make_plan(const BlockTree& tree, std::vector<Ranks> ranks, const PairGrams& grams, FarBases& bases);

@@ -1,5 +1,7 @@
 #include "core/cpu/attention_kernel.h"
 
+#include "core/basis_settings.h"
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -17,6 +19,7 @@ namespace {
 constexpr int64_t kRows = 6;            // rows of a register tile: 6 x 16 accumulators are 12 of the 16 registers
 constexpr int64_t kQueryBlock = 96;     // a block of scores, 96 x 256 floats, stays in the second-level cache
 constexpr int64_t kKeyBlock = 256;
+constexpr float kLeastThatStays = 1e-4F;  // of the weights so far, for what gates leave at low rank to be told by subtraction
 constexpr float kLargestExponent = 60;  // an exact score may exceed a row's maximum by so much before the maximum is raised
 constexpr int64_t kScoreStride = kKeyBlock + kWidth;  // not a power of two, so that a column does not fall into one cache set
 
@@ -301,7 +304,7 @@ void corrections(int64_t rows, int64_t d, int64_t columns, const float* q, int64
       const __m256 x = _mm256_loadu_ps(scratch + i * columns + j);
       sum = _mm256_fmadd_ps(x, x, sum);
     }
-    correction[i] = sum_of(sum);
+    correction[i] = std::min(sum_of(sum), kLargestCorrection);
   }
 }
 
@@ -414,25 +417,51 @@ void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t qu
         }
         return rescale;
       };
-      if (new_maximum != to.maximum[i]) {
-        raise(new_maximum);
-      }
-      to.total[i] += sum_of(weights);
-      if (part.exact_k == nullptr) {
-        continue;
-      }
-      const float least = std::max(part.gate * to.total[i], std::numeric_limits<float>::min());
-      if (std::exp(largest_here - new_maximum) * 1.00001F < least) {  // as in most chunks; more than the two exponentials differ by
-        continue;
-      }
-      const int64_t found = columns_from(least, row, used, heavy.data());
+      const float before = to.total[i] * std::exp(to.maximum[i] - new_maximum), with_chunk = before + sum_of(weights);
+      const auto take_chunk = [&] {
+        if (new_maximum != to.maximum[i]) {
+          raise(new_maximum);
+        }
+        to.total[i] = with_chunk;
+      };
+      const float least = std::max(part.gate * with_chunk, std::numeric_limits<float>::min());
+      // In most chunks no weight is large enough; the factor is more than the two exponentials differ by.
+      const bool none = part.exact_k == nullptr || std::exp(largest_here - new_maximum) * 1.00001F < least;
+      const int64_t found = none ? 0 : columns_from(least, row, used, heavy.data());
       if (found == 0) {
+        take_chunk();
         continue;
       }
       const int64_t rounded = (found + kAtOnce - 1) / kAtOnce * kAtOnce;  // the rest without weight
       std::fill(heavy.begin() + found, heavy.begin() + rounded, heavy[0]);
       gathered_dots(full.d, full.q + i * full.stride, part.exact_k + begin * full.d, heavy.data(), rounded, exact.data());
       const float largest_score = *std::max_element(exact.begin(), exact.begin() + found) * scale_factor;
+      float stays = with_chunk;
+      for (int64_t e = 0; e < found; ++e) {
+        stays -= row[heavy[static_cast<std::size_t>(e)]];
+      }
+      if (stays + std::exp(std::min(largest_score - new_maximum, 0.0F)) >= kLeastThatStays * with_chunk) {
+        take_chunk();
+      } else {
+        // Nearly all weight is of entries whose exact scores are far smaller: relative to their low ones, what stays has no digits left. Once more without them.
+        product<false, false>(1, used, part.qk, queries + i * queries_stride, queries_stride, keys, part.qk, row, kScoreStride);
+        std::fill(row + n, row + used, -std::numeric_limits<float>::infinity());
+        for (int64_t e = 0; e < found; ++e) {
+          row[heavy[static_cast<std::size_t>(e)]] = -std::numeric_limits<float>::infinity();
+        }
+        const float others = *std::max_element(row, row + used) * scale_factor + correction[i];
+        if (const float maximum = std::max(others, largest_score); maximum > to.maximum[i]) {
+          raise(maximum);
+        }
+        const __m256 lower_shift = _mm256_set1_ps(to.maximum[i] - correction[i]);
+        __m256 other_weights = _mm256_setzero_ps();
+        for (int64_t j = 0; j < used; j += 8) {
+          const __m256 e = exponential(_mm256_fmsub_ps(_mm256_loadu_ps(row + j), scale, lower_shift));
+          _mm256_storeu_ps(row + j, e);
+          other_weights = _mm256_add_ps(other_weights, e);
+        }
+        to.total[i] += sum_of(other_weights);
+      }
       if (largest_score > to.maximum[i] + kLargestExponent) {
         rescale_row(row, used, raise(largest_score));
       }

@@ -96,7 +96,7 @@ void pack_matrix(const float* p, int64_t stride, int64_t rows, int64_t columns, 
 void pack_transposed(const float* p, int64_t stride, int64_t rows, int64_t columns, float* panels);
 /// to[rows, columns] = x [rows, depth] times the matrix [depth, columns] of the panels; add: += instead.
 void multiply(int64_t rows, int64_t columns, int64_t depth, const float* x, int64_t x_stride, const float* panels, float* to, int64_t to_stride, bool add);
-/// correction[i] = || q_i F ||^2 for the panels of F [d, columns]; scratch: rows columns floats.
+/// correction[i] = || q_i F ||^2, at most kLargestCorrection, for the panels of F [d, columns]; scratch: rows columns floats.
 void corrections(int64_t rows, int64_t d, int64_t columns, const float* q, int64_t q_stride, const float* panels, float* correction, float* scratch);
 void add_rows(int64_t rows, int64_t columns, const float* x, int64_t x_stride, float* to, int64_t to_stride);
 /// gram [d, d] += X^T diag(weights) X for x [rows, d] and weights [rows], null: ones; its upper triangle, other entries are not defined. d: a multiple of kWidth;

@@ -105,41 +105,49 @@ void solve_lower(int64_t r, int64_t d, const double* factor, double* x) {
 struct Item {
   int64_t d, r;
   const UpdateSettings& settings;
-  double *inner, *factor, *image, *turned, *scales;  // [r, r] twice, [r, d], [d, r], [r]
+  double *factor, *image, *turned, *scales;  // [r, r], [r, d], [d, r], [r]
 
-  // to [r, d] <- the partner of p [r, d] for this Gram.
+  // to [r, d] <- the partner of p [r, d] for this Gram, lifted as little as it needs; false if no lift serves.
   bool partner(const double* p, const double* gram, double* to) const {
     double diagonal = 0;
     for (int64_t i = 0; i < d; ++i) {
       diagonal += gram[i * d + i];
     }
-    const double floor = diagonal / static_cast<double>(d) * settings.rounding;
+    const double mean = diagonal / static_cast<double>(d);
+    for (double lift = settings.first_lift; lift <= settings.largest_lift; lift *= 100) {
+      if (lifted_partner(p, gram, diagonal, mean > 0 ? mean * lift : 1, to)) {  // without any rows the identity stands in
+        return true;
+      }
+    }
+    return false;
+  }
+
+  // The same for gram + floor I; false if that is not definite.
+  bool lifted_partner(const double* p, const double* gram, double trace, double floor, double* to) const {
     product(r, d, d, p, gram, image);
     for (int64_t i = 0; i < r; ++i) {
       const double* row = p + i * d;
       double* its = image + i * d;
       add_scaled(d, floor, row, its);
       const double energy = dot(d, row, its);
+      if (!(energy > 0) && dot(d, row, row) > 0) {
+        return false;
+      }
       scales[i] = energy > 0 ? 1 / std::sqrt(energy) : 0;
       scale_row(d, scales[i], its);
     }
     transpose(r, d, image, turned);
-    product(r, r, d, p, turned, inner);
+    product(r, r, d, p, turned, factor);
     double mean = 0;
     for (int64_t i = 0; i < r; ++i) {
-      scale_row(r, scales[i], inner + i * r);
-      mean += inner[i * r + i] / static_cast<double>(r);
+      scale_row(r, scales[i], factor + i * r);
+      mean += factor[i * r + i] / static_cast<double>(r);
     }
     mean = std::max(mean, 1e-300);
-    bool done = false;
-    for (double jitter = settings.first_jitter; !done && jitter <= settings.largest_jitter; jitter *= 100) {
-      std::memcpy(factor, inner, static_cast<size_t>(r * r) * sizeof(double));
-      for (int64_t i = 0; i < r; ++i) {
-        factor[i * r + i] += mean * jitter;
-      }
-      done = cholesky(r, factor);
+    for (int64_t i = 0; i < r; ++i) {
+      factor[i * r + i] += mean * settings.jitter;
     }
-    if (!done) {
+    if (!cholesky(r, factor)) {
       return false;
     }
     std::memcpy(to, image, static_cast<size_t>(r * d) * sizeof(double));
@@ -150,10 +158,12 @@ struct Item {
         add_scaled(d, -factor[i * r + k], to + k * d, to + i * d);
       }
     }
+    double explained = 0;
     for (int64_t i = 0; i < r; ++i) {
+      explained += dot(d, to + i * d, image + i * d);
       scale_row(d, scales[i], to + i * d);
     }
-    return true;
+    return explained <= kMostExplained * (trace + static_cast<double>(d) * floor);
   }
 
   void unit(double* p) const {
@@ -170,18 +180,23 @@ bool basis_kernel_fits(int64_t d, int64_t rank) {
   return available && d % 8 == 0 && rank % 8 == 0;
 }
 
-int64_t update_scratch_size(int64_t d, int64_t rank) { return 4 * rank * d + 2 * rank * rank + rank; }
+int64_t update_scratch_size(int64_t d, int64_t rank) { return 4 * rank * d + rank * rank + rank; }
 
 bool update_item(int64_t d, int64_t rank, int64_t steps, const float* start, int64_t start_columns, const double* gram_x, const double* gram_y,
                  const UpdateSettings& settings, float* left, float* right, int64_t columns, double* scratch) {
   const int64_t size = rank * d;
   double *l = scratch, *r = l + size;
-  double* inner = r + size;
-  double* image = inner + 2 * rank * rank;
-  const Item item{d, rank, settings, inner, inner + rank * rank, image, image + size, image + 2 * size};
+  double* factor = r + size;
+  double* image = factor + rank * rank;
+  const Item item{d, rank, settings, factor, image, image + size, image + 2 * size};
   for (int64_t i = 0; i < rank; ++i) {
+    bool empty = true;
     for (int64_t j = 0; j < d; ++j) {
       r[i * d + j] = start[j * start_columns + i];
+      empty = empty && r[i * d + j] == 0;
+    }
+    for (int64_t j = 0; empty && j < d; ++j) {
+      r[i * d + j] = random_sign(j * rank + i);
     }
   }
   item.unit(r);

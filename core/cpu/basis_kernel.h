@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "core/update_settings.h"
+#include "core/basis_settings.h"
 
 namespace drrl::cpu {
 

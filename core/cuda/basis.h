@@ -1,7 +1,7 @@
 #pragma once
 
 #include "core/basis.h"
-#include "core/update_settings.h"
+#include "core/basis_settings.h"
 
 namespace drrl {
 

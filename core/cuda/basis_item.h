@@ -1,7 +1,7 @@
 #pragma once
 
 #include "core/cuda/block.h"
-#include "core/update_settings.h"
+#include "core/basis_settings.h"
 
 /// update_basis and residual_factor (core/basis.h) for one item, in double, by one block. Sizes are multiples of 8 where they are ranks or columns
 /// and of 4 where they are head dims.
@@ -86,11 +86,12 @@ class SmallMatrices {
     return true;
   }
 
-  /// Each row x of rows [m, r] <- x U^-1, for a factor of `cholesky`; with `both` x U^-1 U^-T. One thread a row, eight columns at a time.
-  DRRL_HOST_DEVICE void solve_rows(int m, int r, const double* factor, int stride_f, const double* inverse, double* rows, int stride, bool both) const {
+  /// Each row x of rows [m, r] <- x U^-1 (forward), then x U^-T (backward), for a factor of `cholesky`. One thread a row, eight columns at a time.
+  DRRL_HOST_DEVICE void solve_rows(int m, int r, const double* factor, int stride_f, const double* inverse, double* rows, int stride, bool forward,
+                                   bool backward) const {
     block_.each(m, [=](int i) {
       double* x = rows + i * stride;
-      const auto eight = [=](int k, int from, int to, bool forward) {
+      const auto eight = [=](int k, int from, int to, bool ascending) {
         double sum[8];
         load(x + k, sum);
         for (int l = from; l < to; ++l) {
@@ -103,20 +104,20 @@ class SmallMatrices {
         }
         DRRL_UNROLL
         for (int turn = 0; turn < 8; ++turn) {
-          const int c = forward ? turn : 7 - turn;
+          const int c = ascending ? turn : 7 - turn;
           const double y = sum[c] * inverse[k + c];
           x[k + c] = y;
           DRRL_UNROLL
           for (int later = turn + 1; later < 8; ++later) {
-            const int o = forward ? later : 7 - later;
+            const int o = ascending ? later : 7 - later;
             sum[o] -= factor[(k + c) * stride_f + k + o] * y;
           }
         }
       };
-      for (int k = 0; k < r; k += 8) {
+      for (int k = 0; forward && k < r; k += 8) {
         eight(k, 0, k, true);
       }
-      for (int k = r - 8; both && k >= 0; k -= 8) {
+      for (int k = r - 8; backward && k >= 0; k -= 8) {
         eight(k, k + 8, r, false);
       }
     });
@@ -184,10 +185,16 @@ class UpdateItem {
       : block_(block), d_(d), r_(rank), start_columns_(start_columns), columns_(columns), stride_(row_stride(rank)), settings_(settings), p_(scratch),
         image_(p_ + d * stride_), factor_(image_ + d * stride_), scales_(factor_ + rank * stride_), inverse_(scales_ + rank), one_(inverse_ + rank) {}
 
-  /// start [d, rank]; gram_x, gram_y [d, d]; writes left and right, [d, rank]. False if a factorization failed for every jitter.
+  /// start [d, rank]; gram_x, gram_y [d, d]; writes left and right, [d, rank]. Empty columns of the start are filled with random signs. False if a Gram is not definite.
   DRRL_HOST_DEVICE bool run(int steps, const float* start, const double* gram_x, const double* gram_y, float* left, float* right) const {
     const SmallMatrices<Block> m(block_);
     m.entries(d_, r_, [p = p_, start, columns = start_columns_, stride = stride_](int i, int j) { p[i * stride + j] = start[i * columns + j]; });
+    m.lengths(d_, r_, p_, stride_, scales_);
+    m.entries(d_, r_, [p = p_, scales = scales_, r = r_, stride = stride_](int i, int j) {
+      if (scales[j] == 0) {
+        p[i * stride + j] = random_sign(static_cast<int64_t>(i) * r + j);
+      }
+    });
     for (int step = 0; step <= steps; ++step) {
       m.unit(d_, r_, p_, stride_, scales_);
       m.entries(d_, r_, [p = p_, right, columns = columns_, stride = stride_](int i, int j) {
@@ -216,38 +223,61 @@ class UpdateItem {
   }
 
  private:
-  /// p [d, r] <- its partner for this Gram: G p (p^T G p)^-1, the inner matrix scaled to a diagonal of ones.
+  /// p [d, r] <- its partner for this Gram, lifted as little as it needs; false if no lift serves.
   DRRL_HOST_DEVICE bool partner(const double* gram) const {
+    SmallMatrices<Block>(block_).mean_diagonal(d_, gram, d_, one_);
+    const double mean = *one_;
+    for (double lift = settings_.first_lift; lift <= settings_.largest_lift; lift *= 100) {
+      if (lifted_partner(gram, mean, mean > 0 ? mean * lift : 1)) {  // without any rows the identity stands in
+        return true;
+      }
+    }
+    return false;
+  }
+
+  /// p [d, r] <- G p (p^T G p)^-1 for G = gram + floor I, the inner matrix scaled to a diagonal of ones. If G is not definite false, and p stays.
+  DRRL_HOST_DEVICE bool lifted_partner(const double* gram, double mean_diagonal, double floor) const {
     const SmallMatrices<Block> m(block_);
     const int d = d_, r = r_, stride = stride_;
-    double *p = p_, *image = image_, *factor = factor_, *scales = scales_;
-    m.mean_diagonal(d, gram, d, one_);
-    const double floor = *one_ * settings_.rounding;
+    double *p = p_, *image = image_, *factor = factor_, *scales = scales_, *inverse = inverse_, *one = one_;
     m.template transposed_product<4>(d, r, d, gram, d, p, stride, image, stride);  // the Gram is symmetric
     m.entries(d, r, [=](int i, int j) { image[i * stride + j] += floor * p[i * stride + j]; });
-    bool done = false;
-    for (double jitter = settings_.first_jitter; !done && jitter <= settings_.largest_jitter; jitter *= 100) {
-      if (r <= 32) {  // one tile a thread, about
-        m.template transposed_product<2>(r, r, d, p, stride, image, stride, factor, stride);
-      } else {
-        m.template transposed_product<4>(r, r, d, p, stride, image, stride, factor, stride);
-      }
-      block_.each(r, [=](int i) {
-        const double energy = factor[i * stride + i];
-        scales[i] = energy > 0 ? 1 / sqrt(energy) : 0;
-      });
-      m.entries(r, r, [=](int i, int j) { factor[i * stride + j] *= scales[i] * scales[j]; });
-      m.mean_diagonal(r, factor, stride, one_);
-      const double lift = fmax(*one_, 1e-300) * jitter;
-      block_.each(r, [=](int i) { factor[i * stride + i] += lift; });
-      done = m.cholesky(r, factor, stride, inverse_);
+    if (r <= 32) {  // one tile a thread, about
+      m.template transposed_product<2>(r, r, d, p, stride, image, stride, factor, stride);
+    } else {
+      m.template transposed_product<4>(r, r, d, p, stride, image, stride, factor, stride);
     }
-    if (!done) {
+    m.lengths(d, r, p, stride, inverse);
+    block_.sums(1, r, [=](int, int i) { return factor[i * stride + i] > 0 || inverse[i] == 0 ? 0.0 : 1.0; }, [=](int, double bad) { *one = bad; });
+    if (*one > 0) {
       return false;
     }
+    block_.each(r, [=](int i) {
+      const double energy = factor[i * stride + i];
+      scales[i] = energy > 0 ? 1 / sqrt(energy) : 0;
+    });
+    m.entries(r, r, [=](int i, int j) { factor[i * stride + j] *= scales[i] * scales[j]; });
+    m.mean_diagonal(r, factor, stride, one);
+    const double jitter = fmax(*one, 1e-300) * settings_.jitter;
+    block_.each(r, [=](int i) { factor[i * stride + i] += jitter; });
+    if (!m.cholesky(r, factor, stride, inverse)) {
+      return false;
+    }
+    m.entries(d, r, [=](int i, int j) { image[i * stride + j] *= scales[j]; });
+    m.solve_rows(d, r, factor, stride, inverse, image, stride, /*forward=*/true, /*backward=*/false);
+    block_.sums(1, d, [=](int, int i) {
+                  double sum = 0;
+                  for (int j = 0; j < r; ++j) {
+                    sum += image[i * stride + j] * image[i * stride + j];
+                  }
+                  return sum;
+                },
+                [=](int, double explained) { *one = explained; });
+    if (!(*one <= kMostExplained * d * (mean_diagonal + floor))) {
+      return false;
+    }
+    m.solve_rows(d, r, factor, stride, inverse, image, stride, /*forward=*/false, /*backward=*/true);
     m.entries(d, r, [=](int i, int j) { p[i * stride + j] = image[i * stride + j] * scales[j]; });
-    m.solve_rows(d, r, factor, stride, inverse_, p, stride, /*both=*/true);
-    m.entries(d, r, [=](int i, int j) { p[i * stride + j] *= scales[j]; });
     return true;
   }
 
@@ -295,7 +325,7 @@ DRRL_HOST_DEVICE void residual_item(const Block& block, int d, int rank, int col
   block.each(columns, [=](int i) { inner[i * stride + i] += lift; });
   const bool sound = m.cholesky(columns, inner, stride, inverse);
   if (sound) {
-    m.solve_rows(d, columns, inner, stride, inverse, image, stride, /*both=*/false);
+    m.solve_rows(d, columns, inner, stride, inverse, image, stride, /*forward=*/true, /*backward=*/false);
   }
   m.entries(d, columns, [=](int i, int j) { to[i * columns + j] = sound ? static_cast<float>(image[i * stride + j]) : 0.0f; });
 }

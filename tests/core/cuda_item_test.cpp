@@ -37,7 +37,7 @@ TEST(CudaItem, UpdatesEqualUpdateBasis) {
     const auto start = at::constant_pad_nd(item.start, {0, 3}, std::nan(""));
     auto room = scratch(cuda::update_scratch_size(d, rank));
     const cuda::HostBlock block;
-    const cuda::UpdateItem<cuda::HostBlock> update(block, d, rank, start_columns, columns, {1e-6, 1e-12, 1e-2}, room.data_ptr<double>());
+    const cuda::UpdateItem<cuda::HostBlock> update(block, d, rank, start_columns, columns, {}, room.data_ptr<double>());
     ASSERT_TRUE(update.run(2, start.data_ptr<float>(), item.gram_x.data_ptr<double>(), item.gram_y.data_ptr<double>(), wide_left.data_ptr<float>(),
                            wide_right.data_ptr<float>()));
     for (const auto& wide : {wide_left, wide_right}) {
@@ -62,7 +62,7 @@ TEST(CudaItem, AnIndefiniteGramFails) {
   auto left = at::empty({16, 8}, at::kFloat), right = at::empty({16, 8}, at::kFloat);
   auto room = scratch(cuda::update_scratch_size(16, 8));
   const cuda::HostBlock block;
-  const cuda::UpdateItem<cuda::HostBlock> update(block, 16, 8, 8, 8, {1e-6, 1e-12, 1e-2}, room.data_ptr<double>());
+  const cuda::UpdateItem<cuda::HostBlock> update(block, 16, 8, 8, 8, {}, room.data_ptr<double>());
   EXPECT_FALSE(update.run(1, item.start.data_ptr<float>(), item.gram_x.data_ptr<double>(), item.gram_y.data_ptr<double>(), left.data_ptr<float>(),
                           right.data_ptr<float>()));
 }
