@@ -264,7 +264,7 @@ GatedWeights gated_weights(const at::Tensor& rows, const at::Tensor& keys, const
     met = at::logaddexp(met, chunk.logsumexp(2));
   }
   result.sums = scores.logsumexp(2);
-  const auto weights = (scores - result.sums.unsqueeze(2)).exp_().to(rows.scalar_type());
+  const auto weights = scores.softmax(2).to(rows.scalar_type());
   result.low = weights.masked_fill(result.exact, 0);
   result.heavy = weights * result.exact;
   return result;
@@ -284,20 +284,20 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
   const Shape s(q, k);
   const BlockTree& tree = plan.tree;
   auto out = at::empty(q.sizes(), q.options());
-  auto logsumexp = at::empty({s.batch, s.heads, s.length}, q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
-  const auto logsumexp4 = logsumexp.unsqueeze(3);
+  const auto near_logsumexp = at::empty({s.batch, s.heads, s.length}, q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
 
-  near_attention(q, k, v, tree, out, logsumexp);
+  near_attention(q, k, v, tree, out, near_logsumexp);
+  // Of all that was met so far, in the end of everything. In double: the parts' shares add up to one however large scores are.
+  const auto logsumexp = near_logsumexp.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true), logsumexp4 = logsumexp.unsqueeze(3);
 
   at::Tensor sink_out, sink_logsumexp;  // [B G, 1, g, L - s, d], [B G, 1, g, L - s]
   if (has_sink_part(tree, s)) {
     const auto rows = queries_after_sinks(q, tree, s);
     sink_out = at::empty(rows.sizes(), q.options());
-    sink_logsumexp = at::empty(rows.sizes().slice(0, 4), logsumexp.options());
+    sink_logsumexp = at::empty(rows.sizes().slice(0, 4), near_logsumexp.options());
     attention_part(rows, sink_keys(k, tree, s), sink_keys(v, tree, s), /*causal=*/false, s.scale, sink_out, sink_logsumexp);
   }
 
-  const auto near_logsumexp = logsumexp.clone();  // while `logsumexp` is of all that was met so far, in the end of everything
   if (sink_out.defined()) {
     auto rows = queries_after_sinks(logsumexp4, tree, s).squeeze(4);
     rows.copy_(at::logaddexp(rows, sink_logsumexp));
@@ -313,15 +313,15 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
     const RunCalls& calls = (*plan.calls)[i];
     far_out.emplace_back();
     const auto rows_q = calls.ordered(query_rows(q, s.groups, run)), rows_k = calls.ordered(key_rows(k, run)), rows_v = calls.ordered(key_rows(v, run));
-    const auto correction = correction_of(calls, rows_q, logsumexp.options());
+    const auto correction = correction_of(calls, rows_q, near_logsumexp.options());
     auto met = run_view(logsumexp4, run, s);
-    const auto before = calls.log_gates.defined() ? calls.ordered(met.reshape(rows_q.sizes().slice(0, 2))) : at::Tensor();
-    auto sums = at::empty(rows_q.sizes().slice(0, 2), logsumexp.options());
+    const auto before = calls.log_gates.defined() ? calls.ordered(met.reshape(rows_q.sizes().slice(0, 2)).to(near_logsumexp.scalar_type())) : at::Tensor();
+    auto sums = at::empty(rows_q.sizes().slice(0, 2), near_logsumexp.options());
     for (const Call& call : calls.calls) {
       const Projections p(calls, call, s.d);
       const auto low_q = into_basis(of(call, rows_q), p.p_q), low_k = into_basis(of(call, rows_k), p.p_k), low_v = into_basis(of(call, rows_v), p.p_v);
       if (call.ranks.gated(s.d)) {
-        const auto log_gate = of(call, calls.log_gates).to(logsumexp.scalar_type());
+        const auto log_gate = of(call, calls.log_gates).to(near_logsumexp.scalar_type());
         const auto of_call = [&](const at::Tensor& x) { return of(call, x); };
         std::vector<at::Tensor> outs;
         for_row_slices(low_q, run.key_rows, [&](int64_t first, int64_t rows) {
@@ -354,7 +354,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
   }
   for (size_t i = 0; i < runs.size(); ++i) {
     const RunCalls& calls = (*plan.calls)[i];
-    const auto share = (far_logsumexp[i] - run_view(logsumexp4, runs[i], s).reshape(far_logsumexp[i].sizes())).exp_();
+    const auto share = (far_logsumexp[i] - run_view(logsumexp4, runs[i], s).reshape(far_logsumexp[i].sizes())).exp_().to(near_logsumexp.scalar_type());
     auto expanded = at::empty({share.size(0), share.size(1), s.d}, out.options());
     for (size_t c = 0; c < calls.calls.size(); ++c) {
       const Call& call = calls.calls[c];
@@ -363,7 +363,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
     }
     add_rows(out, s.groups, runs[i], runs[i].query_begin, runs[i].query_rows, calls.as_run(expanded), share);
   }
-  return {out, logsumexp};
+  return {out, logsumexp.to(near_logsumexp.scalar_type())};
 }
 
 struct Operands {

@@ -141,7 +141,7 @@ Forward forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, C
       pieces[legs[i].part].second.push_back(received[2 * i + 1]);
     }
   }
-  result.logsumexp = near.clone();
+  result.logsumexp = near.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true);  // the parts' shares add up to one however large scores are
   std::vector<FarPart> far;
   for (size_t i = 0; i < plan.parts.size(); ++i) {
     if (pieces[i].first.empty()) {
@@ -171,6 +171,7 @@ Forward forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, C
     rows.add(result.out, rows.queries, out_of_basis(f.out.mul_(share), part.p_o));
     f.out.reset();
   }
+  result.logsumexp = result.logsumexp.to(near.scalar_type());
   return result;
 }
 

@@ -45,7 +45,7 @@ at::Tensor merged(const std::vector<Part>& parts) {
   }
   std::vector<at::Tensor> logsumexps;
   for (const Part& p : parts) {
-    logsumexps.push_back(p.logsumexp);
+    logsumexps.push_back(p.logsumexp.to(at::kDouble));  // the shares add up to one however large scores are
   }
   const auto stacked = at::stack(logsumexps);
   const auto shares = (stacked - at::logsumexp(stacked, 0)).exp_().unsqueeze(4).to(parts.front().out.scalar_type());

@@ -162,6 +162,25 @@ inline float sum_of(__m256 x) {
   return _mm_cvtss_f32(_mm_add_ss(y, _mm_shuffle_ps(y, y, 1)));
 }
 
+// What weights of a row are made by: exp(x by - less) for each score x.
+struct Exponent {
+  __m256 by, less;
+};
+
+// Of scores times `scale` less `shift`. Where those have no digits behind the point, a fused product leaves the largest any distance from zero: there the row [count]
+// becomes the difference itself, at most `most`.
+Exponent exponent_of(float* row, int64_t count, float scale, float shift, float most) {
+  constexpr float kNoDigits = 1e6F;
+  if (std::abs(shift) < kNoDigits) {
+    return {_mm256_set1_ps(scale), _mm256_set1_ps(shift)};
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    const volatile float product = row[j] * scale;  // rounded
+    row[j] = std::min(product - shift, most);
+  }
+  return {_mm256_set1_ps(1), _mm256_setzero_ps()};
+}
+
 // Keys [begin, ...) of a block that query `i` sees.
 inline int64_t visible(const Shape& shape, int64_t i, int64_t begin, int64_t count) {
   return shape.causal ? std::clamp<int64_t>(shape.offset + i + 1 - begin, 0, count) : count;
@@ -370,7 +389,6 @@ int64_t columns_from(float least, const float* x, int64_t count, int32_t* column
 // of the same rows that a new maximum rescales too, null if there are none.
 void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t queries_stride, const Part& part, const float* correction, const Running& to,
               float* other, int64_t other_width, float* scores, const FullRows& full = {}) {
-  const __m256 scale = _mm256_set1_ps(scale_factor);
   const float* packed = part.packed;
   const int64_t end = std::min(part.keys, part.visible + rows - 1);
   std::array<int32_t, kKeyBlock + 8> heavy;  // columns of the weights that a gate makes exact
@@ -400,10 +418,10 @@ void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t qu
         std::fill(row, row + used, 0.0f);
         continue;
       }
-      const __m256 shift = _mm256_set1_ps(new_maximum - correction[i]);
+      const Exponent exponent = exponent_of(row, used, scale_factor, new_maximum - correction[i], 0);
       __m256 weights = _mm256_setzero_ps();
       for (int64_t j = 0; j < used; j += 8) {
-        const __m256 e = exponential(_mm256_fmsub_ps(_mm256_loadu_ps(row + j), scale, shift));
+        const __m256 e = exponential(_mm256_fmsub_ps(_mm256_loadu_ps(row + j), exponent.by, exponent.less));
         _mm256_storeu_ps(row + j, e);
         weights = _mm256_add_ps(weights, e);
       }
@@ -453,10 +471,10 @@ void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t qu
         if (const float maximum = std::max(others, largest_score); maximum > to.maximum[i]) {
           raise(maximum);
         }
-        const __m256 lower_shift = _mm256_set1_ps(to.maximum[i] - correction[i]);
+        const Exponent lower = exponent_of(row, used, scale_factor, to.maximum[i] - correction[i], 0);
         __m256 other_weights = _mm256_setzero_ps();
         for (int64_t j = 0; j < used; j += 8) {
-          const __m256 e = exponential(_mm256_fmsub_ps(_mm256_loadu_ps(row + j), scale, lower_shift));
+          const __m256 e = exponential(_mm256_fmsub_ps(_mm256_loadu_ps(row + j), lower.by, lower.less));
           _mm256_storeu_ps(row + j, e);
           other_weights = _mm256_add_ps(other_weights, e);
         }
@@ -465,9 +483,9 @@ void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t qu
       if (largest_score > to.maximum[i] + kLargestExponent) {
         rescale_row(row, used, raise(largest_score));
       }
-      const __m256 new_shift = _mm256_set1_ps(to.maximum[i]);
+      const Exponent of_exact = exponent_of(exact.data(), rounded, scale_factor, to.maximum[i], kLargestExponent);
       for (int64_t e = 0; e < found; e += 8) {
-        _mm256_storeu_ps(exact.data() + e, exponential(_mm256_fmsub_ps(_mm256_loadu_ps(exact.data() + e), scale, new_shift)));
+        _mm256_storeu_ps(exact.data() + e, exponential(_mm256_fmsub_ps(_mm256_loadu_ps(exact.data() + e), of_exact.by, of_exact.less)));
       }
       std::fill(exact.begin() + found, exact.begin() + rounded, 0.0f);
       full.exact->entries.resize(full.exact->entries.size() + static_cast<std::size_t>(found));
@@ -599,10 +617,10 @@ void backward_block(const Shape& shape, const BackwardOperands& x, const float* 
         float* g = grads + i * kScoreStride;
         const int64_t n = visible(shape, first + i, begin, count);
         std::fill(w + n, w + used, -std::numeric_limits<float>::infinity());
-        const __m256 shift = _mm256_set1_ps(*x.logsumexp.at(head, first + i));
+        const Exponent exponent = exponent_of(w, used, shape.scale, *x.logsumexp.at(head, first + i), 0);
         const __m256 delta = _mm256_set1_ps(*x.delta.at(head, first + i));
         for (int64_t j = 0; j < used; j += 8) {
-          const __m256 p = exponential(_mm256_fmsub_ps(_mm256_loadu_ps(w + j), scale, shift));
+          const __m256 p = exponential(_mm256_fmsub_ps(_mm256_loadu_ps(w + j), exponent.by, exponent.less));
           _mm256_storeu_ps(w + j, p);
           const __m256 d = _mm256_mul_ps(_mm256_mul_ps(p, scale), _mm256_sub_ps(_mm256_loadu_ps(g + j), delta));
           _mm256_storeu_ps(g + j, d);
@@ -634,10 +652,11 @@ void exact_row_backward(int64_t d, float scale, const float* q, const float* gra
                         const float* k, const float* v, float* grad_q, float* weights, float* scores) {
   gathered_dots(d, q, k, keys, count, weights);
   gathered_dots(d, grad_out, v, keys, count, scores);
-  const __m256 scale8 = _mm256_set1_ps(scale), shift = _mm256_set1_ps(logsumexp), delta8 = _mm256_set1_ps(delta);
+  const Exponent exponent = exponent_of(weights, count, scale, logsumexp, 0);
+  const __m256 scale8 = _mm256_set1_ps(scale), delta8 = _mm256_set1_ps(delta);
   for (int64_t e = 0; e < count; e += 8) {
     const __m256i some = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(std::min<int64_t>(count - e, 8))), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    const __m256 p = exponential(_mm256_fmsub_ps(_mm256_maskload_ps(weights + e, some), scale8, shift));
+    const __m256 p = exponential(_mm256_fmsub_ps(_mm256_maskload_ps(weights + e, some), exponent.by, exponent.less));
     const __m256 g = _mm256_mul_ps(_mm256_mul_ps(p, scale8), _mm256_sub_ps(_mm256_maskload_ps(scores + e, some), delta8));
     _mm256_maskstore_ps(weights + e, some, p);
     _mm256_maskstore_ps(scores + e, some, g);

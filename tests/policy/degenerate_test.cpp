@@ -200,7 +200,7 @@ bool trial(uint64_t seed, std::string& what, Outcome& outcome) {
   }
   outcome.error = few && rounding < 1e-5 && largest_score < 100 ? error : 0;
   for (const auto& [name, mine, its, precise] : {std::tuple("q", low.q, exact.q, doubled.q), {"k", low.k, exact.k, doubled.k}, {"v", low.v, exact.v, doubled.v}}) {
-    if (finite(its) && !finite(mine)) {
+    if (largest_score < 1e6 && finite(its) && !finite(mine)) {  // beyond, a log-sum-exp of float32 has no digits for weights
       what += c10::str("the gradient of ", name, " is not finite");
       return false;
     }
