@@ -34,7 +34,7 @@ Part part(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool ca
     scores.masked_fill_(at::ones({rows, rows}, scores.options().dtype(at::kBool)).triu_(1), -std::numeric_limits<double>::infinity());
   }
   auto logsumexp = at::logsumexp(scores, 3);
-  const auto weights = scores.sub_(logsumexp.unsqueeze(3)).exp_().to(v.scalar_type()).view({n, heads * rows, k.size(1)});
+  const auto weights = scores.softmax(3).to(v.scalar_type()).view({n, heads * rows, k.size(1)});
   return {at::bmm(weights, v).view({n, heads, rows, v.size(2)}), std::move(logsumexp)};
 }
 
