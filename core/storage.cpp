@@ -208,6 +208,17 @@ FileDigest write_text(const std::filesystem::path& path, std::string_view text) 
   return writer.commit();
 }
 
+FileDigest copy_file(const FileReader& from, const std::filesystem::path& to) {
+  FileWriter writer(to);
+  std::vector<char> buffer(std::min(kChunk, from.size()));
+  for (uint64_t offset = 0; offset < from.size(); offset += buffer.size()) {
+    const uint64_t bytes = std::min<uint64_t>(buffer.size(), from.size() - offset);
+    from.read(offset, buffer.data(), bytes);
+    writer.write(buffer.data(), bytes);
+  }
+  return writer.commit();
+}
+
 void sync_directory(const std::filesystem::path& directory) {
   const OpenDirectory handle(directory.empty() ? std::filesystem::path(".") : directory);
   check(ErrorKind::kStorage, handle.descriptor >= 0, "cannot open folder ", directory, ": ", reason(errno));

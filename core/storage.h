@@ -87,6 +87,9 @@ class FileWriter {
 /// Writes `text` atomically.
 FileDigest write_text(const std::filesystem::path& path, std::string_view text);
 
+/// Copies a file of any size, atomically.
+FileDigest copy_file(const FileReader& from, const std::filesystem::path& to);
+
 /// Makes creations, renames and removals inside `directory` durable.
 void sync_directory(const std::filesystem::path& directory);
 

@@ -16,6 +16,7 @@
 #include "models/examples.h"
 #include "models/generate.h"
 #include "models/llama.h"
+#include "models/model_folder.h"
 #include "core/storage.h"
 #include "models/token_file.h"
 #include "policy/audit.h"
@@ -399,7 +400,7 @@ ExitCode evaluate(const Environment& environment) {
         "neither with --examples nor with --generate");
   MeshShape shape = mesh_flags(environment);
   const at::Device device = device_flag(environment);
-  const ModelConfig config = ModelConfig::load(FLAGS_model);
+  const ModelConfig config = load_model_config(FLAGS_model);
   shape.kv_heads = config.num_key_value_heads;
   const auto file = answering ? nullptr : open_token_file(FLAGS_data, config, environment);
   std::vector<Example> examples;

@@ -64,6 +64,14 @@ WeightStore WeightStore::open(const std::filesystem::path& directory) {
           ", but it is not there");
     store.owner_.emplace(name, position->second);
   }
+  // A tensor that the index leaves out, or has in another file, might be the one that is meant.
+  for (const auto& [file, number] : numbers) {
+    for (const auto& [name, entry] : store.files_[number].entries()) {
+      const auto owner = store.owner_.find(name);
+      check(kind, owner != store.owner_.end() && owner->second == number, index, ": tensor ", quoted(name), " of ", quoted(file), " is ",
+            owner == store.owner_.end() ? "not listed" : "listed as that of another file");
+    }
+  }
   return store;
 }
 
