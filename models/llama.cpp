@@ -97,11 +97,11 @@ CausalLM::CausalLM(const ModelConfig& config, const Group& tp, std::shared_ptr<A
   const auto each = static_cast<double>(options_.dtype == at::kDouble ? sizeof(double) : sizeof(float));
   const auto layouts = parameter_layouts(config_, tp_.size(), tp_.rank());
   if (options_.device.is_cpu()) {
-    double weights = 0;
+    int64_t weights = 0;
     for (const ParameterLayout& layout : layouts) {
-      weights += static_cast<double>(c10::multiply_integers(layout.shape));
+      weights += c10::multiply_integers(layout.shape);
     }
-    check_memory(weights * each, c10::str(weights, " weights"));
+    check_memory(static_cast<double>(weights) * each, c10::str(weights, " weights"));
   }
   const auto master = at::TensorOptions(options_.device).dtype(options_.dtype == at::kDouble ? at::kDouble : at::kFloat);
   std::map<std::string, int64_t> index;

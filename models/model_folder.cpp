@@ -4,7 +4,7 @@
 #include "models/weights.h"
 
 #include <algorithm>
-#include <cmath>
+#include <array>
 #include <cstdio>
 #include <fstream>
 #include <optional>
@@ -225,8 +225,11 @@ int64_t free_memory() {
 }
 
 void check_memory(double bytes, const std::string& what) {
-  constexpr double kGib = 1 << 30;
-  const auto gib = [](double value) { return c10::str(std::round(value / kGib * 100) / 100, " GiB"); };
+  const auto gib = [](double value) {
+    std::array<char, 64> text{};
+    std::snprintf(text.data(), text.size(), "%.2f GiB", value / (1 << 30));
+    return std::string(text.data());
+  };
   const auto available = static_cast<double>(free_memory());
   check(ErrorKind::kUsage, bytes <= available, what, " take ", gib(bytes), " of memory in this process, but only ", gib(available),
         " are free: take more or other machines and split the model over more tensor-parallel processes");

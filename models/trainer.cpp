@@ -68,11 +68,11 @@ struct Trainer::Impl {
         reducer(model_in.parameters(), mesh.data(), mesh.kv()),
         device(model_in.parameters().front().value.device()) {
     if (device.is_cpu()) {
-      double weights = 0;
+      int64_t weights = 0;
       for (const Parameter& parameter : model.parameters()) {
-        weights += static_cast<double>(parameter.value.numel());
+        weights += parameter.value.numel();
       }
-      check_memory(3 * weights * static_cast<double>(model.parameters().front().value.element_size()), c10::str("gradients and both moments of ", weights, " weights"));
+      check_memory(3.0 * static_cast<double>(weights) * static_cast<double>(model.parameters().front().value.element_size()), c10::str("gradients and both moments of ", weights, " weights"));
     }
     check(ErrorKind::kUsage, options.micro_batch >= 1, "micro_batch must be at least 1, got ", options.micro_batch);
     check(ErrorKind::kUsage, options.global_batch >= 1, "global_batch must be at least 1, got ", options.global_batch);

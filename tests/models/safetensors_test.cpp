@@ -342,6 +342,11 @@ TEST(WeightStore, BadDirectoriesAreRefusedByName) {
   expect_error(ErrorKind::kModel, {"index.json", "\"a\"", "\"gone.safetensors\"", "no such file"}, open);
   index(R"({"weight_map":{"b":"s.safetensors"}})");
   expect_error(ErrorKind::kModel, {"\"b\"", "\"s.safetensors\"", "not there"}, open);
+  write_safetensors(folder / "t.safetensors", {{"a", at::zeros({1})}, {"b", at::ones({1})}});
+  index(R"({"weight_map":{"a":"t.safetensors"}})");
+  expect_error(ErrorKind::kModel, {"\"b\"", "\"t.safetensors\"", "not listed"}, open);
+  index(R"({"weight_map":{"a":"s.safetensors","b":"t.safetensors"}})");
+  expect_error(ErrorKind::kModel, {"\"a\"", "\"t.safetensors\"", "another file"}, open);
 }
 
 TEST(Safetensors, AgreesWithThePythonLibrary) {
