@@ -19,6 +19,7 @@
 #include "models/model_folder.h"
 #include "core/storage.h"
 #include "models/token_file.h"
+#include "models/tokenizer.h"
 #include "policy/audit.h"
 
 #include <ATen/Parallel.h>
@@ -409,6 +410,9 @@ ExitCode evaluate(const Environment& environment) {
   if (answering) {
     check(ErrorKind::kUsage, shape.cp == 1, "--examples does not go with --cp=", shape.cp, ", expected 1");
     examples = read_examples(FLAGS_examples, config);
+    if (environment.world_rank == 0) {
+      check_tokenizer(FLAGS_examples, FLAGS_model);
+    }
   } else if (FLAGS_generate > 0) {
     check(ErrorKind::kUsage, shape.dp == 1 && shape.cp == 1, "--generate continues one sequence, --dp=", shape.dp, " times --cp=", shape.cp,
           " processes cannot share it");

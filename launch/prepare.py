@@ -650,13 +650,19 @@ def load_tokenizer(model):
 
 
 def vocabulary_of(path):
-    """{"size", "sha1"} of the words and ids in a tokenizer.json, without added tokens; models/tokenizer.h computes the same. None if it lists none."""
-    words = (parse_json(Path(path).read_text(encoding="utf-8"), path).get("model") or {}).get("vocab")
+    """{"size", "sha1"} of the words and ids in a tokenizer.json, without added tokens; models/tokenizer.h computes the same. {} if it lists none."""
+    words = (read_fields(Path(path)).get("model") or {}).get("vocab")
     if words is None:
-        return None
+        return {}
     pairs = sorted((i, w) for w, i in words.items()) if isinstance(words, dict) else [(i, w[0]) for i, w in enumerate(words)]
     text = "".join(f"{i}\t{w}\n" for i, w in pairs)
     return {"size": len(pairs), "sha1": hashlib.sha1(text.encode("utf-8", "surrogatepass")).hexdigest()}
+
+
+def vocabulary_note(model):
+    """What drrl's programs compare with the tokenizer of their model before they take the ids for its words."""
+    path = Path(model) / "tokenizer.json"
+    return {"tokenizer": str(path), **vocabulary_of(path)}
 
 
 def read_fields(path):
@@ -765,10 +771,9 @@ def command_text(options):
         raise BadInput(f"the tokenizer gives token {largest}, the model knows {vocabulary}")
     dtype = "uint16" if vocabulary < NARROW_VOCABULARY else "int32"
     parts = split_documents(documents, split, options.seed) if split else {None: documents}
-    words = vocabulary_of(tokenizer_path)
-    note = {"eod_token_id": eod_id, **({"vocabulary": {"tokenizer": str(tokenizer_path), **words}} if words else {})}
+    tokenizer_note = vocabulary_note(model)
     for name, prefix in prefixes.items():
-        write_token_file(prefix, parts[name], dtype, {"recipe": {**recipe, "part": name}, **note})
+        write_token_file(prefix, parts[name], dtype, {"recipe": {**recipe, "part": name}, "eod_token_id": eod_id, "vocabulary": tokenizer_note})
 
 
 def read_token_file(prefix):
@@ -799,7 +804,7 @@ def command_inspect(options):
     if options.model:
         tokenizer, made_with = load_tokenizer(options.model), read_fields(Path(f"{options.data}.json")).get("vocabulary") or {}
         words = vocabulary_of(Path(options.model) / "tokenizer.json")
-        if made_with and words and made_with.get("sha1") != words["sha1"]:
+        if words and made_with.get("sha1", words["sha1"]) != words["sha1"]:
             raise BadInput(f"{options.data} was made with another tokenizer, {made_with.get('tokenizer')}, than {options.model}/tokenizer.json")
         print(tokenizer.decode(data[:options.words].tolist(), skip_special_tokens=False))
 

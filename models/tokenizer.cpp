@@ -50,9 +50,9 @@ std::optional<Vocabulary> read_vocabulary(const std::filesystem::path& tokenizer
   return Vocabulary{static_cast<int64_t>(entries.size()), c10::sha1(text).str()};
 }
 
-void check_tokenizer(const std::filesystem::path& data_prefix, const std::filesystem::path& model_folder) {
+void check_tokenizer(const std::filesystem::path& data, const std::filesystem::path& model_folder) {
   constexpr ErrorKind kind = ErrorKind::kData;
-  std::filesystem::path note = data_prefix;
+  std::filesystem::path note = data;
   if (note.extension() == ".bin" || note.extension() == ".idx") {
     note.replace_extension();
   }
@@ -68,7 +68,7 @@ void check_tokenizer(const std::filesystem::path& data_prefix, const std::filesy
   }
   const std::optional<Vocabulary> own = read_vocabulary(tokenizer);
   const auto described = [&](const char* field) { return found->contains(field) ? (*found)[field].dump(-1, ' ', true, Json::error_handler_t::replace) : "?"; };
-  check(kind, !own || own->sha1 == (*found)["sha1"].get<std::string>(), data_prefix, " was made with another tokenizer than the model's: ", note, " says ",
+  check(kind, !own || own->sha1 == (*found)["sha1"].get<std::string>(), data, " was made with another tokenizer than the model's: ", note, " says ",
         quoted(described("tokenizer")), " of ", described("size"), " words, ", tokenizer, " has ", own ? own->size : 0,
         " and gives the ids to other words. Make the tokens with launch/prepare.py text --model ", model_folder.string(), ", or remove ", note,
         " if the ids are right all the same");

@@ -15,8 +15,8 @@ struct Vocabulary {
 /// nullopt where the file lists no vocabulary. Errors: Error(kModel) that names the file.
 std::optional<Vocabulary> read_vocabulary(const std::filesystem::path& tokenizer_json);
 
-/// Compares what PREFIX.json says about the tokenizer that made the tokens with the one in the model's folder; without a word where one of them is not there
-/// or says nothing. A tokenizer.json that was saved anew, or that has more added tokens, is the same. Errors: Error(kData) that names both files.
-void check_tokenizer(const std::filesystem::path& data_prefix, const std::filesystem::path& model_folder);
+/// Compares what DATA.json (of a token file PREFIX.json) says about the tokenizer that made the tokens with the one in the model's folder; without a word where one
+/// of them is not there or says nothing. A tokenizer.json that was saved anew, or that has more added tokens, is the same. Errors: Error(kData) that names both.
+void check_tokenizer(const std::filesystem::path& data, const std::filesystem::path& model_folder);
 
 }  // namespace drrl

@@ -336,6 +336,10 @@ TEST_F(TrainProgram, TokensOfAnotherTokenizerAreRefused) {
   for (const char* program : {"drrl-train --steps=1", "drrl-eval --max_tokens=24", "drrl-policy calibrate --near_block=8 --sink_tokens=1 --policy=x"}) {
     expect_failure(bin + program + input, ExitCode::kData, {"text", "text.json", "their/tokenizer.json", "model/tokenizer.json", "prepare.py text --model"});
   }
+  write_bytes(own_ / "questions.jsonl", R"({"id": "a", "context": [1, 2], "targets": [[3]], "answer": 0})");
+  write_bytes(own_ / "questions.jsonl.json", read_bytes(own_ / "text.json"));
+  expect_failure(bin + "drrl-eval --threads=1 --model=" + (own_ / "model").string() + " --examples=" + (own_ / "questions.jsonl").string(), ExitCode::kData,
+                 {"questions.jsonl.json", "their/tokenizer.json"});
   words("{\"b\": 0");
   expect_failure(eval, ExitCode::kModel, {"tokenizer.json", "not valid JSON"});
   words("3");
