@@ -153,6 +153,24 @@ std::string read_text(const std::filesystem::path& path, ErrorKind kind, uint64_
   return text;
 }
 
+void check_nesting(std::string_view json, const std::string& where, ErrorKind kind) {
+  constexpr int64_t kDeepest = 64;
+  int64_t depth = 0;
+  bool inside = false;  // of a string
+  for (size_t i = 0; i < json.size(); ++i) {
+    const char c = json[i];
+    if (c == '"') {
+      inside = !inside;
+    } else if (inside) {
+      i += c == '\\' ? 1 : 0;
+    } else if (c == '[' || c == '{') {
+      check(kind, ++depth <= kDeepest, where, " nests deeper than ", kDeepest, " levels at byte ", i);
+    } else if (c == ']' || c == '}') {
+      --depth;
+    }
+  }
+}
+
 struct FileWriter::Checksum : StreamingChecksum {};
 
 FileWriter::FileWriter(std::filesystem::path path)

@@ -498,6 +498,7 @@ ModelConfig ModelConfig::load(const std::filesystem::path& directory_or_file) {
 }
 
 ModelConfig ModelConfig::parse(const std::string& text, const std::string& origin) {
+  check_nesting(text, origin, kKind);
   Json json;
   try {
     json = Json::parse(text);

@@ -21,7 +21,9 @@ constexpr uint64_t kLargestNote = uint64_t{1} << 20;
 
 std::optional<Vocabulary> read_vocabulary(const std::filesystem::path& tokenizer_json) {
   constexpr ErrorKind kind = ErrorKind::kModel;
-  const Json json = Json::parse(read_text(tokenizer_json, kind, kLargestTokenizer), nullptr, false);
+  const std::string text = read_text(tokenizer_json, kind, kLargestTokenizer);
+  check_nesting(text, tokenizer_json.string(), kind);
+  const Json json = Json::parse(text, nullptr, false);
   check(kind, !json.is_discarded(), tokenizer_json, " is not valid JSON");
   const Json::json_pointer place("/model/vocab");
   if (!json.contains(place)) {
@@ -43,11 +45,11 @@ std::optional<Vocabulary> read_vocabulary(const std::filesystem::path& tokenizer
     return std::nullopt;
   }
   std::sort(entries.begin(), entries.end());
-  std::string text;
+  std::string listed;
   for (const auto& [id, word] : entries) {
-    text += std::to_string(id) + "\t" + word + "\n";
+    listed += std::to_string(id) + "\t" + word + "\n";
   }
-  return Vocabulary{static_cast<int64_t>(entries.size()), c10::sha1(text).str()};
+  return Vocabulary{static_cast<int64_t>(entries.size()), c10::sha1(listed).str()};
 }
 
 void check_tokenizer(const std::filesystem::path& data, const std::filesystem::path& model_folder) {
@@ -61,7 +63,9 @@ void check_tokenizer(const std::filesystem::path& data, const std::filesystem::p
   if (!path_exists(note, kind) || !path_exists(tokenizer, ErrorKind::kModel) || is_folder(note, kind) || FileReader(note, kind).size() > kLargestNote) {
     return;
   }
-  const Json json = Json::parse(read_text(note, kind), nullptr, false);
+  const std::string text = read_text(note, kind);
+  check_nesting(text, note.string(), kind);
+  const Json json = Json::parse(text, nullptr, false);
   const auto found = json.is_object() ? json.find("vocabulary") : json.end();
   if (!json.is_object() || found == json.end() || !found->is_object() || !found->contains("sha1") || !(*found)["sha1"].is_string()) {
     return;  // not a note of prepare.py, or an older one

@@ -42,9 +42,11 @@ WeightStore WeightStore::open(const std::filesystem::path& directory) {
   }
 
   store.path_ = index;
+  const std::string text = read_text(index, kind);
+  check_nesting(text, index.string(), kind);
   Json listing;
   try {
-    listing = Json::parse(read_text(index, kind));
+    listing = Json::parse(text);
   } catch (const Json::exception& error) {
     raise(kind, index, " is not valid JSON: ", error.what());
   }

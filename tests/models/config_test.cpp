@@ -171,6 +171,11 @@ TEST(ModelConfig, RefusesByName) {
     fragments.push_back("test/config.json");
     expect_error(ErrorKind::kModel, fragments, [&] { parse(item.config); });
   }
+  expect_error(ErrorKind::kModel, {"test/config.json", "nests deeper than 64"}, [] {  // printing such a field would overflow the stack
+    const std::string deep = std::string(200'000, '[') + std::string(200'000, ']');
+    ModelConfig::parse("{\"model_type\": \"llama\", \"a\": " + deep + "}", "test/config.json");
+  });
+  EXPECT_NO_THROW(parse(with("a", "[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[\\\"[[")));  // in a string
   expect_error(ErrorKind::kModel, {"test/config.json", "not valid JSON"},
                [] { ModelConfig::parse("{\"a\":", "test/config.json"); });
 }
