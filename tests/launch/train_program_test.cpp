@@ -295,7 +295,7 @@ TEST_F(TrainProgram, AModelWithoutItsWeightsIsRefusedAtOnce) {
   std::string config = kConfig;
   for (const auto& [field, value] : {std::pair("vocab_size", 128256), std::pair("hidden_size", 4096), std::pair("intermediate_size", 14336),
                                      std::pair("num_hidden_layers", 32), std::pair("num_attention_heads", 32), std::pair("num_key_value_heads", 8)}) {
-    config = std::regex_replace(config, std::regex("\"" + std::string(field) + "\": \\d+"), c10::str("\"", field, "\": ", value));
+    config = std::regex_replace(config, std::regex(c10::str('"', field, "\": \\d+")), c10::str('"', field, "\": ", value));
   }
   std::filesystem::create_directory(own_ / "large");
   write_bytes(own_ / "large/config.json", config);
