@@ -280,21 +280,29 @@ RopeConfig read_rope(Fields& fields, const std::string& origin, std::vector<std:
   }
   const auto inner_theta = inner.number("rope_theta", 0.0);
   rope.theta = inner_theta.value_or(outer_theta.value_or(10000.0));
-  if (inner_theta && outer_theta && *inner_theta != *outer_theta) {
-    warnings.push_back(c10::str("rope_theta is given twice, as ", *outer_theta, " and in ",
-                                old_spelling ? "rope_scaling" : "rope_parameters", " as ", *inner_theta,
-                                "; the latter is used, as Transformers does"));
-  }
+  const auto given_twice = [&](const char* field, const auto& outer_value, const auto& inner_value, const char* used) {
+    if (outer_value && inner_value && *outer_value != *inner_value) {
+      warnings.push_back(c10::str(field, " is given twice, as ", *outer_value, " and in ", old_spelling ? "rope_scaling" : "rope_parameters", " as ", *inner_value, "; the ",
+                                  used, " is used, as Transformers does"));
+    }
+  };
+  given_twice("rope_theta", outer_theta, inner_theta, "latter");
   const auto inner_partial = inner.number("partial_rotary_factor", 0.0);
   if (inner_partial.value_or(1.0) != 1.0) {
     inner.refuse("partial_rotary_factor", "only 1 is supported");
   }
+  given_twice("partial_rotary_factor", outer_partial, inner_partial, "latter");
   if (!inner_partial && outer_partial.value_or(1.0) != 1.0) {
     fields.refuse("partial_rotary_factor", "only 1 is supported");
   }
 
   const auto old_kind = inner.text("type");
-  const std::string kind = inner.text("rope_type").value_or(old_kind.value_or("default"));
+  const auto new_kind = inner.text("rope_type");
+  const std::string kind = new_kind.value_or(old_kind.value_or("default"));
+  if (old_kind && new_kind && *old_kind != *new_kind) {
+    warnings.push_back(c10::str(old_spelling ? "rope_scaling" : "rope_parameters", " has the type ", quoted(*old_kind), " and the rope_type ", quoted(*new_kind),
+                                "; the latter is used, as Transformers does"));
+  }
   if (kind == "default") {
     rope.kind = RopeKind::kDefault;
   } else if (kind == "linear") {
@@ -309,13 +317,14 @@ RopeConfig read_rope(Fields& fields, const std::string& origin, std::vector<std:
       inner.refuse("high_freq_factor", c10::str("expected more than low_freq_factor, ", rope.low_freq_factor));
     }
     const auto inner_positions = inner.integer("original_max_position_embeddings");
+    given_twice("original_max_position_embeddings", outer_positions, inner_positions, "former");
     const int64_t positions = outer_positions   ? *outer_positions
                               : inner_positions ? *inner_positions
                                                 : fields.integer("max_position_embeddings").value_or(0);
     check(kKind, positions > 0, inner.where(), " has no field \"original_max_position_embeddings\"");
     rope.original_max_position_embeddings = static_cast<double>(positions);
   } else {
-    inner.refuse(old_kind && !inner.text("rope_type") ? "type" : "rope_type",
+    inner.refuse(old_kind && !new_kind ? "type" : "rope_type",
                  "supported are \"default\", \"linear\" and \"llama3\" (dynamic, yarn, longrope, su and mrope change with the "
                  "length of the text "
                  "or scale the attention)");

@@ -230,6 +230,15 @@ TEST(ModelConfig, NotesWhatItCannotJudge) {
   ASSERT_EQ(both.warnings.size(), 1U);
   EXPECT_NE(both.warnings[0].find("rope_scaling is used"), std::string::npos) << both.warnings[0];
   EXPECT_TRUE(parse(with("rope_scaling", linear, with("rope_parameters", linear))).warnings.empty());
+  const ModelConfig types = parse(with("rope_scaling", {{"rope_type", "linear"}, {"type", "llama3"}, {"factor", 2.0}}));
+  EXPECT_EQ(types.rope.kind, RopeKind::kLinear);
+  ASSERT_EQ(types.warnings.size(), 1U);
+  EXPECT_NE(types.warnings[0].find("the type \"llama3\" and the rope_type \"linear\""), std::string::npos) << types.warnings[0];
+  const json llama3 = {{"rope_type", "llama3"}, {"factor", 8.0}, {"low_freq_factor", 1.0}, {"high_freq_factor", 4.0}, {"original_max_position_embeddings", 256}};
+  const ModelConfig positions = parse(with("original_max_position_embeddings", 128, with("rope_scaling", llama3)));
+  EXPECT_EQ(positions.rope.original_max_position_embeddings, 128);
+  ASSERT_EQ(positions.warnings.size(), 1U);
+  EXPECT_NE(positions.warnings[0].find("as 128 and in rope_scaling as 256; the former"), std::string::npos) << positions.warnings[0];
   EXPECT_TRUE(parse(with("is_causal", true, with("layer_types", {"full_attention", "full_attention"}))).warnings.empty());
 }
 
