@@ -308,47 +308,21 @@ TEST_F(TrainProgram, AModelWithoutItsWeightsIsRefusedAtOnce) {
   expect_failure(bin + "drrl-eval" + input, ExitCode::kModel, {"large/model.safetensors", "num_hidden_layers = 32"});
 }
 
-// A folder of token files with a note of the tokenizer that made them, as launch/prepare.py text writes it.
 TEST_F(TrainProgram, TokensOfAnotherTokenizerAreRefused) {
   std::filesystem::copy(*shared_ / "model", own_ / "model");
+  write_bytes(own_ / "model/tokenizer.json", R"({"model": {"vocab": {"b": 0, "a": 1}}})");
   for (const char* extension : {".bin", ".idx"}) {
     std::filesystem::copy((*shared_ / "text").string() + extension, (own_ / "text").string() + extension);
   }
-  const auto words = [&](const std::string& vocabulary, const std::string& more = "") {
-    write_bytes(own_ / "model/tokenizer.json", R"({"added_tokens": [)" + more + R"(], "model": {"type": "BPE", "vocab": )" + vocabulary + "}}");
-  };
-  const auto note = [&](const std::string& text) { write_bytes(own_ / "text.json", text); };
-  const std::string bin = std::string(DRRL_BINARY_DIR) + "/bin/", input = " --seq_len=24 --threads=1 --model=" + (own_ / "model").string() + " --data=" + (own_ / "text").string();
-  const std::string eval = bin + "drrl-eval --max_tokens=24" + input;
-  const auto passes = [&](const std::string& line) {
-    const Ended run = shell(line);
-    EXPECT_EQ(run.code, 0) << run.output;
-  };
-  words(R"({"b": 1, "é": 0})");
-  // sha1 of "0\té\n1\tb\n"
-  note(R"({"tokens": 3000, "vocabulary": {"tokenizer": "their/tokenizer.json", "size": 2, "sha1": "3c542fe110e29619a09c16166f92c1ada8204b14"}})");
-  passes(eval);
-  words("{\n \"é\": 0, \"b\": 1}", R"({"id": 2, "content": "<s>"})");  // saved anew, with one more added token
-  passes(eval);
-  words(R"([["é", 0.5], ["b", -1.5]])");
-  passes(eval);
-  words(R"({"b": 0, "é": 1})");
-  for (const char* program : {"drrl-train --steps=1", "drrl-eval --max_tokens=24", "drrl-policy calibrate --near_block=8 --sink_tokens=1 --policy=x"}) {
-    expect_failure(bin + program + input, ExitCode::kData, {"text", "text.json", "their/tokenizer.json", "model/tokenizer.json", "prepare.py text --model"});
-  }
+  write_bytes(own_ / "text.json", R"({"vocabulary": {"tokenizer": "their/tokenizer.json", "size": 2, "sha1": "0"}})");
   write_bytes(own_ / "questions.jsonl", R"({"id": "a", "context": [1, 2], "targets": [[3]], "answer": 0})");
   write_bytes(own_ / "questions.jsonl.json", read_bytes(own_ / "text.json"));
-  expect_failure(bin + "drrl-eval --threads=1 --model=" + (own_ / "model").string() + " --examples=" + (own_ / "questions.jsonl").string(), ExitCode::kData,
-                 {"questions.jsonl.json", "their/tokenizer.json"});
-  words("{\"b\": 0");
-  expect_failure(eval, ExitCode::kModel, {"tokenizer.json", "not valid JSON"});
-  words("3");
-  passes(eval);
-  words(R"({"b": 0, "é": 1})");
-  for (const char* other : {"{", "[]", "3", "{\"vocabulary\": 3}", "{\"vocabulary\": {\"size\": 2}}"}) {  // not of prepare.py, or of an older one
-    note(other);
-    passes(eval);
+  const std::string bin = std::string(DRRL_BINARY_DIR) + "/bin/", model = " --threads=1 --model=" + (own_ / "model").string();
+  for (const char* program : {"drrl-train --steps=1", "drrl-eval", "drrl-policy calibrate --near_block=8 --sink_tokens=1 --policy=x", "drrl-bench attention --seq_lens=24"}) {
+    expect_failure(bin + program + (std::string(program).starts_with("drrl-bench") ? "" : " --seq_len=24") + model + " --data=" + (own_ / "text").string(), ExitCode::kData,
+                   {"text", "text.json", "their/tokenizer.json", "model/tokenizer.json", "prepare.py text --model"});
   }
+  expect_failure(bin + "drrl-eval" + model + " --examples=" + (own_ / "questions.jsonl").string(), ExitCode::kData, {"questions.jsonl.json", "their/tokenizer.json"});
 }
 
 TEST_F(TrainProgram, AnExportHoldsTheTokenizerOfItsModel) {
