@@ -71,9 +71,12 @@ void check_tokenizer(const std::filesystem::path& data, const std::filesystem::p
     return;  // not a note of prepare.py, or an older one
   }
   const std::optional<Vocabulary> own = read_vocabulary(tokenizer);
-  const auto described = [&](const char* field) { return found->contains(field) ? (*found)[field].dump(-1, ' ', true, Json::error_handler_t::replace) : "?"; };
+  const auto described = [&](const char* field) {
+    const Json& value = found->contains(field) ? (*found)[field] : Json("?");
+    return value.is_string() ? quoted(value.get<std::string>()) : value.dump(-1, ' ', true, Json::error_handler_t::replace).substr(0, 40);
+  };
   check(kind, !own || own->sha1 == (*found)["sha1"].get<std::string>(), data, " was made with another tokenizer than the model's: ", note, " says ",
-        quoted(described("tokenizer")), " of ", described("size"), " words, ", tokenizer, " has ", own ? own->size : 0,
+        described("tokenizer"), " of ", described("size"), " words, ", tokenizer, " has ", own ? own->size : 0,
         " and gives the ids to other words. Make the tokens with launch/prepare.py text --model ", model_folder.string(), ", or remove ", note,
         " if the ids are right all the same");
 }

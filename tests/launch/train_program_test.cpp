@@ -318,7 +318,7 @@ TEST_F(TrainProgram, TokensOfAnotherTokenizerAreRefused) {
   write_bytes(own_ / "questions.jsonl", R"({"id": "a", "context": [1, 2], "targets": [[3]], "answer": 0})");
   write_bytes(own_ / "questions.jsonl.json", read_bytes(own_ / "text.json"));
   const std::string bin = std::string(DRRL_BINARY_DIR) + "/bin/", model = " --threads=1 --model=" + (own_ / "model").string();
-  for (const char* program : {"drrl-train --steps=1", "drrl-eval", "drrl-policy calibrate --near_block=8 --sink_tokens=1 --policy=x", "drrl-bench attention --seq_lens=24"}) {
+  for (const char* program : {"drrl-train --steps=1", "drrl-eval", "drrl-policy calibrate --near_block=8 --sink_tokens=1 --policy=x", "drrl-bench attention --seq_lens=24 --layer=0"}) {
     expect_failure(bin + program + (std::string(program).starts_with("drrl-bench") ? "" : " --seq_len=24") + model + " --data=" + (own_ / "text").string(), ExitCode::kData,
                    {"text", "text.json", "their/tokenizer.json", "model/tokenizer.json", "prepare.py text --model"});
   }
