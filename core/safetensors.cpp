@@ -6,7 +6,6 @@
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <optional>
-#include <set>
 #include <string_view>
 
 namespace drrl {
@@ -42,39 +41,70 @@ std::string shown(const Json& value) {
   return text.size() <= 120 ? text : text.substr(0, 120) + "...";
 }
 
-// Parses the header. The tree is small by construction: the callback stops at depth 3 (name -> field -> list), at lists longer
-// than any shape, and at a key that occurs twice in one object, which a JSON library would otherwise silently resolve.
-Json parse_header(const std::string& text, const std::filesystem::path& path, ErrorKind kind) {
-  constexpr int kDeepest = 3;
-  std::array<std::set<std::string>, kDeepest + 1> keys;
-  size_t list_length = 0;
-  const Json::parser_callback_t inspect = [&](int depth, Json::parse_event_t event, Json& value) {
-    switch (event) {
-      case Json::parse_event_t::object_start:
-      case Json::parse_event_t::array_start:
-        check(kind, depth < kDeepest, path, ": the header nests deeper than name -> field -> list");
-        keys[static_cast<size_t>(depth) + 1].clear();
-        list_length = 0;
-        break;
-      case Json::parse_event_t::key: {
-        const bool fresh = keys[static_cast<size_t>(depth)].insert(value.get<std::string>()).second;
-        check(kind, fresh, path, ": ", shown(value), " occurs twice in the header");
-        break;
-      }
-      case Json::parse_event_t::value:
-        check(kind, depth < kDeepest || ++list_length <= kMostDimensions, path, ": a list in the header is longer than ",
-              kMostDimensions, " entries");
-        break;
-      case Json::parse_event_t::object_end:
-      case Json::parse_event_t::array_end: break;
+// Builds the tree of a header, which is small by construction: it stops at depth 3 (name -> field -> list), at lists longer than any shape, and at a key that
+// occurs twice in one object, which a JSON library would otherwise silently resolve.
+class HeaderParser : public nlohmann::json_sax<Json> {
+ public:
+  HeaderParser(const std::filesystem::path& path, ErrorKind kind) : path_(path), kind_(kind) {}
+  Json take() { return std::move(root_); }
+
+  bool null() override { return add(nullptr); }
+  bool boolean(bool value) override { return add(value); }
+  bool number_integer(number_integer_t value) override { return add(value); }
+  bool number_unsigned(number_unsigned_t value) override { return add(value); }
+  bool number_float(number_float_t value, const string_t& /*text*/) override { return add(value); }
+  bool string(string_t& value) override { return add(std::move(value)); }
+  bool binary(binary_t& /*value*/) override { return false; }
+  bool start_object(std::size_t /*size*/) override { return start(Json::object()); }
+  bool start_array(std::size_t /*size*/) override { return start(Json::array()); }
+  bool end_object() override { return end(); }
+  bool end_array() override { return end(); }
+  bool key(string_t& value) override {
+    check(kind_, !open_.back().contains(value), path_, ": ", shown(value), " occurs twice in the header");
+    keys_.back() = std::move(value);
+    return true;
+  }
+  bool parse_error(std::size_t /*position*/, const std::string& /*token*/, const nlohmann::detail::exception& error) override {
+    raise(kind_, path_, ": the header is not valid JSON: ", error.what());
+  }
+
+ private:
+  bool start(Json value) {
+    constexpr size_t kDeepest = 3;
+    check(kind_, open_.size() < kDeepest, path_, ": the header nests deeper than name -> field -> list");
+    open_.push_back(std::move(value));
+    keys_.emplace_back();
+    return true;
+  }
+  bool end() {
+    Json value = std::move(open_.back());
+    open_.pop_back();
+    keys_.pop_back();
+    return add(std::move(value));
+  }
+  bool add(Json value) {
+    if (open_.empty()) {
+      root_ = std::move(value);
+    } else if (open_.back().is_object()) {
+      open_.back()[keys_.back()] = std::move(value);
+    } else {
+      check(kind_, open_.back().size() < kMostDimensions, path_, ": a list in the header is longer than ", kMostDimensions, " entries");
+      open_.back().push_back(std::move(value));
     }
     return true;
-  };
-  try {
-    return Json::parse(text, inspect);
-  } catch (const Json::exception& error) {
-    raise(kind, path, ": the header is not valid JSON: ", error.what());
   }
+
+  const std::filesystem::path& path_;
+  ErrorKind kind_;
+  std::vector<Json> open_;  // objects and lists that have not ended
+  std::vector<std::string> keys_;  // the last key of each
+  Json root_;
+};
+
+Json parse_header(const std::string& text, const std::filesystem::path& path, ErrorKind kind) {
+  HeaderParser parser(path, kind);
+  Json::sax_parse(text, &parser);
+  return parser.take();
 }
 
 // a list of non-negative integers that fit int64

@@ -153,6 +153,24 @@ std::string read_text(const std::filesystem::path& path, ErrorKind kind, uint64_
   return text;
 }
 
+void check_nesting(std::string_view json, const std::string& where, ErrorKind kind) {
+  constexpr int64_t kDeepest = 64;
+  int64_t depth = 0;
+  bool inside = false;  // of a string
+  for (size_t i = 0; i < json.size(); ++i) {
+    const char c = json[i];
+    if (c == '"') {
+      inside = !inside;
+    } else if (inside) {
+      i += c == '\\' ? 1 : 0;
+    } else if (c == '[' || c == '{') {
+      check(kind, ++depth <= kDeepest, where, " nests deeper than ", kDeepest, " levels at byte ", i);
+    } else if (c == ']' || c == '}') {
+      --depth;
+    }
+  }
+}
+
 struct FileWriter::Checksum : StreamingChecksum {};
 
 FileWriter::FileWriter(std::filesystem::path path)
@@ -205,6 +223,17 @@ FileDigest FileWriter::commit() {
 FileDigest write_text(const std::filesystem::path& path, std::string_view text) {
   FileWriter writer(path);
   writer.write(text);
+  return writer.commit();
+}
+
+FileDigest copy_file(const FileReader& from, const std::filesystem::path& to) {
+  FileWriter writer(to);
+  std::vector<char> buffer(std::min(kChunk, from.size()));
+  for (uint64_t offset = 0; offset < from.size(); offset += buffer.size()) {
+    const uint64_t bytes = std::min<uint64_t>(buffer.size(), from.size() - offset);
+    from.read(offset, buffer.data(), bytes);
+    writer.write(buffer.data(), bytes);
+  }
   return writer.commit();
 }
 

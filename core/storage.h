@@ -60,6 +60,10 @@ bool is_folder(const std::filesystem::path& path, ErrorKind kind);
 /// The whole content of a file of at most `limit` bytes.
 std::string read_text(const std::filesystem::path& path, ErrorKind kind, uint64_t limit = uint64_t{64} << 20);
 
+/// Throws Error(kind) that names `where` when JSON nests deeper than any file of ours or of Hugging Face does: what comes after reading it, printing and copying, is
+/// recursive and would overflow the stack.
+void check_nesting(std::string_view json, const std::string& where, ErrorKind kind);
+
 /// Writes a file that is either complete or not there: into a hidden temporary in the same folder, which `commit` makes durable
 /// (fsync) and renames. Without `commit` the temporary is removed. Errors: Error(kStorage) with path, operation and the
 /// system's reason.
@@ -86,6 +90,9 @@ class FileWriter {
 
 /// Writes `text` atomically.
 FileDigest write_text(const std::filesystem::path& path, std::string_view text);
+
+/// Copies a file of any size, atomically.
+FileDigest copy_file(const FileReader& from, const std::filesystem::path& to);
 
 /// Makes creations, renames and removals inside `directory` durable.
 void sync_directory(const std::filesystem::path& directory);

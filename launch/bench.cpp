@@ -7,7 +7,9 @@
 #include "launch/program.h"
 #include "models/data.h"
 #include "models/llama.h"
+#include "models/model_folder.h"
 #include "models/token_file.h"
+#include "models/tokenizer.h"
 #include "policy/controller.h"
 #include "policy/far_bases.h"
 
@@ -112,13 +114,14 @@ Inputs random_inputs(int64_t heads, int64_t groups, int64_t length, int64_t head
 std::vector<Inputs> captured_inputs(const std::vector<int64_t>& layers, int64_t start, int64_t length) {
   require("model", FLAGS_model);
   require("data", FLAGS_data);
-  const ModelConfig config = ModelConfig::load(FLAGS_model);
+  const ModelConfig config = load_model_config(FLAGS_model);
   check(ErrorKind::kUsage, length <= config.max_position_embeddings, "a sequence of ", length, " tokens is longer than the ",
         config.max_position_embeddings, " positions of ", FLAGS_model);
   for (const int64_t layer : layers) {
     check(ErrorKind::kUsage, layer < config.num_hidden_layers, "layer ", layer, ": ", FLAGS_model, " has ", config.num_hidden_layers, " layers");
   }
   const TokenFile file = TokenFile::open(FLAGS_data);
+  check_tokenizer(FLAGS_data, FLAGS_model);
   check(ErrorKind::kData, start + length <= file.tokens(), file.bin_path().string(), " has ", file.tokens(), " tokens, tokens ", start, " to ",
         start + length, " are needed");
   const auto controller = std::make_shared<CapturingController>(layers);

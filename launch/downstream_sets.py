@@ -22,7 +22,7 @@ those before. Of last words, texts begin half a `length` after each other, so th
 each; the word has occurred in the text, but not among its last `near` tokens. Of sentences, the last N that fit into the second half of labelled ones are asked about.
 
 Examples come in random order, so that the first N are a sample too; `seed` decides all that is random, and the same inputs give the same file.
-Beside what drrl-eval reads, each question holds "word" and "distance" to its last occurrence [tokens], "key" and "depth", or "sentence". Exit status: 0 written, 2
+FILE.jsonl.json says which tokenizer's the ids are. Beside what drrl-eval reads, each question holds "word" and "distance" to its last occurrence [tokens], "key" and "depth", or "sentence". Exit status: 0 written, 2
 wrong usage, 3 wrong or missing input.
 """
 
@@ -35,7 +35,7 @@ import re
 import sys
 from pathlib import Path
 
-from prepare import EXIT_BAD_INPUT, BadInput, read_documents, write_atomically
+from prepare import EXIT_BAD_INPUT, BadInput, load_tokenizer, read_documents, read_fields, vocabulary_note, write_atomically
 
 ENDED_WORD = re.compile(r"(?<= )([A-Za-z]{4,})(?=[.,;:!?])")
 SENTENCE_END = re.compile(r"[.!?]\s")
@@ -45,15 +45,6 @@ NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is "
 REVIEW = "Review: {sentence}\nSentiment:"
 LABELS = (" negative", " positive")
-
-
-def load_tokenizer(model):
-    from tokenizers import Tokenizer
-
-    path = Path(model) / "tokenizer.json"
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file; --model must be a Hugging Face directory")
-    return Tokenizer.from_file(str(path))
 
 
 def read_named_documents(paths):
@@ -129,8 +120,7 @@ def command_lastword(options):
 
 def positions_of(model):
     """The longest text, target included, that the model takes; inf if it does not say."""
-    config = Path(model) / "config.json"
-    values = json.loads(config.read_text()) if config.is_file() else {}
+    values = read_fields(Path(model) / "config.json")
     return values.get("max_position_embeddings", values.get("n_positions", math.inf))
 
 
@@ -161,7 +151,7 @@ def read_ratings(paths):
     """[negative, positive] sentences of lines of number, rating and sentence."""
     by_label = [[], []]
     for path in paths:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n"), 1):
             try:
                 _, rating, sentence = line.split("\t")
                 rating = float(rating)
@@ -262,6 +252,7 @@ def main():
     try:
         examples = first_questions(options.make(options), options.count)
         options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(f"{options.out}.json"), json.dumps({"vocabulary": vocabulary_note(options.model)}, indent=2) + "\n")
         write_atomically(options.out, "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
     except (BadInput, OSError) as error:
         print(f"downstream_sets: error: {error}", file=sys.stderr)

@@ -16,8 +16,10 @@
 #include "models/examples.h"
 #include "models/generate.h"
 #include "models/llama.h"
+#include "models/model_folder.h"
 #include "core/storage.h"
 #include "models/token_file.h"
+#include "models/tokenizer.h"
 #include "policy/audit.h"
 
 #include <ATen/Parallel.h>
@@ -415,7 +417,7 @@ ExitCode evaluate(const Environment& environment) {
         "neither with --examples nor with --generate");
   MeshShape shape = mesh_flags(environment);
   const at::Device device = device_flag(environment);
-  const ModelConfig config = ModelConfig::load(FLAGS_model);
+  const ModelConfig config = load_model_config(FLAGS_model);
   shape.kv_heads = config.num_key_value_heads;
   const auto file = answering ? nullptr : open_token_file(FLAGS_data, config, environment);
   std::vector<Example> examples;
@@ -424,6 +426,9 @@ ExitCode evaluate(const Environment& environment) {
   if (answering) {
     check(ErrorKind::kUsage, shape.cp == 1, "--examples does not go with --cp=", shape.cp, ", expected 1");
     examples = read_examples(FLAGS_examples, config);
+    if (environment.world_rank == 0) {
+      check_tokenizer(FLAGS_examples, FLAGS_model);
+    }
   } else if (FLAGS_generate > 0) {
     check(ErrorKind::kUsage, shape.dp == 1 && shape.cp == 1, "--generate continues one sequence, --dp=", shape.dp, " times --cp=", shape.cp,
           " processes cannot share it");

@@ -12,6 +12,7 @@
 #include "models/config.h"
 #include "models/data.h"
 #include "models/llama.h"
+#include "models/model_folder.h"
 #include "models/tensor_parallel.h"
 #include "models/token_file.h"
 #include "policy/calibration.h"
@@ -114,7 +115,7 @@ void print_damage(const Calibration& c) {
 class Measurement {
  public:
   explicit Measurement(const Environment& environment)
-      : environment_(environment), shape_(mesh_flags(environment)), device(device_flag(environment)), config(ModelConfig::load(FLAGS_model)),
+      : environment_(environment), shape_(mesh_flags(environment)), device(device_flag(environment)), config(load_model_config(FLAGS_model)),
         geometry(geometry_flags()), ranks(bucket_flags(device, config.head_dim)) {
     check(ErrorKind::kUsage, shape_.cp == 1, "drrl-policy does not split sequences, --cp=", shape_.cp);
     check_whole_groups("drrl-policy", shape_.tp, config);

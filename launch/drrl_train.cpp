@@ -15,6 +15,7 @@
 #include "models/config.h"
 #include "models/data.h"
 #include "models/llama.h"
+#include "models/model_folder.h"
 #include "core/storage.h"
 #include "models/token_file.h"
 #include "models/trainer.h"
@@ -257,7 +258,7 @@ ExitCode train(const Environment& environment) {
   const ModelOptions model_options{
       .dtype = dtype_flag("dtype", FLAGS_dtype), .device = device, .activation_checkpoint = FLAGS_activation_checkpoint};
   const at::ScalarType export_dtype = dtype_flag("export_dtype", FLAGS_export_dtype);
-  const ModelConfig config = ModelConfig::load(FLAGS_model);
+  const ModelConfig config = load_model_config(FLAGS_model);
   shape.kv_heads = config.num_key_value_heads;
   check_seq_len(config);
   const Data data = open_data(environment, config);
@@ -278,6 +279,9 @@ ExitCode train(const Environment& environment) {
     const auto clock = device.is_cpu() ? std::make_shared<AttentionClock>(attention.controller) : nullptr;  // a GPU's work goes on after the call
     model = std::make_unique<CausalLM>(config, mesh.tp(), clock ? clock : std::shared_ptr<AttentionController>(attention.controller), model_options);
     model->load(FLAGS_model);
+    if (!FLAGS_output.empty() && mesh.data().rank() == 0) {
+      model->open_companions();
+    }
     if (leader) {
       print_start(environment, shape, config, *model, attention.controller->describe(), data, options);
     }

@@ -5,6 +5,7 @@
 #include "distributed/mesh.h"
 #include "models/config.h"
 #include "models/token_file.h"
+#include "models/tokenizer.h"
 
 #include <gflags/gflags.h>
 
@@ -93,6 +94,9 @@ void check_seq_len(const ModelConfig& config) {
 std::shared_ptr<const TokenFile> open_token_file(const std::string& prefix, const ModelConfig& config, const Environment& environment) {
   constexpr int64_t kScanTokens = int64_t{1} << 28;  // read in about a second
   auto file = std::make_shared<const TokenFile>(TokenFile::open(prefix));
+  if (environment.world_rank == 0) {
+    check_tokenizer(prefix, FLAGS_model);
+  }
   if (environment.world_rank == 0 && file->tokens() <= kScanTokens) {
     file->check_vocabulary(config.vocab_size);
   }

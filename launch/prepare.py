@@ -28,10 +28,16 @@ from pathlib import Path
 
 EXIT_BAD_INPUT = 3
 FORMAT_VERSION = 1  # of what this program writes; a change makes earlier results be made again
+TEXT_VERSION = 2  # the same, of token files
 
 
 class BadInput(Exception):
     """An input that cannot be used; the message says which and why."""
+
+
+def say(text):
+    """What a user should know, apart from results."""
+    print(f"prepare: {text}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -548,28 +554,46 @@ TYPE_CODES = {"uint16": 8, "int32": 4}
 NARROW_VOCABULARY = 65500  # Megatron's limit for uint16
 
 
-def read_documents(path):
-    """Texts of one file: a .jsonl file holds one a line, under "text"; any other file is one document, or several with a
-    form feed between them."""
+def document_of(value, where):
+    """The text of one object of a .jsonl or .json file."""
+    if not isinstance(value, dict):
+        raise BadInput(f"{where}: not an object with a \"text\"")
+    if not isinstance(value.get("text"), str):
+        has = "'text' is not a string" if "text" in value else "it has " + (", ".join(map(repr, sorted(value))) or "nothing")
+        raise BadInput(f"{where}: not an object with a \"text\": {has}")
     try:
-        raw = Path(path).read_bytes()
-        text = raw.decode("utf-8")
+        value["text"].encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{where}: character {error.start} of \"text\" is half of a surrogate pair, which is no text") from error
+    return value["text"]
+
+
+def parse_json(text, where):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where}: not JSON: {error}") from error
+
+
+def read_documents(path):
+    """Texts of one file: a .jsonl file holds one a line, under "text", a .json file likewise or in a list; any other file is one document, or several with a
+    form feed between them. A byte order mark at the start is no text."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not UTF-8 at byte {error.start}") from error
-    if str(path).endswith(".jsonl"):
-        documents = []
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    documents.append(json.loads(line)["text"])
-                    if not isinstance(documents[-1], str):
-                        raise TypeError("'text' is not a string")
-                except (ValueError, KeyError, TypeError) as error:
-                    raise BadInput(f"{path}, line {number}: not an object with a \"text\": {error}") from error
+    kind = Path(path).suffix
+    if kind == ".json" and text.lstrip().startswith("["):
+        documents = [document_of(v, f"{path}, item {i}") for i, v in enumerate(parse_json(text, path), 1)]
+    elif kind in (".json", ".jsonl"):  # only "\n" ends a line: U+2028, U+0085 and others may stand in a string
+        lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        documents = [document_of(parse_json(line, where), where) for where, line in lines]
     else:
         documents = text.split("\f")
+        if carriage_returns := text.count("\r\n"):
+            say(f"{path}: {carriage_returns} lines end in CR LF, and the CR becomes tokens: convert them to LF if it should not")
     return [d for d in documents if d.strip()]
 
 
@@ -605,6 +629,81 @@ def split_documents(documents, split, seed):
     return parts
 
 
+def load_tokenizer(model):
+    """The tokenizer of a Hugging Face directory, which takes texts as a whole."""
+    from tokenizers import Tokenizer
+
+    path = Path(model) / "tokenizer.json"
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; --model must be a Hugging Face directory")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        raise BadInput(f"{path}: not a tokenizer: {error}") from error
+    if tokenizer.truncation:
+        say(f"{path} cuts texts after {tokenizer.truncation['max_length']} tokens: not done here, documents stay whole")
+        tokenizer.no_truncation()
+    if tokenizer.padding:
+        say(f"{path} fills texts up with {tokenizer.padding['pad_token']!r}: not done here")
+        tokenizer.no_padding()
+    return tokenizer
+
+
+def vocabulary_of(path):
+    """{"size", "sha1"} of the words and ids in a tokenizer.json, without added tokens; models/tokenizer.h computes the same. {} if it lists none."""
+    words = (read_fields(Path(path)).get("model") or {}).get("vocab")
+    if words is None:
+        return {}
+    pairs = sorted((i, w) for w, i in words.items()) if isinstance(words, dict) else [(i, w[0]) for i, w in enumerate(words)]
+    text = "".join(f"{i}\t{w}\n" for i, w in pairs)
+    return {"size": len(pairs), "sha1": hashlib.sha1(text.encode("utf-8", "surrogatepass")).hexdigest()}
+
+
+def vocabulary_note(model):
+    """What drrl's programs compare with the tokenizer of their model before they take the ids for its words."""
+    path = Path(model) / "tokenizer.json"
+    return {"tokenizer": str(path), **vocabulary_of(path)}
+
+
+def read_fields(path):
+    """A JSON object of a model directory; {} if there is no such file."""
+    try:
+        fields = parse_json(path.read_text(encoding="utf-8"), path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: {error}") from error
+    if not isinstance(fields, dict):
+        raise BadInput(f"{path}: not a JSON object")
+    return fields
+
+
+def end_of_document(model, tokenizer, eod):
+    """(token, id) that ends a document: --eod, or the eos token that the first of four files names."""
+    if eod is not None:
+        source, found = "--eod", eod
+    else:
+        for name, key in (("tokenizer_config.json", "eos_token"), ("special_tokens_map.json", "eos_token"),
+                          ("config.json", "eos_token_id"), ("generation_config.json", "eos_token_id")):
+            source, found = model / name, read_fields(model / name).get(key)
+            if isinstance(found, dict):  # an AddedToken
+                found = found.get("content")
+            if isinstance(found, list) and found:  # several end a generation; the first is the tokenizer's own
+                found = found[0]
+            if found is not None:
+                break
+        else:
+            raise BadInput(f"{model}: neither tokenizer_config.json nor special_tokens_map.json has an eos_token, nor config.json or generation_config.json "
+                           "an eos_token_id: name the token that ends a document with --eod")
+    if isinstance(found, int) and not isinstance(found, bool) and found >= 0:
+        found_id, found = found, tokenizer.id_to_token(found) if found < 2**32 else None
+    else:
+        found_id = tokenizer.token_to_id(found) if isinstance(found, str) else None
+    if found_id is None or found is None:
+        raise BadInput(f"{source}: the tokenizer has no token {(found or found_id)!r} to end a document with; name another with --eod")
+    return found, found_id
+
+
 def write_token_file(prefix, documents, dtype, note):
     import numpy
 
@@ -630,7 +729,6 @@ def write_token_file(prefix, documents, dtype, note):
 
 
 def command_text(options):
-    from tokenizers import Tokenizer
     import numpy
 
     model = Path(options.model)
@@ -643,34 +741,39 @@ def command_text(options):
         if not Path(path).is_file():
             raise BadInput(f"{path}: no such file")
     prefixes = {name: f"{options.out}-{name}" for name in split} if split else {None: options.out}
-    recipe = {"format": FORMAT_VERSION, "tokenizer_sha256": sha256(tokenizer_path), "eod": options.eod, "split": split,
+    recipe = {"format": TEXT_VERSION, "tokenizer_sha256": sha256(tokenizer_path), "eod": options.eod, "special_tokens": options.special_tokens, "split": split,
               "seed": options.seed, "inputs": [[Path(p).name, sha256(p)] for p in options.input]}
     if not options.force and all(already_made(f"{p}.json", {**recipe, "part": n}, [f"{p}.bin", f"{p}.idx"])
                                  for n, p in prefixes.items()):
         print(f"prepare: {', '.join(prefixes.values())}: already there")
         return
 
-    tokenizer = Tokenizer.from_file(str(tokenizer_path))
-    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
-    eod = options.eod
-    if eod is None:
-        eod = json.loads((model / "tokenizer_config.json").read_text())["eos_token"]
-        eod = eod["content"] if isinstance(eod, dict) else eod
-    eod_id = tokenizer.token_to_id(eod)
-    if eod_id is None:
-        raise BadInput(f"the tokenizer has no token {eod!r} to end a document with")
+    tokenizer = load_tokenizer(model)
+    vocabulary = read_fields(model / "config.json").get("vocab_size")
+    if not isinstance(vocabulary, int) or vocabulary < 1:
+        raise BadInput(f"{model / 'config.json'}: vocab_size is {vocabulary!r}, expected a positive integer")
+    eod, eod_id = end_of_document(model, tokenizer, options.eod)
     texts = [t for path in options.input for t in read_documents(path)]
     if not texts:
         raise BadInput("no text in " + ", ".join(options.input))
-    documents = [numpy.array(e.ids + [eod_id], dtype=numpy.int64)
-                 for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    encoded = [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=options.special_tokens)]
+    own = [token for token, special in zip(*(lambda e: (e.tokens, e.special_tokens_mask))(tokenizer.encode("a"))) if special]
+    if own and not options.special_tokens:
+        say(f"the tokenizer puts {', '.join(own)} around a text of its own accord; documents are without it, and end in {eod} "
+            "(--special_tokens: as the tokenizer does)")
+    if options.special_tokens:  # the tokenizer may have ended the document itself
+        encoded = [ids[:-1] if ids[-1:] == [eod_id] else ids for ids in encoded]
+    if inside := sum(ids.count(eod_id) for ids in encoded):
+        say(f"{eod} stands in the texts themselves and became the token that ends a document: {inside} times")
+    documents = [numpy.array(ids + [eod_id], dtype=numpy.int64) for ids in encoded]
     largest = max(int(d.max()) for d in documents)
     if largest >= vocabulary:
         raise BadInput(f"the tokenizer gives token {largest}, the model knows {vocabulary}")
     dtype = "uint16" if vocabulary < NARROW_VOCABULARY else "int32"
     parts = split_documents(documents, split, options.seed) if split else {None: documents}
+    tokenizer_note = vocabulary_note(model)
     for name, prefix in prefixes.items():
-        write_token_file(prefix, parts[name], dtype, {"recipe": {**recipe, "part": name}, "eod_token_id": eod_id})
+        write_token_file(prefix, parts[name], dtype, {"recipe": {**recipe, "part": name}, "eod_token_id": eod_id, "vocabulary": tokenizer_note})
 
 
 def read_token_file(prefix):
@@ -699,24 +802,20 @@ def command_inspect(options):
     print(f"{options.data}: {len(data):,} tokens ({data.dtype}), {len(lengths)} documents of {lengths.min():,} to "
           f"{lengths.max():,} tokens, largest id {int(data.max())}")
     if options.model:
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(Path(options.model) / "tokenizer.json"))
+        tokenizer, made_with = load_tokenizer(options.model), read_fields(Path(f"{options.data}.json")).get("vocabulary") or {}
+        words = vocabulary_of(Path(options.model) / "tokenizer.json")
+        if words and made_with.get("sha1", words["sha1"]) != words["sha1"]:
+            raise BadInput(f"{options.data} was made with another tokenizer, {made_with.get('tokenizer')}, than {options.model}/tokenizer.json")
         print(tokenizer.decode(data[:options.words].tolist(), skip_special_tokens=False))
 
 
 def command_decode(options):
-    from tokenizers import Tokenizer
-
-    text = Path(options.input).read_text() if options.input else sys.stdin.read()
     try:
+        text = Path(options.input).read_text() if options.input else sys.stdin.read()
         value = json.loads(text)
         value = value["generated"] if isinstance(value, dict) else value
         sequences = value if value and isinstance(value[0], list) else [value]
-        tokenizer_path = Path(options.model) / "tokenizer.json"
-        if not tokenizer_path.is_file():
-            raise BadInput(f"{tokenizer_path}: no such file")
-        tokenizer = Tokenizer.from_file(str(tokenizer_path))
+        tokenizer = load_tokenizer(options.model)
         for ids in sequences:
             print(tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
     except (ValueError, KeyError, TypeError) as error:
@@ -749,12 +848,15 @@ def main():
 
     text = commands.add_parser("text", help="Megatron .bin/.idx from text")
     text.add_argument("--model", required=True, help="Hugging Face directory with tokenizer.json")
-    text.add_argument("--input", required=True, nargs="+", help=".txt (one document, or several with form feeds between) "
-                                                                "or .jsonl (one a line, under \"text\")")
+    text.add_argument("--input", required=True, nargs="+", help=".txt (one document, or several with form feeds between), "
+                                                                ".jsonl or .json (one a line, or a list, under \"text\")")
     text.add_argument("--out", required=True, help="prefix; with --split, PREFIX-NAME of each part")
     text.add_argument("--split", help="deal whole documents out by share of tokens, e.g. train=0.95,valid=0.05")
     text.add_argument("--seed", type=int, default=0, help="of the split (default 0)")
-    text.add_argument("--eod", help="token that ends a document (default: the tokenizer's eos_token)")
+    text.add_argument("--eod", help="token that ends a document (default: the eos token of tokenizer_config.json, special_tokens_map.json, config.json or "
+                                    "generation_config.json)")
+    text.add_argument("--special_tokens", action="store_true", help="documents as the tokenizer itself makes them, e.g. with <s> before; default: the text alone, "
+                                                                    "and --eod after it")
     text.set_defaults(run=command_text)
 
     inspect = commands.add_parser("inspect", help="what a token file holds")

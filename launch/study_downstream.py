@@ -65,7 +65,7 @@ def answer(arguments, log, examples, flags, out):
             pool.shutdown(cancel_futures=True)
     told = "".join(part["told"] for part in done)
     out.write_text(told)
-    return done[0]["run"], [json.loads(line) for line in told.splitlines()]
+    return done[0]["run"], [json.loads(line) for line in told.split("\n") if line]
 
 
 def compare(exact, lines, margin):

@@ -317,7 +317,9 @@ CheckpointReader CheckpointReader::open_directory(const fs::path& directory, boo
   check(kKind, path_exists(path, kKind), directory, " has no ", kManifest, ": it is not a complete checkpoint");
   Json manifest;
   try {
-    manifest = Json::parse(read_text(path, kKind));
+    const std::string text = read_text(path, kKind);
+    check_nesting(text, path.string(), kKind);
+    manifest = Json::parse(text);
     check(kKind, manifest.is_object() && manifest.value("format", "") == kFormat, path,
           " is not the manifest of a drrl checkpoint");
     check(kKind, manifest.value("version", 0) == kVersion, path, " has version ", manifest.value("version", 0), "; version ",

@@ -34,7 +34,15 @@ constexpr std::array kArchitectures = {
     ArchitectureDefaults{Architecture::kQwen2, "qwen2", "Qwen2ForCausalLM", 32, 32768},
     ArchitectureDefaults{Architecture::kGpt2, "gpt2", "GPT2LMHeadModel", 0, 1024},
 };
-constexpr int64_t kMistralSlidingWindow = 4096;
+constexpr int64_t kSlidingWindow = 4096;  // of Mistral and, when use_sliding_window is true, of Qwen2
+
+// Sizes beyond those of any model. Below them the number of weights fits 63 bits.
+constexpr int64_t kMostLayers = 1 << 14;
+constexpr int64_t kMostVocabulary = 1 << 28;
+constexpr int64_t kMostHidden = 1 << 20;
+constexpr int64_t kMostIntermediate = 1 << 22;
+constexpr int64_t kMostHeads = 1 << 16;
+constexpr int64_t kMostQueryRows = 1 << 22;  // heads times head_dim
 
 // Fields that change neither logits nor the training loss: tokens for generation, bookkeeping of Transformers and of conversion
 // tools.
@@ -107,6 +115,12 @@ const std::set<std::string_view> kWithoutEffect = {
     "summary_first_dropout",
 };
 
+// A JSON value as messages show it.
+std::string shown(const Json& value, size_t longest = 200) {
+  const std::string text = value.dump(-1, ' ', true, Json::error_handler_t::replace);
+  return text.size() <= longest ? text : text.substr(0, longest) + "...";
+}
+
 // The fields of one JSON object: typed access whose messages name file, field and value, and a record of what was looked at.
 class Fields {
  public:
@@ -129,31 +143,25 @@ class Fields {
   }
 
   [[noreturn]] void refuse(const std::string& field, const std::string& expectation) const {
-    std::string value = object_.contains(field) ? object_[field].dump(-1, ' ', true, Json::error_handler_t::replace) : "absent";
-    if (value.size() > 200) {
-      value = value.substr(0, 200) + "...";
-    }
-    raise(kKind, where_, ": ", field, " is ", value, "; ", expectation);
+    raise(kKind, where_, ": ", field, " is ", object_.contains(field) ? shown(object_[field]) : "absent", "; ", expectation);
   }
 
-  /// An integer from `least` to 2^31 - 1.
-  std::optional<int64_t> integer(const std::string& field, int64_t least = 1) {
+  /// An integer from 1 to `most`.
+  std::optional<int64_t> integer(const std::string& field, int64_t most = INT32_MAX) {
     const Json* value = find(field);
     if (value == nullptr) {
       return std::nullopt;
     }
-    constexpr int64_t kMost = INT32_MAX;
-    const bool good = value->is_number_integer() &&
-                      !(value->is_number_unsigned() && value->get<uint64_t>() > static_cast<uint64_t>(kMost)) &&
-                      value->get<int64_t>() >= least && value->get<int64_t>() <= kMost;
+    const bool good = value->is_number_integer() && !(value->is_number_unsigned() && value->get<uint64_t>() > static_cast<uint64_t>(most)) &&
+                      value->get<int64_t>() >= 1 && value->get<int64_t>() <= most;
     if (!good) {
-      refuse(field, c10::str("expected an integer from ", least, " to ", kMost));
+      refuse(field, c10::str("expected an integer from 1 to ", most));
     }
     return value->get<int64_t>();
   }
 
-  int64_t required_integer(const std::string& field) {
-    const auto value = integer(field);
+  int64_t required_integer(const std::string& field, int64_t most) {
+    const auto value = integer(field, most);
     check(kKind, value.has_value(), where_, " has no field \"", field, "\"");
     return *value;
   }
@@ -248,6 +256,17 @@ RopeConfig read_rope(Fields& fields, const std::string& origin, std::vector<std:
       fields.refuse(field, "expected an object");
     }
   }
+  for (const char* field : {"rope_scaling", "rope_parameters"}) {
+    const Json* value = fields.find(field);
+    if (value == nullptr) {
+      continue;
+    }
+    for (const auto& [key, inside] : value->items()) {
+      if (inside.is_object()) {
+        fields.refuse(field, c10::str("parameters for one type of layers (", quoted(key), ") are not supported, expected one set of them for all layers"));
+      }
+    }
+  }
   const bool old_spelling = scaling != nullptr && !scaling->empty();
   const Json nothing = Json::object();
   Fields inner(old_spelling            ? *scaling
@@ -256,23 +275,34 @@ RopeConfig read_rope(Fields& fields, const std::string& origin, std::vector<std:
                origin + (old_spelling ? ": rope_scaling" : ": rope_parameters"));
 
   RopeConfig rope;
+  if (old_spelling && parameters != nullptr && !parameters->empty() && *scaling != *parameters) {
+    warnings.push_back(c10::str("rope_scaling ", shown(*scaling), " and rope_parameters ", shown(*parameters), " are not the same; rope_scaling is used, as Transformers does"));
+  }
   const auto inner_theta = inner.number("rope_theta", 0.0);
   rope.theta = inner_theta.value_or(outer_theta.value_or(10000.0));
-  if (inner_theta && outer_theta && *inner_theta != *outer_theta) {
-    warnings.push_back(c10::str("rope_theta is given twice, as ", *outer_theta, " and in ",
-                                old_spelling ? "rope_scaling" : "rope_parameters", " as ", *inner_theta,
-                                "; the latter is used, as Transformers does"));
-  }
+  const auto given_twice = [&](const char* field, const auto& outer_value, const auto& inner_value, const char* used) {
+    if (outer_value && inner_value && *outer_value != *inner_value) {
+      warnings.push_back(c10::str(field, " is given twice, as ", *outer_value, " and in ", old_spelling ? "rope_scaling" : "rope_parameters", " as ", *inner_value, "; the ",
+                                  used, " is used, as Transformers does"));
+    }
+  };
+  given_twice("rope_theta", outer_theta, inner_theta, "latter");
   const auto inner_partial = inner.number("partial_rotary_factor", 0.0);
   if (inner_partial.value_or(1.0) != 1.0) {
     inner.refuse("partial_rotary_factor", "only 1 is supported");
   }
+  given_twice("partial_rotary_factor", outer_partial, inner_partial, "latter");
   if (!inner_partial && outer_partial.value_or(1.0) != 1.0) {
     fields.refuse("partial_rotary_factor", "only 1 is supported");
   }
 
   const auto old_kind = inner.text("type");
-  const std::string kind = inner.text("rope_type").value_or(old_kind.value_or("default"));
+  const auto new_kind = inner.text("rope_type");
+  const std::string kind = new_kind.value_or(old_kind.value_or("default"));
+  if (old_kind && new_kind && *old_kind != *new_kind) {
+    warnings.push_back(c10::str(old_spelling ? "rope_scaling" : "rope_parameters", " has the type ", quoted(*old_kind), " and the rope_type ", quoted(*new_kind),
+                                "; the latter is used, as Transformers does"));
+  }
   if (kind == "default") {
     rope.kind = RopeKind::kDefault;
   } else if (kind == "linear") {
@@ -287,13 +317,14 @@ RopeConfig read_rope(Fields& fields, const std::string& origin, std::vector<std:
       inner.refuse("high_freq_factor", c10::str("expected more than low_freq_factor, ", rope.low_freq_factor));
     }
     const auto inner_positions = inner.integer("original_max_position_embeddings");
+    given_twice("original_max_position_embeddings", outer_positions, inner_positions, "former");
     const int64_t positions = outer_positions   ? *outer_positions
                               : inner_positions ? *inner_positions
                                                 : fields.integer("max_position_embeddings").value_or(0);
     check(kKind, positions > 0, inner.where(), " has no field \"original_max_position_embeddings\"");
     rope.original_max_position_embeddings = static_cast<double>(positions);
   } else {
-    inner.refuse(old_kind && !inner.text("rope_type") ? "type" : "rope_type",
+    inner.refuse(old_kind && !new_kind ? "type" : "rope_type",
                  "supported are \"default\", \"linear\" and \"llama3\" (dynamic, yarn, longrope, su and mrope change with the "
                  "length of the text "
                  "or scale the attention)");
@@ -346,20 +377,21 @@ void check_sliding_window(Fields& fields, const ModelConfig& config) {
       // Explicit null switches it off; Transformers' default for an absent field is a window.
       const Json* present = fields.find_raw("sliding_window");
       if (window || present == nullptr) {
-        refuse_short(window.value_or(kMistralSlidingWindow));
+        refuse_short(window.value_or(kSlidingWindow));
       }
       break;
     }
     case Architecture::kQwen2: {
       const bool used = fields.boolean("use_sliding_window", false);
       const auto window = fields.integer("sliding_window");
-      if (used && window) {
-        refuse_short(*window);
+      const Json* present = fields.find_raw("sliding_window");
+      if (used && (window || present == nullptr)) {
+        refuse_short(window.value_or(kSlidingWindow));
       }
       break;
     }
   }
-  if (const Json* types = config.architecture == Architecture::kQwen2 ? fields.find("layer_types") : nullptr) {
+  if (const Json* types = fields.find("layer_types")) {
     const bool all_full = types->is_array() &&
                           std::all_of(types->begin(), types->end(), [](const Json& type) { return type == "full_attention"; });
     if (!all_full) {
@@ -369,21 +401,21 @@ void check_sliding_window(Fields& fields, const ModelConfig& config) {
 }
 
 void read_llama(Fields& fields, ModelConfig& config, const ArchitectureDefaults& defaults) {
-  config.hidden_size = fields.required_integer("hidden_size");
-  config.intermediate_size = fields.required_integer("intermediate_size");
-  config.num_hidden_layers = fields.required_integer("num_hidden_layers");
-  config.num_attention_heads = fields.required_integer("num_attention_heads");
+  config.hidden_size = fields.required_integer("hidden_size", kMostHidden);
+  config.intermediate_size = fields.required_integer("intermediate_size", kMostIntermediate);
+  config.num_hidden_layers = fields.required_integer("num_hidden_layers", kMostLayers);
+  config.num_attention_heads = fields.required_integer("num_attention_heads", kMostHeads);
   // An explicit null means "as many as query heads" everywhere; only an absent field has a default of its own.
   const int64_t absent_groups = defaults.num_key_value_heads == 0 ? config.num_attention_heads : defaults.num_key_value_heads;
   const bool null_groups = fields.find_raw("num_key_value_heads") != nullptr;
   config.num_key_value_heads =
-      fields.integer("num_key_value_heads").value_or(null_groups ? config.num_attention_heads : absent_groups);
+      fields.integer("num_key_value_heads", kMostHeads).value_or(null_groups ? config.num_attention_heads : absent_groups);
   config.max_position_embeddings = fields.integer("max_position_embeddings").value_or(defaults.max_position_embeddings);
   if (config.num_attention_heads % config.num_key_value_heads != 0) {
     fields.refuse("num_key_value_heads", c10::str(config.num_key_value_heads, " groups cannot share ",
                                                   config.num_attention_heads, " query heads (num_attention_heads) evenly"));
   }
-  const auto head_dim = fields.integer("head_dim");
+  const auto head_dim = fields.integer("head_dim", kMostQueryRows / config.num_attention_heads);
   if (!head_dim && config.hidden_size % config.num_attention_heads != 0) {
     fields.refuse("hidden_size",
                   c10::str("without head_dim it must be a multiple of num_attention_heads, ", config.num_attention_heads));
@@ -416,10 +448,10 @@ void read_gpt2(Fields& fields, ModelConfig& config) {
       fields.refuse(general, c10::str("GPT-2 models say ", own));
     }
   }
-  config.hidden_size = fields.required_integer("n_embd");
-  config.num_hidden_layers = fields.required_integer("n_layer");
-  config.num_attention_heads = config.num_key_value_heads = fields.required_integer("n_head");
-  config.intermediate_size = fields.integer("n_inner").value_or(4 * config.hidden_size);
+  config.hidden_size = fields.required_integer("n_embd", kMostHidden);
+  config.num_hidden_layers = fields.required_integer("n_layer", kMostLayers);
+  config.num_attention_heads = config.num_key_value_heads = fields.required_integer("n_head", kMostHeads);
+  config.intermediate_size = fields.integer("n_inner", kMostIntermediate).value_or(4 * config.hidden_size);
   config.max_position_embeddings = fields.integer("n_positions").value_or(1024);
   if (config.hidden_size % config.num_attention_heads != 0) {
     fields.refuse("n_embd", c10::str("expected a multiple of n_head, ", config.num_attention_heads));
@@ -467,12 +499,15 @@ const char* name(Architecture architecture) noexcept {
 }
 
 ModelConfig ModelConfig::load(const std::filesystem::path& directory_or_file) {
+  check(kKind, path_exists(directory_or_file, kKind), directory_or_file,
+        ": No such file or folder; models are Hugging Face folders on this machine ('hf download NAME --local-dir FOLDER' gets one)");
   const bool is_directory = is_folder(directory_or_file, kKind);
   const std::filesystem::path path = is_directory ? directory_or_file / "config.json" : directory_or_file;
   return parse(read_text(path, kKind), path.string());
 }
 
 ModelConfig ModelConfig::parse(const std::string& text, const std::string& origin) {
+  check_nesting(text, origin, kKind);
   Json json;
   try {
     json = Json::parse(text);
@@ -492,7 +527,13 @@ ModelConfig ModelConfig::parse(const std::string& text, const std::string& origi
   if (fields.find("auto_map") != nullptr) {
     fields.refuse("auto_map", "models that bring their own code are not supported");
   }
-  config.vocab_size = fields.required_integer("vocab_size");
+  if (!fields.boolean("is_causal", true)) {
+    fields.refuse("is_causal", "attention in both directions is not supported, only true is");
+  }
+  if (fields.find("per_layer_config") != nullptr) {
+    fields.refuse("per_layer_config", "layers that differ from each other are not supported");
+  }
+  config.vocab_size = fields.required_integer("vocab_size", kMostVocabulary);
   config.initializer_range = fields.number("initializer_range", -1e-300).value_or(0.02);
   config.tie_word_embeddings = fields.boolean("tie_word_embeddings", config.is_gpt2());
   read_biases(fields, config);
@@ -507,14 +548,19 @@ ModelConfig ModelConfig::parse(const std::string& text, const std::string& origi
   for (const std::string& field : fields.unseen()) {
     const Json& value = json[field];
     if (!kWithoutEffect.contains(field) && value != false) {
-      std::string shown = value.dump(-1, ' ', true, Json::error_handler_t::replace);
-      shown = shown.size() <= 80 ? shown : shown.substr(0, 80) + "...";
-      config.warnings.push_back("field " + field + " = " + shown + " is not known for " + name(config.architecture) +
+      config.warnings.push_back("field " + field + " = " + shown(value, 80) + " is not known for " + name(config.architecture) +
                                 " models and was ignored");
     }
   }
   return config;
 }
+
+namespace {
+bool fields_tie(const nlohmann::ordered_json& json, bool otherwise) {
+  const auto found = json.find("tie_word_embeddings");
+  return found == json.end() || found->is_null() ? otherwise : found->get<bool>();
+}
+}  // namespace
 
 std::string ModelConfig::export_json(at::ScalarType weights) const {
   auto json = nlohmann::ordered_json::parse(original_json);
@@ -528,6 +574,9 @@ std::string ModelConfig::export_json(at::ScalarType weights) const {
   json[newer ? "dtype" : "torch_dtype"] = text;
   if (newer && json.contains("torch_dtype")) {
     json["torch_dtype"] = text;
+  }
+  if (fields_tie(json, is_gpt2()) != tie_word_embeddings) {
+    json["tie_word_embeddings"] = tie_word_embeddings;
   }
   return json.dump(2) + "\n";
 }

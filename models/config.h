@@ -73,7 +73,7 @@ struct ModelConfig {
   /// Parses the text of a config.json. `origin` names it in messages.
   static ModelConfig parse(const std::string& text, const std::string& origin);
 
-  /// The original JSON, field for field, with the weights' dtype set to `dtype`.
+  /// The original JSON, field for field, with the weights' dtype set to `dtype` and tie_word_embeddings as it is.
   std::string export_json(at::ScalarType dtype) const;
 
   /// Query heads that share one key/value head.

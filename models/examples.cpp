@@ -1,6 +1,7 @@
 #include "models/examples.h"
 
 #include "core/error.h"
+#include "core/storage.h"
 
 #include <nlohmann/json.hpp>
 
@@ -57,6 +58,7 @@ Question read_question(const json& object, int64_t at, const ModelConfig& config
 }
 
 Example read_example(const std::string& line, const ModelConfig& config, const std::string& where) {
+  check_nesting(line, where, ErrorKind::kData);
   const json object = json::parse(line, nullptr, /*allow_exceptions=*/false);
   check_keys(object, {"id", "context"}, where);
   check(ErrorKind::kData, object["id"].is_string(), where, ": 'id' is ", object["id"].dump(), ", expected a string");
@@ -84,6 +86,7 @@ Example read_example(const std::string& line, const ModelConfig& config, const s
 }  // namespace
 
 std::vector<Example> read_examples(const std::filesystem::path& path, const ModelConfig& config) {
+  const FileReader regular(path, ErrorKind::kData);  // refuses pipes and devices, which may never end
   std::ifstream file(path);
   check(ErrorKind::kData, file.good(), path.string(), ": cannot be read, expected a file of examples, a JSON object a line");
   std::vector<Example> examples;

@@ -3,9 +3,8 @@
 #include "core/error.h"
 #include "models/cross_entropy.h"
 #include "models/fused_ops.h"
-#include "core/storage.h"
+#include "models/model_folder.h"
 #include "models/tensor_parallel.h"
-#include "models/weight_store.h"
 #include "models/weights.h"
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -16,7 +15,6 @@
 #include <cmath>
 #include <exception>
 #include <map>
-#include <set>
 #include <utility>
 
 namespace drrl {
@@ -50,6 +48,16 @@ void all_or_none(const Group& group, at::Device device, ErrorKind kind, const ch
     std::rethrow_exception(failure);
   }
   check(kind, failed.item<int64_t>() == 0, what, " failed on ", group.name(), " rank ", failed.item<int64_t>() - 1);
+}
+
+std::vector<FileReader> companions_of(const std::filesystem::path& folder) {
+  std::vector<FileReader> files;
+  for (const std::string& name : companion_names()) {
+    if (!folder.empty() && path_exists(folder / name, ErrorKind::kModel)) {
+      files.emplace_back(folder / name, ErrorKind::kModel);
+    }
+  }
+  return files;
 }
 
 }  // namespace
@@ -86,9 +94,18 @@ CausalLM::CausalLM(const ModelConfig& config, const Group& tp, std::shared_ptr<A
         "models compute in float32, bfloat16 or float64, not in ", options_.dtype);
   check(ErrorKind::kUsage, options_.loss_chunk_rows >= 1, "loss_chunk_rows must be at least 1, not ", options_.loss_chunk_rows);
 
+  const auto each = static_cast<double>(options_.dtype == at::kDouble ? sizeof(double) : sizeof(float));
+  const auto layouts = parameter_layouts(config_, tp_.size(), tp_.rank());
+  if (options_.device.is_cpu()) {
+    int64_t weights = 0;
+    for (const ParameterLayout& layout : layouts) {
+      weights += c10::multiply_integers(layout.shape);
+    }
+    check_memory(static_cast<double>(weights) * each, c10::str(weights, " weights"));
+  }
   const auto master = at::TensorOptions(options_.device).dtype(options_.dtype == at::kDouble ? at::kDouble : at::kFloat);
   std::map<std::string, int64_t> index;
-  for (const ParameterLayout& layout : parameter_layouts(config_, tp_.size(), tp_.rank())) {
+  for (const ParameterLayout& layout : layouts) {
     index[layout.name] = static_cast<int64_t>(parameters_.size());
     at::Tensor tensor = at::zeros(layout.shape, master).requires_grad_(true);
     parameters_.push_back({layout.name, std::move(tensor), layout.shape.size() > 1, layout.sharded, layout.shared_rows});
@@ -312,32 +329,25 @@ void CausalLM::load(const std::filesystem::path& hf_dir) {
   const auto layouts = parameter_layouts(config_, tp_.size(), tp_.rank());
   all_or_none(tp_, options_.device, ErrorKind::kModel, "loading the model", [&] {
     const WeightStore store = WeightStore::open(hf_dir);
-    // The files of a bare base model, GPT-2's original ones among them, leave its prefix out.
-    const std::string base = parameter_names(config_).base;
-    const auto stored_name = [&](const std::string& name) {
-      return !store.contains(name) && name.starts_with(base) && store.contains(name.substr(base.size())) ? name.substr(base.size()) : name;
-    };
-    std::set<std::string> used;
+    check_weights(config_, store);
+    check_tied_head(config_, store);
     for (size_t i = 0; i < layouts.size(); ++i) {
       for (const WeightPart& part : layouts[i].parts) {
-        const std::string name = stored_name(part.name);
-        check(ErrorKind::kModel, store.contains(name), store.path(), ": no tensor ", part.name,
-              ", which config.json calls for");
-        check(ErrorKind::kModel, store.shape(name) == part.shape, store.path(), ": tensor ", name, " has shape ",
-              at::IntArrayRef(store.shape(name)), ", config.json says ", at::IntArrayRef(part.shape));
         region(parameters_[i].value, part)
-            .copy_(store.slice(name, part.dim, part.start, part.length, parameters_[i].value.scalar_type()));
-        used.insert(name);
+            .copy_(store.slice(stored_name(config_, store, part.name), part.dim, part.start, part.length, parameters_[i].value.scalar_type()));
       }
-    }
-    for (const std::string& name : store.names()) {
-      const bool constant = name.ends_with(".rotary_emb.inv_freq") ||  // tables that old exports hold
-                            (config_.is_gpt2() && (name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias")));
-      check(ErrorKind::kModel, used.contains(name) || constant || (name == "lm_head.weight" && config_.tie_word_embeddings),
-            store.path(), ": tensor ", name, " has no place in the model that config.json describes");
     }
   });
   source_ = hf_dir;
+  companions_.clear();
+}
+
+void CausalLM::open_companions() {
+  all_or_none(tp_, options_.device, ErrorKind::kModel, "opening the files beside the weights", [&] {
+    if (tp_.rank() == 0) {
+      companions_ = companions_of(source_);
+    }
+  });
 }
 
 void CausalLM::save(const std::filesystem::path& hf_dir, at::ScalarType dtype) const {
@@ -380,15 +390,15 @@ void CausalLM::save(const std::filesystem::path& hf_dir, at::ScalarType dtype) c
       return;
     }
     make_directories(hf_dir);
-    for (const char* name :
-         {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-          "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"}) {
-      if (!source_.empty() && std::filesystem::exists(source_ / name) && !std::filesystem::exists(hf_dir / name)) {
-        write_text(hf_dir / name, read_text(source_ / name, ErrorKind::kModel));
-      }
+    std::vector<std::string> kept;
+    const std::vector<FileReader> now = companions_.empty() ? companions_of(source_) : std::vector<FileReader>();
+    for (const FileReader& companion : companions_.empty() ? now : companions_) {
+      kept.push_back(companion.path().filename().string());
+      copy_file(companion, hf_dir / kept.back());
     }
     write_text(hf_dir / "config.json", config_.export_json(dtype));
     write_safetensors(hf_dir / "model.safetensors", tensors);
+    remove_stale_files(hf_dir, kept);
     sync_directory(hf_dir);
   });
 }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "core/storage.h"
 #include "distributed/mesh.h"
 #include "models/config.h"
 #include "policy/attention.h"
@@ -73,12 +74,16 @@ class CausalLM {
            const ModelOptions& options = {});
 
   /// Reads the weights of a Hugging Face directory; each rank reads only its slices. Errors: Error(kModel) that names file and
-  /// tensor.
+  /// tensor, also when the config ties the head and the file has another (load_model_config, model_folder.h).
   void load(const std::filesystem::path& hf_dir);
 
+  /// Opens the files that `save` copies from the directory that was loaded, so that a run does not find at its end that it cannot. Else `save` does it.
+  /// Errors: Error(kModel) that names the file.
+  void open_companions();
+
   /// Writes a Hugging Face directory that `AutoModelForCausalLM.from_pretrained` opens: config.json, model.safetensors in
-  /// `dtype` (kFloat or kBFloat16), and the tokenizer and generation files of the directory that was loaded. Gathered to TP
-  /// rank 0, which alone writes. Errors: Error(kStorage).
+  /// `dtype` (kFloat or kBFloat16), and the tokenizer and generation files of the directory that was loaded. Those of another model, and weights in other
+  /// files, are removed there. Gathered to TP rank 0, which alone writes. Errors: Error(kStorage).
   void save(const std::filesystem::path& hf_dir, at::ScalarType dtype = at::kFloat) const;
 
   /// Random weights as Transformers draws them (normal with the config's initializer_range, norms 1, biases 0), from `seed`
@@ -163,6 +168,7 @@ class CausalLM {
   at::Tensor cos_, sin_;                                       // [longest L seen, d / 2] fp32
   std::function<void(int64_t)> gradients_complete_;
   std::filesystem::path source_;  // the directory that was loaded
+  std::vector<FileReader> companions_;  // what save() copies from there, once opened; of TP rank 0
 };
 
 }  // namespace drrl

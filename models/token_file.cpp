@@ -76,6 +76,9 @@ void with_stored_type(at::ScalarType dtype, const Visit& visit) {
 }  // namespace
 
 TokenFile TokenFile::open(const std::filesystem::path& prefix) {
+  const bool no_index = path_exists(prefix, kKind) && !path_exists(with_extension(prefix, ".idx"), kKind);
+  check(kKind, !no_index || is_folder(prefix, kKind), with_extension(prefix, ".idx"), ": No such file; ", prefix,
+        " is not a token file: launch/prepare.py text makes one of a text");
   const FileReader idx(with_extension(prefix, ".idx"), kKind);
   TokenFile result(FileReader(with_extension(prefix, ".bin"), kKind));
   const auto& path = idx.path();

@@ -4,6 +4,7 @@
 #include "models/checkpoint.h"
 #include "models/gradient_reducer.h"
 #include "models/metrics.h"
+#include "models/model_folder.h"
 #include "models/tensor_parallel.h"
 #include "models/training_state.h"
 
@@ -67,6 +68,13 @@ struct Trainer::Impl {
         optimizer(model_in.parameters(), options.optimizer),
         reducer(model_in.parameters(), mesh.data(), mesh.kv()),
         device(model_in.parameters().front().value.device()) {
+    if (device.is_cpu()) {
+      int64_t weights = 0;
+      for (const Parameter& parameter : model.parameters()) {
+        weights += parameter.value.numel();
+      }
+      check_memory(3.0 * static_cast<double>(weights) * static_cast<double>(model.parameters().front().value.element_size()), c10::str("gradients and both moments of ", weights, " weights"));
+    }
     check(ErrorKind::kUsage, options.micro_batch >= 1, "micro_batch must be at least 1, got ", options.micro_batch);
     check(ErrorKind::kUsage, options.global_batch >= 1, "global_batch must be at least 1, got ", options.global_batch);
     check(ErrorKind::kUsage, options.global_batch >= mesh.dp().size(), "global_batch = ", options.global_batch,

@@ -42,9 +42,11 @@ WeightStore WeightStore::open(const std::filesystem::path& directory) {
   }
 
   store.path_ = index;
+  const std::string text = read_text(index, kind);
+  check_nesting(text, index.string(), kind);
   Json listing;
   try {
-    listing = Json::parse(read_text(index, kind));
+    listing = Json::parse(text);
   } catch (const Json::exception& error) {
     raise(kind, index, " is not valid JSON: ", error.what());
   }
@@ -63,6 +65,14 @@ WeightStore WeightStore::open(const std::filesystem::path& directory) {
     check(kind, store.files_[position->second].contains(name), index, " says that tensor ", quoted(name), " is in ", quoted(file),
           ", but it is not there");
     store.owner_.emplace(name, position->second);
+  }
+  // A tensor that the index leaves out, or has in another file, might be the one that is meant.
+  for (const auto& [file, number] : numbers) {
+    for (const auto& [name, entry] : store.files_[number].entries()) {
+      const auto owner = store.owner_.find(name);
+      check(kind, owner != store.owner_.end() && owner->second == number, index, ": tensor ", quoted(name), " of ", quoted(file), " is ",
+            owner == store.owner_.end() ? "not listed" : "listed as that of another file");
+    }
   }
   return store;
 }

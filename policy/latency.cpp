@@ -90,7 +90,10 @@ Json to_json(const LatencyCurve& c) { return {{"setup", c.setup}, {"pair", c.pai
 // Checked reads of one file.
 class Reader {
  public:
-  Reader(const std::filesystem::path& path) : path_(path), root_(Json::parse(read_text(path, ErrorKind::kModel), nullptr, /*allow_exceptions=*/false)) {
+  Reader(const std::filesystem::path& path) : path_(path) {
+    const std::string content = read_text(path, ErrorKind::kModel);
+    check_nesting(content, path.string(), ErrorKind::kModel);
+    root_ = Json::parse(content, nullptr, /*allow_exceptions=*/false);
     check(ErrorKind::kModel, root_.is_object(), path, " is not a JSON object: make the latency table with drrl-bench latency");
     const std::string format = text(root_, "format");
     check(ErrorKind::kModel, format == kFormat, path, ": \"format\" is ", quoted(format), ", expected \"", kFormat, "\"; make the latency table again");

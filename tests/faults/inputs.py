@@ -6,12 +6,13 @@
 A tiny model of random weights, its text, questions, calibrated ranks with an agent, traces, a latency table and a checkpoint are made first. Each trial damages one of
 these files (a value of its JSON or header replaced or left out, all numbers of a tensor replaced, a bit flipped, bytes cut or added, the file empty, gone or a folder)
 and runs the program that reads it. It must end within a minute and in 8 GiB of address space, and then either by exit code 0, with only finite numbers in what it
-writes, or by the code documented for such a file with the file's name in the message, or by 8 where tensors are read that are not finite. A model or latency table
+writes, or by the code documented for such a file with the file's name in the message, or by 8 where tensors are read that are not finite. A model, tokenizer or latency table
 that is sound but of another case than text and options may be refused as these are, by 2 or 4. Exit status: 0 when all trials did.
 """
 
 import argparse
 import collections
+import hashlib
 import json
 import os
 import random
@@ -162,7 +163,9 @@ FILES = {
     "model/config.json": (EVAL, MODEL),
     "model/model.safetensors": (EVAL, MODEL),
     "sharded/model.safetensors.index.json": ([*EVAL, "--model={folder}/sharded"], MODEL),
+    "model/tokenizer.json": (EVAL, MODEL),
     "text.bin": (EVAL, DATA),
+    "text.json": (EVAL, DATA),
     "text.idx": (EVAL, DATA),
     "questions.jsonl": (ANSWER, DATA),
     "policy.safetensors": ([*LOW_RANK, "--rank_policy=rl", "--gates"], MODEL),
@@ -172,7 +175,7 @@ FILES = {
     **{STEP + name: (RESUME, CHECKPOINT) for name in ("manifest.json", "run.json", "shard-tp0.safetensors", "rank-tp0-dp0.safetensors", "rank-tp0-dp0.policy")},
 }
 # exit codes for files that are sound, but of another case than the text and the options
-OTHER = {"config.json": (USAGE, DATA), "latency.json": (USAGE,)}
+OTHER = {"config.json": (USAGE, DATA), "latency.json": (USAGE,), "tokenizer.json": (DATA,)}
 
 
 def prepare(binaries, whole, rng):
@@ -183,6 +186,8 @@ def prepare(binaries, whole, rng):
     write_shards(whole / "model", whole / "sharded")
     write_tokens(whole / "text", rng)
     (whole / "questions.jsonl").write_text(json.dumps(QUESTION) + "\n")
+    (whole / "model/tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}}}))
+    (whole / "text.json").write_text(json.dumps({"vocabulary": {"tokenizer": "tokenizer.json", "size": 2, "sha1": hashlib.sha1(b"0\ta\n1\tb\n").hexdigest()}}))
     for command in SETUP:
         code, messages = run(binaries, command, whole)
         if code != 0:

@@ -275,7 +275,9 @@ TEST_F(TrainProgram, BadInput) {
   };
   const std::string model = (*shared_ / "model").string();
   const std::string data = (*shared_ / "text").string();
-  expect_failure(with("/nowhere", data), ExitCode::kModel, {"/nowhere"});
+  expect_failure(with("/nowhere", data), ExitCode::kModel, {"/nowhere", "hf download"});
+  write_bytes(own_ / "book.txt", "In the beginning");
+  expect_failure(with(model, (own_ / "book.txt").string()), ExitCode::kData, {"book.txt", "not a token file", "prepare.py text"});
   expect_failure(with(model, "/nowhere"), ExitCode::kData, {"/nowhere"});
   expect_failure(with(model, (*shared_ / "foreign").string()), ExitCode::kData, {"foreign.bin", "61", "2000"});
   expect_failure(with(model, (*shared_ / "short").string()), ExitCode::kData, {"short.bin", "seq_len + 1 = 25"});
@@ -286,6 +288,64 @@ TEST_F(TrainProgram, BadInput) {
   write_bytes(own_ / "bad.bin", read_bytes(data + ".bin"));
   write_bytes(own_ / "bad.idx", read_bytes(data + ".idx").substr(0, 20));
   expect_failure(with(model, (own_ / "bad").string()), ExitCode::kData, {"bad.idx"});
+}
+
+// Sizes of 8 billion weights and none beside them: refused before anything is allocated, by every program that loads a model.
+TEST_F(TrainProgram, AModelWithoutItsWeightsIsRefusedAtOnce) {
+  std::string config = kConfig;
+  for (const auto& [field, value] : {std::pair("vocab_size", 128256), std::pair("hidden_size", 4096), std::pair("intermediate_size", 14336),
+                                     std::pair("num_hidden_layers", 32), std::pair("num_attention_heads", 32), std::pair("num_key_value_heads", 8)}) {
+    config = std::regex_replace(config, std::regex(c10::str('"', field, "\": \\d+")), c10::str('"', field, "\": ", value));
+  }
+  std::filesystem::create_directory(own_ / "large");
+  write_bytes(own_ / "large/config.json", config);
+  const std::string input = " --seq_len=24 --model=" + (own_ / "large").string() + " --data=" + (*shared_ / "text").string();
+  const std::string bin = std::string("ulimit -v 8000000; ") + DRRL_BINARY_DIR + "/bin/";  // KiB: it would take 30 GB
+  for (const char* program : {"drrl-train --steps=1", "drrl-eval", "drrl-policy calibrate --near_block=8 --sink_tokens=1 --policy=x"}) {
+    expect_failure(bin + program + input, ExitCode::kModel, {"large", "neither model.safetensors"});
+  }
+  std::filesystem::copy(*shared_ / "model/model.safetensors", own_ / "large/model.safetensors");
+  expect_failure(bin + "drrl-eval" + input, ExitCode::kModel, {"large/model.safetensors", "num_hidden_layers = 32"});
+}
+
+TEST_F(TrainProgram, TokensOfAnotherTokenizerAreRefused) {
+  std::filesystem::copy(*shared_ / "model", own_ / "model");
+  write_bytes(own_ / "model/tokenizer.json", R"({"model": {"vocab": {"b": 0, "a": 1}}})");
+  for (const char* extension : {".bin", ".idx"}) {
+    std::filesystem::copy((*shared_ / "text").string() + extension, (own_ / "text").string() + extension);
+  }
+  write_bytes(own_ / "text.json", R"({"vocabulary": {"tokenizer": "their/tokenizer.json", "size": 2, "sha1": "0"}})");
+  write_bytes(own_ / "questions.jsonl", R"({"id": "a", "context": [1, 2], "targets": [[3]], "answer": 0})");
+  write_bytes(own_ / "questions.jsonl.json", read_bytes(own_ / "text.json"));
+  const std::string bin = std::string(DRRL_BINARY_DIR) + "/bin/", model = " --threads=1 --model=" + (own_ / "model").string();
+  for (const char* program : {"drrl-train --steps=1", "drrl-eval", "drrl-policy calibrate --near_block=8 --sink_tokens=1 --policy=x", "drrl-bench attention --seq_lens=24 --layer=0"}) {
+    expect_failure(bin + program + (std::string(program).starts_with("drrl-bench") ? "" : " --seq_len=24") + model + " --data=" + (own_ / "text").string(), ExitCode::kData,
+                   {"text", "text.json", "their/tokenizer.json", "model/tokenizer.json", "prepare.py text --model"});
+  }
+  expect_failure(bin + "drrl-eval" + model + " --examples=" + (own_ / "questions.jsonl").string(), ExitCode::kData, {"questions.jsonl.json", "their/tokenizer.json"});
+}
+
+TEST_F(TrainProgram, AnExportHoldsTheTokenizerOfItsModel) {
+  const auto trained = [&](const std::string& tokenizer) {
+    std::filesystem::remove_all(own_ / "model");
+    std::filesystem::copy(*shared_ / "model", own_ / "model");
+    write_bytes(own_ / "model/tokenizer.json", tokenizer);
+    const Ended run = shell(std::regex_replace(command(output() + "--steps=1 --valid_fraction=0"), std::regex("--model=\\S+"), "--model=" + (own_ / "model").string()));
+    EXPECT_EQ(run.code, 0) << run.output;
+    std::filesystem::remove_all(own_ / "out/checkpoints");
+    return read_bytes(own_ / "out/hf/tokenizer.json");
+  };
+  EXPECT_EQ(trained("{\"of\": \"A\"}"), "{\"of\": \"A\"}");
+  write_bytes(own_ / "out/hf/model.safetensors.index.json", "{}");
+  EXPECT_EQ(trained("{\"of\": \"B\"}"), "{\"of\": \"B\"}");
+  EXPECT_FALSE(std::filesystem::exists(own_ / "out/hf/model.safetensors.index.json"));
+
+  // What the export could not copy ends the run before its first step.
+  std::filesystem::create_directory(own_ / "model/merges.txt");
+  const Ended run = shell(std::regex_replace(command(output() + "--steps=1"), std::regex("--model=\\S+"), "--model=" + (own_ / "model").string()));
+  EXPECT_EQ(run.code, static_cast<int>(ExitCode::kModel)) << run.output;
+  EXPECT_NE(run.output.find("merges.txt"), std::string::npos) << run.output;
+  EXPECT_EQ(run.output.find("step 1/1"), std::string::npos) << run.output;
 }
 
 TEST_F(TrainProgram, OneFailingRankEndsTheJobAtOnce) {

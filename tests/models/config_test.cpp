@@ -129,12 +129,32 @@ TEST(ModelConfig, RefusesByName) {
       {with("rope_scaling", {{"rope_type", "llama3"}, {"factor", 8}, {"low_freq_factor", 1}}), {"\"high_freq_factor\""}},
       {with("rope_parameters", {{"rope_type", "proportional"}}), {"rope_parameters: rope_type is \"proportional\""}},
       {with("rope_parameters", {{"rope_type", "default"}, {"partial_rotary_factor", 0.25}}), {"partial_rotary_factor is 0.25"}},
+      {with("rope_parameters", {{"full_attention", {{"rope_type", "linear"}, {"factor", 4.0}}}}), {"rope_parameters is", "full_attention", "one set of them"}},
+      {with("rope_scaling", {{"rope_type", "default"}, {"sliding_attention", json::object()}}), {"rope_scaling is", "sliding_attention"}},
+      {with("rope_parameters", {{"full_attention", json::object()}}, with("rope_scaling", {{"type", "linear"}, {"factor", 2.0}})), {"rope_parameters is", "full_attention"}},
+      {with("layer_types", {"full_attention", "sliding_attention"}), {"layer_types", "full_attention"}},
+      {with("layer_types", {"chunked_attention"}, mistral), {"layer_types", "chunked_attention"}},
+      {with("is_causal", false), {"is_causal is false", "both directions"}},
+      {with("is_causal", false, gpt2), {"is_causal is false"}},
+      {with("per_layer_config", {{"0", {{"intermediate_size", 9}}}}), {"per_layer_config", "differ from each other"}},
+      {with("num_hidden_layers", 10'000'000), {"num_hidden_layers is 10000000", "to 16384"}},
+      {with("vocab_size", INT32_MAX), {"vocab_size is 2147483647"}},
+      {with("hidden_size", INT32_MAX), {"hidden_size is 2147483647"}},
+      {with("intermediate_size", INT32_MAX), {"intermediate_size is 2147483647"}},
+      {with("num_attention_heads", INT32_MAX), {"num_attention_heads is 2147483647"}},
+      {with("num_key_value_heads", INT32_MAX), {"num_key_value_heads is 2147483647"}},
+      {with("head_dim", INT32_MAX), {"head_dim is 2147483647"}},
+      {with("n_embd", INT32_MAX, gpt2), {"n_embd is 2147483647"}},
+      {with("n_layer", INT32_MAX, gpt2), {"n_layer is 2147483647"}},
+      {with("n_head", INT32_MAX, gpt2), {"n_head is 2147483647"}},
+      {with("n_inner", INT32_MAX, gpt2), {"n_inner is 2147483647"}},
       {with("sliding_window", 256, mistral), {"sliding_window is 256", "256 of 512"}},
       {with("max_position_embeddings", 8192, mistral), {"sliding_window is absent", "4096 of 8192"}},
       {with("attention_bias", true, mistral), {"attention_bias is true", "mistral models never"}},
       {with("attention_bias", false, qwen2), {"attention_bias is false", "qwen2 models always"}},
       {with("mlp_bias", true, qwen2), {"mlp_bias is true"}},
       {with("use_sliding_window", true, with("sliding_window", 128, qwen2)), {"sliding_window is 128"}},
+      {with("use_sliding_window", true, with("max_position_embeddings", 8192, qwen2)), {"sliding_window is absent", "4096 of 8192"}},
       {with("layer_types", {"full_attention", "sliding_attention"}, qwen2), {"layer_types", "full_attention"}},
       {with("n_head", 5, gpt2), {"n_embd is 48", "n_head, 5"}},
       {with("n_head", 16, gpt2), {"n_embd / n_head is 3", "even"}},
@@ -151,6 +171,11 @@ TEST(ModelConfig, RefusesByName) {
     fragments.push_back("test/config.json");
     expect_error(ErrorKind::kModel, fragments, [&] { parse(item.config); });
   }
+  expect_error(ErrorKind::kModel, {"test/config.json", "nests deeper than 64"}, [] {  // printing such a field would overflow the stack
+    const std::string deep = std::string(200'000, '[') + std::string(200'000, ']');
+    ModelConfig::parse("{\"model_type\": \"llama\", \"a\": " + deep + "}", "test/config.json");
+  });
+  EXPECT_NO_THROW(parse(with("a", "[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[\\\"[[")));  // in a string
   expect_error(ErrorKind::kModel, {"test/config.json", "not valid JSON"},
                [] { ModelConfig::parse("{\"a\":", "test/config.json"); });
 }
@@ -199,6 +224,30 @@ TEST(ModelConfig, NotesWhatItCannotJudge) {
   ASSERT_EQ(twice.warnings.size(), 2U);
   EXPECT_NE(twice.warnings[0].find("rope_theta is given twice"), std::string::npos);
   EXPECT_NE(twice.warnings[1].find("mystery"), std::string::npos);
+  const json linear = {{"rope_type", "linear"}, {"factor", 2.0}}, plain = {{"rope_type", "default"}, {"rope_theta", 5e5}};
+  const ModelConfig both = parse(with("rope_scaling", linear, with("rope_parameters", plain)));
+  EXPECT_EQ(both.rope.kind, RopeKind::kLinear);
+  ASSERT_EQ(both.warnings.size(), 1U);
+  EXPECT_NE(both.warnings[0].find("rope_scaling is used"), std::string::npos) << both.warnings[0];
+  EXPECT_TRUE(parse(with("rope_scaling", linear, with("rope_parameters", linear))).warnings.empty());
+  const ModelConfig types = parse(with("rope_scaling", {{"rope_type", "linear"}, {"type", "llama3"}, {"factor", 2.0}}));
+  EXPECT_EQ(types.rope.kind, RopeKind::kLinear);
+  ASSERT_EQ(types.warnings.size(), 1U);
+  EXPECT_NE(types.warnings[0].find("the type \"llama3\" and the rope_type \"linear\""), std::string::npos) << types.warnings[0];
+  const json llama3 = {{"rope_type", "llama3"}, {"factor", 8.0}, {"low_freq_factor", 1.0}, {"high_freq_factor", 4.0}, {"original_max_position_embeddings", 256}};
+  const ModelConfig positions = parse(with("original_max_position_embeddings", 128, with("rope_scaling", llama3)));
+  EXPECT_EQ(positions.rope.original_max_position_embeddings, 128);
+  ASSERT_EQ(positions.warnings.size(), 1U);
+  EXPECT_NE(positions.warnings[0].find("as 128 and in rope_scaling as 256; the former"), std::string::npos) << positions.warnings[0];
+  EXPECT_TRUE(parse(with("is_causal", true, with("layer_types", {"full_attention", "full_attention"}))).warnings.empty());
+}
+
+// The largest sizes that are taken: the number of weights does not overflow.
+TEST(ModelConfig, CountsTheWeightsOfTheLargestSizes) {
+  json most = small_llama();
+  most.update({{"num_hidden_layers", 1 << 14}, {"vocab_size", 1 << 28}, {"hidden_size", 1 << 20}, {"intermediate_size", 1 << 22}, {"num_attention_heads", 1 << 16},
+               {"num_key_value_heads", 1 << 16}, {"head_dim", 64}, {"tie_word_embeddings", false}});
+  EXPECT_GT(static_cast<double>(parse(most).parameter_count()), 4e17);
 }
 
 TEST(ModelConfig, ExportKeepsEveryFieldButTheDtype) {
@@ -214,6 +263,9 @@ TEST(ModelConfig, ExportKeepsEveryFieldButTheDtype) {
                                   }())
                                       .export_json(at::kHalf));
   EXPECT_EQ(stated.at("torch_dtype"), "float16");
+  ModelConfig untied = parse(original);
+  untied.tie_word_embeddings = false;  // as load_model_config finds some
+  EXPECT_EQ(json::parse(untied.export_json(at::kFloat)), with("torch_dtype", "float32", with("tie_word_embeddings", false, original)));
   // The order of the fields is kept too.
   const std::string text = ModelConfig::parse(R"({"vocab_size":9,"model_type":"llama","hidden_size":4,"intermediate_size":4,)"
                                               R"("num_hidden_layers":1,"num_attention_heads":1,"a":1})",

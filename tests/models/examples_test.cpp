@@ -6,6 +6,8 @@
 #include "tests/models/reference_llama.h"
 #include "tests/models/tensor_parallel_fixture.h"
 
+#include <sys/stat.h>
+
 namespace drrl::test {
 namespace {
 
@@ -188,6 +190,7 @@ TEST_F(ExamplesTest, WhatIsWrongIsNamedWithFileAndLine) {
   const std::string vocabulary = std::to_string(config_.vocab_size);
   refuses("{", {"not a JSON object"});
   refuses("[1]", {"not a JSON object"});
+  refuses(R"({"id": )" + std::string(200'000, '['), {"nests deeper"});
   refuses(R"({"id": "b", "context": [1], "targets": [[2]]})", {"no 'answer'"});
   refuses(R"({"id": 3, "context": [1], "targets": [[2]], "answer": 0})", {"'id'", "3", "string"});
   refuses(R"({"id": "b", "context": [], "targets": [[2]], "answer": 0})", {"'context'", "empty"});
@@ -217,6 +220,8 @@ TEST_F(ExamplesTest, WhatIsWrongIsNamedWithFileAndLine) {
   write_bytes(folder / "none.jsonl", "\n");
   expect_error(ErrorKind::kData, {"none.jsonl", "no examples"}, [&] { read_examples(folder / "none.jsonl", config_); });
   expect_error(ErrorKind::kData, {"nowhere"}, [&] { read_examples(folder / "nowhere.jsonl", config_); });
+  ASSERT_EQ(::mkfifo((folder / "pipe.jsonl").c_str(), 0600), 0);
+  expect_error(ErrorKind::kData, {"pipe.jsonl", "regular file"}, [&] { read_examples(folder / "pipe.jsonl", config_); });
 }
 
 }  // namespace

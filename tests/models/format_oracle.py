@@ -71,6 +71,8 @@ CASES = {
     "both-thetas": dict(model_type="llama", rope_theta=5e5, rope_parameters=dict(rope_type="default", rope_theta=20000.0)),
     "both-spellings": dict(model_type="llama", rope_scaling=dict(rope_type="linear", factor=2.0, rope_theta=30000.0),
                            rope_parameters=dict(rope_type="default", rope_theta=20000.0)),
+    "both-spellings-one-theta": dict(model_type="llama", rope_scaling=dict(type="default", rope_type="linear", factor=2.0),
+                                     rope_parameters=dict(rope_type="default", rope_theta=20000.0)),
     "linear": dict(model_type="llama", rope_theta=26000, rope_scaling=dict(type="linear", factor=2.5)),
     "llama-biases": dict(model_type="llama", attention_bias=True, mlp_bias=True),
     "mistral": dict(model_type="mistral", num_key_value_heads=2, head_dim=32, sliding_window=None, rope_theta=1000000.0,

@@ -3,11 +3,15 @@
 #include "models/llama.h"
 #include "core/error.h"
 #include "core/safetensors.h"
+#include "models/model_folder.h"
 #include "models/tensor_parallel.h"
 #include "tests/models/io_support.h"
 #include "tests/models/reference_llama.h"
 
 #include <gtest/gtest.h>
+
+#include <cmath>
+#include <regex>
 
 namespace drrl::test {
 namespace {
@@ -397,6 +401,8 @@ TEST(LlamaTest, RefusesWeightsThatAreNotTheModels) {
   model.initialize(1);
   const TemporaryDirectory folder;
   model.save(folder / "model");
+  const auto whole = folder / "whole";
+  model.save(whole);
   const SafetensorsFile file(folder / "model/model.safetensors");
   const auto rewrite = [&](const std::function<void(std::map<std::string, at::Tensor>&)>& change) {
     std::map<std::string, at::Tensor> tensors;
@@ -416,11 +422,174 @@ TEST(LlamaTest, RefusesWeightsThatAreNotTheModels) {
   expect_error(ErrorKind::kModel, {"model.layers.0.self_attn.q_norm.weight"}, [&] { model.load(folder / "model"); });
   rewrite([](auto& tensors) { tensors["model.norm.weight"] = at::ones({41}); });
   expect_error(ErrorKind::kModel, {"model.norm.weight", "[41]", "[40]"}, [&] { model.load(folder / "model"); });
-  rewrite([](auto& tensors) {
-    tensors["lm_head.weight"] = at::ones({53, 40});
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = at::ones({8});
-  });
-  model.load(folder / "model");  // a tied head and the tables of old exports are harmless
+  EXPECT_NO_THROW(model.load(whole));
+  rewrite([](auto& tensors) { tensors["model.norm.weight"] = at::ones({40}, at::kInt); });
+  expect_error(ErrorKind::kModel, {"model.norm.weight", "Int", "quantized"}, [&] { model.load(folder / "model"); });
+  rewrite([](auto& tensors) { tensors["lm_head.weight"] = at::ones({53, 40}); });
+  expect_error(ErrorKind::kModel, {"lm_head.weight", "tie_word_embeddings"}, [&] { model.load(folder / "model"); });
+  rewrite([](auto& tensors) { tensors["lm_head.weight"] = at::ones({53, 41}); });
+  expect_error(ErrorKind::kModel, {"lm_head.weight", "[53, 41]", "vocab_size = 53"}, [&] { model.load(folder / "model"); });
+}
+
+// Sizes that only the weights can contradict are refused before anything of such a size is allocated.
+TEST(LlamaTest, HoldsAConfigAgainstItsWeightsFirst) {
+  const ModelConfig config = written_config(small_config());
+  CausalLM model(config, Group(), make_full_attention());
+  model.initialize(1);
+  const TemporaryDirectory folder;
+  model.save(folder / "model");
+  const std::string original = read_bytes(folder / "model/config.json");
+  const auto refused = [&](const std::string& field, const std::string& value, const std::vector<std::string>& fragments) {
+    SCOPED_TRACE(field);
+    write_bytes(folder / "model/config.json", std::regex_replace(original, std::regex("\"" + field + "\": \\w+"), "\"" + field + "\": " + value));
+    expect_error(ErrorKind::kModel, fragments, [&] { load_model_config(folder / "model"); });
+  };
+  refused("num_hidden_layers", "16000", {"model.safetensors", "num_hidden_layers = 16000"});
+  refused("num_hidden_layers", "3", {"model.safetensors", "model.layers.2.input_layernorm.weight", "num_hidden_layers = 3"});
+  refused("num_hidden_layers", "1", {"model.layers.1.", "has no place"});
+  refused("vocab_size", "200000000", {"model.embed_tokens.weight", "[53, 40]", "vocab_size = 200000000, hidden_size = 40"});
+  refused("hidden_size", "1000000", {"hidden_size = 1000000"});
+  refused("intermediate_size", "4000000", {"mlp.gate_proj.weight", "intermediate_size = 4000000"});
+  refused("head_dim", "600000", {"self_attn.q_proj.weight", "head_dim = 600000"});
+  write_bytes(folder / "model/config.json", original);
+  EXPECT_TRUE(load_model_config(folder / "model").warnings.empty());
+  std::filesystem::remove(folder / "model/model.safetensors");
+  expect_error(ErrorKind::kModel, {"neither model.safetensors"}, [&] { load_model_config(folder / "model"); });
+}
+
+TEST(LlamaTest, NamesWhatItDoesNotRead) {
+  const ModelConfig config = written_config(small_config());
+  CausalLM model(config, Group(), make_full_attention());
+  model.initialize(1);
+  const TemporaryDirectory folder;
+  model.save(folder.path());
+  std::vector<NamedTensor> tensors;
+  {
+    const SafetensorsFile file(folder / "model.safetensors");
+    for (const auto& [name, entry] : file.entries()) {
+      tensors.push_back({name, file.tensor(name)});
+    }
+  }
+  const auto warning = [&](const at::Tensor& table) {
+    auto all = tensors;
+    all.push_back({"model.layers.0.self_attn.rotary_emb.inv_freq", table});
+    all.push_back({"model.layers.1.self_attn.rotary_emb.inv_freq", table});
+    write_safetensors(folder / "model.safetensors", all);
+    const auto warnings = load_model_config(folder.path()).warnings;
+    EXPECT_EQ(warnings.size(), 1U);
+    return warnings.empty() ? "" : warnings.front();
+  };
+  EXPECT_NE(warning(config.inverse_frequencies().to(at::kBFloat16)).find("layers.0.self_attn.rotary_emb.inv_freq and 1 more"), std::string::npos);
+  EXPECT_NE(warning(config.inverse_frequencies() * 0.5).find("contradicts the rope fields"), std::string::npos);
+  write_safetensors(folder / "model.safetensors", tensors);
+  write_bytes(folder / "model.safetensors.index.json", "{}");
+  EXPECT_NE(load_model_config(folder.path()).warnings.at(0).find("index.json beside it"), std::string::npos);
+  write_bytes(folder / "adapter_config.json", "{}");
+  expect_error(ErrorKind::kModel, {"adapter_config.json", "merge"}, [&] { load_model_config(folder.path()); });
+}
+
+TEST_P(Families, AHeadThatDiffersFromATiedEmbeddingIsKept) {
+  const ModelConfig tied = GetParam() ? written_gpt2_config() : written_config(small_config());
+  const std::string embedding = std::string(parameter_names(tied).embedding) + ".weight";
+  ModelConfig untied = tied;
+  untied.tie_word_embeddings = false;
+  const Text text = random_text(tied, 1, 20);
+  CausalLM model(untied, Group(), make_full_attention());
+  set_weights(model, random_weights(untied, 1), Group());
+  const TemporaryDirectory folder;
+  model.save(folder / "model");
+  write_bytes(folder / "model/config.json", tied.export_json(at::kFloat));
+
+  const ModelConfig read = load_model_config(folder / "model");
+  EXPECT_FALSE(read.tie_word_embeddings);
+  ASSERT_FALSE(read.warnings.empty());
+  EXPECT_NE(read.warnings.back().find("lm_head.weight"), std::string::npos) << read.warnings.back();
+  CausalLM again(read, Group(), make_full_attention());
+  again.load(folder / "model");
+  EXPECT_TRUE(again.logits(text.tokens).equal(model.logits(text.tokens)));
+  again.save(folder / "export");
+  EXPECT_FALSE(ModelConfig::load(folder / "export").tie_word_embeddings);
+  EXPECT_TRUE(SafetensorsFile(folder / "export/model.safetensors").contains("lm_head.weight"));
+  CausalLM unaware(ModelConfig::load(folder / "model"), Group(), make_full_attention());
+  expect_error(ErrorKind::kModel, {"model.safetensors", "lm_head.weight"}, [&] { unaware.load(folder / "model"); });
+
+  // Equal to the embedding, or in its place: tied.
+  std::map<std::string, at::Tensor> tensors;
+  {
+    const SafetensorsFile file(folder / "model/model.safetensors");
+    for (const auto& [name, entry] : file.entries()) {
+      tensors[name] = file.tensor(name);
+    }
+  }
+  tensors["lm_head.weight"] = tensors.at(embedding);
+  at::Tensor equal;
+  for (const bool both : {true, false}) {
+    std::vector<NamedTensor> list;
+    for (const auto& [name, tensor] : tensors) {
+      if (both || name != embedding) {
+        list.push_back({name, tensor});
+      }
+    }
+    write_safetensors(folder / "model/model.safetensors", list);
+    const ModelConfig config = load_model_config(folder / "model");
+    EXPECT_TRUE(config.tie_word_embeddings);
+    EXPECT_EQ(config.warnings, tied.warnings);
+    CausalLM one(config, Group(), make_full_attention());
+    one.load(folder / "model");
+    const at::Tensor logits = one.logits(text.tokens);
+    EXPECT_TRUE(both || logits.equal(equal));
+    equal = logits;
+  }
+}
+
+TEST(LlamaTest, AnExportHoldsNothingOfAnotherModel) {
+  const ModelConfig config = written_config(small_config());
+  CausalLM model(config, Group(), make_full_attention());
+  model.initialize(1);
+  const TemporaryDirectory folder;
+  model.save(folder / "model");
+  write_bytes(folder / "model/tokenizer.json", "B");
+  write_bytes(folder / "model/merges.txt", "");
+  model.load(folder / "model");
+  std::filesystem::create_directory(folder / "hf");
+  for (const char* name : {"tokenizer.json", "tokenizer.model", "special_tokens_map.json", "generation_config.json", "chat_template.jinja", "model.safetensors.index.json",
+                           "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "pytorch_model.bin", "README.md", "model-card.safetensors"}) {
+    write_bytes(folder / "hf" / name, "A");
+  }
+  model.save(folder / "hf");
+  EXPECT_EQ(read_bytes(folder / "hf/tokenizer.json"), "B");
+  EXPECT_EQ(listing(folder / "hf"), (std::vector<std::string>{"README.md", "config.json", "merges.txt", "model-card.safetensors", "model.safetensors", "tokenizer.json"}));
+  model.save(folder / "model");  // onto itself
+  EXPECT_EQ(read_bytes(folder / "model/tokenizer.json"), "B");
+}
+
+TEST(LlamaTest, WhatAnExportCopiesIsOpenedBefore) {
+  const ModelConfig config = written_config(small_config());
+  CausalLM model(config, Group(), make_full_attention());
+  model.initialize(1);
+  const TemporaryDirectory folder;
+  model.save(folder / "model");
+  write_bytes(folder / "model/tokenizer.json", "{}");
+  std::filesystem::resize_file(folder / "model/tokenizer.json", 70 << 20);
+  model.load(folder / "model");
+  model.open_companions();
+  std::filesystem::remove(folder / "model/tokenizer.json");  // no matter
+  model.save(folder / "hf");
+  EXPECT_EQ(std::filesystem::file_size(folder / "hf/tokenizer.json"), 70U << 20);
+
+  std::filesystem::create_directory(folder / "model/vocab.json");
+  model.load(folder / "model");
+  expect_error(ErrorKind::kModel, {"vocab.json"}, [&] { model.open_companions(); });
+}
+
+TEST(LlamaTest, RefusesWhatCannotFitIntoMemory) {
+  EXPECT_GT(free_memory(), int64_t{1} << 20);
+  EXPECT_NO_THROW(check_memory(1 << 20, "1000 weights"));
+  expect_error(ErrorKind::kUsage, {"1000 weights take 1048576.00 GiB", "GiB are free"}, [] { check_memory(std::ldexp(1.0, 50), "1000 weights"); });
+  ModelConfig large = small_config();
+  large.vocab_size = int64_t{1} << 28;
+  large.hidden_size = int64_t{1} << 20;
+  expect_error(ErrorKind::kUsage, {"weights take", "tensor-parallel"}, [&] { CausalLM(large, Group(), make_full_attention()); });
 }
 
 TEST(LlamaTest, RefusesBadInputWithTheValues) {

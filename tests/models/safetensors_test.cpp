@@ -2,6 +2,7 @@
 
 #include <sys/stat.h>
 
+#include <chrono>
 #include <random>
 
 #include "io_support.h"
@@ -204,6 +205,20 @@ TEST(Safetensors, HostileFilesAreRefusedByName) {
                [&] { SafetensorsFile(folder / "pipe", ErrorKind::kCheckpoint); });
 }
 
+// A file of a few megabytes must not take minutes.
+TEST(Safetensors, ManyTensorsAreReadInTimeProportionalToTheirNumber) {
+  const TemporaryDirectory folder;
+  std::string header = "{";
+  for (int i = 0; i < 40000; ++i) {
+    header += (i == 0 ? "\"" : ",\"") + std::to_string(i) + R"(":{"dtype":"F32","shape":[0],"data_offsets":[0,0]})";
+  }
+  header += "}";
+  write_bytes(folder / "many", file_of(header, 0));
+  const auto start = std::chrono::steady_clock::now();
+  EXPECT_EQ(SafetensorsFile(folder / "many").entries().size(), 40000U);
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(10));
+}
+
 TEST(Safetensors, FileCutAfterOpeningIsAnErrorNotACrash) {
   const TemporaryDirectory folder;
   write_safetensors(folder / "a.safetensors", {{"v", at::ones({1000})}});
@@ -332,6 +347,8 @@ TEST(WeightStore, BadDirectoriesAreRefusedByName) {
   expect_error(ErrorKind::kModel, {"index.json", "not valid JSON"}, open);
   index("{}");
   expect_error(ErrorKind::kModel, {"index.json", "weight_map"}, open);
+  index("{\"weight_map\":" + std::string(200'000, '{'));
+  expect_error(ErrorKind::kModel, {"index.json", "nests deeper"}, open);
   index(R"({"weight_map":{"a":7}})");
   expect_error(ErrorKind::kModel, {"\"a\"", "7"}, open);
   for (const char* escape : {"../s.safetensors", "/etc/passwd", "..", "", "s.safetensors\\u0000x"}) {
@@ -342,6 +359,11 @@ TEST(WeightStore, BadDirectoriesAreRefusedByName) {
   expect_error(ErrorKind::kModel, {"index.json", "\"a\"", "\"gone.safetensors\"", "no such file"}, open);
   index(R"({"weight_map":{"b":"s.safetensors"}})");
   expect_error(ErrorKind::kModel, {"\"b\"", "\"s.safetensors\"", "not there"}, open);
+  write_safetensors(folder / "t.safetensors", {{"a", at::zeros({1})}, {"b", at::ones({1})}});
+  index(R"({"weight_map":{"a":"t.safetensors"}})");
+  expect_error(ErrorKind::kModel, {"\"b\"", "\"t.safetensors\"", "not listed"}, open);
+  index(R"({"weight_map":{"a":"s.safetensors","b":"t.safetensors"}})");
+  expect_error(ErrorKind::kModel, {"\"a\"", "\"t.safetensors\"", "another file"}, open);
 }
 
 TEST(Safetensors, AgreesWithThePythonLibrary) {

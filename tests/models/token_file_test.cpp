@@ -1,5 +1,7 @@
 #include "models/token_file.h"
 
+#include "models/tokenizer.h"
+
 #include <random>
 
 #include "io_support.h"
@@ -258,6 +260,44 @@ TEST(TokenFile, ReadsWhatAnIndependentWriterWrote) {
   EXPECT_EQ(file.tokens(), 4950);  // sequence i has i tokens, all of them 600 i
   EXPECT_TRUE(at::equal(file.read(4950 - 99, 99), at::full({99}, 59400, at::kLong)));
   EXPECT_TRUE(at::equal(file.read(0, 4), at::tensor({600, 1200, 1200, 1800}, at::kLong)));
+}
+
+TEST(Tokenizer, IsToldByItsWords) {
+  const TemporaryDirectory folder;
+  const auto words = [&](const std::string& vocabulary, const std::string& added = "") {
+    write_bytes(folder / "tokenizer.json", R"({"added_tokens": [)" + added + R"(], "model": {"type": "BPE", "vocab": )" + vocabulary + "}}");
+  };
+  const auto note = [&](const std::string& text) { write_bytes(folder / "text.json", text); };
+  const auto compare = [&] { check_tokenizer(folder / "text", folder.path()); };
+  EXPECT_NO_THROW(compare());  // neither is there
+  words(R"({"b": 1, "é": 0})");
+  EXPECT_NO_THROW(compare());
+  // printf '0\té\n1\tb\n' | sha1sum
+  const std::string made = R"({"tokens": 3, "vocabulary": {"tokenizer": "their/tokenizer.json", "size": 2, "sha1": "3c542fe110e29619a09c16166f92c1ada8204b14"}})";
+  note(made);
+  EXPECT_NO_THROW(compare());
+  EXPECT_NO_THROW(check_tokenizer(folder / "text.bin", folder.path()));
+  words("{\n \"é\": 0, \"b\": 1}", R"({"id": 2, "content": "<s>"})");  // saved anew, with one more added token
+  EXPECT_NO_THROW(compare());
+  words(R"([["é", 0.5], ["b", -1.5]])");
+  EXPECT_NO_THROW(compare());
+  for (const char* other : {R"({"b": 0, "é": 1})", R"({"b": 1, "é": 0, "c": 2})", "{}", R"([["b", 0.5], ["é", -1.5]])"}) {
+    words(other);
+    expect_error(ErrorKind::kData, {"text.json", "their/tokenizer.json", "2 words", "tokenizer.json", "prepare.py text --model"}, compare);
+  }
+  for (const char* silent : {"3", "null"}) {
+    words(silent);
+    EXPECT_NO_THROW(compare());
+  }
+  for (const char* damaged : {"{\"b\": 0", R"({"b": "0"})", "[3]"}) {
+    words(damaged);
+    expect_error(ErrorKind::kModel, {"tokenizer.json"}, compare);
+  }
+  words(R"({"b": 0, "é": 1})");
+  for (const char* other : {"{", "[]", "3", R"({"vocabulary": 3})", R"({"vocabulary": {"size": 2}})"}) {  // not of prepare.py, or of an older one
+    note(other);
+    EXPECT_NO_THROW(compare());
+  }
 }
 
 }  // namespace

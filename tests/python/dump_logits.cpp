@@ -1,7 +1,7 @@
 // dump_logits MODEL DATA SEQ_LEN OUT.safetensors: the logits that drrl computes in one process, exact attention, fp32,
 // for the first window of a token file; tests/python/test_parity.py compares them with Transformers'.
-#include "models/config.h"
 #include "models/llama.h"
+#include "models/model_folder.h"
 #include "core/safetensors.h"
 #include "models/token_file.h"
 
@@ -15,7 +15,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   try {
-    const auto config = drrl::ModelConfig::load(argv[1]);
+    const auto config = drrl::load_model_config(argv[1]);
     drrl::CausalLM model(config, drrl::Group(), drrl::make_full_attention());
     model.load(argv[1]);
     const at::Tensor tokens = drrl::TokenFile::open(argv[2]).read(0, std::stoll(argv[3])).unsqueeze(0);

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import unittest
+from pathlib import Path
 
 import numpy
 import torch
@@ -49,6 +50,7 @@ class SetsTest(Folder):
         out = self.folder / name
         result = sets(task, "--model", self.folder / "model", "--input", self.input, "--out", out, *arguments)
         self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertEqual(json.loads(Path(f"{out}.json").read_text())["vocabulary"]["size"], 256)
         return lines_of(out)
 
     def test_last_words_stand_far_away_in_the_text(self):

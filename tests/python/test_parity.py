@@ -130,6 +130,50 @@ class SmallModelTest(Folder):
             with self.subTest(kind=kind, **changes):
                 self.assert_same_logits(small_model(self.folder / f"model{number}", kind, **changes))
 
+    def test_a_head_that_differs_from_a_tied_embedding(self):
+        """Both are in the file: Transformers keeps them apart. The head alone: it serves as embedding, too."""
+        for kind in ("llama", "qwen2", "gpt2"):
+            model = small_model(self.folder / kind, kind, tie_word_embeddings=False)
+            config = json.loads((model / "config.json").read_text())
+            (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+            with self.subTest(kind=kind):
+                self.assert_same_logits(model)
+            with self.subTest(kind=kind, head="alone"):
+                weights = safetensors.numpy.load_file(model / "model.safetensors")
+                del weights["transformer.wte.weight" if kind == "gpt2" else "model.embed_tokens.weight"]
+                safetensors.numpy.save_file(weights, model / "model.safetensors", {"format": "pt"})
+                self.assert_same_logits(model)
+        model = small_model(self.folder / "shared out", tie_word_embeddings=False)
+        results = []
+        for tied in (False, True):
+            config = json.loads((model / "config.json").read_text())
+            (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}))
+            run([BIN / "drrl-eval", "--model", model, "--data", self.data, "--seq_len=200", "--tp=2", "--json", self.folder / "drrl.json"], ranks=2)
+            results.append(json.loads((self.folder / "drrl.json").read_text())["nll"])
+        self.assertEqual(results[0], results[1])
+
+    def test_tokens_belong_to_the_tokenizer_that_made_them(self):
+        from transformers import PreTrainedTokenizerFast
+
+        from test_prepare import byte_tokenizer
+
+        model, text = small_model(self.folder / "model"), self.folder / "a.txt"
+        byte_tokenizer(self.folder / "tokenizer")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (model / name).write_bytes((self.folder / "tokenizer" / name).read_bytes())
+        text.write_text("It was a dark and stormy night. " * 40)
+        run([sys.executable, HERE.parents[1] / "launch/prepare.py", "text", "--model", model, "--input", text, "--out", self.folder / "text"])
+        shape = ["--data", self.folder / "text", "--seq_len=100"]
+        run([BIN / "drrl-train", "--model", model, *shape, "--steps=1", "--global_batch=1", "--valid_fraction=0", "--output", self.folder / "run"])
+        run([BIN / "drrl-eval", "--model", self.folder / "run/hf", *shape])  # as README does it
+        PreTrainedTokenizerFast(tokenizer_file=str(model / "tokenizer.json"), eos_token="<eos>", pad_token="<pad>").save_pretrained(self.folder / "run/hf")
+        run([BIN / "drrl-eval", "--model", self.folder / "run/hf", *shape])  # saved by Transformers, with one more added token
+        words = json.loads((model / "tokenizer.json").read_text())
+        words["model"]["vocab"] = {w: (i + 1) % 256 for w, i in words["model"]["vocab"].items()}
+        (self.folder / "run/hf/tokenizer.json").write_text(json.dumps(words))
+        with self.assertRaisesRegex(AssertionError, "exit 4: (.|\n)*another tokenizer(.|\n)*model/tokenizer.json(.|\n)*run/hf/tokenizer.json"):
+            run([BIN / "drrl-eval", "--model", self.folder / "run/hf", *shape])
+
     def test_perplexity(self):
         for kind in ("llama", "gpt2"):
             model = small_model(self.folder / kind, kind)

@@ -161,6 +161,61 @@ class TextTest(unittest.TestCase):
         self.assertEqual(lengths.tolist(), [3, 2])
         self.assertEqual(data[2], 256)
 
+    def documents(self, *inputs, options=()):
+        """(texts of the documents without their ends, what was said)"""
+        result = self.text(*inputs, options=["--force", *options])
+        self.assertEqual(result.returncode, 0, result.stderr)
+        data, lengths = prepare.read_token_file(self.out)
+        ends = numpy.cumsum(lengths)
+        self.assertEqual({int(data[e - 1]) for e in ends}, {256})
+        return [self.tokenizer.decode(data[e - n:e - 1].tolist(), skip_special_tokens=False) for e, n in zip(ends, lengths)], result.stderr
+
+    def test_only_a_line_feed_ends_a_line_of_jsonl(self):
+        texts = ["one\u2028two", "a\u2029b", "c\x85d", "e\x1cf\x0bg", "three"]
+        raw = "\r\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in texts)
+        self.assertEqual(self.documents(self.write("a.jsonl", raw))[0], texts)
+
+    def test_a_byte_order_mark_is_no_text(self):
+        mark = b"\xef\xbb\xbf"
+        inputs = [self.write("a.txt", mark + b"abc"), self.write("b.jsonl", mark + b'{"text": "de"}'), self.write("c.json", mark + b'[{"text": "f"}]')]
+        self.assertEqual(self.documents(*inputs)[0], ["abc", "de", "f"])
+
+    def test_json_is_a_list_or_lines(self):
+        inputs = [self.write("a.json", '[\n {"text": "ab"},\n {"text": "c", "id": 1}]'), self.write("b.json", '{"text": "d"}\n{"text": "e"}\n')]
+        self.assertEqual(self.documents(*inputs)[0], ["ab", "c", "d", "e"])
+        self.refused_anew(self.write("bad.json", '[{"text": "a"}, {"txt": "b"}]'), "bad.json", "item 2", "'txt'")
+        self.refused_anew(self.write("bad.json", '{"text":\n "a"}'), "bad.json", "line 1")
+
+    def test_what_becomes_tokens_unasked_is_said(self):
+        texts, said = self.documents(self.write("a.txt", "a\r\nb<eos>c\r\n"))
+        self.assertEqual(texts, ["a\r\nb<eos>c\r\n"])
+        self.assertIn("2 lines end in CR LF", said)
+        self.assertIn("<eos> stands in the texts themselves", said)
+        self.assertEqual(self.documents(self.write("a.txt", "a\nb"))[1], "")
+
+    def test_truncation_and_padding_of_the_tokenizer_leave_documents_alone(self):
+        self.tokenizer.enable_truncation(max_length=3)
+        self.tokenizer.enable_padding(pad_id=0, pad_token="!", length=50)
+        self.tokenizer.save(str(self.model / "tokenizer.json"))
+        self.tokenizer.no_padding()
+        texts, said = self.documents(self.write("a.txt", "abcdefgh\fij"))
+        self.assertEqual(texts, ["abcdefgh", "ij"])
+        self.assertIn("cuts texts after 3 tokens", said)
+        self.assertIn("'!'", said)
+
+    def test_tokens_that_the_tokenizer_adds_are_left_out_and_said(self):
+        from tokenizers import processors
+
+        self.tokenizer.add_special_tokens(["<bos>"])
+        self.tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 257), ("<eos>", 256)])
+        self.tokenizer.save(str(self.model / "tokenizer.json"))
+        path = self.write("a.txt", "ab\fc")
+        texts, said = self.documents(path)
+        self.assertEqual(texts, ["ab", "c"])
+        self.assertIn("<bos>, <eos> around a text", said)
+        self.assertIn("--special_tokens", said)
+        self.assertEqual(self.documents(path, options=["--special_tokens"]), (["<bos>ab", "<bos>c"], ""))  # and one <eos>
+
     def test_second_run_keeps_and_changed_input_makes_again(self):
         path = self.write("a.txt", "ab")
         self.text(path)
@@ -200,6 +255,68 @@ class TextTest(unittest.TestCase):
         self.assertEqual(list(self.folder.glob("out*")), [])
         self.assertEqual(list(self.folder.glob(".out*")), [])
 
+    def refused_anew(self, path, *words, options=()):
+        for old in self.folder.glob("out*"):
+            old.unlink()
+        self.refused(self.text(path, options=options), *words)
+
+    def test_the_eos_token_is_found_wherever_it_is_named(self):
+        path, added = self.write("a.txt", "ab"), {"content": "<eos>", "lstrip": False, "__type": "AddedToken"}
+        files = {"tokenizer_config.json": [{"eos_token": "<eos>"}, {"eos_token": added}], "special_tokens_map.json": [{"eos_token": "<eos>"}, {"eos_token": added}],
+                 "config.json": [{"vocab_size": 300, "eos_token_id": 256}, {"vocab_size": 300, "eos_token_id": [256, 3]}], "generation_config.json": [{"eos_token_id": 256}]}
+        for nothing in ({}, {"eos_token": None}):
+            for name, contents in files.items():
+                for content in contents:
+                    with self.subTest(nothing=nothing, name=name, content=content):
+                        (self.model / "special_tokens_map.json").unlink(missing_ok=True)
+                        (self.model / "generation_config.json").unlink(missing_ok=True)
+                        (self.model / "tokenizer_config.json").write_text(json.dumps(nothing))
+                        (self.model / "config.json").write_text('{"vocab_size": 300, "eos_token_id": null}')
+                        (self.model / name).write_text(json.dumps(content))
+                        tokenizer = prepare.load_tokenizer(self.model)
+                        self.assertEqual(prepare.end_of_document(self.model, tokenizer, None), ("<eos>", 256))
+        self.assertEqual(self.documents(path)[0], ["ab"])
+        for name in files:
+            (self.model / name).unlink(missing_ok=True)
+        (self.model / "config.json").write_text('{"vocab_size": 300}')
+        self.refused_anew(path, "tokenizer_config.json", "generation_config.json", "--eod")
+        self.assertEqual(self.documents(path, options=["--eod", "<eos>"])[0], ["ab"])
+
+    def test_damaged_files_of_the_model_are_refused_by_name(self):
+        path = self.write("a.txt", "ab")
+        for name, contents in (("tokenizer_config.json", ['{"eos', "[]", '{"eos_token": 3.5}', '{"eos_token": "<no>"}', '{"eos_token": []}']),
+                               ("config.json", ["{", '{"vocab_size": null}', '{"vocab_size": "300"}']),
+                               ("tokenizer.json", ["{", "{}", '{"model": 3}', "\0"])):
+            good = (self.model / name).read_text()
+            for content in contents:
+                with self.subTest(name=name, content=content):
+                    (self.model / name).write_text(content)
+                    self.refused_anew(path, name)
+            (self.model / name).write_text(good)
+        (self.model / "tokenizer_config.json").unlink()
+        (self.model / "config.json").write_text('{"vocab_size": 300, "eos_token_id": 299}')
+        self.refused_anew(path, "config.json", "299", "--eod")
+
+    def test_the_note_tells_tokenizers_apart_by_their_words(self):
+        from transformers import PreTrainedTokenizerFast
+
+        self.documents(self.write("a.txt", "ab"))
+        note = json.loads((self.folder / "out.json").read_text())["vocabulary"]
+        self.assertEqual((note["size"], note["tokenizer"]), (256, str(self.model / "tokenizer.json")))
+        saved = self.folder / "saved"
+        again = PreTrainedTokenizerFast(tokenizer_file=str(self.model / "tokenizer.json"), eos_token="<eos>", pad_token="<pad>")  # one more added token
+        again.save_pretrained(saved)
+        self.assertNotEqual((saved / "tokenizer.json").read_bytes(), (self.model / "tokenizer.json").read_bytes())
+        self.assertEqual(prepare.vocabulary_of(saved / "tokenizer.json")["sha1"], note["sha1"])
+        self.assertEqual(run("inspect", "--data", self.out, "--model", saved).returncode, 0)
+        other = json.loads((saved / "tokenizer.json").read_text())
+        words = other["model"]["vocab"]
+        words["a"], words["b"] = words["b"], words["a"]
+        (saved / "tokenizer.json").write_text(json.dumps(other))
+        result = run("inspect", "--data", self.out, "--model", saved)
+        self.assertEqual(result.returncode, prepare.EXIT_BAD_INPUT)
+        self.assertIn(str(self.model / "tokenizer.json"), result.stderr)
+
     def test_refusals_name_the_file_and_leave_nothing(self):
         good = self.write("a.txt", "ab")
         self.refused(self.text(self.folder / "none.txt"), "none.txt", "no such file")
@@ -207,6 +324,9 @@ class TextTest(unittest.TestCase):
         self.refused(self.text(self.write("empty.txt", " \n\f\n")), "no text")
         self.refused(self.text(self.write("bad.jsonl", '{"text": "a"}\n{"txt": "b"}\n')), "bad.jsonl", "line 2")
         self.refused(self.text(self.write("bad.jsonl", '{"text": 3}\n')), "bad.jsonl", "line 1")
+        self.refused(self.text(self.write("bad.jsonl", '\n{"text": "a\\ud83d b"}\n')), "bad.jsonl", "line 2", "surrogate")
+        self.refused(self.text(self.write("bad.jsonl", '{"messages": [], "id": 1}\n')), "bad.jsonl", "line 1", "'id', 'messages'")
+        self.refused(self.text(self.write("bad.jsonl", '{"text": ' + "[" * 100000)), "bad.jsonl", "line 1")
         self.refused(self.text(good, options=["--split", "train=0.5,valid=0.6"]), "add up to 1")
         self.refused(self.text(good, options=["--split", "train=0.5,valid=0.5"]), "1 documents", "2 parts", "form feeds", "--valid_fraction")
         self.refused(self.text(good, options=["--eod", "<nope>"]), "<nope>")
