@@ -58,7 +58,7 @@ class LateStderr {
       return;
     }
     std::fflush(stderr);
-    std::this_thread::sleep_for(std::chrono::seconds(1));
+    std::this_thread::sleep_for(std::chrono::seconds(3));  // mpirun takes one to end the others
     char buffer[4096];
     ssize_t n = 0;
     for (off_t offset = 0; (n = pread(held, buffer, sizeof(buffer), offset)) > 0; offset += n) {
