@@ -19,7 +19,7 @@ using Json = nlohmann::json;
 /// Texts of options and paths, as they stand in a line.
 std::string shown(const std::string& text) {
   constexpr size_t kLongest = 300;
-  const bool plain = std::all_of(text.begin(), text.end(), [](unsigned char c) { return c >= 0x20 && c != 0x7f; });
+  const bool plain = std::all_of(text.begin(), text.end(), [](unsigned char c) { return c >= 0x20 && c < 0x7f; });
   return text.empty() ? "empty" : plain && text.size() <= kLongest ? text : quoted(text);
 }
 
@@ -146,9 +146,10 @@ void check_agreement(const TextExchange& exchange, const Facts& facts, ErrorKind
     return;
   }
   std::vector<Facts> all;
-  for (const std::string& text : exchange(mine.dump(-1, ' ', false, Json::error_handler_t::replace))) {
+  const std::vector<uint8_t> bytes = Json::to_cbor(mine);  // options may hold what JSON's text would not take
+  for (const std::string& text : exchange({bytes.begin(), bytes.end()})) {
     Facts& of_rank = all.emplace_back();
-    for (const Json& fact : Json::parse(text)) {
+    for (const Json& fact : Json::from_cbor(text)) {
       of_rank.push_back({fact.at(0), fact.at(1), fact.at(2)});
     }
   }

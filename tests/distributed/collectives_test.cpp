@@ -477,6 +477,8 @@ TEST_P(Collectives, FactsMustBeAlike) {
   if (size_ > 1) {
     EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { check_agreement(exchange, {{"--lr", lr}, {"text", "8 bytes", anywhere}}, ErrorKind::kUsage, "options"); }),
                 AllOf(HasSubstr("need the same options: --lr is 0.1 on rank"), HasSubstr(c10::str(", 0.2 on rank ", size_ - 1)), testing::Not(HasSubstr("text"))));
+    const std::string bytes = rank_ == 0 ? "\xff" : "\xfe";  // no UTF-8
+    EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { check_agreement(exchange, {{"--output", bytes}}, ErrorKind::kUsage, "options"); }), HasSubstr("--output is "));
   }
 }
 
