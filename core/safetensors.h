@@ -41,6 +41,9 @@ class SafetensorsFile {
   /// Indices [start, start + length) of dimension `dim`; nothing else is read. Owned, contiguous, CPU.
   at::Tensor slice(const std::string& name, int64_t dim, int64_t start, int64_t length) const;
 
+  /// Size of the file, and a checksum of its header and of a few pieces of every tensor: tells models apart without reading them.
+  FileDigest sample() const;
+
  private:
   FileReader file_;
   std::map<std::string, Entry> entries_;

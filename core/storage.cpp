@@ -122,15 +122,38 @@ void FileReader::read(uint64_t offset, void* destination, uint64_t bytes) const 
   }
 }
 
-FileDigest FileReader::digest() const {
+FileDigest FileReader::digest() const { return digest({{0, size_}}); }
+
+FileDigest FileReader::digest(const std::vector<FileRegion>& regions) const {
   StreamingChecksum checksum;
   std::vector<char> buffer(std::min(kChunk, size_));
-  for (uint64_t offset = 0; offset < size_; offset += buffer.size()) {
-    const uint64_t bytes = std::min<uint64_t>(buffer.size(), size_ - offset);
-    read(offset, buffer.data(), bytes);
-    checksum.update(buffer.data(), bytes);
+  uint64_t total = 0;
+  for (const FileRegion& region : regions) {
+    for (uint64_t done = 0; done < region.bytes; done += buffer.size()) {
+      const uint64_t bytes = std::min<uint64_t>(buffer.size(), region.bytes - done);
+      read(region.offset + done, buffer.data(), bytes);
+      checksum.update(buffer.data(), bytes);
+    }
+    total += region.bytes;
   }
-  return {size_, checksum.value()};
+  return {total, checksum.value()};
+}
+
+FileDigest FileReader::sample() const {
+  return {size_, digest(pieces_of({0, size_}, /*count=*/1024, /*bytes=*/uint64_t{64} << 10)).xxh3};
+}
+
+std::vector<FileRegion> pieces_of(FileRegion region, uint64_t count, uint64_t bytes) {
+  if (region.bytes <= count * bytes) {
+    return {region};
+  }
+  std::vector<FileRegion> pieces;
+  const uint64_t step = (region.bytes - bytes) / (count - 1);
+  for (uint64_t i = 0; i + 1 < count; ++i) {
+    pieces.push_back({region.offset + i * step, bytes});
+  }
+  pieces.push_back({region.offset + region.bytes - bytes, bytes});
+  return pieces;
 }
 
 bool path_exists(const std::filesystem::path& path, ErrorKind kind) {

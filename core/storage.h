@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace drrl {
 
@@ -22,6 +23,12 @@ std::string to_hex(uint64_t checksum);
 
 /// Text from a file that may be hostile, as it goes into messages: quoted, cut to 120 bytes, everything unprintable escaped.
 std::string quoted(const std::string& text);
+
+/// Bytes [offset, offset + bytes) of a file.
+struct FileRegion {
+  uint64_t offset = 0;
+  uint64_t bytes = 0;
+};
 
 /// A file opened for reading at any offset. It reads with pread rather than through a mapping: a file that shrinks, or a disk
 /// or network file system that fails, is then an Error and not a SIGBUS, and pages are shared by the page cache either way.
@@ -44,6 +51,10 @@ class FileReader {
 
   /// Size and checksum of the whole file.
   FileDigest digest() const;
+  /// The same of these regions, one after the other.
+  FileDigest digest(const std::vector<FileRegion>& regions) const;
+  /// Size, and a checksum of all bytes of a file of at most 64 MiB, of 1024 pieces of a larger one: tells contents apart without reading them for long.
+  FileDigest sample() const;
 
  private:
   std::filesystem::path path_;
@@ -51,6 +62,9 @@ class FileReader {
   int descriptor_ = -1;
   uint64_t size_ = 0;
 };
+
+/// `count` >= 2 pieces of `bytes` each, evenly spread over a region, its begin and end among them; the region itself if it is not larger than all of them.
+std::vector<FileRegion> pieces_of(FileRegion region, uint64_t count, uint64_t bytes);
 
 /// Whether something is there, and whether it is a folder (links followed). Error(kind) when the system cannot tell:
 /// permissions, loops of links, names that are too long.

@@ -140,6 +140,23 @@ void check_agrees_with_torch_variables(const Environment& environment, const Env
   check_equal("WORLD_SIZE", environment.world_size);
 }
 
+// Variables of launchers that start the processes of other MPIs than Open MPI: each process would take itself for the only one.
+struct ForeignLauncher {
+  const char *rank, *size;
+};
+constexpr ForeignLauncher kForeignLaunchers[] = {{"PMI_RANK", "PMI_SIZE"},  // MPICH, Intel MPI, Cray PALS, Flux; srun --mpi=pmi2 sets them to its own numbers
+                                                 {"MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"}};
+
+void check_not_foreign(const Environment& environment, const Environment::Getter& get) {
+  for (const auto& [rank, size] : kForeignLaunchers) {
+    const auto text = get(size);
+    const int64_t processes = text ? parse(size, *text, 0, kMaxProcesses) : 0;
+    check(ErrorKind::kUsage, processes <= 1 || processes == environment.world_size, "started by another MPI's launcher as rank ", get(rank).value_or("?"), " of ",
+          processes, " (", rank, ", ", size, "), but this program is linked to Open MPI, for which it is rank ", environment.world_rank, " of ", environment.world_size,
+          ": start it with Open MPI's mpirun, with srun --mpi=pmix or with torchrun");
+  }
+}
+
 }  // namespace
 
 const char* name(Launcher launcher) noexcept {
@@ -161,9 +178,11 @@ Environment Environment::detect(const Getter& get) {
     result = from_mpirun(get);
   } else if (get("SLURM_STEP_NUM_TASKS")) {
     result = from_srun(get);
+    check_not_foreign(result, get);  // MPICH's mpiexec may start its processes below an srun of its own
   } else if (get("RANK") || get("WORLD_SIZE")) {
     return from_torchrun(get);
   } else {
+    check_not_foreign(result, get);
     return result;
   }
   check_agrees_with_torch_variables(result, get);

@@ -29,7 +29,7 @@ const char* name(Launcher launcher) noexcept;
 ///
 /// The innermost launcher wins: TORCHELASTIC_RUN_ID marks a worker of torchrun even when mpirun or srun started the agent, and
 /// mpirun inside a SLURM allocation is mpirun. A batch script that srun did not start (no SLURM_STEP_NUM_TASKS) is a single
-/// process.
+/// process. Processes of other MPIs' launchers (PMI_SIZE > 1, unless srun set it) are refused.
 struct Environment {
   Launcher launcher = Launcher::kSingle;
   int64_t world_rank = 0;

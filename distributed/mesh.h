@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 
+#include "distributed/agreement.h"
 #include "distributed/environment.h"
 #include "distributed/group.h"
 
@@ -87,6 +88,10 @@ class Mesh {
 /// Another group of all processes, with communicators of its own, for traffic beside the mesh's: over Open MPI for CPU tensors, under torchrun over NCCL for
 /// tensors on `device`. Collective over the world; one process gets a group of one. Errors: as Mesh::create.
 Group create_world_group(const std::string& name, const Environment& environment, at::Device device, std::chrono::milliseconds timeout);
+
+/// An exchange between all processes before there is a mesh: over Open MPI, or under torchrun through its store, without a GPU. Collective over the world.
+/// Errors: as Mesh::create; and as exchange_over (rendezvous.h).
+TextExchange exchange_over_world(const Environment& environment, std::chrono::milliseconds timeout, const std::shared_ptr<Watchdog>& watchdog = {});
 
 /// Errors: Error(kUsage), naming the numbers, unless tp, dp, cp >= 1, kv_heads >= 0 and tp * dp * cp == world_size.
 void check_shape(MeshShape shape, int64_t world_size);

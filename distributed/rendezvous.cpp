@@ -8,6 +8,8 @@
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
+#include <nlohmann/json.hpp>
+
 #include "core/error.h"
 
 namespace drrl {
@@ -70,6 +72,45 @@ c10::intrusive_ptr<c10d::Store> make_store(const Environment& environment, const
   // Nobody leaves before all have connected: rank 0 may be about to fail and take the server with it.
   bootstrap.barrier();
   return c10::make_intrusive<c10d::PrefixStore>("drrl", std::move(store));
+}
+
+TextExchange exchange_over(const c10::intrusive_ptr<c10d::Store>& store, const std::string& name, const Environment& environment) {
+  const auto keys = c10::make_intrusive<c10d::PrefixStore>(name, store);
+  const int64_t rank = environment.world_rank, size = environment.world_size;
+  const auto guarded = [rank](const auto& talk) {
+    try {
+      return talk();
+    } catch (const c10::Error& error) {
+      raise(ErrorKind::kCommunication, "world rank ", rank, " waited in vain for the others at the store: ", error.what_without_backtrace());
+    }
+  };
+  guarded([&] {
+    const std::string first = keys->compareSet("world size", "", std::to_string(size));
+    check(ErrorKind::kUsage, first == std::to_string(size), "WORLD_SIZE=", size, " of the process with RANK=", rank, ", but ", first, " of one that came before it");
+    check(ErrorKind::kUsage, keys->add(c10::str("of rank ", rank), 1) == 1, "two processes have RANK=", rank);
+  });
+  return [=, round = int64_t{0}](const std::string& mine) mutable {
+    const std::string prefix = c10::str("round ", round++, " ");
+    return guarded([&] {
+      std::vector<std::string> texts;
+      if (rank == 0) {
+        texts.push_back(mine);
+        for (int64_t other = 1; other < size; ++other) {
+          texts.push_back(keys->get_to_str(c10::str(prefix, other)));
+        }
+        keys->set(prefix + "all", nlohmann::json::to_cbor(texts));
+      } else {
+        keys->set(c10::str(prefix, rank), mine);
+        texts = nlohmann::json::from_cbor(keys->get(prefix + "all")).get<std::vector<std::string>>();
+      }
+      // Rank 0 may serve the store, and may be about to fail.
+      if (keys->add(prefix + "done", 1) == size) {
+        keys->set(prefix + "left", "");
+      }
+      keys->wait({prefix + "left"});
+      return texts;
+    });
+  };
 }
 
 }  // namespace drrl

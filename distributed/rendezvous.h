@@ -5,6 +5,7 @@
 #include <chrono>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
+#include "distributed/agreement.h"
 #include "distributed/environment.h"
 #include "distributed/group.h"
 
@@ -20,5 +21,10 @@ namespace drrl {
 /// Collective over the world. Errors: Error(kCommunication) naming the address when it cannot be reached within `timeout`.
 c10::intrusive_ptr<c10d::Store> make_store(const Environment& environment, const Group& bootstrap,
                                            std::chrono::milliseconds timeout);
+
+/// The exchange between all processes of a store, which need no groups yet: through rank 0. `name` keeps the keys of one apart from those of another. Collective.
+/// Errors: Error(kUsage) where two processes have the same rank, or a process was told of another world size than one before it; Error(kCommunication) when
+/// somebody does not come within the store's timeout.
+TextExchange exchange_over(const c10::intrusive_ptr<c10d::Store>& store, const std::string& name, const Environment& environment);
 
 }  // namespace drrl

@@ -5,6 +5,7 @@
 #include "core/error.h"
 #include "core/storage.h"
 #include "distributed/mesh.h"
+#include "launch/agreement.h"
 #include "launch/bench.h"
 #include "launch/console.h"
 #include "launch/flags.h"
@@ -281,6 +282,7 @@ ExitCode scaling(const Environment& environment) {
   const auto tokens = random_tokens(16 * FLAGS_seq_len + 1, config.vocab_size);
   const auto data = std::make_shared<SequenceDataset>(tokens, 0, tokens->tokens(), FLAGS_seq_len, FLAGS_seed);
 
+  agree_on_inputs(environment, attention_inputs({"config"}));
   Mesh mesh = create_mesh(environment, shape, device);
   const auto traffic = std::make_shared<Traffic>();
   mesh.count(traffic);

@@ -3,6 +3,7 @@
 
 #include "core/error.h"
 #include "distributed/mesh.h"
+#include "launch/agreement.h"
 #include "launch/balance_flags.h"
 #include "launch/console.h"
 #include "launch/decisions.h"
@@ -17,6 +18,7 @@
 #include "models/generate.h"
 #include "models/llama.h"
 #include "models/model_folder.h"
+#include "models/replicas.h"
 #include "core/storage.h"
 #include "models/token_file.h"
 #include "models/tokenizer.h"
@@ -447,6 +449,7 @@ ExitCode evaluate(const Environment& environment) {
     }
   }
 
+  agree_on_inputs(environment, attention_inputs({"model", "data", "examples"}));
   const Mesh mesh = create_mesh(environment, shape, device);
   guarded(environment, [&] {
     const bool leader = environment.world_rank == 0;
@@ -470,6 +473,7 @@ ExitCode evaluate(const Environment& environment) {
     }
     CausalLM model(config, mesh.tp(), used, {.dtype = dtype_flag("dtype", FLAGS_dtype), .device = device});
     model.load(FLAGS_model);
+    check_replicas(model, mesh);
     if (leader) {
       print_banner(std::cout, "drrl-eval",
                    {{"model", FLAGS_model},
@@ -535,5 +539,5 @@ ExitCode evaluate(const Environment& environment) {
 }  // namespace drrl
 
 int main(int argc, char** argv) {
-  return drrl::run_program(argc, argv, "drrl-eval: perplexity under a rank policy, or with --examples accuracy, and what attention cost; with --generate, text.", &drrl::evaluate);
+  return drrl::run_program(argc, argv, "drrl-eval", "drrl-eval: perplexity under a rank policy, or with --examples accuracy, and what attention cost; with --generate, text.", &drrl::evaluate);
 }

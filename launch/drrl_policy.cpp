@@ -3,6 +3,7 @@
 #include "core/error.h"
 #include "core/storage.h"
 #include "distributed/mesh.h"
+#include "launch/agreement.h"
 #include "launch/console.h"
 #include "launch/flags.h"
 #include "launch/log.h"
@@ -13,6 +14,7 @@
 #include "models/data.h"
 #include "models/llama.h"
 #include "models/model_folder.h"
+#include "models/replicas.h"
 #include "models/tensor_parallel.h"
 #include "models/token_file.h"
 #include "policy/calibration.h"
@@ -128,6 +130,7 @@ class Measurement {
     const auto file = open_token_file(FLAGS_data, config, environment);
     data_.emplace(file, 0, file->tokens(), FLAGS_seq_len, FLAGS_seed);
     windows = std::min(data_->windows(), (FLAGS_calibration_tokens - 1) / FLAGS_seq_len + 1);
+    agree_on_inputs(environment, {"model", "data"});
     mesh_.emplace(create_mesh(environment, shape_, device));
   }
 
@@ -135,6 +138,7 @@ class Measurement {
   void load(const char* program) {
     controller = std::make_shared<CalibrationController>(config.num_hidden_layers, geometry, ranks);
     model = new_model(controller);
+    check_replicas(*model, mesh());
     for (Parameter& parameter : model->parameters()) {  // only activations' gradients are wanted; the embedding starts the graph
       parameter.value.requires_grad_(&parameter == &model->parameters().front());
     }
@@ -270,29 +274,30 @@ ExitCode record(const Environment& environment) {
   require("policy", FLAGS_policy);
   require("traces", FLAGS_traces);
   Measurement m(environment);
-  const Calibration calibration = Calibration::load(FLAGS_policy);
-  check_calibration(calibration, m.config);
-  check_geometry(calibration);
-  check(ErrorKind::kUsage, calibration.ranks == m.ranks, "--policy=", FLAGS_policy, " is of ranks ", c10::IntArrayRef(calibration.ranks), ", the options say ",
-        c10::IntArrayRef(m.ranks));
-  Traces traces(m.windows, m.config.num_hidden_layers, m.config.num_key_value_heads, FLAGS_seq_len, m.geometry, m.ranks, CalibrationController::default_gates());
-  traces.heads_per_group = m.config.num_attention_heads / m.config.num_key_value_heads;
-  traces.calibration = calibration.digest();
-  traces.source = c10::str(FLAGS_model, ", ", m.windows, " sequences of ", FLAGS_seq_len, " tokens of ", FLAGS_data, ", seed ", FLAGS_seed);
-  for (int64_t sequence = 0; sequence < m.windows; ++sequence) {
-    traces.tokens[sequence].copy_(m.tokens(sequence).squeeze(0));
-  }
-  int64_t done = 0;
-  if (std::filesystem::exists(FLAGS_traces)) {
-    const Traces before = Traces::load(FLAGS_traces);
-    check(ErrorKind::kUsage, before.source == traces.source && before.calibration == traces.calibration, "--traces=", FLAGS_traces, " is of ", before.source,
-          ", calibration ", before.calibration, ", and would be of ", traces.source, ", calibration ", traces.calibration, ": name another file or remove it");
-    done = before.sequences();
-    for (const auto part : Traces::kMeasured) {
-      (traces.*part).narrow(0, 0, done).copy_(before.*part);
-    }
-  }
   guarded(environment, [&] {
+    agree_on_inputs(environment, {"policy", "traces"});
+    const Calibration calibration = Calibration::load(FLAGS_policy);
+    check_calibration(calibration, m.config);
+    check_geometry(calibration);
+    check(ErrorKind::kUsage, calibration.ranks == m.ranks, "--policy=", FLAGS_policy, " is of ranks ", c10::IntArrayRef(calibration.ranks), ", the options say ",
+          c10::IntArrayRef(m.ranks));
+    Traces traces(m.windows, m.config.num_hidden_layers, m.config.num_key_value_heads, FLAGS_seq_len, m.geometry, m.ranks, CalibrationController::default_gates());
+    traces.heads_per_group = m.config.num_attention_heads / m.config.num_key_value_heads;
+    traces.calibration = calibration.digest();
+    traces.source = c10::str(FLAGS_model, ", ", m.windows, " sequences of ", FLAGS_seq_len, " tokens of ", FLAGS_data, ", seed ", FLAGS_seed);
+    for (int64_t sequence = 0; sequence < m.windows; ++sequence) {
+      traces.tokens[sequence].copy_(m.tokens(sequence).squeeze(0));
+    }
+    int64_t done = 0;
+    if (std::filesystem::exists(FLAGS_traces)) {
+      const Traces before = Traces::load(FLAGS_traces);
+      check(ErrorKind::kUsage, !m.leader() || (before.source == traces.source && before.calibration == traces.calibration), "--traces=", FLAGS_traces, " is of ", before.source,
+            ", calibration ", before.calibration, ", and would be of ", traces.source, ", calibration ", traces.calibration, ": name another file or remove it");
+      done = before.sequences();
+      for (const auto part : Traces::kMeasured) {
+        (traces.*part).narrow(0, 0, done).copy_(before.*part);
+      }
+    }
     m.load("drrl-policy record");
     if (m.leader() && done > 0) {
       std::cout << FLAGS_traces << " has " << done << " of " << m.windows << " sequences" << std::endl;
@@ -380,7 +385,7 @@ int main(int argc, char** argv) {
   }
   const int skipped = command == commands.end() ? 0 : 1;  // options alone: --help
   argv[skipped] = argv[0];
-  return drrl::run_program(argc - skipped, argv + skipped,
+  return drrl::run_program(argc - skipped, argv + skipped, skipped == 0 ? "drrl-policy" : "drrl-policy " + command->first,
                            "drrl-policy calibrate: measures how much each layer suffers at each rank; record: traces for a policy that learns; train: learns from them.",
                            skipped == 0 ? &drrl::calibrate : command->second);
 }

@@ -2,6 +2,7 @@
 
 #include "core/error.h"
 #include "distributed/mesh.h"
+#include "launch/agreement.h"
 #include "launch/attention_clock.h"
 #include "launch/balance_flags.h"
 #include "launch/console.h"
@@ -16,6 +17,7 @@
 #include "models/data.h"
 #include "models/llama.h"
 #include "models/model_folder.h"
+#include "models/replicas.h"
 #include "core/storage.h"
 #include "models/token_file.h"
 #include "models/trainer.h"
@@ -252,7 +254,6 @@ ExitCode train(const Environment& environment) {
   require("model", FLAGS_model);
   require("data", FLAGS_data);
   MeshShape shape = mesh_flags(environment);
-  check(ErrorKind::kUsage, FLAGS_timeout_s >= 1, "--timeout_s must be at least 1, got ", FLAGS_timeout_s);
   check(ErrorKind::kUsage, FLAGS_balance_every >= 0, "--balance_every must not be negative, got ", FLAGS_balance_every);
   const at::Device device = device_flag(environment);
   const ModelOptions model_options{
@@ -264,6 +265,7 @@ ExitCode train(const Environment& environment) {
   const Data data = open_data(environment, config);
   const TrainerOptions options = trainer_options(*data.train);
 
+  agree_on_inputs(environment, attention_inputs({"model", "data", "valid_data"}));
   Mesh mesh = create_mesh(environment, shape, device);
   const auto traffic = std::make_shared<Traffic>();
   mesh.count(traffic);
@@ -282,6 +284,7 @@ ExitCode train(const Environment& environment) {
     if (!FLAGS_output.empty() && mesh.data().rank() == 0) {
       model->open_companions();
     }
+    check_replicas(*model, mesh);
     if (leader) {
       print_start(environment, shape, config, *model, attention.controller->describe(), data, options);
     }
@@ -340,6 +343,6 @@ ExitCode train(const Environment& environment) {
 }  // namespace drrl
 
 int main(int argc, char** argv) {
-  return drrl::run_program(argc, argv, "drrl-train: fine-tunes a Hugging Face language model, alone or under mpirun.",
+  return drrl::run_program(argc, argv, "drrl-train", "drrl-train: fine-tunes a Hugging Face language model, alone or under mpirun.",
                            &drrl::train);
 }

@@ -8,10 +8,10 @@ namespace drrl {
 enum class ExitCode : int {
   kSuccess = 0,
   kUnexpected = 1,     ///< an exception that is not drrl::Error: out of memory, a tensor contract, a bug
-  kUsage = 2,          ///< unknown flag, bad value, options that contradict each other or the model
+  kUsage = 2,          ///< unknown flag, bad value, options that contradict each other or the model; processes that were given different things
   kModel = 3,          ///< model directory missing, damaged or not supported; likewise policy, trace and latency files
   kData = 4,           ///< token file missing, damaged, too short, or with tokens beyond the vocabulary
-  kCheckpoint = 5,     ///< checkpoint damaged or of another run
+  kCheckpoint = 5,     ///< checkpoint damaged, of another run, or not the same on all nodes
   kStorage = 6,        ///< disk full, no permission
   kCommunication = 7,  ///< a collective failed, timed out, or ranks diverged
   kNumerics = 8,       ///< a loss or gradient that is not finite

@@ -6,17 +6,19 @@
 
 #include <gflags/gflags.h>
 
-#include <fcntl.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <charconv>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <optional>
 #include <sstream>
+#include <thread>
 
 // Exported by gflags, but in none of its headers: what it calls after it has reported a bad command line.
 namespace google {
@@ -26,30 +28,45 @@ extern void (*gflags_exitfunc)(int);  // NOLINT(readability-redundant-declaratio
 namespace drrl {
 namespace {
 
-/// While it lives, stderr goes nowhere: gflags prints its complaints and exits in one go, and one process of a node is enough
-/// to be heard.
-class SilentStderr {
+/// While it lives, nothing comes out of stderr: gflags prints its complaints and exits in one go, and one process of a node is enough to be heard. If this one
+/// exits and lives on for a moment, as it does unless the others end too, the fault is its own, and what was held back comes out after all.
+class LateStderr {
  public:
-  explicit SilentStderr(bool silent) {
-    if (silent) {
-      saved_ = dup(STDERR_FILENO);
-      const int nowhere = open("/dev/null", O_WRONLY);
-      dup2(nowhere, STDERR_FILENO);
-      close(nowhere);
+  explicit LateStderr(bool late) {
+    if (late) {
+      saved = dup(STDERR_FILENO);
+      held = memfd_create("stderr", MFD_CLOEXEC);
+      dup2(held, STDERR_FILENO);
+      std::atexit(&speak);
     }
   }
-  SilentStderr(const SilentStderr&) = delete;
-  SilentStderr& operator=(const SilentStderr&) = delete;
-  ~SilentStderr() {
-    if (saved_ >= 0) {
+  LateStderr(const LateStderr&) = delete;
+  LateStderr& operator=(const LateStderr&) = delete;
+  ~LateStderr() {
+    if (saved >= 0) {
       std::fflush(stderr);
-      dup2(saved_, STDERR_FILENO);
-      close(saved_);
+      dup2(saved, STDERR_FILENO);
+      close(saved);
+      close(held);
+      saved = -1;
     }
   }
 
  private:
-  int saved_ = -1;
+  static void speak() {
+    if (saved < 0) {
+      return;
+    }
+    std::fflush(stderr);
+    std::this_thread::sleep_for(std::chrono::seconds(3));  // mpirun takes one to end the others
+    char buffer[4096];
+    ssize_t n = 0;
+    for (off_t offset = 0; (n = pread(held, buffer, sizeof(buffer), offset)) > 0; offset += n) {
+      [[maybe_unused]] const ssize_t written = write(saved, buffer, static_cast<size_t>(n));
+    }
+  }
+
+  inline static int saved = -1, held = -1;
 };
 
 [[noreturn]] void exit_with_usage(int /*gflags_code*/) {
@@ -164,7 +181,7 @@ void parse_options(int argc, char** argv, const std::string& summary) {
     }
     std::exit(static_cast<int>(ExitCode::kSuccess));
   }
-  const SilentStderr silent(environment.local_rank != 0);
+  const LateStderr late(environment.local_rank != 0);
   google::gflags_exitfunc = &exit_with_usage;
   google::SetUsageMessage(summary);
   for (const std::string& file : flagfiles(argc, argv)) {

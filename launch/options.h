@@ -22,7 +22,7 @@ std::string options_table();
 
 /// Parses the command line (gflags: --name=value, --name value, --flagfile=FILE). Unknown flags, bad values and stray arguments
 /// end the program with ExitCode::kUsage; --help prints `summary` and the table and ends it with success. In a job of several
-/// processes, one a node speaks.
+/// processes, one a node speaks, and others whose fault is theirs alone.
 void parse_options(int argc, char** argv, const std::string& summary);
 
 /// The items of a list between separators; "" has none.

@@ -167,6 +167,13 @@ BasisOptions basis_flags(const ModelConfig& config, const Share& groups, const a
 
 }  // namespace
 
+std::vector<std::string> attention_inputs(std::vector<std::string> inputs) {
+  if (FLAGS_attention == "lowrank") {
+    inputs.insert(inputs.end(), {"policy", "latency"});
+  }
+  return inputs;
+}
+
 AttentionSetup attention_flags(const ModelConfig& config, const Mesh& mesh, const at::Device& device) {
   CalibrationFlag calibration;
   const std::shared_ptr<RankPolicy> policy = rank_policy_flags(config, device, calibration);
@@ -180,7 +187,8 @@ AttentionSetup attention_flags(const ModelConfig& config, const Mesh& mesh, cons
                                                          mesh.cp(), mesh.kv());
   const auto controller = setup.controller;
   const std::string description = c10::str(controller->describe(), ", guard decay ", FLAGS_guard_decay);
-  check_agreement(mesh.world(), hash_bytes(description), "the rank policy");
+  // Options and files are the same; GPUs of other kinds may choose other ranks.
+  check_agreement(exchange_over(mesh.world(), mesh.world().message_device()), {{"it", description}}, ErrorKind::kUsage, "rank policy");
   setup.hooks.begin_step = [controller, eps = guard.eps](int64_t step) {
     controller->take_statistics();
     controller->set_guard_eps(eps * std::pow(FLAGS_guard_decay, static_cast<double>(step - 1)));

@@ -31,6 +31,9 @@ LatencyKey latency_key(const at::Device& device, int64_t head_dim, int64_t heads
 /// if it is of another case.
 std::shared_ptr<const LatencyTable> latency_flag(const at::Device& device, int64_t head_dim, int64_t heads_per_group);
 
+/// `inputs` and those that --attention needs, for agree_on_inputs.
+std::vector<std::string> attention_inputs(std::vector<std::string> inputs);
+
 /// A controller with the rank policy and bases that --attention, --rank_policy, --rank, --energy, --rank_budget, --policy and --basis_updates
 /// describe (with --latency), checked to be the same on all ranks of the mesh (collective), and its figures for the trainer.
 /// Errors: Error(kUsage) for values that do not fit each other or the model; Error(kModel) for a damaged --policy file.

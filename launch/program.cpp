@@ -1,5 +1,6 @@
 #include "launch/program.h"
 
+#include "launch/agreement.h"
 #include "launch/flags.h"
 #include "launch/log.h"
 #include "launch/options.h"
@@ -124,6 +125,7 @@ void on_hung(const std::string& report) {
 }
 
 void start_watchdog(const Environment& environment) {
+  check(ErrorKind::kUsage, FLAGS_timeout_s >= 1, "--timeout_s must be at least 1, got ", FLAGS_timeout_s);
   check(ErrorKind::kUsage, FLAGS_watchdog_timeout_s >= -1, "--watchdog_timeout_s must be -1 or more, got ",
         FLAGS_watchdog_timeout_s);
   const int64_t limit = FLAGS_watchdog_timeout_s >= 0 ? FLAGS_watchdog_timeout_s : 3 * FLAGS_timeout_s;
@@ -136,6 +138,7 @@ void start_watchdog(const Environment& environment) {
 [[noreturn]] void fail(const Environment& environment, ExitCode code, const std::string& message) {
   std::cout.flush();
   if (environment.world_rank != 0) {
+    std::signal(SIGTERM, SIG_DFL);  // the end of the job is no crash, of which glog would tell
     std::this_thread::sleep_for(std::chrono::milliseconds(1000 + 50 * std::min<int64_t>(environment.world_rank, 40)));
   }
   end_within(60, code);
@@ -155,6 +158,10 @@ const std::shared_ptr<Watchdog>& watchdog() noexcept {
 }
 
 Mesh create_mesh(const Environment& environment, MeshShape shape, at::Device device) {
+  const char* tasks = std::getenv("SLURM_NTASKS");
+  if (environment.launcher == Launcher::kSingle && tasks != nullptr && std::string(tasks) != "1") {
+    log_warning(c10::str("this process works alone, though SLURM_NTASKS=", tasks, ": to start that many, use srun --mpi=pmix or mpirun"));
+  }
   const auto watched = watch(watchdog(), "making groups");
   Mesh mesh = Mesh::create(environment, shape, device, std::chrono::seconds(FLAGS_timeout_s));
   mesh.watch(watchdog());
@@ -190,7 +197,7 @@ bool stop_requested() noexcept {
   return stop_signals.load() > 0;
 }
 
-int run_program(int argc, char** argv, const std::string& summary, const std::function<ExitCode(const Environment&)>& body) {
+int run_program(int argc, char** argv, const std::string& command, const std::string& summary, const std::function<ExitCode(const Environment&)>& body) {
   keep_big_blocks();
   Environment environment;
   ExitCode code = ExitCode::kUnexpected;
@@ -205,6 +212,7 @@ int run_program(int argc, char** argv, const std::string& summary, const std::fu
       const auto watched = watch(watchdog(), "MPI_Init");
       start_mpi(&argc, &argv);
     }
+    agree_on_options(environment, command);
     code = body(environment);
     std::cout.flush();
     const auto watched = watch(watchdog(), "MPI_Finalize");

@@ -18,7 +18,9 @@ namespace drrl {
 /// An exception on any rank ends the whole job with that rank's code (MPI_Abort): nobody is left waiting in a
 /// collective. All ranks report a failure that all of them see, but rank 0 does so at once and ends the job; the others wait
 /// a moment first, and so speak only of what rank 0 does not know.
-int run_program(int argc, char** argv, const std::string& summary, const std::function<ExitCode(const Environment&)>& body);
+///
+/// `body` is called when all processes have been found to be started alike (agree_on_options); `command` is "drrl-train", "drrl-policy record", ...
+int run_program(int argc, char** argv, const std::string& command, const std::string& summary, const std::function<ExitCode(const Environment&)>& body);
 
 /// "drrl 0.1.0, LibTorch 2.11.0, Open MPI v4.1.4".
 std::string version_line();
@@ -32,7 +34,7 @@ void guarded(const Environment& environment, const std::function<void()>& work);
 /// ExitCode::kHung, saying what hung. It watches the start and the end of MPI; programs hand it to their groups and trainer.
 const std::shared_ptr<Watchdog>& watchdog() noexcept;
 
-/// Mesh::create with --timeout_s, watched by the watchdog.
+/// Mesh::create with --timeout_s, watched by the watchdog. Warns if Slurm was asked for several processes and this is the only one.
 Mesh create_mesh(const Environment& environment, MeshShape shape, at::Device device);
 
 /// Whether stdout ends on a terminal. mpirun gives its processes a terminal of its own, so there its own stdout is what counts.

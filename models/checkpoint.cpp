@@ -112,29 +112,6 @@ std::string failure_of(const Action& action) {
 
 }  // namespace
 
-TextExchange exchange_over(const Group& group, at::Device device) {
-  return [group, device](const std::string& mine) {
-    // lengths first, then all bytes in one uneven gather
-    const auto length = static_cast<int64_t>(mine.size());
-    const at::Tensor own_length = at::full({1}, length, at::kLong).to(device);
-    at::Tensor lengths = at::empty({group.size()}, at::TensorOptions(at::kLong).device(device));
-    group.all_gather(lengths, own_length);
-    at::Tensor bytes = at::empty({length}, at::kByte);
-    std::copy(mine.begin(), mine.end(), bytes.data_ptr<uint8_t>());
-    const at::Tensor all = group.all_gather_uneven(bytes.to(device)).to(at::kCPU).contiguous();
-    lengths = lengths.to(at::kCPU);
-
-    std::vector<std::string> texts;
-    const auto* position = reinterpret_cast<const char*>(all.data_ptr<uint8_t>());
-    for (int64_t i = 0; i < group.size(); ++i) {
-      const auto bytes_of_rank = static_cast<size_t>(lengths[i].item<int64_t>());
-      texts.emplace_back(position, bytes_of_rank);
-      position += bytes_of_rank;
-    }
-    return texts;
-  };
-}
-
 CheckpointWriter::CheckpointWriter(fs::path root, int64_t step, int64_t world_rank, int64_t world_size, TextExchange exchange)
     : root_(std::move(root)), step_(step), world_rank_(world_rank), world_size_(world_size), exchange_(std::move(exchange)) {
   check(ErrorKind::kInternal,
@@ -327,6 +304,7 @@ CheckpointReader CheckpointReader::open_directory(const fs::path& directory, boo
     const auto stated = manifest.at("manifest_xxh3").get<std::string>();
     const std::string actual = self_checksum(manifest);
     check(kKind, stated == actual, path, " is damaged: its checksum is ", actual, ", and it says ", stated);
+    reader.checksum_ = stated;
     reader.step_ = manifest.at("step").get<int64_t>();
     reader.world_size_ = manifest.at("world_size").get<int64_t>();
     for (const auto& [file, item] : manifest.at("files").items()) {

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "distributed/group.h"
+#include "distributed/agreement.h"
 #include "core/safetensors.h"
 
 #include <cstdint>
@@ -14,12 +14,6 @@
 #include <vector>
 
 namespace drrl {
-
-/// All-gather of texts: every rank hands in one and gets all of them, in rank order. Collective.
-using TextExchange = std::function<std::vector<std::string>(const std::string&)>;
-
-/// The exchange over `group`; `device` is where the group's tensors live (CUDA for NCCL).
-TextExchange exchange_over(const Group& group, at::Device device = at::kCPU);
 
 /// Atomic checkpoint folders. Layout under `root`:
 ///   step-00000120/             complete, never changed again
@@ -100,6 +94,8 @@ class CheckpointReader {
   const std::filesystem::path& directory() const noexcept { return directory_; }
   int64_t step() const noexcept { return step_; }
   int64_t world_size() const noexcept { return world_size_; }
+  /// That of the manifest, and with it of every file.
+  const std::string& checksum() const noexcept { return checksum_; }
   std::vector<std::string> files() const;
   bool contains(const std::string& file) const { return files_.contains(file); }
 
@@ -114,6 +110,7 @@ class CheckpointReader {
   std::filesystem::path directory_;
   int64_t step_ = 0;
   int64_t world_size_ = 0;
+  std::string checksum_;
   std::map<std::string, FileDigest> files_;
   mutable std::map<std::string, bool> verified_;
 };

@@ -28,17 +28,6 @@ constexpr std::array kCodes = {
     DtypeCode{4, at::kInt, 4},  DtypeCode{5, at::kLong, 8}, DtypeCode{8, at::kUInt16, 2},
 };
 
-std::filesystem::path with_extension(const std::filesystem::path& prefix, const char* extension) {
-  std::string text = prefix.string();
-  for (const std::string_view suffix : {".bin", ".idx"}) {
-    if (text.ends_with(suffix)) {
-      text.resize(text.size() - suffix.size());
-      break;
-    }
-  }
-  return text + extension;
-}
-
 template <typename T>
 T read_field(const FileReader& file, uint64_t offset) {
   T value{};
@@ -75,12 +64,23 @@ void with_stored_type(at::ScalarType dtype, const Visit& visit) {
 
 }  // namespace
 
+std::filesystem::path token_path(const std::filesystem::path& prefix, const char* extension) {
+  std::string text = prefix.string();
+  for (const std::string_view suffix : {".bin", ".idx"}) {
+    if (text.ends_with(suffix)) {
+      text.resize(text.size() - suffix.size());
+      break;
+    }
+  }
+  return text + extension;
+}
+
 TokenFile TokenFile::open(const std::filesystem::path& prefix) {
-  const bool no_index = path_exists(prefix, kKind) && !path_exists(with_extension(prefix, ".idx"), kKind);
-  check(kKind, !no_index || is_folder(prefix, kKind), with_extension(prefix, ".idx"), ": No such file; ", prefix,
+  const bool no_index = path_exists(prefix, kKind) && !path_exists(token_path(prefix, ".idx"), kKind);
+  check(kKind, !no_index || is_folder(prefix, kKind), token_path(prefix, ".idx"), ": No such file; ", prefix,
         " is not a token file: launch/prepare.py text makes one of a text");
-  const FileReader idx(with_extension(prefix, ".idx"), kKind);
-  TokenFile result(FileReader(with_extension(prefix, ".bin"), kKind));
+  const FileReader idx(token_path(prefix, ".idx"), kKind);
+  TokenFile result(FileReader(token_path(prefix, ".bin"), kKind));
   const auto& path = idx.path();
   const FileReader& bin = result.bin_;
 
@@ -189,8 +189,8 @@ void write_token_file(const std::filesystem::path& prefix, const std::vector<std
                       at::ScalarType dtype) {
   const auto* code = std::find_if(kCodes.begin(), kCodes.end(), [&](const DtypeCode& entry) { return entry.dtype == dtype; });
   check(kKind, code != kCodes.end(), "token files of ", c10::toString(dtype), " do not exist");
-  FileWriter bin(with_extension(prefix, ".bin"));
-  FileWriter idx(with_extension(prefix, ".idx"));
+  FileWriter bin(token_path(prefix, ".bin"));
+  FileWriter idx(token_path(prefix, ".idx"));
   const auto put = [&](FileWriter& file, auto value) { file.write(&value, sizeof(value)); };
 
   idx.write(kMagic);
@@ -217,7 +217,7 @@ void write_token_file(const std::filesystem::path& prefix, const std::vector<std
       for (const int64_t token : document) {
         const bool fits =
             token >= int64_t{std::numeric_limits<Stored>::min()} && token <= int64_t{std::numeric_limits<Stored>::max()};
-        check(kKind, fits, "token ", token, " does not fit ", c10::toString(dtype), " of ", with_extension(prefix, ".bin"));
+        check(kKind, fits, "token ", token, " does not fit ", c10::toString(dtype), " of ", token_path(prefix, ".bin"));
         tokens.push_back(static_cast<Stored>(token));
       }
       bin.write(tokens.data(), tokens.size() * sizeof(Stored));

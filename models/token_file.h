@@ -54,6 +54,9 @@ class TokenFile {
   int64_t documents_ = 0;
 };
 
+/// PREFIX.bin or PREFIX.idx, as `extension` says, of a prefix that may end in either.
+std::filesystem::path token_path(const std::filesystem::path& prefix, const char* extension);
+
 /// Writes PREFIX.bin and PREFIX.idx, one sequence per document. `dtype`: kByte, kChar, kShort, kUInt16, kInt or kLong;
 /// Error(kData) if a token does not fit.
 void write_token_file(const std::filesystem::path& prefix, const std::vector<std::vector<int64_t>>& documents,

@@ -217,6 +217,8 @@ std::optional<TrainingPosition> restore_training_state(const std::filesystem::pa
   CheckpointReader::Options options;
   options.verify_all = false;
   const CheckpointReader reader = CheckpointReader::open(chosen, options);
+  // Folders of one name on several machines need not be one folder.
+  check_agreement(exchange_over(world, device), {{"its manifest's checksum", reader.checksum(), chosen}}, ErrorKind::kCheckpoint, "checkpoint");
   const auto run = nlohmann::json::parse(reader.text(kRunFile), nullptr, /*allow_exceptions=*/false);
   TrainingPosition position;
   int64_t tensor_parallel = 0;

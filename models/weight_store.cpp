@@ -1,5 +1,7 @@
 #include "models/weight_store.h"
 
+#include "distributed/agreement.h"
+
 #include <nlohmann/json.hpp>
 
 namespace drrl {
@@ -106,6 +108,17 @@ at::Tensor WeightStore::tensor(const std::string& name, at::ScalarType dtype) co
 
 at::Tensor WeightStore::slice(const std::string& name, int64_t dim, int64_t start, int64_t length, at::ScalarType dtype) const {
   return file_of(name).slice(name, dim, start, length).to(dtype);
+}
+
+FileDigest WeightStore::sample() const {
+  uint64_t bytes = 0;
+  std::string checksums;
+  for (const SafetensorsFile& file : files_) {
+    const FileDigest of_file = file.sample();
+    bytes += of_file.bytes;
+    checksums += to_hex(of_file.xxh3);
+  }
+  return {bytes, hash_bytes(checksums)};
 }
 
 }  // namespace drrl

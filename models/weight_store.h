@@ -23,6 +23,9 @@ class WeightStore {
   at::Tensor slice(const std::string& name, int64_t dim, int64_t start, int64_t length,
                    at::ScalarType dtype = at::kFloat) const;
 
+  /// Of all files: their size, and a checksum of what SafetensorsFile::sample looks at.
+  FileDigest sample() const;
+
  private:
   WeightStore() = default;
   const SafetensorsFile& file_of(const std::string& name) const;

@@ -470,6 +470,18 @@ TEST_P(Collectives, AgreementNamesTheRanksThatDiffer) {
   EXPECT_THAT(message, testing::Not(HasSubstr(c10::str("(rank ", 1 - odd_one, " of"))));
 }
 
+TEST_P(Collectives, FactsMustBeAlike) {
+  const TextExchange exchange = exchange_over(group_);
+  const std::string anywhere = c10::str("/node", rank_), lr = rank_ == size_ - 1 ? "0.2" : "0.1";
+  check_agreement(exchange, {{"--lr", "0.1"}, {"text", "8 bytes", anywhere}, {c10::str("shard ", rank_), anywhere}}, ErrorKind::kUsage, "inputs");
+  if (size_ > 1) {
+    EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { check_agreement(exchange, {{"--lr", lr}, {"text", "8 bytes", anywhere}}, ErrorKind::kUsage, "options"); }),
+                AllOf(HasSubstr("need the same options: --lr is 0.1 on rank"), HasSubstr(c10::str(", 0.2 on rank ", size_ - 1)), testing::Not(HasSubstr("text"))));
+    const std::string bytes = rank_ == 0 ? "\xff" : "\xfe";  // no UTF-8
+    EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { check_agreement(exchange, {{"--output", bytes}}, ErrorKind::kUsage, "options"); }), HasSubstr("--output is "));
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Limits, Collectives,
                          testing::Values(Limits{"Default", int64_t{1} << 30, 128 * 1024},
                                          Limits{"SplitAtFive", 5, int64_t{1} << 40}, Limits{"RingsOfFive", 5, 0},

@@ -116,6 +116,23 @@ TEST(Environment, TorchVariablesUnderMpirunMustAgree) {
   EXPECT_THAT(usage_error(with(kSrun, {{"WORLD_SIZE", "4"}})), AllOf(HasSubstr("WORLD_SIZE=4"), HasSubstr("srun")));
 }
 
+TEST(Environment, ProcessesOfAnotherMpisLauncherAreRefused) {
+  const Variables mpich = {{"PMI_RANK", "1"}, {"PMI_SIZE", "2"}, {"PMI_FD", "7"}}, intel = with(mpich, {{"MPI_LOCALRANKID", "1"}, {"MPI_LOCALNRANKS", "2"}});
+  for (const Variables& variables : {mpich, intel, with(mpich, {{"SLURM_NTASKS", "2"}})}) {
+    EXPECT_THAT(usage_error(variables), AllOf(HasSubstr("another MPI's launcher as rank 1 of 2 (PMI_RANK, PMI_SIZE)"), HasSubstr("linked to Open MPI"), HasSubstr("mpirun")));
+  }
+  EXPECT_THAT(usage_error({{"MV2_COMM_WORLD_RANK", "0"}, {"MV2_COMM_WORLD_SIZE", "4"}}), HasSubstr("rank 0 of 4 (MV2_COMM_WORLD_RANK"));
+  EXPECT_EQ(detect({{"PMI_RANK", "0"}, {"PMI_SIZE", "1"}}).launcher, Launcher::kSingle);
+
+  // What was set by an outer launcher, or by srun --mpi=pmi2, says no more than the inner one.
+  EXPECT_EQ(detect(with(mpich, kMpirun)).launcher, Launcher::kMpirun);
+  EXPECT_EQ(detect(with(mpich, kTorchrun)).launcher, Launcher::kTorchrun);
+  EXPECT_EQ(detect(with(kSrun, {{"PMI_RANK", "9"}, {"PMI_SIZE", "11"}})).launcher, Launcher::kSrun);
+  EXPECT_EQ(detect(with(kSrun, {{"PMI_RANK", "0"}, {"PMI_SIZE", "1"}})).launcher, Launcher::kSrun);
+  // MPICH's mpiexec starts one proxy on each node by srun, and its processes below that.
+  EXPECT_THAT(usage_error(with(mpich, {{"SLURM_PROCID", "0"}, {"SLURM_STEP_NUM_TASKS", "1"}, {"SLURM_LOCALID", "0"}})), HasSubstr("rank 1 of 2 (PMI_RANK"));
+}
+
 TEST(Environment, NamesTheBadVariableAndItsValue) {
   EXPECT_THAT(usage_error(with(kMpirun, {{"OMPI_COMM_WORLD_RANK", "8"}})), HasSubstr("OMPI_COMM_WORLD_RANK=8"));
   EXPECT_THAT(usage_error(with(kMpirun, {{"OMPI_COMM_WORLD_SIZE", "0"}})), HasSubstr("OMPI_COMM_WORLD_SIZE=0"));
@@ -131,6 +148,7 @@ TEST(Environment, NamesTheBadVariableAndItsValue) {
   EXPECT_THAT(usage_error(with(kSrun, {{"SLURM_STEP_TASKS_PER_NODE", "4(y2)"}})),
               HasSubstr("SLURM_STEP_TASKS_PER_NODE='4(y2)'"));
   EXPECT_THAT(usage_error(with(kSrun, {{"SLURM_NODEID", "3"}})), HasSubstr("SLURM_NODEID=3"));
+  EXPECT_THAT(usage_error({{"PMI_SIZE", "two"}}), HasSubstr("PMI_SIZE='two'"));
 }
 
 TEST(Environment, NamesTheMissingVariable) {

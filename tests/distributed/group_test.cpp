@@ -44,6 +44,23 @@ TEST(GroupOfOne, IsTheIdentity) {
   check_agreement(group, 5, "nothing");
 }
 
+TEST(Disagreement, NamesFactsValuesAndRanks) {
+  const Facts lr = {{"--lr", "0.1"}, {"--seed", "1"}};
+  EXPECT_EQ(disagreement({lr, lr, lr}), "");
+  EXPECT_EQ(disagreement({lr, {{"--lr", "0.2"}, {"--seed", "1"}}, lr}), "--lr is 0.1 on ranks 0 2, 0.2 on rank 1");
+  EXPECT_EQ(disagreement({{{"text", "8 bytes", "/a"}}, {{"text", "9 bytes", "/b"}}}), "text is 8 bytes (/a) on rank 0, 9 bytes (/b) on rank 1");
+  EXPECT_EQ(disagreement({{{"text", "8 bytes", "/a"}}, {{"text", "8 bytes", "/b"}}}), "") << "where it is does not matter";
+  EXPECT_EQ(disagreement({{{"shard 0", "a"}}, {{"shard 1", "b"}}, {{"shard 0", "c"}}}), "shard 0 is a on rank 0, c on rank 2");
+  EXPECT_EQ(disagreement({{{"--output", ""}}, {{"--output", "a\nb"}}}), "--output is empty on rank 0, \"a\\x0ab\" on rank 1");
+  std::vector<Facts> many(9, {{"--lr", "0"}});
+  for (const size_t rank : {size_t{1}, size_t{2}, size_t{3}}) {
+    many[rank][0].value = std::to_string(rank);
+  }
+  EXPECT_EQ(disagreement(many), "--lr is 0 on ranks 0 4 5 6 and 2 more, 1 on rank 1, 2 on rank 2, 1 other values elsewhere");
+  const Facts a = {{"1", "a"}, {"2", "a"}, {"3", "a"}, {"4", "a"}, {"5", "a"}}, b = {{"1", "b"}, {"2", "b"}, {"3", "b"}, {"4", "b"}, {"5", "b"}};
+  EXPECT_EQ(disagreement({a, b}), "1 is a on rank 0, b on rank 1; 2 is a on rank 0, b on rank 1; 3 is a on rank 0, b on rank 1; 2 more differ");
+}
+
 TEST(GroupOfOne, HoldsCallersToTheContractOfLargerOnes) {
   const Group group;
   at::Tensor transposed = at::zeros({2, 3}).t();

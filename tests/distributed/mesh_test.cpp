@@ -226,6 +226,40 @@ TEST_F(MeshTest, JoinsTheStoreOfTorchrun) {
   world.barrier();
 }
 
+TEST_F(MeshTest, ExchangesThroughAStoreWithoutGroups) {
+  const Group world = make_mpi_group("world", MPI_COMM_WORLD, kTimeout);
+  Environment environment = Environment::detect();
+  const auto store = make_store(environment, world, kTimeout);
+  const TextExchange exchange = exchange_over(store, "a", environment);
+  for (const std::string& text : {std::string("first"), std::string(), std::string("\xff\0third", 7)}) {
+    const std::vector<std::string> all = exchange(text + std::to_string(rank_));
+    ASSERT_EQ(all.size(), static_cast<size_t>(size_));
+    for (int other = 0; other < size_; ++other) {
+      EXPECT_EQ(all[static_cast<size_t>(other)], text + std::to_string(other));
+    }
+  }
+  check_agreement(exchange, {{"--lr", "0.1"}}, ErrorKind::kUsage, "options");
+  if (size_ > 1) {
+    EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { check_agreement(exchange, {{"--lr", rank_ == 1 ? "0.2" : "0.1"}}, ErrorKind::kUsage, "options"); }),
+                HasSubstr("0.2 on rank 1"));
+    // The last one was told otherwise, and hears of it at once; the others would wait for it.
+    if (rank_ != size_ - 1) {
+      exchange_over(store, "b", environment);
+    }
+    world.barrier();
+    if (rank_ == size_ - 1) {
+      Environment wrong = environment;
+      wrong.world_size += 1;
+      EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { exchange_over(store, "b", wrong); }),
+                  HasSubstr(c10::str("WORLD_SIZE=", size_ + 1, " of the process with RANK=", rank_, ", but ", size_)));
+      wrong = environment;
+      wrong.world_rank = 0;
+      EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { exchange_over(store, "b", wrong); }), HasSubstr("two processes have RANK=0"));
+    }
+  }
+  world.barrier();  // rank 0 serves it
+}
+
 TEST_F(MeshTest, SaysWhichStoreItCannotReach) {
   Environment environment = Environment::detect();
   environment.launcher = Launcher::kTorchrun;

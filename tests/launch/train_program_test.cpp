@@ -360,6 +360,66 @@ TEST_F(TrainProgram, OneFailingRankEndsTheJobAtOnce) {
   EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(30));
 }
 
+// Two processes that were given different things end before the first step, and rank 0 says what differs.
+TEST_F(TrainProgram, ProcessesThatWereGivenDifferentThingsDoNotTrainTogether) {
+  const std::string launcher = std::string(DRRL_MPI_LINE) + " -np 1 ", bin = std::string(DRRL_BINARY_DIR) + "/bin/";
+  const auto differ = [&](const std::string& common, const std::string& first, const std::string& second, const std::vector<std::string>& fragments) {
+    const Ended run = shell(launcher + common + first + " : -np 1 " + common + second);
+    EXPECT_EQ(run.code, static_cast<int>(ExitCode::kUsage)) << run.output;
+    EXPECT_EQ(count(run.output, "need the same"), 1U) << run.output;
+    EXPECT_EQ(count(run.output, "step 1/"), 0U) << run.output;
+    EXPECT_NE(run.output.find("rank 0: usage error"), std::string::npos) << run.output;
+    for (const std::string& fragment : fragments) {
+      EXPECT_NE(run.output.find(fragment), std::string::npos) << "lacks: " << fragment << "\n" << run.output;
+    }
+  };
+  differ(command(), "--lr=1e-2 --save_every=1", "--lr=2e-2 --save_every=2", {"same options: --lr is 0.01 on rank 0, 0.02 on rank 1; --save_every is 1 on rank 0, 2 on rank 1"});
+  differ(command(), "--tp=2", "--tp=1", {"--tp is 2 on rank 0, 1 on rank 1"});
+  differ(command(), "--json=" + (own_ / "a.json").string(), "", {"--json is given (", ") on rank 0, empty on rank 1"});
+  const std::string model = " --model=" + (*shared_ / "model").string(), data = " --data=" + (*shared_ / "text").string();
+  differ(bin, "drrl-eval --seq_len=24" + model + data, "drrl-policy calibrate --seq_len=24 --policy=x" + model + data, {"the program is drrl-eval on rank 0, drrl-policy calibrate on rank 1"});
+
+  // Copies on the nodes: of a text, and of weights of which each process reads its own half.
+  for (const char* extension : {".bin", ".idx"}) {
+    std::filesystem::copy(shared_->path() / ("text" + std::string(extension)), own_ / ("text" + std::string(extension)));
+  }
+  std::filesystem::copy(*shared_ / "model", own_ / "model");
+  const std::string copies = " --model=" + (own_ / "model").string() + " --data=" + (own_ / "text").string();
+  const std::string both = kTrain + " --seq_len=24 --steps=2 --global_batch=2 ";
+  const Ended run = shell(launcher + both + model + data + " --threads=1 --timeout_s=60 : -np 1 " + both + copies + " --threads=2");
+  EXPECT_EQ(run.code, 0) << run.output;
+  std::string bytes = read_bytes(own_ / "text.bin");
+  bytes[100] ^= 1;
+  write_bytes(own_ / "text.bin", bytes);
+  differ(both + "--tp=2", model + data, copies, {"same inputs: the text of --data is 6000 bytes of checksum ", "text.bin) on rank 0", "text.bin) on rank 1"});
+  bytes = read_bytes(own_ / "model/model.safetensors");
+  bytes[bytes.size() - 1000] ^= 1;
+  write_bytes(own_ / "model/model.safetensors", bytes);
+  differ(both + "--tp=2" + data, model, " --model=" + (own_ / "model").string(), {"same inputs: the weights of --model is "});
+
+  // One that fails alone is heard, and its code is the job's.
+  expect_failure(launcher + command() + " : -np 1 " + command("--lr=fast"), ExitCode::kUsage, {"fast"});
+}
+
+TEST_F(TrainProgram, RefusesLaunchersOfOtherMpis) {
+  expect_failure("PMI_RANK=1 PMI_SIZE=2 " + command(), ExitCode::kUsage, {"another MPI's launcher as rank 1 of 2"});
+  const Ended alone = shell("PMI_RANK=0 PMI_SIZE=1 SLURM_NTASKS=8 " + command("--steps=1"));
+  EXPECT_EQ(alone.code, 0) << alone.output;
+  EXPECT_EQ(count(alone.output, "this process works alone, though SLURM_NTASKS=8"), 1U) << alone.output;
+}
+
+// Under torchrun through its store, before any GPU is needed.
+TEST_F(TrainProgram, UnderTorchrunProcessesMustBeAlikeToo) {
+  const std::string launcher = std::string(DRRL_PYTHON) + " -m torch.distributed.run --standalone --nproc-per-node 2 --no-python bash -c ";
+  const auto run = [&](const std::string& before, const std::string& options) {
+    return shell("OMP_NUM_THREADS=1 " + launcher + "'" + before + " exec " + command("--device=cuda " + options) + "'").output;
+  };
+  std::string output = run("", "--lr=$((1 + RANK))");
+  EXPECT_NE(output.find("--lr is 1 on rank 0, 2 on rank 1"), std::string::npos) << output;
+  output = run("export WORLD_SIZE=$((2 + RANK));", "");
+  EXPECT_TRUE(std::regex_search(output, std::regex("WORLD_SIZE=[23] of the process with RANK=[01], but [23] of one"))) << output;
+}
+
 TEST_F(TrainProgram, AFullDiskEndsTheJobAndLeavesNoCheckpoint) {
   const std::string limited = "ulimit -f 40; ";  // blocks of 512 or 1024 bytes
   expect_failure(limited + command(output()), ExitCode::kStorage, {"storage error", "shard-tp0"});

@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 
 #include <chrono>
+#include <fstream>
 #include <random>
 
 #include "io_support.h"
@@ -328,6 +329,51 @@ TEST(WeightStore, OneFileAndShards) {
     EXPECT_TRUE(at::equal(store.tensor("b"), b));
     expect_error(ErrorKind::kModel, {folder->path().string(), "no tensor \"c\""}, [&] { store.tensor("c"); });
   }
+}
+
+TEST(WeightStore, SamplesTellFilesApart) {
+  const TemporaryDirectory folder;
+  const auto sample_with = [&](at::Tensor large, at::Tensor small) {
+    write_safetensors(folder / "model.safetensors", {{"large", large}, {"small", small}, {"empty", at::empty({0})}});
+    return WeightStore::open(folder.path()).sample();
+  };
+  const at::Tensor large = at::zeros({9000}), small = at::zeros({3});
+  const FileDigest before = sample_with(large, small);
+  EXPECT_EQ(before.bytes, std::filesystem::file_size(folder / "model.safetensors"));
+  EXPECT_EQ(sample_with(large, small).xxh3, before.xxh3);
+  EXPECT_NE(sample_with(large, small + 1).xxh3, before.xxh3);
+  for (const int64_t index : {0, 4500, 8999}) {
+    at::Tensor other = large.clone();
+    other[index] = 1;
+    EXPECT_NE(sample_with(other, small).xxh3, before.xxh3) << index;
+  }
+  at::Tensor unseen = large.clone();
+  unseen[2000] = 1;
+  EXPECT_EQ(sample_with(unseen, small).xxh3, before.xxh3) << "a large tensor is not read";
+  EXPECT_NE(sample_with(large.view({90, 100}), small).xxh3, before.xxh3);
+}
+
+TEST(FileReader, ReadsPiecesOfLargeFiles) {
+  EXPECT_EQ(pieces_of({5, 30}, 3, 10).size(), 1U);
+  const auto pieces = pieces_of({5, 95}, 3, 10);
+  ASSERT_EQ(pieces.size(), 3U);
+  EXPECT_EQ(pieces[0].offset, 5U);
+  EXPECT_EQ(pieces[1].offset, 47U);
+  EXPECT_EQ(pieces[2].offset + pieces[2].bytes, 100U);
+  const TemporaryDirectory folder;
+  const std::string text = "a text that is hashed";
+  write_bytes(folder / "text", text);
+  const FileReader file(folder / "text", ErrorKind::kData);
+  EXPECT_EQ(file.sample().xxh3, file.digest().xxh3);
+  EXPECT_EQ(file.sample().bytes, text.size());
+  write_bytes(folder / "part", text.substr(0, 3) + text.substr(10, 4));
+  EXPECT_EQ(file.digest({{0, 3}, {10, 4}}).xxh3, FileReader(folder / "part", ErrorKind::kData).digest().xxh3);
+  EXPECT_EQ(file.digest({{0, 3}, {10, 4}}).bytes, 7U);
+  write_bytes(folder / "large", "");
+  std::filesystem::resize_file(folder / "large", (uint64_t{64} << 20) + 1000);  // a hole
+  const uint64_t before = FileReader(folder / "large", ErrorKind::kData).sample().xxh3;
+  std::fstream(folder / "large", std::ios::in | std::ios::out).seekp(-1, std::ios::end) << 'x';
+  EXPECT_NE(FileReader(folder / "large", ErrorKind::kData).sample().xxh3, before);
 }
 
 TEST(WeightStore, BadDirectoriesAreRefusedByName) {

@@ -1,6 +1,7 @@
 // Whole training runs of a tiny random Llama, on 1 to 4 ranks.
 #include "models/gradient_reducer.h"
 #include "models/llama.h"
+#include "models/replicas.h"
 #include "core/safetensors.h"
 #include "models/tensor_parallel.h"
 #include "models/trainer.h"
@@ -413,6 +414,53 @@ TEST_F(Training, ACheckpointOfAnotherRunIsRefused) {
   o.resume_override = true;
   o.steps = 3;
   EXPECT_EQ(train(mesh, o).result.steps_this_run, 1);
+}
+
+// Folders of one name on machines that share none.
+TEST_F(Training, AllRanksResumeOneCheckpoint) {
+  if (size_ == 1) {
+    return;
+  }
+  const auto before = std::filesystem::current_path();
+  std::filesystem::create_directories(folder_ / std::to_string(rank_));
+  std::filesystem::current_path(folder_ / std::to_string(rank_));
+  TrainerOptions o = options(2);
+  o.schedule.lr *= rank_ + 1;
+  o.output = "out";
+  train(Mesh(), o);
+  o.schedule.lr = 1e-2;
+  o.resume = true;
+  test::expect_error(ErrorKind::kCheckpoint, {"need the same checkpoint", "out/checkpoints/step-00000002) on rank 0", "on rank 1"}, [&] { train(mesh_of(1, size_), o); });
+  std::filesystem::current_path(before);
+}
+
+TEST_F(Training, WeightsOfReplicasMustBeEqual) {
+  const auto error_with = [&](const Mesh& mesh, int rank, const std::string& name) {
+    CausalLM model(tiny_config(), mesh.tp(), make_full_attention());
+    model.initialize(5);
+    check_replicas(model, mesh);
+    const at::NoGradGuard no_grad;
+    for (Parameter& parameter : model.parameters()) {
+      if (rank_ == rank && parameter.name == name) {
+        parameter.value.flatten()[-1].add_(1e-3);
+      }
+    }
+    return error_of(ErrorKind::kCommunication, [&] { check_replicas(model, mesh); });
+  };
+  if (size_ == 1) {
+    CausalLM model(tiny_config(), Group(), make_full_attention());
+    check_replicas(model, Mesh());
+    return;
+  }
+  const std::string norm = "model.norm.weight", down = "model.layers.1.mlp.down_proj.weight", last = c10::str("on rank ", size_ - 1);
+  EXPECT_THAT(error_with(mesh_of(1, size_), size_ - 1, down), testing::AllOf(testing::HasSubstr("the checksum of tensor-parallel shard 0 is "), testing::HasSubstr(last)));
+  EXPECT_THAT(error_with(mesh_of(1, 1, size_), size_ - 1, norm), testing::AllOf(testing::HasSubstr("the checksum of what is not sharded is "), testing::HasSubstr(last)));
+  EXPECT_THAT(error_with(mesh_of(size_, 1), size_ - 1, norm), testing::AllOf(testing::HasSubstr("not sharded"), testing::HasSubstr(last)));
+  if (size_ == 4) {
+    EXPECT_THAT(error_with(mesh_of(2, 2), 3, down), testing::AllOf(testing::HasSubstr("shard 1 is "), testing::HasSubstr("on rank 1, "), testing::HasSubstr("on rank 3")));
+    EXPECT_THAT(error_with(mesh_of(4, 1), 1, "model.layers.0.self_attn.qkv_proj.weight"),
+                testing::AllOf(testing::HasSubstr("KV head 0 is "), testing::HasSubstr("on rank 0, "), testing::HasSubstr("on rank 1")));
+  }
 }
 
 TEST_F(Training, ADamagedCheckpointFallsBackToTheOneBefore) {
