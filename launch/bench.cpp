@@ -14,7 +14,6 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 #include <ATen/SDPBackend.h>
-#include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <malloc.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -85,12 +84,6 @@ void pass(const std::function<at::Tensor(const Inputs&)>& attention, const Input
   const auto leaf = [](const at::Tensor& x) { return x.detach().requires_grad_(true); };
   const Inputs leaves{leaf(in.q), leaf(in.k), leaf(in.v), in.w_o, in.start};
   torch::autograd::grad({attention(leaves)}, {leaves.q, leaves.k, leaves.v}, {grad});
-}
-
-void synchronize(at::Device device) {
-  if (device.is_cuda()) {
-    at::detail::getCUDAHooks().deviceSynchronize(at::detail::getCUDAHooks().getCurrentDevice());
-  }
 }
 
 Inputs Inputs::prefix(int64_t length) const {
