@@ -105,20 +105,20 @@ Inputs random_inputs(int64_t heads, int64_t groups, int64_t length, int64_t head
 std::vector<Inputs> captured_inputs(const std::vector<int64_t>& layers, int64_t start, int64_t length) {
   require("model", FLAGS_model);
   require("data", FLAGS_data);
-  const ModelConfig config = ModelConfig::load(FLAGS_model);
+  const ModelConfig config = read_config();
   check(ErrorKind::kUsage, length <= config.max_position_embeddings, "a sequence of ", length, " tokens is longer than the ",
         config.max_position_embeddings, " positions of ", FLAGS_model);
   for (const int64_t layer : layers) {
     check(ErrorKind::kUsage, layer < config.num_hidden_layers, "layer ", layer, ": ", FLAGS_model, " has ", config.num_hidden_layers, " layers");
   }
-  const TokenFile file = TokenFile::open(FLAGS_data);
-  check(ErrorKind::kData, start + length <= file.tokens(), file.bin_path().string(), " has ", file.tokens(), " tokens, tokens ", start, " to ",
+  const auto file = open_token_file(FLAGS_data, config, Environment::detect());
+  check(ErrorKind::kData, start + length <= file->tokens(), file->bin_path().string(), " has ", file->tokens(), " tokens, tokens ", start, " to ",
         start + length, " are needed");
   const auto controller = std::make_shared<CapturingController>(layers);
   CausalLM model(config, Group(), controller);
-  model.load(FLAGS_model);
+  load_weights(model, Group());
   at::NoGradGuard no_grad;
-  model.hidden(file.read(start, length).unsqueeze(0));
+  model.hidden(file->read(start, length).unsqueeze(0));
   return controller->take();
 }
 
