@@ -121,9 +121,12 @@ at::Tensor carrier_of_delta(const at::Tensor& grad, const at::Tensor& delta) {
   return (grad * inverse).mul_(delta.unsqueeze(-1) * inverse).to(grad.scalar_type());
 }
 
-// What cuDNN gets: q [N1, N2, g, Lq, d] -> [N, g, Lq, d], k [N1, N2, Lk, d] -> [N, 1, Lk, d]. All contiguous, as its plans are kept by shape.
-at::Tensor cudnn_queries(const at::Tensor& x) { return packed(x).flatten(0, 1); }
-at::Tensor cudnn_keys(const at::Tensor& x) { return packed(x.unsqueeze(2)).flatten(0, 1); }
+// What cuDNN gets: q [N1, N2, g, Lq, d] -> [N, g, Lq, width], k [N1, N2, Lk, d] -> [N, 1, Lk, width]. All contiguous, as its plans are kept by shape.
+at::Tensor cudnn_queries(const at::Tensor& x) { return packed(widened(x, kernel_width(x.size(-1)))).flatten(0, 1); }
+at::Tensor cudnn_keys(const at::Tensor& x) { return cudnn_queries(x.unsqueeze(2)); }
+
+// The first columns of what a kernel gave: as many as `like` has.
+at::Tensor narrowed(const at::Tensor& x, const at::Tensor& like) { return x.narrow(-1, 0, like.size(-1)); }
 
 struct CudnnOperands {
   at::Tensor q, k, v;
@@ -166,11 +169,11 @@ void flash_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
                    at::Tensor& logsumexp) {
   if (const auto operands = for_cudnn(q, k, v, causal, scale)) {
     const auto [result, sums] = cudnn_forward(*operands, causal, scale);
-    unpack(result.contiguous(), out);
+    unpack(narrowed(result, out).contiguous(), out);
     logsumexp.copy_(sums.reshape(logsumexp.sizes()));
     return;
   }
-  const int64_t width = std::max(q.size(4), v.size(3));
+  const int64_t width = kernel_width(std::max(q.size(4), v.size(3)));
   const auto queries = flat_queries(q, width, causal);
   const auto keys = flat_keys(k, width, q.size(2), causal);
   const auto values = flat_keys(v, width, q.size(2), causal);
@@ -186,7 +189,7 @@ void flash_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
     result = std::get<0>(all);
     sums = std::get<1>(all).narrow(2, 0, queries.size(2));
   }
-  out.copy_(result.narrow(3, 0, v.size(3)).reshape(out.sizes()));
+  out.copy_(narrowed(result, v).reshape(out.sizes()));
   logsumexp.copy_(sums.reshape(logsumexp.sizes()));
 }
 
@@ -194,12 +197,12 @@ void flash_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::T
                     const at::Tensor& delta, bool causal, double scale, at::Tensor& grad_q, at::Tensor& grad_k, at::Tensor& grad_v) {
   if (const auto operands = for_cudnn(q, k, v, causal, scale)) {
     const auto [dq, dk, dv] = cudnn_backward(*operands, grad_out, logsumexp, delta, causal, scale);
-    unpack(dq.contiguous(), grad_q);
-    unpack(dk.contiguous(), grad_k.unsqueeze(2));
-    unpack(dv.contiguous(), grad_v.unsqueeze(2));
+    unpack(narrowed(dq, grad_q).contiguous(), grad_q);
+    unpack(narrowed(dk, grad_k).contiguous(), grad_k.unsqueeze(2));
+    unpack(narrowed(dv, grad_v).contiguous(), grad_v.unsqueeze(2));
     return;
   }
-  const int64_t width = std::max(q.size(4), v.size(3));
+  const int64_t width = kernel_width(std::max(q.size(4), v.size(3)));
   const int64_t heads = q.size(2);
   const auto queries = flat_queries(q, width, causal);
   const auto keys = flat_keys(k, width, heads, causal);
@@ -226,9 +229,9 @@ void flash_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::T
           grad, queries, keys, values, /*attn_bias=*/{}, out, padded_logsumexp(sums), state, unused, 0.0, {true, true, true, false}, causal, scale);
     }
   }
-  grad_q.copy_(dq.narrow(3, 0, q.size(4)).reshape(grad_q.sizes()));
-  grad_k.copy_(dk.narrow(3, 0, k.size(3)).sum(1).view(grad_k.sizes()));
-  grad_v.copy_(dv.narrow(3, 0, v.size(3)).sum(1).view(grad_v.sizes()));
+  grad_q.copy_(narrowed(dq, q).reshape(grad_q.sizes()));
+  grad_k.copy_(narrowed(dk, k).sum(1).view(grad_k.sizes()));
+  grad_v.copy_(narrowed(dv, v).sum(1).view(grad_v.sizes()));
 }
 
 // --- exact attention --------------------------------------------------------------------------------------------------------------------------
@@ -312,7 +315,7 @@ void attention_part_backward(const at::Tensor& grad_out, const at::Tensor& q, co
 std::pair<at::Tensor, at::Tensor> attention_rows(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale) {
   if (const auto operands = for_cudnn(one_head(q), k.unsqueeze(1), v.unsqueeze(1), /*causal=*/false, scale)) {  // its results as they are
     const auto [result, sums] = cudnn_forward(*operands, /*causal=*/false, scale);
-    return {result.reshape({q.size(0), q.size(1), v.size(2)}), sums.reshape({q.size(0), q.size(1)})};
+    return {narrowed(result, v).reshape({q.size(0), q.size(1), v.size(2)}), sums.reshape({q.size(0), q.size(1)})};
   }
   auto out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
   auto logsumexp = at::empty({q.size(0), q.size(1)}, q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
@@ -325,7 +328,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_rows_backward(const at:
                                                                        double scale) {
   if (const auto operands = for_cudnn(one_head(q), k.unsqueeze(1), v.unsqueeze(1), /*causal=*/false, scale)) {
     const auto [dq, dk, dv] = cudnn_backward(*operands, one_head(grad_out), one_head(logsumexp), one_head(delta), /*causal=*/false, scale);
-    return {dq.reshape(q.sizes()), dk.reshape(k.sizes()), dv.reshape(v.sizes())};
+    return {narrowed(dq, q).reshape(q.sizes()), narrowed(dk, k).reshape(k.sizes()), narrowed(dv, v).reshape(v.sizes())};
   }
   auto dq = at::empty_like(q), dk = at::empty_like(k), dv = at::empty_like(v);
   attention_part_backward(one_head(grad_out), one_head(q), k.unsqueeze(1), v.unsqueeze(1), one_head(logsumexp), one_head(delta), /*causal=*/false, scale,

@@ -16,7 +16,10 @@ namespace drrl {
 // here. dk and dv may differ. `causal` needs Lq == Lk and masks keys after the query.
 //
 // float32 on CPUs with AVX2 runs on drrl's own kernel (core/cpu); half precision on CUDA on cuDNN's, where PyTorch would choose it; everything else on
-// PyTorch's flash kernels at width max(dk, dv).
+// PyTorch's flash kernels at width max(dk, dv). These and cuDNN's get zero columns up to kernel_width: scores and values do not change.
+
+/// The next multiple of 8, which is what they take on CUDA in half precision.
+constexpr int64_t kernel_width(int64_t columns) { return (columns + 7) / 8 * 8; }
 
 /// out <- softmax(scale q k^T) v, normalized over this part's keys, and its log-sum-exp.
 void attention_part(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal, double scale, at::Tensor out,

@@ -241,7 +241,7 @@ struct GatedWeights {
 // before [n, g rows]: the log-sum-exp of what each row met before this pair; log_gate [n, 1]. rows, keys: at full width; low_..: projected.
 GatedWeights gated_weights(const at::Tensor& rows, const at::Tensor& keys, const at::Tensor& low_rows, const at::Tensor& low_keys, const at::Tensor& correction,
                            const at::Tensor& before, const at::Tensor& log_gate, double scale) {
-  const auto of = [&](const at::Tensor& a, const at::Tensor& b) { return at::bmm(a, b.transpose(1, 2)).to(before.scalar_type()).mul_(scale); };
+  const auto of = [&](const at::Tensor& a, const at::Tensor& b) { return wide_product(a, b.transpose(1, 2)).mul_(scale); };
   auto scores = of(low_rows, low_keys);
   if (correction.defined()) {
     scores += correction.unsqueeze(2);
@@ -384,14 +384,14 @@ std::pair<Gradients, Gradients> gated_backward(const Operands& low, const Operan
   for_row_slices(low.q, low.k.size(1), [&](int64_t first, int64_t rows) {
     const auto of = [&](const at::Tensor& x) { return x.narrow(1, first, rows); };
     const auto add = [&](const Operands& x, const at::Tensor& left_out, Sums& to) {
-      const auto scores = at::bmm(of(x.q), x.k.transpose(1, 2)).to(delta.scalar_type()) * s.scale;
+      const auto scores = wide_product(of(x.q), x.k.transpose(1, 2)) * s.scale;
       const auto weights = (scores - of(x.logsumexp).unsqueeze(2)).exp_().masked_fill_(left_out, 0);
-      const auto grads = weights * (at::bmm(of(x.grad), x.v.transpose(1, 2)) - of(delta).unsqueeze(2)) * s.scale;
+      const auto grads = weights * (wide_product(of(x.grad), x.v.transpose(1, 2)) - of(delta).unsqueeze(2)) * s.scale;
       const auto w = weights.to(x.q.scalar_type()), g = grads.to(x.q.scalar_type());
       const auto sum = [&](at::Tensor& total, const at::Tensor& part) { total = total.defined() ? total + part : part; };
       to.q.push_back(at::bmm(g, x.k));
-      sum(to.k, at::bmm(g.transpose(1, 2), of(x.q)).to(delta.scalar_type()));
-      sum(to.v, at::bmm(w.transpose(1, 2), of(x.grad)).to(delta.scalar_type()));
+      sum(to.k, wide_product(g.transpose(1, 2), of(x.q)));
+      sum(to.v, wide_product(w.transpose(1, 2), of(x.grad)));
     };
     auto mask = at::zeros({low.q.size(0) * rows * low.k.size(1)}, low.q.options().dtype(at::kBool));
     mask = mask.index_fill_(0, (slice++)->to(at::kLong), 1).view({low.q.size(0), rows, low.k.size(1)});

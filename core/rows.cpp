@@ -81,4 +81,11 @@ at::Tensor out_of_basis(const at::Tensor& rows, const at::Tensor& basis) {
   return basis.defined() ? at::bmm(rows, basis.transpose(1, 2)) : rows;
 }
 
+at::Tensor wide_product(const at::Tensor& a, const at::Tensor& b) {
+  if (a.scalar_type() != at::kBFloat16 && a.scalar_type() != at::kHalf) {
+    return at::bmm(a, b);
+  }
+  return a.is_cuda() ? at::bmm(a, b, at::kFloat) : at::bmm(a.to(at::kFloat), b.to(at::kFloat));
+}
+
 }  // namespace drrl

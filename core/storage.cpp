@@ -1,5 +1,7 @@
 #include "core/storage.h"
 
+#include "core/file_watch.h"
+
 #define XXH_INLINE_ALL
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -8,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <utility>
@@ -18,8 +21,16 @@ namespace {
 
 constexpr uint64_t kChunk = uint64_t{8} << 20;
 
-// Linux moves at most 2 GiB - 4 KiB in one call.
-constexpr uint64_t kLargestTransfer = uint64_t{1} << 30;
+// Of one call: so that also a slow file system gives signs of life.
+constexpr uint64_t kLargestTransfer = uint64_t{16} << 20;
+
+std::atomic<void (*)(const std::filesystem::path&)> file_watcher{nullptr};
+
+void touch(const std::filesystem::path& file) {
+  if (auto* const hear = file_watcher.load()) {
+    hear(file);
+  }
+}
 
 std::string reason(int error_number) {
   return std::string(std::strerror(error_number));
@@ -81,7 +92,10 @@ std::string to_hex(uint64_t checksum) {
   return text;
 }
 
+void watch_files(void (*hear)(const std::filesystem::path& file)) noexcept { file_watcher = hear; }
+
 FileReader::FileReader(std::filesystem::path path, ErrorKind kind) : path_(std::move(path)), kind_(kind) {
+  touch(path_);
   // O_NONBLOCK: a named pipe must be refused below, not waited for.
   descriptor_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   check(kind_, descriptor_ >= 0, "cannot open ", path_, ": ", reason(errno));
@@ -110,6 +124,7 @@ void FileReader::read(uint64_t offset, void* destination, uint64_t bytes) const 
         " were asked for, but the file has ", size_, " bytes");
   char* target = static_cast<char*>(destination);
   while (bytes > 0) {
+    touch(path_);
     const ssize_t got = ::pread(descriptor_, target, std::min(bytes, kLargestTransfer), static_cast<off_t>(offset));
     if (got < 0 && errno == EINTR) {
       continue;
@@ -157,6 +172,7 @@ std::vector<FileRegion> pieces_of(FileRegion region, uint64_t count, uint64_t by
 }
 
 bool path_exists(const std::filesystem::path& path, ErrorKind kind) {
+  touch(path);
   std::error_code error;
   const auto status = std::filesystem::status(path, error);
   check(kind, std::filesystem::status_known(status), "cannot look at ", path, ": ", error.message());
@@ -200,6 +216,7 @@ FileWriter::FileWriter(std::filesystem::path path)
     : path_(std::move(path)),
       temporary_(path_.parent_path() / c10::str(".", path_.filename().string(), ".tmp-", ::getpid())),
       checksum_(std::make_unique<Checksum>()) {
+  touch(temporary_);
   ::unlink(temporary_.c_str());  // of an earlier process with this number
   descriptor_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
   check(ErrorKind::kStorage, descriptor_ >= 0, "cannot create ", temporary_, ": ", reason(errno));
@@ -218,6 +235,7 @@ void FileWriter::write(const void* data, uint64_t bytes) {
   const char* source = static_cast<const char*>(data);
   checksum_->update(source, bytes);
   while (bytes > 0) {
+    touch(path_);
     const ssize_t put = ::write(descriptor_, source, std::min(bytes, kLargestTransfer));
     if (put < 0 && errno == EINTR) {
       continue;
@@ -231,6 +249,7 @@ void FileWriter::write(const void* data, uint64_t bytes) {
 }
 
 FileDigest FileWriter::commit() {
+  touch(path_);
   // Delayed allocation and network file systems report a full disk only here, or at close.
   check(ErrorKind::kStorage, ::fsync(descriptor_) == 0, "cannot write ", path_, " (fsync of ", bytes_,
         " bytes): ", reason(errno));
@@ -261,6 +280,7 @@ FileDigest copy_file(const FileReader& from, const std::filesystem::path& to) {
 }
 
 void sync_directory(const std::filesystem::path& directory) {
+  touch(directory);
   const OpenDirectory handle(directory.empty() ? std::filesystem::path(".") : directory);
   check(ErrorKind::kStorage, handle.descriptor >= 0, "cannot open folder ", directory, ": ", reason(errno));
   // Some network file systems refuse fsync on folders (EINVAL); their renames are synchronous.

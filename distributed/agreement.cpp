@@ -39,6 +39,32 @@ uint64_t hash_bytes(const void* data, std::size_t size) {
   return XXH3_64bits(data, size);
 }
 
+void roll_call(const Group& group, std::string_view what) {
+  constexpr int kTag = 7321;
+  at::Tensor word = at::zeros({1}, at::kByte);
+  if (group.size() == 1 || !group.message_device().is_cpu()) {
+    return;
+  }
+  const auto hear = [&](int64_t member) {
+    try {
+      group.receive(word, member, kTag);
+    } catch (const Error& error) {
+      raise(ErrorKind::kCommunication, group.describe(member), " has not come to ", what, ": ", error.what());
+    }
+  };
+  if (group.rank() != 0) {
+    group.send(word, 0, kTag);
+    hear(0);
+    return;
+  }
+  for (int64_t member = 1; member < group.size(); ++member) {
+    hear(member);
+  }
+  for (int64_t member = 1; member < group.size(); ++member) {
+    group.send(word, member, kTag);
+  }
+}
+
 void check_agreement(const Group& group, uint64_t value, std::string_view what) {
   if (group.size() == 1) {
     return;

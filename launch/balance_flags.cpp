@@ -25,7 +25,7 @@ RankBalance rank_balance(const char* flag, int64_t processes, const ModelConfig&
     groups.push_back(partition(config.num_key_value_heads, processes, p).count);
   }
   const int64_t heads_per_group = config.num_attention_heads / config.num_key_value_heads;
-  return {Calibration::load(FLAGS_policy), BlockTree(FLAGS_seq_len, geometry_flags()), heads_per_group, std::move(groups),
+  return {read_calibration(), BlockTree(FLAGS_seq_len, geometry_flags()), heads_per_group, std::move(groups),
           {.budget = FLAGS_rank_budget, .buckets = bucket_flags(device, config.head_dim), .update_steps = FLAGS_basis_updates, .with_gates = FLAGS_gates,
            .latency = latency_flag(device, config.head_dim, heads_per_group), .damage = FLAGS_balance_damage}};
 }

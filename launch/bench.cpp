@@ -16,7 +16,6 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 #include <ATen/SDPBackend.h>
-#include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <malloc.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -89,12 +88,6 @@ void pass(const std::function<at::Tensor(const Inputs&)>& attention, const Input
   torch::autograd::grad({attention(leaves)}, {leaves.q, leaves.k, leaves.v}, {grad});
 }
 
-void synchronize(at::Device device) {
-  if (device.is_cuda()) {
-    at::detail::getCUDAHooks().deviceSynchronize(at::detail::getCUDAHooks().getCurrentDevice());
-  }
-}
-
 Inputs Inputs::prefix(int64_t length) const {
   const auto cut = [&](const at::Tensor& x) { return x.narrow(2, 0, length).contiguous(); };
   return {cut(q), cut(k), cut(v), w_o, start};
@@ -114,21 +107,20 @@ Inputs random_inputs(int64_t heads, int64_t groups, int64_t length, int64_t head
 std::vector<Inputs> captured_inputs(const std::vector<int64_t>& layers, int64_t start, int64_t length) {
   require("model", FLAGS_model);
   require("data", FLAGS_data);
-  const ModelConfig config = load_model_config(FLAGS_model);
+  const ModelConfig config = read_model_config();
   check(ErrorKind::kUsage, length <= config.max_position_embeddings, "a sequence of ", length, " tokens is longer than the ",
         config.max_position_embeddings, " positions of ", FLAGS_model);
   for (const int64_t layer : layers) {
     check(ErrorKind::kUsage, layer < config.num_hidden_layers, "layer ", layer, ": ", FLAGS_model, " has ", config.num_hidden_layers, " layers");
   }
-  const TokenFile file = TokenFile::open(FLAGS_data);
-  check_tokenizer(FLAGS_data, FLAGS_model);
-  check(ErrorKind::kData, start + length <= file.tokens(), file.bin_path().string(), " has ", file.tokens(), " tokens, tokens ", start, " to ",
+  const auto file = open_token_file(FLAGS_data, config, Environment::detect());
+  check(ErrorKind::kData, start + length <= file->tokens(), file->bin_path().string(), " has ", file->tokens(), " tokens, tokens ", start, " to ",
         start + length, " are needed");
   const auto controller = std::make_shared<CapturingController>(layers);
   CausalLM model(config, Group(), controller);
-  model.load(FLAGS_model);
+  load_weights(model, Group());
   at::NoGradGuard no_grad;
-  model.hidden(file.read(start, length).unsqueeze(0));
+  model.hidden(file->read(start, length).unsqueeze(0));
   return controller->take();
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "core/device.h"
 #include "core/lowrank_attention.h"
 #include "distributed/environment.h"
 #include "launch/exit_codes.h"
@@ -70,9 +71,6 @@ bool gqa_is_fused(const Inputs& in);
 
 /// One forward pass, and if `grad` is defined a backward pass to q, k and v from this gradient of the output.
 void pass(const std::function<at::Tensor(const Inputs&)>& attention, const Inputs& in, const at::Tensor& grad);
-
-/// CUDA: waits until the device is done.
-void synchronize(at::Device device);
 
 using Work = std::function<void()>;
 

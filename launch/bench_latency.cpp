@@ -36,7 +36,7 @@ struct Shape {
 
 Shape shape_flags() {
   if (!FLAGS_model.empty()) {
-    const ModelConfig config = ModelConfig::load(FLAGS_model);
+    const ModelConfig config = read_config();
     return {config.head_dim, config.num_attention_heads, config.num_key_value_heads};
   }
   const auto one = [](const char* flag, const std::string& text) {
@@ -205,7 +205,7 @@ void check_predictions(const Rig& rig, const LatencyTable& table, const std::vec
   std::vector<std::vector<std::string>> rows = {{"L", "ranks", "ms", "predicted", "error", "of exact", "predicted", "error"}};
   std::optional<Calibration> calibration;
   if (!FLAGS_policy.empty()) {
-    calibration = Calibration::load(FLAGS_policy);
+    calibration = read_calibration();
     check_geometry(*calibration);
   }
   for (const int64_t length : lengths) {

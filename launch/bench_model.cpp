@@ -42,6 +42,7 @@ const char* name(StepModel::Source source) {
 Measured read_files(const std::string& files, std::optional<std::string>& setting) {
   Measured all;
   for (const std::string& path : split(files, ',')) {
+    const auto watched = watch(watchdog(), "reading runs");
     Measured file = read_measured(path, setting);
     all.equations.insert(all.equations.end(), file.equations.begin(), file.equations.end());
     all.workloads.insert(all.workloads.end(), file.workloads.begin(), file.workloads.end());
@@ -102,7 +103,7 @@ Json print_costs(const StepModel& model) {
 Workload target(const Workload& like, int64_t world, int64_t seq_len, int64_t rank) {
   Workload w = like;
   if (!FLAGS_model.empty()) {
-    w.config = ModelConfig::load(FLAGS_model);
+    w.config = read_config();
   }
   check(ErrorKind::kUsage, world % (FLAGS_tp * FLAGS_cp) == 0, "--worlds=", FLAGS_worlds, ": ", world, " processes cannot be divided by --tp=", FLAGS_tp,
         " and --cp=", FLAGS_cp);

@@ -134,7 +134,7 @@ ExitCode peers(const Environment& environment) {
   const at::Device device = device_flag(environment);
   const at::ScalarType dtype = dtype_flag("dtype", FLAGS_dtype);
   const Geometry geometry = geometry_flags();
-  const ModelConfig config = ModelConfig::load(FLAGS_model);
+  const ModelConfig config = read_config();
   check_seq_len(config);
   check(ErrorKind::kUsage, BlockTree(FLAGS_seq_len, geometry).num_pairs() > 0, "--seq_len=", FLAGS_seq_len, " has no far tokens at --near_block=",
         geometry.near_block);

@@ -57,7 +57,7 @@ double ms_between(Clock::time_point begin, Clock::time_point end) {
 /// --model's, or of the --model_ options. Its weights will be random: they change nothing about the time of a step at a fixed rank.
 ModelConfig model_config() {
   if (!FLAGS_model.empty()) {
-    ModelConfig config = ModelConfig::load(FLAGS_model);
+    ModelConfig config = read_config();
     check_seq_len(config);
     return config;
   }

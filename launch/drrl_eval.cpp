@@ -203,7 +203,9 @@ nlohmann::ordered_json answers(CausalLM& model, LowRankController& controller, c
   const size_t count = examples.size();
   std::vector<double> attention_ms(count), flops(count), right, logprobs;  // right: of all questions in turn; logprobs: of all of their targets
   Totals totals;
+  const auto watched = watch(watchdog(), "answers");
   for (size_t i = 0; i < count; ++i) {
+    sign_of_life();
     const Example& example = examples[i];
     const bool mine = static_cast<int64_t>(i) % mesh.dp().size() == mesh.dp().rank();
     std::vector<QuestionScore> scores;
@@ -284,8 +286,10 @@ nlohmann::ordered_json evaluation(CausalLM& model, LowRankController& controller
     const double sum = nll.sum(at::kDouble).item<double>();
     totals.nll += sum;
     totals.tokens += batch.labels.numel();
+    sign_of_life();
     totals.sequence_nll[static_cast<size_t>(window)] = sum / static_cast<double>(batch.labels.numel());
   };
+  const auto watched = watch(watchdog(), "evaluation");
   for (int64_t window = mesh.dp().rank(); window < windows; window += mesh.dp().size()) {
     const Batch batch = data.ordered(window, 1);
     // Exact attention first in every other sequence, so that neither profits from a warm cache.
@@ -419,7 +423,7 @@ ExitCode evaluate(const Environment& environment) {
         "neither with --examples nor with --generate");
   MeshShape shape = mesh_flags(environment);
   const at::Device device = device_flag(environment);
-  const ModelConfig config = load_model_config(FLAGS_model);
+  const ModelConfig config = read_model_config();
   shape.kv_heads = config.num_key_value_heads;
   const auto file = answering ? nullptr : open_token_file(FLAGS_data, config, environment);
   std::vector<Example> examples;
@@ -427,6 +431,7 @@ ExitCode evaluate(const Environment& environment) {
   int64_t windows = 0;
   if (answering) {
     check(ErrorKind::kUsage, shape.cp == 1, "--examples does not go with --cp=", shape.cp, ", expected 1");
+    const auto watched = watch(watchdog(), "reading examples");
     examples = read_examples(FLAGS_examples, config);
     if (environment.world_rank == 0) {
       check_tokenizer(FLAGS_examples, FLAGS_model);
@@ -472,7 +477,7 @@ ExitCode evaluate(const Environment& environment) {
       used = decisions = std::make_shared<DecisionRecorder>(used, geometry_flags());
     }
     CausalLM model(config, mesh.tp(), used, {.dtype = dtype_flag("dtype", FLAGS_dtype), .device = device});
-    model.load(FLAGS_model);
+    load_weights(model, mesh.world());
     check_replicas(model, mesh);
     if (leader) {
       print_banner(std::cout, "drrl-eval",

@@ -117,7 +117,7 @@ void print_damage(const Calibration& c) {
 class Measurement {
  public:
   explicit Measurement(const Environment& environment)
-      : environment_(environment), shape_(mesh_flags(environment)), device(device_flag(environment)), config(load_model_config(FLAGS_model)),
+      : environment_(environment), shape_(mesh_flags(environment)), device(device_flag(environment)), config(read_model_config()),
         geometry(geometry_flags()), ranks(bucket_flags(device, config.head_dim)) {
     check(ErrorKind::kUsage, shape_.cp == 1, "drrl-policy does not split sequences, --cp=", shape_.cp);
     check_whole_groups("drrl-policy", shape_.tp, config);
@@ -159,7 +159,7 @@ class Measurement {
   std::unique_ptr<CausalLM> new_model(const std::shared_ptr<AttentionController>& attention) const {
     auto result = std::make_unique<CausalLM>(config, mesh().tp(), attention,
                                              ModelOptions{.dtype = dtype_flag("dtype", FLAGS_dtype), .device = device, .activation_checkpoint = false});
-    result->load(FLAGS_model);
+    load_weights(*result, mesh().world());
     return result;
   }
 
@@ -167,7 +167,10 @@ class Measurement {
   const Mesh& mesh() const { return *mesh_; }
   /// This process' KV groups of the model's.
   Share groups() const { return partition(config.num_key_value_heads, mesh().tp().size(), mesh().tp().rank()); }
-  at::Tensor tokens(int64_t sequence) const { return data_->ordered(sequence * data_->windows() / windows, 1).tokens; }
+  at::Tensor tokens(int64_t sequence) const {
+    const auto watched = watch(watchdog(), "reading a sequence");
+    return data_->ordered(sequence * data_->windows() / windows, 1).tokens;
+  }
 
   /// Calls visit(sequence) for each of this data-parallel rank's sequences.
   template <typename Visit>
@@ -276,7 +279,7 @@ ExitCode record(const Environment& environment) {
   Measurement m(environment);
   guarded(environment, [&] {
     agree_on_inputs(environment, {"policy", "traces"});
-    const Calibration calibration = Calibration::load(FLAGS_policy);
+    const Calibration calibration = read_calibration();
     check_calibration(calibration, m.config);
     check_geometry(calibration);
     check(ErrorKind::kUsage, calibration.ranks == m.ranks, "--policy=", FLAGS_policy, " is of ranks ", c10::IntArrayRef(calibration.ranks), ", the options say ",
@@ -290,6 +293,7 @@ ExitCode record(const Environment& environment) {
     }
     int64_t done = 0;
     if (std::filesystem::exists(FLAGS_traces)) {
+      const auto watched = watch(watchdog(), "reading traces");
       const Traces before = Traces::load(FLAGS_traces);
       check(ErrorKind::kUsage, !m.leader() || (before.source == traces.source && before.calibration == traces.calibration), "--traces=", FLAGS_traces, " is of ", before.source,
             ", calibration ", before.calibration, ", and would be of ", traces.source, ", calibration ", traces.calibration, ": name another file or remove it");
@@ -338,9 +342,10 @@ ExitCode train(const Environment& environment) {
   check(ErrorKind::kUsage, environment.world_size == 1, "drrl-policy train runs in one process, not in ", environment.world_size);
   check(ErrorKind::kUsage, FLAGS_fit_steps >= 0 && FLAGS_reward_steps >= 0, "--fit_steps and --reward_steps must not be negative, got ", FLAGS_fit_steps,
         " and ", FLAGS_reward_steps);
-  const Calibration calibration = Calibration::load(FLAGS_policy);
+  const Calibration calibration = read_calibration();
   std::vector<Traces> traces;
   for (const std::string& file : split(FLAGS_traces, ',')) {
+    const auto watched = watch(watchdog(), "reading traces");
     traces.push_back(Traces::load(file));
   }
   AgentTrainingOptions options;

@@ -47,7 +47,7 @@ DEFINE_double(beta2, 0.95, "AdamW: decay of the second moment");
 DEFINE_double(eps, 1e-8, "AdamW: added to the root of the second moment");
 DEFINE_double(clip, 1.0, "largest global gradient norm; 0: no clipping");
 DEFINE_bool(activation_checkpoint, false, "keep only each layer's input and recompute the rest in the backward pass");
-DEFINE_int64(save_every, 0, "steps between checkpoints; 0: only at the end and on SIGTERM, SIGINT and SIGUSR1 [steps]");
+DEFINE_int64(save_every, 0, "steps between checkpoints; 0: only at the end and on SIGTERM, SIGINT, SIGHUP and SIGUSR1 [steps]");
 DEFINE_int64(keep, 2, "newest checkpoints to keep; 0: all");
 DEFINE_bool(resume, false, "continue from the newest sound checkpoint in --output, or start if there is none");
 DEFINE_bool(resume_override, false, "resume although options that shape the run have changed");
@@ -250,7 +250,6 @@ void print_summary(const TrainResult& result, const TrainerOptions& options) {
 }
 
 ExitCode train(const Environment& environment) {
-  watch_stop_signals();
   require("model", FLAGS_model);
   require("data", FLAGS_data);
   MeshShape shape = mesh_flags(environment);
@@ -259,7 +258,7 @@ ExitCode train(const Environment& environment) {
   const ModelOptions model_options{
       .dtype = dtype_flag("dtype", FLAGS_dtype), .device = device, .activation_checkpoint = FLAGS_activation_checkpoint};
   const at::ScalarType export_dtype = dtype_flag("export_dtype", FLAGS_export_dtype);
-  const ModelConfig config = load_model_config(FLAGS_model);
+  const ModelConfig config = read_model_config();
   shape.kv_heads = config.num_key_value_heads;
   check_seq_len(config);
   const Data data = open_data(environment, config);
@@ -280,7 +279,7 @@ ExitCode train(const Environment& environment) {
     const auto balance = online_balance(FLAGS_balance_every, config, mesh, device, attention);
     const auto clock = device.is_cpu() ? std::make_shared<AttentionClock>(attention.controller) : nullptr;  // a GPU's work goes on after the call
     model = std::make_unique<CausalLM>(config, mesh.tp(), clock ? clock : std::shared_ptr<AttentionController>(attention.controller), model_options);
-    model->load(FLAGS_model);
+    load_weights(*model, mesh.world());
     if (!FLAGS_output.empty() && mesh.data().rank() == 0) {
       model->open_companions();
     }
@@ -343,6 +342,7 @@ ExitCode train(const Environment& environment) {
 }  // namespace drrl
 
 int main(int argc, char** argv) {
+  drrl::watch_stop_signals();
   return drrl::run_program(argc, argv, "drrl-train", "drrl-train: fine-tunes a Hugging Face language model, alone or under mpirun.",
                            &drrl::train);
 }

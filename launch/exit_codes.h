@@ -16,7 +16,7 @@ enum class ExitCode : int {
   kCommunication = 7,  ///< a collective failed, timed out, or ranks diverged
   kNumerics = 8,       ///< a loss or gradient that is not finite
   kInternal = 9,       ///< a broken promise inside drrl
-  kInterrupted = 10,   ///< SIGTERM, SIGINT or SIGUSR1: saved, and stopped; run again with --resume
+  kInterrupted = 10,   ///< SIGTERM, SIGINT, SIGHUP or SIGUSR1: saved, and stopped; run again with --resume
   kHung = 11,          ///< no sign of life within --watchdog_timeout_s: the watchdog ended the process
 };
 

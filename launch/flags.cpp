@@ -1,9 +1,12 @@
 #include "launch/flags.h"
 
 #include "core/error.h"
+#include "distributed/agreement.h"
 #include "distributed/environment.h"
 #include "distributed/mesh.h"
+#include "launch/program.h"
 #include "models/config.h"
+#include "models/llama.h"
 #include "models/token_file.h"
 #include "models/tokenizer.h"
 
@@ -25,7 +28,7 @@ DEFINE_int64(
     "CPU threads of each process; 0: as OMP_NUM_THREADS says, or the node's cores shared out to its processes [threads]");
 DEFINE_int64(timeout_s, 600, "longest that a collective may take before the job is ended [s]");
 DEFINE_int64(watchdog_timeout_s, -1,
-             "longest that a process may give no sign of life (a collective, a microbatch) in a step, an evaluation or a checkpoint before it ends itself; "
+             "longest that a process may give no sign of life (a collective, a microbatch, a piece of a file) at the start, in a step, an evaluation or a checkpoint before it ends itself; "
              "-1: three times --timeout_s; 0: never [s]");
 DEFINE_string(json, "", "file for the results, as JSON");
 
@@ -91,8 +94,27 @@ void check_seq_len(const ModelConfig& config) {
         " must lie in [1, ", config.max_position_embeddings, "], the positions of ", FLAGS_model);
 }
 
+ModelConfig read_config() {
+  const auto watched = watch(watchdog(), "reading the configuration");
+  return ModelConfig::load(FLAGS_model);
+}
+
+ModelConfig read_model_config() {
+  const auto watched = watch(watchdog(), "reading the configuration");
+  return load_model_config(FLAGS_model);
+}
+
+void load_weights(CausalLM& model, const Group& world) {
+  {
+    const auto watched = watch(watchdog(), "loading weights");
+    model.load(FLAGS_model);
+  }
+  roll_call(world, "the end of loading weights");
+}
+
 std::shared_ptr<const TokenFile> open_token_file(const std::string& prefix, const ModelConfig& config, const Environment& environment) {
   constexpr int64_t kScanTokens = int64_t{1} << 28;  // read in about a second
+  const auto watched = watch(watchdog(), "opening the data");
   auto file = std::make_shared<const TokenFile>(TokenFile::open(prefix));
   if (environment.world_rank == 0) {
     check_tokenizer(prefix, FLAGS_model);

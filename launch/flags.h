@@ -60,6 +60,16 @@ void check_loss(int64_t sequence, double loss);
 /// Errors: Error(kUsage) if `tp` processes are more than --model has KV heads, of which `what` needs whole groups.
 void check_whole_groups(const std::string& what, int64_t tp, const ModelConfig& config);
 
+/// The config.json of --model, and its weights into a model that is part of `world` (collective), watched by the watchdog. Errors: Error(kModel); Error(kCommunication)
+/// naming a process that does not come.
+ModelConfig read_config();
+
+/// The same, held against the weights in --model (load_model_config).
+ModelConfig read_model_config();
+class CausalLM;
+class Group;
+void load_weights(CausalLM& model, const Group& world);
+
 /// The token file --data or --valid_data names. World rank 0 compares all of its tokens with the model's vocabulary, unless there are so many that this
 /// would delay the start; whoever reads a batch checks that again. Errors: Error(kData).
 class TokenFile;

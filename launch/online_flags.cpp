@@ -43,7 +43,7 @@ std::shared_ptr<OnlinePolicy> online_policy_flags(const Environment& environment
   Group channel = create_world_group("policy", environment, device, std::chrono::seconds(FLAGS_timeout_s));
   channel.watch(mesh.world().watchdog());
   channel.count(mesh.world().traffic());
-  auto online = std::make_shared<OnlinePolicy>(attention.controller, Calibration::load(FLAGS_policy), groups.begin, groups.count, device, std::move(channel),
+  auto online = std::make_shared<OnlinePolicy>(attention.controller, read_calibration(), groups.begin, groups.count, device, std::move(channel),
                                                std::move(options));
   PolicyHooks& hooks = attention.hooks;
   follow_steps(hooks, online);

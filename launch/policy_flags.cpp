@@ -44,6 +44,11 @@ std::vector<int64_t> bucket_flags(const at::Device& device, int64_t head_dim) {
   return buckets;
 }
 
+Calibration read_calibration() {
+  const auto watched = watch(watchdog(), "reading the rank policy");
+  return Calibration::load(FLAGS_policy);
+}
+
 void check_calibration(const Calibration& calibration, const ModelConfig& config) {
   check(ErrorKind::kUsage,
         calibration.layers() == config.num_hidden_layers && calibration.groups() == config.num_key_value_heads &&
@@ -93,6 +98,7 @@ std::shared_ptr<const LatencyTable> latency_flag(const at::Device& device, int64
   if (FLAGS_latency.empty()) {
     return nullptr;
   }
+  const auto watched = watch(watchdog(), "reading latencies");
   auto table = std::make_shared<const LatencyTable>(LatencyTable::load(FLAGS_latency));
   table->check_key(latency_key(device, head_dim, heads_per_group));
   return table;
@@ -105,7 +111,7 @@ class CalibrationFlag {
  public:
   const Calibration& get() {
     if (!calibration_) {
-      calibration_ = Calibration::load(FLAGS_policy);
+      calibration_ = read_calibration();
     }
     return *calibration_;
   }
@@ -147,7 +153,9 @@ std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const a
   if (FLAGS_rank_policy == "random") {
     return make_random_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates, FLAGS_seed, latency);
   }
-  return make_rl_policy(calibration.get(), RankAgent::load(FLAGS_policy, calibration.get()), FLAGS_rank_budget, buckets, FLAGS_basis_updates, FLAGS_gates, latency);
+  const Calibration& calibrated = calibration.get();
+  const auto watched = watch(watchdog(), "reading the rank policy");
+  return make_rl_policy(calibrated, RankAgent::load(FLAGS_policy, calibrated), FLAGS_rank_budget, buckets, FLAGS_basis_updates, FLAGS_gates, latency);
 }
 
 // Where bases start from: this process' KV groups of the calibration, if one is named.
@@ -187,6 +195,7 @@ AttentionSetup attention_flags(const ModelConfig& config, const Mesh& mesh, cons
                                                          mesh.cp(), mesh.kv());
   const auto controller = setup.controller;
   const std::string description = c10::str(controller->describe(), ", guard decay ", FLAGS_guard_decay);
+  roll_call(mesh.world(), "the rank policy");
   // Options and files are the same; GPUs of other kinds may choose other ranks.
   check_agreement(exchange_over(mesh.world(), mesh.world().message_device()), {{"it", description}}, ErrorKind::kUsage, "rank policy");
   setup.hooks.begin_step = [controller, eps = guard.eps](int64_t step) {

@@ -19,6 +19,9 @@ Geometry geometry_flags();
 /// --rank_buckets, head_dim added as the last; those of the device (rank_buckets) if it is empty. Errors: Error(kUsage).
 std::vector<int64_t> bucket_flags(const at::Device& device, int64_t head_dim);
 
+/// The calibration of --policy, read under the watchdog's eyes. Errors: Error(kModel).
+Calibration read_calibration();
+
 /// Errors: Error(kUsage) unless the calibration, read from --policy, is of a model of this shape.
 void check_calibration(const Calibration& calibration, const ModelConfig& config);
 /// Errors: Error(kUsage) unless it was measured with --near_block and --sink_tokens: its damages are by distances in blocks.

@@ -1,6 +1,8 @@
 #include "launch/program.h"
 
 #include "launch/agreement.h"
+#include "core/file_watch.h"
+#include "core/storage.h"
 #include "launch/flags.h"
 #include "launch/log.h"
 #include "launch/options.h"
@@ -19,6 +21,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <iostream>
+#include <mutex>
 #include <thread>
 
 #ifdef DRRL_WITH_MPI
@@ -30,15 +33,41 @@
 namespace drrl {
 namespace {
 
-std::atomic<int> stop_signals{0};
+bool stops_by_signal = false;
+std::atomic<bool> stop_asked{false};
 std::shared_ptr<Watchdog> process_watchdog;
 std::atomic<int> last_exit_code{0};
+std::mutex last_file_mutex;
+std::string last_file;  // that was opened, read or written, or is being
+
+constexpr int64_t kSameRequestNs = 2'000'000'000;
+std::atomic<int> insisted{0};            // SIGTERM and SIGINT, those apart
+std::atomic<int64_t> insisted_last{0};  // when [ns]
 
 void on_stop_signal(int signal) {
-  if (stop_signals.fetch_add(1) >= 2) {
+  stop_asked = true;
+  if (signal != SIGTERM && signal != SIGINT) {
+    return;
+  }
+  timespec time{};
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  const int64_t now = int64_t{1'000'000'000} * time.tv_sec + time.tv_nsec;
+  if (insisted > 0 && now - insisted_last < kSameRequestNs) {
+    return;
+  }
+  insisted_last = now;
+  if (++insisted > 2) {
     std::signal(signal, SIG_DFL);
     std::raise(signal);
   }
+}
+
+void on_file(const std::filesystem::path& file) {
+  {
+    const std::lock_guard lock(last_file_mutex);
+    last_file = file.native();
+  }
+  sign_of_life();
 }
 
 /// Keeps big tensors on the heap: by default glibc maps and unmaps each one, and the kernel clears every page anew.
@@ -118,7 +147,11 @@ void end_within(unsigned seconds, ExitCode code) {
 
 void on_hung(const std::string& report) {
   end_within(5, ExitCode::kHung);
-  const std::string text = "watchdog: " + report;
+  std::string text = "watchdog: " + report;
+  {
+    const std::lock_guard lock(last_file_mutex);
+    text += last_file.empty() ? "" : "the last file: " + drrl::quoted(last_file) + "\n";
+  }
   // Not through stdio or glog, whose locks may be what hangs.
   [[maybe_unused]] const ssize_t written = write(STDERR_FILENO, text.data(), text.size());
   std::_Exit(static_cast<int>(ExitCode::kHung));
@@ -130,6 +163,7 @@ void start_watchdog(const Environment& environment) {
         FLAGS_watchdog_timeout_s);
   const int64_t limit = FLAGS_watchdog_timeout_s >= 0 ? FLAGS_watchdog_timeout_s : 3 * FLAGS_timeout_s;
   if (limit > 0) {
+    watch_files(&on_file);
     process_watchdog = std::make_shared<Watchdog>(c10::str("world rank ", environment.world_rank), std::chrono::seconds(limit),
                                                   &on_hung);
   }
@@ -155,6 +189,12 @@ void start_watchdog(const Environment& environment) {
 
 const std::shared_ptr<Watchdog>& watchdog() noexcept {
   return process_watchdog;
+}
+
+void sign_of_life() {
+  if (process_watchdog) {
+    process_watchdog->alive();
+  }
 }
 
 Mesh create_mesh(const Environment& environment, MeshShape shape, at::Device device) {
@@ -185,17 +225,24 @@ bool stdout_is_terminal(const Environment& environment) {
 }
 
 void watch_stop_signals() noexcept {
-  for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) {
+  stops_by_signal = true;
+  sigset_t watched;
+  sigemptyset(&watched);
+  for (const int signal : {SIGTERM, SIGINT, SIGHUP, SIGUSR1}) {
     struct sigaction action {};
+    if (signal == SIGHUP && sigaction(signal, nullptr, &action) == 0 && action.sa_handler == SIG_IGN) {
+      continue;
+    }
+    action = {};
     action.sa_handler = on_stop_signal;
     action.sa_flags = SA_RESTART;
     sigaction(signal, &action, nullptr);
+    sigaddset(&watched, signal);
   }
+  pthread_sigmask(SIG_UNBLOCK, &watched, nullptr);
 }
 
-bool stop_requested() noexcept {
-  return stop_signals.load() > 0;
-}
+bool stop_requested() noexcept { return stop_asked; }
 
 int run_program(int argc, char** argv, const std::string& command, const std::string& summary, const std::function<ExitCode(const Environment&)>& body) {
   keep_big_blocks();
@@ -203,9 +250,13 @@ int run_program(int argc, char** argv, const std::string& command, const std::st
   ExitCode code = ExitCode::kUnexpected;
   guarded(environment, [&] {
     environment = Environment::detect();
+    std::signal(SIGXFSZ, SIG_IGN);  // a write beyond the file size limit is an error like a full disk, not a death
+    std::signal(SIGPIPE, SIG_IGN);  // nor is a reader of the output that has gone: what it would have read is dropped
     parse_options(argc, argv, summary);
     start_logging(argv[0]);
-    std::signal(SIGXFSZ, SIG_IGN);  // a write beyond the file size limit is an error like a full disk, not a death
+    if (stops_by_signal) {
+      watch_stop_signals();  // glog has taken SIGTERM
+    }
     set_threads(environment);
     start_watchdog(environment);
     if (needs_mpi(environment)) {

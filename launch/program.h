@@ -34,17 +34,22 @@ void guarded(const Environment& environment, const std::function<void()>& work);
 /// ExitCode::kHung, saying what hung. It watches the start and the end of MPI; programs hand it to their groups and trainer.
 const std::shared_ptr<Watchdog>& watchdog() noexcept;
 
+/// A sign of life for it. Reading and writing files gives one for each piece.
+void sign_of_life();
+
 /// Mesh::create with --timeout_s, watched by the watchdog. Warns if Slurm was asked for several processes and this is the only one.
 Mesh create_mesh(const Environment& environment, MeshShape shape, at::Device device);
 
 /// Whether stdout ends on a terminal. mpirun gives its processes a terminal of its own, so there its own stdout is what counts.
 bool stdout_is_terminal(const Environment& environment);
 
-/// For programs that save before they stop: from now on SIGTERM, SIGINT and SIGUSR1 no longer end the process at once; the third one does.
+/// For programs that save before they stop, first thing in main: from now on SIGTERM, SIGINT, SIGHUP and SIGUSR1 only ask them to. Those that came while they were
+/// blocked (env --block-signal) count. SIGHUP stays ignored where it is (nohup). The third SIGTERM or SIGINT ends the process at once, unless it follows the
+/// one before within two seconds: launchers and schedulers send a signal twice.
 void watch_stop_signals() noexcept;
 
 /// Whether such a signal has come since.
-/// To stop a job under mpirun send SIGUSR1 to mpirun, which passes it on. After a SIGTERM, mpirun kills its processes within
+/// To stop a job under mpirun send SIGUSR1 to mpirun, which passes it on. After a SIGTERM or a Ctrl-C, mpirun kills its processes within
 /// two seconds; with
 /// --mca odls_base_sigkill_timeout 60 it waits 60 s, sends them SIGTERM, waits again, and ends with a code of its own.
 bool stop_requested() noexcept;

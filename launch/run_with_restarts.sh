@@ -9,7 +9,8 @@
 # a host can come back. The exit code is that of the last run.
 # mpirun can outlive its job: it waits for ever for a host that the network has lost, and for a process that somebody has stopped. So it is
 # killed, and the job restarted, when none of the drrl-train processes that it had on this host has run for S seconds (default 60).
-# INT, TERM and USR1 are passed on: the training saves, and it ends here too.
+# INT, TERM, HUP and USR1 make the training save and end, and it ends here too. The command runs in a session of its own, so that a Ctrl-C reaches this script alone:
+# mpirun would kill its processes within two seconds. It gets USR1, again every 5 s, as an mpirun that is just starting forwards nothing.
 
 say() { printf 'run_with_restarts: %s\n' "$*" >&2; }
 usage() { say "$1; expected: [--max_restarts N] [--hang_s S] [--pause_s P] -- COMMAND that holds drrl-train and --output"; exit 2; }
@@ -41,6 +42,7 @@ newest() { cat "$output/checkpoints/latest" 2>/dev/null || echo none; }
 can_be_cured() { case $1 in 7 | 8 | 11) true ;; 130 | 143) false ;; *) [ "$1" -gt 128 ] ;; esac; }
 
 kill_when_hung() {  # PID of mpirun
+  trap '' INT TERM HUP USR1
   local seen='' idle=0
   while sleep 1 && kill -0 "$1" 2>/dev/null; do
     if pgrep -P "$1" -x drrl-train -r R,S,D >/dev/null; then
@@ -53,14 +55,38 @@ kill_when_hung() {  # PID of mpirun
   done
 }
 
-child= signalled=
-pass_on() { signalled=1; [ -n "$child" ] && kill -USR1 "$child" 2>/dev/null; }
-trap pass_on INT TERM USR1
+# Whether the process catches SIGUSR1: it would end an mpirun that is just starting.
+hears_usr1() { (((16#$(sed -n 's/^SigCgt:\t//p' "/proc/$1/status") >> 9) & 1)); }
+
+# SIGUSR1 that comes before drrl-train can hear it waits.
+command=()
+for word in "$@"; do
+  if [[ ${word##*/} == drrl-train && ! -d $word && " ${command[*]} " != *--block-signal* ]]; then
+    command+=(env --block-signal=USR1)
+  fi
+  command+=("$word")
+done
+
+child= signalled= asked=
+stop() {
+  signalled=1
+  if [ -n "$child" ] && [ -z "$asked" ]; then
+    asked=1
+    (
+      trap '' INT TERM HUP USR1
+      for ((i = 0; i < 300; ++i)); do hears_usr1 "$child" && break; sleep 0.1; done
+      while kill -USR1 "$child"; do sleep 5; done
+    ) >/dev/null 2>&1 &
+  fi
+}
+trap stop INT TERM HUP USR1
+trap '' PIPE  # whoever reads the output may have gone
 
 previous=
 for ((restarts = 0; ; ++restarts)); do
-  "$@" --resume &
+  setsid "${command[@]}" --resume </dev/null &
   child=$!
+  [ -z "$signalled" ] || stop
   kill_when_hung "$child" &
   wait "$child"
   code=$?
@@ -76,6 +102,7 @@ for ((restarts = 0; ; ++restarts)); do
   [ "$checkpoint" != "$previous" ] || { say "exit code $code twice with the checkpoint '$checkpoint': no progress, giving up"; exit "$code"; }
   previous=$checkpoint
   say "exit code $code; restart $((restarts + 1)) of at most $max_restarts from the checkpoint '$checkpoint' in $pause_s s"
-  sleep "$pause_s"
-  [ -z "$signalled" ] || exit "$code"
+  child=
+  for ((s = 0; s < pause_s && !signalled; ++s)); do sleep 1; done
+  [ -z "$signalled" ] || { say "stopped in the pause: run it again with --resume"; exit 10; }
 done

@@ -270,9 +270,9 @@ struct Trainer::Impl {
   }
 
   TrainResult run() {
-    const auto watched = watch(mesh.world().watchdog(), "training");
     const bool has_output = !options.output.empty();
     if (has_output) {
+      const auto watched = watch(mesh.world().watchdog(), "restoring");
       // World rank 0 looks, all of them hear: a shared file system may show the folder late to some.
       const bool exists = leader() && CheckpointReader::any(options.output / "checkpoints");
       const bool any = sum_over_world({exists ? 1.0 : 0.0})[0] > 0;
@@ -293,6 +293,7 @@ struct Trainer::Impl {
         }
       }
     }
+    const auto watched = watch(mesh.world().watchdog(), "training");
     std::unique_ptr<MetricsWriter> metrics;
     if (has_output && leader()) {
       metrics = std::make_unique<MetricsWriter>(options.output / "metrics", position.step);

@@ -95,7 +95,7 @@ std::vector<Gated> behind_gates(const Pairs& x, const std::vector<LowPairs>& all
     for (int64_t row = 0; row < rows; row += rows_at_once) {
       const int64_t some = std::min(rows_at_once, rows - row);
       const auto of_rows = [&](const at::Tensor& t) { return t.narrow(0, pair, pairs).narrow(1, row, some); };
-      const auto product = [&](const at::Tensor& a, const at::Tensor& b) { return on_cpu(at::bmm(of_rows(a), b.narrow(0, pair, pairs).transpose(1, 2))); };
+      const auto product = [&](const at::Tensor& a, const at::Tensor& b) { return on_cpu(wide_product(of_rows(a), b.narrow(0, pair, pairs).transpose(1, 2))); };
       const auto logsumexp = on_cpu(of_rows(x.logsumexp)), met = (on_cpu(of_rows(x.met)) - logsumexp).exp();
       const auto to_weights = [&](const at::Tensor& scores, const at::Tensor& shift) { return at::add(shift.unsqueeze(2), scores, scale).clamp_max_(80).exp_(); };
       const auto whole = to_weights(product(x.q, x.k), -logsumexp), along = product(x.grad, x.v);
@@ -285,7 +285,7 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
   near_attention(q, k, v, tree, near_out, met);
   if (const int64_t sinks = tree.sinks(); sinks > 0) {
     auto behind = met.slice(2, sinks);
-    const auto scores = at::matmul(by_group(q.slice(2, sinks)), k.slice(2, 0, sinks).unsqueeze(2).transpose(3, 4)).to(wide) * scale;  // [B, G, g, L - s, s]
+    const auto scores = at::matmul(by_group(q.slice(2, sinks)).to(wide), k.slice(2, 0, sinks).unsqueeze(2).transpose(3, 4).to(wide)) * scale;  // [B, G, g, L - s, s]
     behind.copy_(at::logaddexp(behind, scores.logsumexp(4).flatten(1, 2)));
   }
   met = met.unsqueeze(3);

@@ -1,13 +1,12 @@
 #include "policy/controller.h"
 
-#include <ATen/detail/CUDAHooksInterface.h>
-
 #include <algorithm>
 #include <chrono>
 #include <utility>
 
 #include "core/attention_part.h"
 #include "core/cpu_clock.h"
+#include "core/device.h"
 #include "core/error.h"
 #include "distributed/agreement.h"
 #include "policy/context_bases.h"
@@ -18,9 +17,9 @@ namespace {
 
 class Stopwatch {
  public:
-  Stopwatch(bool on, const at::Device& device) : on_(on), cuda_(device.is_cuda()) {
+  Stopwatch(bool on, const at::Device& device) : on_(on), device_(device) {
     if (on_) {
-      wait();
+      synchronize(device_);
       start_ = std::chrono::steady_clock::now();
       cpu_start_ms_ = drrl::cpu_ms(CLOCK_THREAD_CPUTIME_ID);
     }
@@ -29,19 +28,14 @@ class Stopwatch {
     if (!on_) {
       return 0;
     }
-    wait();
+    synchronize(device_);
     return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start_).count();
   }
   double cpu_ms() const { return on_ ? drrl::cpu_ms(CLOCK_THREAD_CPUTIME_ID) - cpu_start_ms_ : 0; }
 
  private:
-  void wait() const {
-    if (cuda_) {
-      at::detail::getCUDAHooks().deviceSynchronize(at::detail::getCUDAHooks().getCurrentDevice());
-    }
-  }
   bool on_;
-  bool cuda_;
+  at::Device device_;
   std::chrono::steady_clock::time_point start_;
   double cpu_start_ms_ = 0;
 };

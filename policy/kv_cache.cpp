@@ -8,6 +8,7 @@
 
 #include "core/attention_part.h"
 #include "core/error.h"
+#include "core/rows.h"
 
 namespace drrl {
 namespace {
@@ -29,7 +30,7 @@ Part part(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool ca
     attention_part(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), causal, scale, result.out.unsqueeze(1), result.logsumexp.unsqueeze(1));
     return result;
   }
-  auto scores = at::bmm(q.reshape({n, heads * rows, q.size(3)}), k.transpose(1, 2)).to(wide).mul_(scale).view({n, heads, rows, k.size(1)});
+  auto scores = wide_product(q.reshape({n, heads * rows, q.size(3)}), k.transpose(1, 2)).mul_(scale).view({n, heads, rows, k.size(1)});
   if (causal && rows > 1) {
     scores.masked_fill_(at::ones({rows, rows}, scores.options().dtype(at::kBool)).triu_(1), -std::numeric_limits<double>::infinity());
   }

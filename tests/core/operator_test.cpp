@@ -166,6 +166,49 @@ TEST_P(Operator, GradientsEqualFiniteDifferences) {
 
 INSTANTIATE_TEST_SUITE_P(Shapes, Operator, ::testing::ValuesIn(kCases));
 
+// All far entries exact, eight of them with scores of about 20 in each row: a score that is rounded to bfloat16 makes its weight wrong by up to 6 %.
+TEST(LowRankAttention, GatedScoresOfHalfPrecisionAreNotRounded) {
+  constexpr int64_t kLength = 256, kBlock = 128, kDim = 64, kHeavy = 8;
+  at::manual_seed(21);
+  const auto options = at::TensorOptions().dtype(at::kDouble);
+  auto k = 0.3 * at::randn({1, 1, kLength, kDim}, options), v = at::zeros_like(k);
+  auto q = 0.3 * at::randn_like(k);
+  q.select(3, 0).fill_(12.6);
+  k.select(3, 0).zero_();
+  for (int64_t i = 0; i < kHeavy; ++i) {  // keys far from each other, and each with a column of the output for its weight
+    k[0][0][16 * i][0] = 12.6 + 0.08 * static_cast<double>(i);
+    v[0][0][16 * i][i] = 1;
+  }
+  const auto half = [](const at::Tensor& x) { return x.to(at::kBFloat16).requires_grad_(true); };
+  const auto hq = half(q), hk = half(k), hv = half(v);
+  const BlockTree tree(kLength, {kBlock, 0});
+  const PairGrams grams = pair_grams(q, k, v, tree);
+  const auto bases = solve_basis(grams.queries.flatten(0, 2), grams.keys.flatten(0, 2));
+  const auto out = lowrank_attention(hq, hk, hv, c10::make_intrusive<LowRankPlan>(tree, std::vector<Ranks>{{16, 16, 0}}, bases, bases));
+
+  const auto wide = [](const at::Tensor& x) { return x.detach().to(at::kDouble).requires_grad_(true); };
+  const auto wq = wide(hq), wk = wide(hk), wv = wide(hv);
+  const auto weights = at::softmax(at::matmul(wq, wk.transpose(2, 3)) / 8 + at::full({kLength, kLength}, -INFINITY, options).triu(1), 3);
+  const auto expected = at::matmul(weights, wv);
+  const auto far = [](const at::Tensor& x) { return x.detach().narrow(2, kBlock, kBlock).narrow(3, 0, kHeavy).to(at::kDouble); };
+  ASSERT_GT(far(expected).min().item<double>(), 0.02);
+  EXPECT_LT((far(out) / far(expected) - 1).pow(2).mean().sqrt().item<double>(), 5e-3);
+
+  auto towards = at::randn(q.sizes(), options);
+  towards.narrow(2, 0, kBlock).zero_();
+  const auto got = torch::autograd::grad({out}, {hq, hk, hv}, {towards.to(at::kBFloat16)});
+  const auto right = torch::autograd::grad({expected}, {wq, wk, wv}, {towards.to(at::kBFloat16).to(at::kDouble)});
+  for (size_t i = 0; i < 3; ++i) {
+    EXPECT_LT(relative(got[i], right[i]), i == 0 ? 2.5e-2 : 1e-2) << i;
+  }
+}
+
+TEST(KernelWidth, IsTheNextThatKernelsTake) {
+  EXPECT_EQ(kernel_width(20), 24);
+  EXPECT_EQ(kernel_width(32), 32);
+  EXPECT_EQ(kernel_width(1), 8);
+}
+
 TEST(LowRankAttention, FullRanksAreExactAttention) {
   const Case c{2, 6, 3, 150, 32, {32, 4}, {{32, 32}}};
   const Inputs in = make_inputs(c, at::kFloat);

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """launch/run_with_restarts.sh with stand-ins for mpirun and drrl-train; and that no timeout can be moved by a change of the date."""
 
+import os
 import re
 import shutil
 import signal
@@ -83,6 +84,32 @@ save() {{ printf 'step-%08d\\n' "$run" > checkpoints/latest; }}
                 (self.folder / "ready").unlink()
                 script.send_signal(number)
                 self.assertEqual(script.wait(30), 10)
+
+    def test_a_signal_in_the_pause_ends_it_at_once(self):
+        command = self.command("exit 7")
+        command[command.index("--pause_s") + 1] = "60"
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as script:
+            self.assertIn("in 60 s", script.stderr.readline())
+            script.terminate()
+            self.assertEqual(script.wait(10), 10)
+
+    def test_the_terminal_reaches_the_script_alone(self):
+        """Ctrl-C, and a terminal that is closed: the command hears neither, but is asked to save, even if it cannot hear that at first."""
+        body = "trap 'echo INT >> heard; exit 1' INT; trap 'echo HUP >> heard; exit 1' HUP; touch ready; sleep 1; trap 'exit 10' USR1; while true; do sleep 0.05; done"
+        for number in (signal.SIGINT, signal.SIGHUP):
+            with self.subTest(number):
+                (self.folder / "ready").unlink(missing_ok=True)
+                with subprocess.Popen(self.command(body), start_new_session=True) as script:
+                    while not (self.folder / "ready").exists():
+                        time.sleep(0.02)
+                    os.killpg(script.pid, number)
+                    self.assertEqual(script.wait(20), 10)
+                self.assertFalse((self.folder / "heard").exists())
+
+    def test_output_that_nobody_reads(self):
+        with subprocess.Popen(self.command("[ $run = 3 ] && exit 0; save; exit 7"), stderr=subprocess.PIPE) as script:
+            script.stderr.close()
+            self.assertEqual(script.wait(20), 0)
 
     def test_an_mpirun_that_outlives_its_job(self):
         shutil.copy("/bin/sleep", self.folder / "drrl-train")

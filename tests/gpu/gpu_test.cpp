@@ -246,6 +246,7 @@ INSTANTIATE_TEST_SUITE_P(Shapes, GpuOperator,
                                          Case{4, 4, 516, 64, {128, 4}, {{32, 64}, {64, 32}}},    // one side exact
                                          Case{8, 2, 700, 128, {128, 0}, {{32, 32}, {96, 64}, {64, 32}, {32, 64}}},  // no sinks, r != r_v, shared calls
                                          Case{2, 1, 300, 128, {64, 1}, {{128, 128}, {64, 32}}},
+                                         Case{4, 2, 516, 64, {128, 4}, {{20, 20}, {12, 44}}},  // widths that kernels do not take as they are
                                          Case{9, 3, 1100, 64, {256, 4}, {{32, 32, 0.01F}}},  // gates: some entries exact
                                          Case{8, 2, 700, 128, {128, 4}, {{32, 64, 0.02F}, {128, 32, 0.005F}, {32, 32}}}));
 

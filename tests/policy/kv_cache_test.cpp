@@ -80,6 +80,26 @@ TEST(KvCacheTest, HoldsNodesAtFullRankAsTheyAre) {
   EXPECT_EQ(bytes.back(), (kFixed + 3 * kBlock * 2 * kDim) * kBytes);
 }
 
+// A token's scores of about 20 in bfloat16, against the softmax in double of the same inputs.
+TEST(KvCacheTest, ScoresOfHalfPrecisionAreNotRounded) {
+  constexpr int64_t kTokens = 32, kWide = 64, kColumns = 16;
+  at::manual_seed(3);
+  auto k = 0.1 * at::randn({1, 1, kTokens, kWide}), q = 0.1 * at::randn_like(k);
+  k.select(3, 0).fill_(12.6);
+  k.select(3, 0).add_(0.1 * at::randn({kTokens}));
+  q.select(3, 0).fill_(12.6);
+  const auto half = [](const at::Tensor& x) { return x.to(at::kBFloat16); };
+  const auto hq = half(q), hk = half(k), hv = half(at::eye(kTokens, kWide).view({1, 1, kTokens, kWide}));
+  LayerCache cache(BlockTree(kTokens, {kTokens, 0}));
+  at::Tensor out;
+  for (int64_t t = 0; t < kTokens; ++t) {
+    const auto token = [&](const at::Tensor& x) { return x.narrow(2, t, 1); };
+    out = cache.extend(token(hq), token(hk), token(hv), nullptr);
+  }
+  const auto weights = at::softmax(at::matmul(hq.select(2, kTokens - 1).to(at::kDouble), hk[0][0].to(at::kDouble).t()) / 8, 2).view({-1});
+  EXPECT_LT((out.view({-1}).narrow(0, 0, kColumns).to(at::kDouble) / weights.narrow(0, 0, kColumns) - 1).pow(2).mean().sqrt().item<double>(), 5e-3);
+}
+
 TEST(KvCacheTest, RefusesOtherShapes) {
   LayerCache cache(BlockTree(10, {4, 1}));
   const auto x = [](int64_t heads, int64_t tokens) { return at::randn({1, heads, tokens, 8}); };
