@@ -51,7 +51,7 @@ int main(int argc, char** argv) {
   for (const bench::Command& command : bench::kCommands) {
     if (word == command.name) {
       argv[1] = argv[0];
-      return run_program(argc - 1, argv + 1, bench::summary(), [&](const Environment& environment) {
+      return run_program(argc - 1, argv + 1, "drrl-bench " + word, bench::summary(), [&](const Environment& environment) {
         check(ErrorKind::kUsage, command.parallel || environment.world_size == 1, "drrl-bench ", command.name, " measures one process, this job has ",
               environment.world_size);
         check(ErrorKind::kUsage, FLAGS_repeats >= 5, "--repeats must be at least 5, got ", FLAGS_repeats);
@@ -59,9 +59,10 @@ int main(int argc, char** argv) {
       });
     }
   }
-  if (word == "--help" || word == "-help" || word == "-h") {
-    return run_program(argc, argv, bench::summary(), [](const Environment&) { return ExitCode::kSuccess; });
-  }
-  std::fprintf(stderr, "%s\n", bench::summary().c_str());
-  return static_cast<int>(ExitCode::kUsage);
+  const auto usage = [](const Environment&) {
+    std::fprintf(stderr, "%s\n", bench::summary().c_str());
+    return ExitCode::kUsage;
+  };
+  return word.starts_with("-") ? run_program(argc, argv, "", bench::summary(), usage)  // --help, --version
+                               : static_cast<int>(usage({}));
 }

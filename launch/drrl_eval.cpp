@@ -514,5 +514,5 @@ ExitCode evaluate(const Environment& environment) {
 }  // namespace drrl
 
 int main(int argc, char** argv) {
-  return drrl::run_program(argc, argv, "drrl-eval: perplexity under a rank policy, or with --examples accuracy, and what attention cost; with --generate, text.", &drrl::evaluate);
+  return drrl::run_program(argc, argv, "drrl-eval", "drrl-eval: perplexity under a rank policy, or with --examples accuracy, and what attention cost; with --generate, text.", &drrl::evaluate);
 }

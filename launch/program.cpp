@@ -190,13 +190,13 @@ bool stop_requested() noexcept {
   return stop_signals.load() > 0;
 }
 
-int run_program(int argc, char** argv, const std::string& summary, const std::function<ExitCode(const Environment&)>& body) {
+int run_program(int argc, char** argv, const std::string& command, const std::string& summary, const std::function<ExitCode(const Environment&)>& body) {
   keep_big_blocks();
   Environment environment;
   ExitCode code = ExitCode::kUnexpected;
   guarded(environment, [&] {
     environment = Environment::detect();
-    parse_options(argc, argv, summary);
+    parse_options(argc, argv, command, summary);
     start_logging(argv[0]);
     std::signal(SIGXFSZ, SIG_IGN);  // a write beyond the file size limit is an error like a full disk, not a death
     set_threads(environment);

@@ -12,13 +12,13 @@
 namespace drrl {
 
 /// The frame of every drrl program: allocator settings, command line, threads, MPI (when mpirun or srun started several
-/// processes), glog, signals, and the translation of exceptions into exit codes. `body` returns the code of a run that came to
+/// processes), glog, signals, and the translation of exceptions into exit codes. `command` is as in parse_options; `body` returns the code of a run that came to
 /// its own end, the same on all ranks.
 ///
 /// An exception on any rank ends the whole job with that rank's code (MPI_Abort): nobody is left waiting in a
 /// collective. All ranks report a failure that all of them see, but rank 0 does so at once and ends the job; the others wait
 /// a moment first, and so speak only of what rank 0 does not know.
-int run_program(int argc, char** argv, const std::string& summary, const std::function<ExitCode(const Environment&)>& body);
+int run_program(int argc, char** argv, const std::string& command, const std::string& summary, const std::function<ExitCode(const Environment&)>& body);
 
 /// "drrl 0.1.0, LibTorch 2.11.0, Open MPI v4.1.4".
 std::string version_line();
