@@ -303,7 +303,7 @@ TEST_F(ModelProgram, RefusesFilesAndCasesThatItCannotUse) {
   expect_refused("--runs=" + changed("f.json", [](auto& j) { j["steps"].clear(); }), {"f.json", "\"steps\" is \"[]\""});
   expect_refused("--runs=" + changed("g.json", [](auto& j) { j["steps"][0]["yardstick_ms"] = 0; }), {"g.json", "yardstick_ms"});
   expect_refused("--runs=" + changed("h.json", [](auto& j) { for (auto& step : j["steps"]) { step["yardstick_ms"] = 0.7; } }), {"its yardstick took 0.7 ms", "dp 2"});
-  expect_refused("--runs=" + runs, {"network_message", "--alpha_us"});
+  expect_refused("--runs=" + runs + " --rank=16", {"network_message", "--alpha_us"});
   expect_refused("--runs=" + runs + " --worlds=3 --tp=2 --rank=16", {"3 processes", "--tp=2"});
   expect_refused("--runs=" + runs + " --rank=32 --worlds=1", {"--rank=32", "[1, 32)"});
 }
