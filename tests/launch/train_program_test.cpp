@@ -319,7 +319,7 @@ TEST_F(TrainProgram, OptionsWithoutEffectMayBeSwitchedOffOrStandInFlagFiles) {
 }
 
 TEST_F(TrainProgram, SaysItsVersion) {
-  for (const char* program : {"drrl-train", "drrl-eval", "drrl-policy", "drrl-bench", "drrl-bench model"}) {
+  for (const char* program : {"drrl-train", "drrl-policy", "drrl-bench", "drrl-bench model"}) {
     const Ended run = shell(c10::str(DRRL_BINARY_DIR, "/bin/", program, " --version"));
     EXPECT_EQ(run.code, 0) << run.output;
     EXPECT_TRUE(std::regex_match(run.output, std::regex("drrl \\d+\\.\\d+\\.\\d+, LibTorch .*\n"))) << run.output;
