@@ -75,10 +75,6 @@ std::vector<Inputs> make_inputs(int64_t length) {
     }
     return result;
   }
-  for (const char* flag : {"head_dims", "heads", "kv_groups"}) {
-    check(ErrorKind::kUsage, google::GetCommandLineFlagInfoOrDie(flag).is_default, "--", flag,
-          " and --model exclude each other: the model has its own shape");
-  }
   return captured_inputs({FLAGS_layer}, 0, length);
 }
 

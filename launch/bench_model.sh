@@ -11,13 +11,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-out=out/model rounds=1 scaling=() model=()
+out=out/model rounds=1 scaling=() lowrank=() model=()
 for argument in "$@"; do
   case $argument in
     --out=*) out=${argument#*=} ;;
     --rounds=*) rounds=${argument#*=} ;;
     --worlds=* | --node_size=* | --alpha_us=* | --gbps=* | --tolerance=* | --seq_lens=*) model+=("$argument") ;;
-    --model=* | --near_block=* | --sink_tokens=* | --basis_updates=* | --rank=*) scaling+=("$argument") model+=("$argument") ;;
+    --model=*) scaling+=("$argument") model+=("$argument") ;;
+    --near_block=* | --sink_tokens=* | --basis_updates=* | --rank=*) lowrank+=("$argument") model+=("$argument") ;;
     *) scaling+=("$argument") ;;
   esac
 done
@@ -29,6 +30,7 @@ if [ -z "${DRRL_BIN:-}" ]; then
 fi
 export DRRL_BIN
 mkdir -p "$out"
+printf '%s\n' "${lowrank[@]}" >"$out/lowrank.flags"  # in a file, since exact attention has no use for them
 
 if ! [[ $rounds =~ ^[1-9][0-9]*$ ]]; then
   printf 'bench_model: error: --rounds must be a positive number, got %s\n' "$rounds" >&2
@@ -40,7 +42,7 @@ measure() {
   local -n list=$1
   local file=$out/$2$suffix.json worlds=$3 axis=$4
   shift 4
-  [ -s "$file" ] || launch/bench_scaling.sh --out="$file" --worlds="$worlds" --axis="$axis" --steps=3 --warmup_steps=1 "${scaling[@]}" "$@"
+  [ -s "$file" ] || launch/bench_scaling.sh --out="$file" --worlds="$worlds" --axis="$axis" --steps=3 --warmup_steps=1 "${scaling[@]}" --flagfile="$out/lowrank.flags" "$@"
   list+=${list:+,}$file
 }
 for ((round = 1; round <= rounds; ++round)); do

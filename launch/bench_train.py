@@ -63,11 +63,12 @@ def transformers_run(options, seq_len, work):
 
 
 def drrl_run(options, seq_len, work, further=()):
-    out = Path(tempfile.mkdtemp(dir=work))
+    out, shared = Path(tempfile.mkdtemp(dir=work)), Path(work) / "shared.flags"
+    shared.write_text("".join(f"{flag}\n" for flag in options.drrl_flag))  # in a file, since exact attention has no use for some
     command = [Path(options.build) / "bin/drrl-train", "--model", options.model, "--data", options.data, "--output", out,
                "--seq_len", seq_len, "--steps", options.steps, "--lr", options.lr, "--min_lr=0", "--warmup_tokens=0",
                "--attention=full", "--valid_fraction=0", f"--dtype={options.dtype}", f"--device={options.device}", "--global_batch=1", "--micro_batch=1", "--seed=0",
-               f"--activation_checkpoint={'true' if options.activation_checkpoint else 'false'}", *options.drrl_flag, *further]
+               f"--activation_checkpoint={'true' if options.activation_checkpoint else 'false'}", f"--flagfile={shared}", *further]
     memory = measure([str(c) for c in command], options.threads)
     lines = read_lines(out / "metrics/metrics.jsonl")
     return [l["loss"] for l in lines], [l["tokens_per_second"] for l in lines[1:]], memory
@@ -124,6 +125,10 @@ def main():
     options = parser.parse_args()
     if options.steps < 2:
         parser.error("--steps must be at least 2: the first is not counted")
+    if options.policy and options.rank:
+        parser.error("--policy and --rank exclude each other")
+    if options.lowrank_flag and not (options.policy or options.rank):
+        parser.error("--lowrank_flag needs --policy or --rank")
 
     try:
         with tempfile.TemporaryDirectory(prefix="drrl-bench.") as work:

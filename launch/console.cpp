@@ -44,9 +44,17 @@ void print_banner(std::ostream& out, const std::string& title, const std::vector
     out << "  " << name << std::string(width - name.size() + 2, ' ') << value << "\n";
   }
   out << "  options (* given)\n";
+  std::string unused;
   for (const Option& option : options()) {
+    if (!option.unused.empty()) {
+      unused += option.is_default ? "" : " --" + option.name;
+      continue;
+    }
     out << "    " << (option.is_default ? "  " : "* ") << "--" << option.name << "=" << option.value
         << (option.unit.empty() || option.value.empty() ? "" : " " + option.unit) << "\n";
+  }
+  if (!unused.empty()) {
+    out << "  given, but without effect here:" << unused << "\n";
   }
   out << std::flush;
 }

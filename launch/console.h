@@ -16,7 +16,8 @@ std::string short_count(double count);
 /// "01:02:03", with days in front when there are any.
 std::string clock_time(double seconds);
 
-/// Aligned "name  value" lines under a title, then every option with its value, those that were given marked with *.
+/// Aligned "name  value" lines under a title, then every option that has an effect in this run with its value, those
+/// that were given marked with *, and the names of those that were given and have none.
 void print_banner(std::ostream& out, const std::string& title, const std::vector<std::pair<std::string, std::string>>& lines);
 
 /// One line a logged step, and between the lines, on a terminal only, a progress bar that the next line overwrites.

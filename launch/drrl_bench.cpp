@@ -59,9 +59,10 @@ int main(int argc, char** argv) {
       });
     }
   }
-  if (word == "--help" || word == "-help" || word == "-h") {
-    return run_program(argc, argv, "drrl-bench", bench::summary(), [](const Environment&) { return ExitCode::kSuccess; });
-  }
-  std::fprintf(stderr, "%s\n", bench::summary().c_str());
-  return static_cast<int>(ExitCode::kUsage);
+  const auto usage = [](const Environment&) {
+    std::fprintf(stderr, "%s\n", bench::summary().c_str());
+    return ExitCode::kUsage;
+  };
+  return word.starts_with("-") ? run_program(argc, argv, "", bench::summary(), usage)  // --help, --version
+                               : static_cast<int>(usage({}));
 }

@@ -383,14 +383,17 @@ ExitCode train(const Environment& environment) {
 int main(int argc, char** argv) {
   using Command = drrl::ExitCode (*)(const drrl::Environment&);
   const std::map<std::string, Command> commands = {{"calibrate", &drrl::calibrate}, {"record", &drrl::record}, {"train", &drrl::train}};
-  const auto command = commands.find(argc > 1 ? argv[1] : "");
-  if (command == commands.end() && (argc < 2 || argv[1][0] != '-')) {
-    std::fprintf(stderr, "usage: drrl-policy calibrate|record|train --policy FILE [options] (--help lists them)\n");
-    return static_cast<int>(drrl::ExitCode::kUsage);
+  const char* summary =
+      "drrl-policy calibrate: measures how much each layer suffers at each rank; record: traces for a policy that learns; train: learns from them.";
+  const std::string word = argc > 1 ? argv[1] : "";
+  if (const auto command = commands.find(word); command != commands.end()) {
+    argv[1] = argv[0];
+    return drrl::run_program(argc - 1, argv + 1, "drrl-policy " + word, summary, command->second);
   }
-  const int skipped = command == commands.end() ? 0 : 1;  // options alone: --help
-  argv[skipped] = argv[0];
-  return drrl::run_program(argc - skipped, argv + skipped, skipped == 0 ? "drrl-policy" : "drrl-policy " + command->first,
-                           "drrl-policy calibrate: measures how much each layer suffers at each rank; record: traces for a policy that learns; train: learns from them.",
-                           skipped == 0 ? &drrl::calibrate : command->second);
+  const auto usage = [](const drrl::Environment&) {
+    std::fprintf(stderr, "usage: drrl-policy calibrate|record|train --policy FILE [options] (--help lists them)\n");
+    return drrl::ExitCode::kUsage;
+  };
+  return word.starts_with("-") ? drrl::run_program(argc, argv, "", summary, usage)  // --help, --version
+                               : static_cast<int>(usage({}));
 }

@@ -137,7 +137,8 @@ TrainerOptions trainer_options(const SequenceDataset& train) {
   options.steps = planned_steps(train);
   options.clip = FLAGS_clip;
   const int64_t total = options.steps * FLAGS_global_batch * FLAGS_seq_len;
-  check(ErrorKind::kUsage, FLAGS_warmup_tokens >= -1, "--warmup_tokens must be -1 or more, got ", FLAGS_warmup_tokens);
+  check(ErrorKind::kUsage, FLAGS_warmup_tokens >= -1 && FLAGS_warmup_tokens < total, "--warmup_tokens=", FLAGS_warmup_tokens, " must lie in [0, ", total,
+        "), the tokens of the run, or be -1, a twentieth of them");
   options.schedule = {FLAGS_lr, FLAGS_min_lr, FLAGS_warmup_tokens >= 0 ? FLAGS_warmup_tokens : total / 20, total};
   options.optimizer = {FLAGS_beta1, FLAGS_beta2, FLAGS_eps, FLAGS_weight_decay};
   options.output = FLAGS_output;

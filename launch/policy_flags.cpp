@@ -61,7 +61,7 @@ void check_calibration(const Calibration& calibration, const ModelConfig& config
 void check_geometry(const Calibration& calibration) {
   const Geometry mine = geometry_flags();
   check(ErrorKind::kUsage, calibration.geometry == mine, "--policy=", FLAGS_policy, " was calibrated with --near_block=", calibration.geometry.near_block,
-        " and --sink_tokens=", calibration.geometry.sink_tokens, ", these are ", mine.near_block, " and ", mine.sink_tokens);
+        " and --sink_tokens=", calibration.geometry.sink_tokens, ", these are ", mine.near_block, " and ", mine.sink_tokens, ": give those, or calibrate anew");
 }
 
 namespace {
@@ -126,15 +126,12 @@ const std::set<std::string> kSpending = {"random", "greedy", "dp", "rl"};  // th
 std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const at::Device& device, CalibrationFlag& calibration) {
   check(ErrorKind::kUsage, FLAGS_attention == "full" || FLAGS_attention == "lowrank", "--attention must be full or lowrank, got '",
         FLAGS_attention, "'");
-  check(ErrorKind::kUsage, FLAGS_latency.empty() || (FLAGS_attention == "lowrank" && kSpending.contains(FLAGS_rank_policy)),
-        "--latency needs --attention=lowrank and --rank_policy=random, greedy, dp or rl, got ", FLAGS_attention, " and ", FLAGS_rank_policy);
   if (FLAGS_attention == "full" || FLAGS_rank_policy == "full") {
     return make_full_policy();
   }
   if (FLAGS_rank_policy == "fixed") {
     return make_fixed_policy(FLAGS_rank, config.head_dim);
   }
-  check(ErrorKind::kUsage, !FLAGS_gates || FLAGS_rank_policy == "dp" || FLAGS_rank_policy == "rl", "--gates needs --rank_policy=dp or rl, got ", FLAGS_rank_policy);
   const auto buckets = bucket_flags(device, config.head_dim);
   if (FLAGS_rank_policy == "energy") {
     return make_energy_policy(FLAGS_energy, buckets);

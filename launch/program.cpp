@@ -252,7 +252,7 @@ int run_program(int argc, char** argv, const std::string& command, const std::st
     environment = Environment::detect();
     std::signal(SIGXFSZ, SIG_IGN);  // a write beyond the file size limit is an error like a full disk, not a death
     std::signal(SIGPIPE, SIG_IGN);  // nor is a reader of the output that has gone: what it would have read is dropped
-    parse_options(argc, argv, summary);
+    parse_options(argc, argv, command, summary);
     start_logging(argv[0]);
     if (stops_by_signal) {
       watch_stop_signals();  // glog has taken SIGTERM

@@ -12,7 +12,7 @@
 namespace drrl {
 
 /// The frame of every drrl program: allocator settings, command line, threads, MPI (when mpirun or srun started several
-/// processes), glog, signals, and the translation of exceptions into exit codes. `body` returns the code of a run that came to
+/// processes), glog, signals, and the translation of exceptions into exit codes. `command` is as in parse_options; `body` returns the code of a run that came to
 /// its own end, the same on all ranks.
 ///
 /// An exception on any rank ends the whole job with that rank's code (MPI_Abort): nobody is left waiting in a

@@ -36,11 +36,18 @@ def run(command):
         sys.exit(f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr[-2000:]}")
 
 
-def evaluate(build, flags):
-    """The JSON of one drrl-eval run. Errors: Refused."""
+def flagfile(folder, flags):
+    """A flag of drrl's programs for these, which several runs share: in a file of `folder`, since what one of the runs has no use for is an error elsewhere."""
+    file = pathlib.Path(folder) / "shared.flags"
+    file.write_text("".join(f"{flag}\n" for flag in flags))
+    return f"--flagfile={file}"
+
+
+def evaluate(build, flags, shared=()):
+    """The JSON of one drrl-eval run; `shared` as for flagfile. Errors: Refused."""
     with tempfile.TemporaryDirectory() as folder:
         result = pathlib.Path(folder) / "result.json"
-        run([build / "bin/drrl-eval", *flags, "--json", result])
+        run([build / "bin/drrl-eval", flagfile(folder, shared), *flags, "--json", result])
         return json.loads(result.read_text())
 
 
@@ -140,12 +147,12 @@ class Study:
         self.options, self.rows, self.exact_runs = options, [], {}
         self.log = Log(options.log, options.build, options.policy)
 
-    def evaluate(self, seq_len, *flags):
+    def evaluate(self, seq_len, *flags, shared=()):
         """As evaluate() above, of sequences of this length."""
         o = self.options
         flags = tuple(str(flag) for flag in ("--model", o.model, "--data", o.data, f"--seq_len={seq_len}", f"--max_tokens={o.max_tokens}",
                                              f"--threads={o.threads}", *flags))
-        return self.log.result(flags, lambda: evaluate(o.build, flags))
+        return self.log.result((*map(str, shared), *flags), lambda: evaluate(o.build, flags, shared))
 
     def exact(self, seq_len):
         """Exact attention at this length; announces it the first time."""
@@ -163,7 +170,7 @@ class Study:
         self.rows.append(row)
         label = f"{name} {'' if value is None else value}"
         try:
-            result = self.evaluate(seq_len, "--attention=lowrank", *self.options.flag, *flags, *(["--compare_full"] if time else []))
+            result = self.evaluate(seq_len, "--attention=lowrank", *flags, *(["--compare_full"] if time else []), shared=self.options.flag)
         except Refused as refused:
             row.update(met=False, reason=str(refused))
             print(f"{label:22} {refused}", flush=True)

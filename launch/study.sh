@@ -44,12 +44,12 @@ ranks=$out/ranks.safetensors traces=$out/traces.safetensors policy=$out/policy.s
 mkdir -p "$out"
 
 # The agent learns from the text that ranks were calibrated on.
-measure() { drrl_on_two "$bin/drrl-policy" "$@" --model "$DRRL_MODEL" --data "$DRRL_DATA/kjv-train" --seq_len=$length "${shape[@]}"; }
-[ -f "$ranks" ] || measure calibrate --policy "$ranks" --calibration_tokens=$calibration_tokens
+measure() { drrl_on_two "$bin/drrl-policy" "$@" --model "$DRRL_MODEL" --data "$DRRL_DATA/kjv-train" --seq_len=$length; }
+[ -f "$ranks" ] || measure calibrate --policy "$ranks" --calibration_tokens=$calibration_tokens "${shape[@]}"
 if [ ! -f "$policy" ]; then
-  measure record --policy "$ranks" --traces "$traces" --calibration_tokens=$trace_tokens
+  measure record --policy "$ranks" --traces "$traces" --calibration_tokens=$trace_tokens --near_block=128
   cp "$ranks" "$policy.new"
-  "$bin/drrl-policy" train --gates "${shape[@]}" --policy "$policy.new" --traces "$traces" --held_out=$held_out --validation=$validation | tee "$out/agent-policy.txt"
+  "$bin/drrl-policy" train --gates --basis_updates=1 --policy "$policy.new" --traces "$traces" --held_out=$held_out --validation=$validation | tee "$out/agent-policy.txt"
   mv "$policy.new" "$policy"
 fi
 
@@ -66,7 +66,7 @@ for name in "${studies[@]}"; do
   case $name in
     agent)
       "$DRRL_PYTHON" launch/study_agent.py --policy "$ranks" --traces "$traces" --model "$DRRL_MODEL" --seeds $seeds --held_out $held_out --validation $validation \
-        --build "build/$DRRL_PRESET" --json "$out/agent.json" -- --gates "${shape[@]}" | tee "$out/agent.txt"
+        --build "build/$DRRL_PRESET" --json "$out/agent.json" -- --gates --basis_updates=1 | tee "$out/agent.txt"
       ;;
     policies)
       study policies policies kjv-valid --seq_len "${lengths[@]}" --budgets "${budgets[@]}" --energies "${energies[@]}" --max_tokens $policy_tokens --time \

@@ -73,7 +73,7 @@ def main():
             if not file.exists():
                 study.run([arguments.build / "bin/drrl-policy", "calibrate", "--model", arguments.model, "--data", arguments.calibration_data,
                            f"--seq_len={arguments.calibration_seq_len}", f"--calibration_tokens={arguments.calibration_tokens}", f"--threads={arguments.threads}",
-                           *arguments.flag, shape, "--policy", file])
+                           study.flagfile(folder, arguments.flag), shape, "--policy", file])
             return file
 
         base = None

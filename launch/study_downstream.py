@@ -42,17 +42,17 @@ def policies(arguments):
 
 def answer(arguments, log, examples, flags, out):
     """What ran, and what became of each of the examples, lines of a file, under one policy; the latter is kept in the file `out`. Errors: study.Refused."""
-    flags = [str(flag) for flag in (*flags, *arguments.flags, *(["--threads=1"] if arguments.jobs > 1 else []))]
+    flags = [str(flag) for flag in (*flags, *(["--threads=1"] if arguments.jobs > 1 else []))]
 
     def part(asked):
         def run():
             with tempfile.TemporaryDirectory() as folder:
                 files = [pathlib.Path(folder) / name for name in ("asked.jsonl", "told.jsonl")]
                 files[0].write_text(asked)
-                report = study.evaluate(arguments.build, ["--model", arguments.model, "--examples", files[0], "--examples_out", files[1], *flags])
+                report = study.evaluate(arguments.build, ["--model", arguments.model, "--examples", files[0], "--examples_out", files[1], *flags], arguments.flags)
                 return {"run": {key: report[key] for key in ("attention", "dtype", "device", "threads", "versions")}, "told": files[1].read_text()}
 
-        return log.result((str(arguments.model), hashlib.sha256(asked.encode()).hexdigest(), *flags), run)
+        return log.result((str(arguments.model), hashlib.sha256(asked.encode()).hexdigest(), *flags, *arguments.flags), run)
 
     # Several parts a job, as some examples take longer than others; small ones for a log, which is of whole parts.
     size = -(-len(examples) // (4 * arguments.jobs if arguments.jobs > 1 else 1))

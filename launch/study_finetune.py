@@ -56,7 +56,7 @@ def main():
               f"{arguments.seq_len} tokens, {arguments.steps} steps, training loss {losses[0]:.4f} -> {losses[-1]:.4f}", flush=True)
         print(f"{'budget':>7} {'evaluated':>10} {'operations':>10} {'time':>6} {'perplexity':>11}  95 % interval")
         for budget in arguments.budgets:
-            flags = ["--attention=lowrank", "--rank_policy=dp", f"--rank_budget={budget}", "--policy", arguments.policy, *arguments.flag]
+            flags = ["--attention=lowrank", "--rank_policy=dp", f"--rank_budget={budget}", "--policy", arguments.policy, study.flagfile(folder, arguments.flag)]
             flags += ["--gates"] if arguments.gates else []
             own_losses, own_spent = train(arguments, folder / str(budget), flags)
             result = evaluate(folder / str(budget) / "hf", [*flags, "--compare_full"])

@@ -77,11 +77,12 @@ def main():
     if len(cores) < 2:
         sys.exit(f"two processes need a core each, this program may use {cores}")
 
-    rows = []
+    rows, folder = [], tempfile.TemporaryDirectory()
+    shared = study.flagfile(folder.name, arguments.flag)
     print(f"two processes on L = {arguments.seq_len}, process {arguments.slow} slowed down; ms a step")
     print(f"{'budget':>7} {'undisturbed':>12} {'slowed':>9} {'balanced':>9} {'recovered':>10} {'speeds':>12} {'perplexity':>11}  95 % interval", flush=True)
     for budget in arguments.budgets:
-        flags = ["--attention=lowrank", "--rank_policy=dp", f"--rank_budget={budget}", "--policy", arguments.policy, *arguments.flag]
+        flags = ["--attention=lowrank", "--rank_policy=dp", f"--rank_budget={budget}", "--policy", arguments.policy, shared]
         times = {"undisturbed": [], "slowed": [], "balanced": []}
         for _ in range(arguments.rounds):
             run_flags = [*flags, *arguments.train_flag]

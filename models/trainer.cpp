@@ -277,7 +277,7 @@ struct Trainer::Impl {
       const bool exists = leader() && CheckpointReader::any(options.output / "checkpoints");
       const bool any = sum_over_world({exists ? 1.0 : 0.0})[0] > 0;
       check(ErrorKind::kUsage, options.resume || !any, options.output.string(),
-            " already holds checkpoints: resume that run, or choose another output folder");
+            " already holds checkpoints: resume that run (--resume), or choose another folder (--output)");
       if (options.resume) {
         const auto restored = restore_training_state(options.output / "checkpoints", state(), options.resume_override,
                                                      [&](const std::string& text) {

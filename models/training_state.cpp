@@ -238,7 +238,7 @@ std::optional<TrainingPosition> restore_training_state(const std::filesystem::pa
         tensor_parallel, ", data_parallel = ", data_parallel, " and context_parallel = ", context_parallel, "; expected at least 1");
   const std::string changed = differences(saved, state.fingerprint);
   check(ErrorKind::kCheckpoint, changed.empty() || allow_changes, chosen, " belongs to a run with other options (", changed,
-        "); use another output folder, or override the check if the change is meant");
+        "); choose another folder (--output), or if the change is meant override the check (--resume_override)");
   if (!changed.empty() && warn && world.rank() == 0) {
     warn("resuming with changed options: " + changed);
   }

@@ -143,13 +143,13 @@ ANSWER = ["drrl-eval", INPUT[0], "--examples={folder}/questions.jsonl", "--threa
 LOW_RANK = ["drrl-eval", *INPUT, *SHAPE, POLICY, "--attention=lowrank", "--rank_budget=0.95", "--max_tokens=512", "--json={folder}/result.json"]
 TRAIN = ["drrl-train", *INPUT, "--seq_len=24", "--micro_batch=1", "--global_batch=2", "--save_every=2", "--threads=1", "--valid_fraction=0",
          "--output={folder}/run"]
-AGENT = ["drrl-policy", "train", "--near_block=8", "--basis_updates=1", POLICY, TRACES, "--fit_steps=2", "--reward_steps=2"]
+AGENT = ["drrl-policy", "train", "--basis_updates=1", POLICY, TRACES, "--fit_steps=2", "--reward_steps=2"]
 
 QUESTION = {"id": "one", "context": list(range(40)), "questions": [{"at": 20, "targets": [[3], [4, 5]], "answer": 1}, {"at": 40, "targets": [[7]], "answer": 0}]}
 
 SETUP = [
     ["drrl-policy", "calibrate", *INPUT, *SHAPE, POLICY, "--calibration_tokens=1024"],
-    ["drrl-policy", "record", *INPUT, *SHAPE, POLICY, "--calibration_tokens=2048", TRACES],
+    ["drrl-policy", "record", *INPUT, *(flag for flag in SHAPE if flag != "--basis_updates=1"), POLICY, "--calibration_tokens=2048", TRACES],
     ["drrl-bench", "latency", "--gates", "--model={folder}/model", *SHAPE, "--latency={folder}/latency.json"],
     [*AGENT, "--gates"],
     [*TRAIN, "--steps=2"],

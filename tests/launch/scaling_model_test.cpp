@@ -203,8 +203,7 @@ class ModelProgram : public testing::Test {
     return (own_ / name).string();
   }
   Ended model(const std::string& arguments) {
-    return shell(std::string(DRRL_BINARY_DIR) + "/bin/drrl-bench model --near_block=32 --sink_tokens=2 --rank=16 --json=" + (own_ / "m.json").string() + " " +
-                 arguments);
+    return shell(std::string(DRRL_BINARY_DIR) + "/bin/drrl-bench model --json=" + (own_ / "m.json").string() + " " + arguments);
   }
   /// As launch/bench_scaling.sh writes it.
   std::string write_runs() {
@@ -238,7 +237,8 @@ TEST_F(ModelProgram, FitsValidatesAndPredicts) {
   }
   const std::string slow = write("slow.json", held_out);
 
-  const Ended good = model("--runs=" + runs + " --validate=" + right + " --worlds=8,64 --seq_lens=256,4096 --alpha_us=10 --gbps=100 --tp=2 --sequences=1");
+  const Ended good = model("--runs=" + runs + " --validate=" + right + " --worlds=8,64 --seq_lens=256,4096 --alpha_us=10 --gbps=100 --tp=2 --sequences=1 --near_block=32 --sink_tokens=2 "
+                           "--rank=16");
   ASSERT_EQ(good.code, 0) << good.output;
   EXPECT_NE(good.output.find("within the tolerance of 15.0 %"), std::string::npos) << good.output;
   const auto json = ordered_json::parse(read_bytes(own_ / "m.json"));
@@ -303,13 +303,14 @@ TEST_F(ModelProgram, RefusesFilesAndCasesThatItCannotUse) {
   expect_refused("--runs=" + changed("f.json", [](auto& j) { j["steps"].clear(); }), {"f.json", "\"steps\" is \"[]\""});
   expect_refused("--runs=" + changed("g.json", [](auto& j) { j["steps"][0]["yardstick_ms"] = 0; }), {"g.json", "yardstick_ms"});
   expect_refused("--runs=" + changed("h.json", [](auto& j) { for (auto& step : j["steps"]) { step["yardstick_ms"] = 0.7; } }), {"its yardstick took 0.7 ms", "dp 2"});
-  expect_refused("--runs=" + runs, {"network_message", "--alpha_us"});
-  expect_refused("--runs=" + runs + " --worlds=3 --tp=2", {"3 processes", "--tp=2"});
+  expect_refused("--runs=" + runs + " --rank=16", {"network_message", "--alpha_us"});
+  expect_refused("--runs=" + runs + " --worlds=3 --tp=2 --rank=16", {"3 processes", "--tp=2"});
   expect_refused("--runs=" + runs + " --rank=32 --worlds=1", {"--rank=32", "[1, 32)"});
 }
 
 TEST_F(ModelProgram, CountsTheBytesThatRealRunsSend) {
-  const std::string tiny = " --seq_len=320 --near_block=32 --sink_tokens=2 --rank=16 --model_hidden=96 --model_layers=2 --model_heads=3 --model_kv_groups=3"
+  test::write_bytes(own_ / "lowrank.flags", "--near_block=32\n--sink_tokens=2\n--rank=16\n");
+  const std::string tiny = " --seq_len=320 --flagfile=" + (own_ / "lowrank.flags").string() + " --model_hidden=96 --model_layers=2 --model_heads=3 --model_kv_groups=3"
                            " --model_vocabulary=100 --steps=1 --warmup_steps=1 --threads=1 --json=" + (own_ / "r.json").string();
   for (const auto& [processes, arguments] : std::vector<std::pair<int64_t, std::string>>{
            {1, "--attention=lowrank"}, {4, "--attention=lowrank --tp=2 --cp=2"}, {3, "--cp=3"}, {3, "--attention=lowrank --cp=3"}, {4, "--tp=2 --scaling=strong"}}) {

@@ -25,8 +25,8 @@ std::string on(int64_t processes, const std::string& arguments) {
 }
 
 constexpr const char* kTiny =
-    " --seq_len=64 --near_block=16 --sink_tokens=2 --rank=16 --model_hidden=96 --model_layers=2 --model_heads=3 --model_kv_groups=3 --model_vocabulary=100"
-    " --steps=3 --warmup_steps=1";
+    " --seq_len=64 --model_hidden=96 --model_layers=2 --model_heads=3 --model_kv_groups=3 --model_vocabulary=100 --steps=3 --warmup_steps=1";
+constexpr const char* kLowRank = " --attention=lowrank --near_block=16 --sink_tokens=2 --rank=16";
 
 class ScalingProgram : public testing::Test {
  protected:
@@ -88,7 +88,7 @@ TEST_F(ScalingProgram, CollectivesReportAsNcclTestsDo) {
 
 TEST_F(ScalingProgram, ScalingCountsWhatAStepSendsAndWaitsFor) {
   for (const int64_t processes : {1, 2, 3}) {
-    const auto json = run(processes, std::string("scaling --attention=lowrank") + kTiny);
+    const auto json = run(processes, std::string("scaling") + kLowRank + kTiny);
     ASSERT_EQ(json["ranks"].size(), static_cast<size_t>(processes));
     EXPECT_EQ(json["world_size"], processes);
     EXPECT_EQ(json["dp"], processes);
@@ -137,7 +137,7 @@ TEST_F(ScalingProgram, EveryAxisHasItsGroup) {
   EXPECT_EQ(tp["sequences_per_step"], 2);
   EXPECT_EQ(groups_of(tp), (std::set<std::string>{"tp"}));
   EXPECT_LT(tp["basis_share"], 0.01);  // exact attention has no bases
-  const auto cp = run(2, std::string("scaling --scaling=strong --cp=2 --attention=lowrank") + kTiny);
+  const auto cp = run(2, std::string("scaling --scaling=strong --cp=2") + kLowRank + kTiny);
   EXPECT_EQ(groups_of(cp), (std::set<std::string>{"cp", "data"}));
   EXPECT_GT(cp["basis_share"], 0.01);
   EXPECT_EQ(tp["basis_bytes"], 0);

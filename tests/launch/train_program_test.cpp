@@ -1,6 +1,7 @@
 // drrl-train as a user meets it: what it prints, writes and exits with.
 #include "core/error.h"
 #include "launch/exit_codes.h"
+#include "launch/options.h"
 #include "models/llama.h"
 #include "models/token_file.h"
 #include "policy/attention.h"
@@ -133,7 +134,7 @@ std::string calibrated_model(const TemporaryDirectory& folder, const std::filesy
 TEST_F(TrainProgram, TheBudgetMayBeOfMeasuredTime) {
   const std::string common = calibrated_model(own_, *shared_ / "text") + "--basis_updates=1 ";
   const std::string bin = std::string(DRRL_BINARY_DIR) + "/bin/", file = (own_ / "latency.json").string();
-  const Ended measured = shell(bin + "drrl-bench latency --gates --latency=" + file + common + "--policy=" + (own_ / "ranks.safetensors").string());
+  const Ended measured = shell(bin + "drrl-bench latency --gates --latency=" + file + std::regex_replace(common, std::regex("--data=\\S+"), "") + "--policy=" + (own_ / "ranks.safetensors").string());
   ASSERT_EQ(measured.code, 0) << measured.output;
   for (const char* text : {"one KV group at L = 257", "fitted to", "mixed", "wrote " }) {
     EXPECT_NE(measured.output.find(text), std::string::npos) << "lacks: " << text << "\n" << measured.output;
@@ -155,8 +156,8 @@ TEST_F(TrainProgram, TheBudgetMayBeOfMeasuredTime) {
   EXPECT_LE(json["latency_fraction"].get<double>(), 0.9);
   EXPECT_NE(json["attention"].get<std::string>().find("budget 0.9 of the forward ms of "), std::string::npos) << json["attention"];
   expect_failure(dp + "--near_block=16", ExitCode::kUsage, {"latency.json", "\"near_block\" is 32, expected 16"});
-  expect_failure(dp + "--latency= --near_block=16", ExitCode::kUsage, {"ranks.safetensors was calibrated with --near_block=32 and --sink_tokens=1, these are 16 and 1"});
-  expect_failure(dp + "--rank_policy=fixed --rank=4", ExitCode::kUsage, {"--latency needs", "fixed"});
+  expect_failure(dp + "--latency= --near_block=16", ExitCode::kUsage, {"ranks.safetensors was calibrated with --near_block=32 and --sink_tokens=1, these are 16 and 1: give those"});
+  expect_failure(dp + "--rank_policy=fixed --rank=4", ExitCode::kUsage, {"--latency=" + file + " needs --rank_policy=random, greedy, dp or rl (is fixed)"});
   expect_failure(bin + "drrl-bench latency --latency=x --seq_len=127" + std::string(" --near_block=32 --head_dims=16"), ExitCode::kUsage, {"--seq_len=127", "--near_block=32"});
   expect_failure(bin + "drrl-bench latency --latency=x --head_dims=16,32", ExitCode::kUsage, {"--head_dims=16,32", "one shape"});
   expect_failure(bin + "drrl-bench latency", ExitCode::kUsage, {"--latency is required"});
@@ -230,7 +231,7 @@ TEST_F(TrainProgram, TheRankPolicyLearnsOnTheWay) {
   expect_failure(bin + "drrl-train --steps=1 --policy_update_every=1 --attention=lowrank --rank_policy=fixed --rank=4" + common, ExitCode::kUsage,
                  {"--policy_update_every=1 needs --attention=lowrank and --rank_policy=dp or rl", "fixed"});
   const std::string balanced = bin + "drrl-train --steps=1 --balance_every=1 --policy=" + policy;
-  expect_failure(balanced + ranks + "--rank_policy=fixed --rank=4", ExitCode::kUsage, {"--balance_every needs --attention=lowrank and --rank_policy=dp", "fixed"});
+  expect_failure(balanced + common + "--attention=lowrank --rank_policy=fixed --rank=4", ExitCode::kUsage, {"--balance_every needs --attention=lowrank and --rank_policy=dp", "fixed"});
   expect_failure(balanced + ranks + "--policy_update_every=1", ExitCode::kUsage, {"--balance_every does not go with --policy_update_every"});
   expect_failure(mpirun(2) + balanced + ranks + "--cp=2", ExitCode::kUsage, {"--balance_every=1 does not go with --cp=2", "decide alike"});
   expect_failure(balanced + ranks + "--balance_damage=-1", ExitCode::kUsage, {"--balance_damage", "-1"});
@@ -239,11 +240,91 @@ TEST_F(TrainProgram, TheRankPolicyLearnsOnTheWay) {
   }
 }
 
-TEST_F(TrainProgram, ReadsAFlagFile) {
-  write_bytes(own_ / "run.flags", "# a comment\n--steps=2\n");
-  const Ended run = shell(command("--flagfile=" + (own_ / "run.flags").string()));
+TEST_F(TrainProgram, ReadsFlagFiles) {
+  const std::string file = (own_ / "run.flags").string(), other = (own_ / "other.flags").string();
+  write_bytes(file, "# a comment\n\n  --steps=2 \r\n--flagfile=" + other);
+  write_bytes(other, "--log_every=2\n--steps=3\n--noactivation_checkpoint\n");
+  const auto expect_steps = [](const std::string& line, const std::string& last) {
+    const Ended run = shell(line);
+    EXPECT_EQ(run.code, 0) << run.output;
+    EXPECT_NE(run.output.find("\nstep " + last), std::string::npos) << run.output;
+  };
+  expect_steps(command("--flagfile=" + file), "2/3");
+  expect_steps(command("--flagfile " + other + "," + file + " --steps=4"), "4/4");
+  // A pipe gives what it holds only once.
+  expect_steps("mkfifo " + (own_ / "pipe").string() + "; (sleep 0.2; cat " + other + ") > " + (own_ / "pipe").string() + " & " + command("--flagfile=" + (own_ / "pipe").string()),
+               "2/3");
+}
+
+TEST_F(TrainProgram, FlagFilesThatLoseOptionsAreRefused) {
+  const auto expect_refused = [&](const std::string& text, const std::vector<std::string>& fragments) {
+    write_bytes(own_ / "inner.flags", text);
+    write_bytes(own_ / "run.flags", "--flagfile=" + (own_ / "inner.flags").string() + "\n");
+    expect_failure(command("--flagfile=" + (own_ / "run.flags").string()), ExitCode::kUsage, fragments);
+  };
+  expect_refused("--steps=1\n--sequence_lenght=8\n", {"inner.flags:2: unknown option --sequence_lenght"});
+  expect_refused("--steps\n", {"inner.flags:1: option 'steps' has no value"});
+  expect_refused("steps=1\n", {"inner.flags:1: 'steps=1' is not an option"});
+  expect_refused("--steps=1\n--flagfile=" + (own_ / "run.flags").string(), {"inner.flags:2: --flagfile=", "run.flags", "include itself"});
+  expect_refused("--flagfile=" + own_.path().string(), {"--flagfile=" + own_.path().string() + " is a folder"});
+  expect_refused("--flagfile=/dev/zero", {"--flagfile=/dev/zero is longer"});
+  expect_refused("--flagfile=\n", {"inner.flags:1: --flagfile= names no file"});
+  expect_refused(std::string("--steps=1\0--lr=2\n", 17), {"inner.flags is not a text"});
+  write_bytes(own_ / "run.flags", "--steps=1\n");
+  expect_failure("FLAGS_flagfile=" + (own_ / "run.flags").string() + " " + command("--tryfromenv=flagfile"), ExitCode::kUsage, {"--flagfile must stand on the command line"});
+  const std::string pipe = (own_ / "pipe").string();
+  expect_failure("mkfifo " + pipe + "; " + command("--flagfile=" + pipe), ExitCode::kUsage, {pipe + ": nothing came for 5 s"});
+  expect_failure(mpirun(2) + command("--flagfile=" + pipe), ExitCode::kUsage, {pipe + " is no regular file"});
+}
+
+TEST_F(TrainProgram, OptionsWithoutEffectAreRefused) {
+  const std::string bin = std::string(DRRL_BINARY_DIR) + "/bin/";
+  expect_failure(command("--rank=8"), ExitCode::kUsage, {"--rank=8 needs --attention=lowrank (is full)\n"});
+  expect_failure(command("--rank_policy=energy --gates --policy=p --rank_budget=0.5 --guard_eps=0.1 --energy=0.9 --latency=l --near_block=8 --sink_tokens=0 --basis_updates=1 --rank_buckets=8 "
+                         "--guard_decay=0.5 --valid_data=v --valid_fraction=0.1 --resume_override --save_every=2 --keep=3 --export_dtype=bf16 --policy_sample_rows=8 --balance_damage=1"),
+                 ExitCode::kUsage,
+                 {"--rank_policy=energy needs --attention=lowrank", "--gates=true needs --attention=lowrank (is full) and --rank_policy=dp or rl (is energy)", "--policy=p needs",
+                  "--rank_budget=0.5 needs", "--guard_eps=0.1 needs", "--energy=0.9 needs", "--latency=l needs", "--near_block=8 needs", "--sink_tokens=0 needs", "--basis_updates=1 needs",
+                  "--rank_buckets=8 needs", "--valid_fraction=0.1 has no effect with --valid_data=v", "--resume_override=true needs --resume", "--save_every=2 needs --output",
+                  "--keep=3 needs --output", "--export_dtype=bf16 needs --output", "--policy_sample_rows=8 needs --policy_update_every", "--balance_damage=1 needs --balance_every"});
+  expect_failure(command("--attention=lowrank --rank_policy=dp --policy=p --rank=8 --energy=0.9 --guard_decay=0.5 --valid_fraction=0 --eval_every=1"), ExitCode::kUsage,
+                 {"--rank=8 needs --rank_policy=fixed (is dp)", "--energy=0.9 needs --rank_policy=energy (is dp)", "--guard_decay=0.5 needs --guard_eps", "--eval_every=1 needs --valid_fraction"});
+  expect_failure(command("--attention=lowrank --gates --rank_budget=0.5"), ExitCode::kUsage,
+                 {"--gates=true needs --rank_policy=dp or rl (is fixed)", "--rank_budget=0.5 needs --rank_policy=random, greedy, dp or rl (is fixed)"});
+  const std::string eval = bin + "drrl-eval --model=m --data=d ";
+  expect_failure(eval + "--prompt_tokens=8 --temperature=1 --top_k=3 --balance_damage=1 --guard_decay=0.5 --seed=3", ExitCode::kUsage,
+                 {"--prompt_tokens=8 needs --generate", "--temperature=1 needs --generate", "--top_k=3 needs --generate", "--balance_damage=1 needs --balance_speeds",
+                  "--guard_decay=0.5 has no effect in drrl-eval", "--seed=3 needs"});
+  expect_failure(eval + "--generate=3 --max_tokens=8 --compare_full --seq_len=8 --top_k=3", ExitCode::kUsage,
+                 {"--max_tokens=8 has no effect with --generate=3", "--compare_full=true has no effect with --generate=3", "--seq_len=8 has no effect with --generate=3", "--top_k=3 needs --temperature"});
+  expect_failure(bin + "drrl-policy calibrate --model=m --data=d --policy=p --json=j --held_out=2 --gates --rank=8", ExitCode::kUsage,
+                 {"--json=j has no effect in drrl-policy calibrate", "--held_out=2 has", "--gates=true has", "--rank=8 has"});
+  expect_failure(bin + "drrl-policy train --policy=p --traces=t --model=m --data=d --calibration_tokens=8 --near_block=8", ExitCode::kUsage,
+                 {"--model=m has no effect in drrl-policy train", "--data=d has", "--calibration_tokens=8 has", "--near_block=8 needs --latency"});
+  expect_failure(bin + "drrl-bench collectives --ranks=8 --tp=2 --near_block=8", ExitCode::kUsage,
+                 {"--ranks=8 has no effect in drrl-bench collectives", "--tp=2 has no effect with --group=world", "--near_block=8 has"});
+  expect_failure(bin + "drrl-policy --seq_len=8", ExitCode::kUsage, {"usage: drrl-policy calibrate|record|train"});
+  const Ended said = shell(mpirun(2) + command("--rank=8"));
+  EXPECT_EQ(said.code, static_cast<int>(ExitCode::kUsage)) << said.output;
+  EXPECT_EQ(count(said.output, "--rank=8 needs"), 1U) << said.output;
+}
+
+TEST_F(TrainProgram, OptionsWithoutEffectMayBeSwitchedOffOrStandInFlagFiles) {
+  write_bytes(own_ / "shared.flags", "--rank=8\n--rank_policy=dp\n--gates\n--keep=3\n");
+  const Ended run = shell(command("--steps=1 --flagfile=" + (own_ / "shared.flags").string() + " --guard_eps=0 --gates=false --policy= --valid_data=" + (*shared_ / "text").string() +
+                                  " --valid_fraction=0"));
   EXPECT_EQ(run.code, 0) << run.output;
-  EXPECT_NE(run.output.find("step 2/2"), std::string::npos) << run.output;
+  EXPECT_NE(run.output.find("given, but without effect here: --gates --guard_eps --keep --policy --rank --rank_policy\n"), std::string::npos) << run.output;
+  EXPECT_EQ(run.output.find("--near_block"), std::string::npos) << run.output;
+}
+
+TEST_F(TrainProgram, SaysItsVersion) {
+  for (const char* program : {"drrl-train", "drrl-policy", "drrl-bench", "drrl-bench model"}) {
+    const Ended run = shell(c10::str(DRRL_BINARY_DIR, "/bin/", program, " --version"));
+    EXPECT_EQ(run.code, 0) << run.output;
+    EXPECT_TRUE(std::regex_match(run.output, std::regex("drrl \\d+\\.\\d+\\.\\d+, LibTorch .*\n"))) << run.output;
+  }
+  EXPECT_EQ(shell(kTrain + " --helpxml").code, 0);
 }
 
 TEST_F(TrainProgram, BadUsage) {
@@ -256,6 +337,9 @@ TEST_F(TrainProgram, BadUsage) {
   expect_failure(command("--tp=2"), ExitCode::kUsage, {"1 processes", "--tp=2"});
   expect_failure(command("--global_batch=0"), ExitCode::kUsage, {"global_batch", "0"});
   expect_failure(command("--min_lr=1"), ExitCode::kUsage, {"min_lr", "0.01"});
+  expect_failure(command("--warmup_tokens=576"), ExitCode::kUsage, {"--warmup_tokens=576", "[0, 576)", "-1"});
+  expect_failure(command("--rank_plicy=dp"), ExitCode::kUsage, {"unknown option --rank_plicy: did you mean --rank_policy?"});
+  expect_failure(command("--learning-rate=1"), ExitCode::kUsage, {"did you mean --lr or --min_lr?"});
   expect_failure(command("--train_tokens=100"), ExitCode::kUsage, {"--steps=6", "--train_tokens=100"});
   expect_failure(command("--attention=linear"), ExitCode::kUsage, {"linear"});
   expect_failure(command("--dtype=fp8"), ExitCode::kUsage, {"fp8"});
@@ -464,8 +548,8 @@ TEST_F(TrainProgram, SigtermSavesAndARestartGoesOnBitForBit) {
   EXPECT_NE(again.output.find("resumed after step"), std::string::npos) << again.output;
   EXPECT_GT(read_bytes(own_ / "out/checkpoints/latest"), latest);
 
-  expect_failure(command(output() + many), ExitCode::kUsage, {"already holds checkpoints"});
-  expect_failure(command(output() + many + "--resume --lr=2e-2"), ExitCode::kCheckpoint, {"lr: 0.01 -> 0.02"});
+  expect_failure(command(output() + many), ExitCode::kUsage, {"already holds checkpoints", "--resume"});
+  expect_failure(command(output() + many + "--resume --lr=2e-2"), ExitCode::kCheckpoint, {"lr: 0.01 -> 0.02", "--resume_override"});
 
   std::filesystem::remove(own_ / "out/checkpoints/latest");
   expect_failure(command(output() + many), ExitCode::kUsage, {"already holds checkpoints"});
@@ -501,6 +585,49 @@ std::set<std::string> flags_in(const std::string& text, const std::regex& patter
     names.insert((*found)[1]);
   }
   return names;
+}
+
+TEST_F(TrainProgram, EveryOptionSaysWhereItHasAnEffect) {
+  const std::map<std::string, std::vector<std::string>> commands = {{"drrl-train", {""}},
+                                                                    {"drrl-eval", {""}},
+                                                                    {"drrl-policy", {" calibrate", " record", " train"}},
+                                                                    {"drrl-bench", {" attention", " latency", " peers", " collectives", " scaling", " model"}}};
+  std::map<std::string, std::set<std::string>> options;  // of a command
+  for (const auto& [program, words] : commands) {
+    const auto names = flags_in(shell(std::string(DRRL_BINARY_DIR) + "/bin/" + program + " --help").output, std::regex(R"(\| --(\w+) \|)"));
+    EXPECT_FALSE(names.empty()) << program;
+    for (const std::string& word : words) {
+      options[program + word] = names;
+    }
+  }
+  std::set<std::string> listed;
+  for (const OptionUse& use : option_uses()) {
+    std::vector<std::string> where;
+    for (const std::string& command : split(use.commands, ',')) {
+      where.push_back(command.substr(command.find_first_not_of(' ')));
+      EXPECT_TRUE(options.contains(where.back())) << use.options << ": no command " << where.back();
+    }
+    if (where.empty()) {
+      for (const auto& [command, names] : options) {
+        where.push_back(command);
+      }
+    }
+    for (const std::string& command : where) {
+      for (const std::string& name : split(use.options, ' ')) {
+        EXPECT_TRUE(options[command].contains(name)) << command << " has no --" << name;
+        listed.insert(name);
+      }
+      for (const std::string& condition : split(use.conditions, ' ')) {
+        const size_t begin = condition[0] == '!' ? 1 : 0;
+        EXPECT_TRUE(options[command].contains(condition.substr(begin, condition.find('=') - begin))) << command << ": " << condition;
+      }
+    }
+  }
+  for (const auto& [command, names] : options) {
+    for (const std::string& name : names) {
+      EXPECT_TRUE(listed.contains(name)) << command << ": --" << name << " has no row in launch/option_uses.cpp";
+    }
+  }
 }
 
 TEST_F(TrainProgram, FlagFilesKnowTheirFlags) {

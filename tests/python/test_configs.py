@@ -14,8 +14,8 @@ PROGRAMS = {"eval": "drrl-eval", "finetune": "drrl-train", "quickstart-train": "
 
 
 def run(program, *flags):
-    command = [BIN / program, *(["calibrate"] if program == "drrl-policy" else []), "--model=/nonexistent", "--data=/nonexistent",
-               "--policy=/nonexistent", *flags, "--tp=1", "--device=cpu"]
+    command = [BIN / program, *(["calibrate", "--policy=/nonexistent"] if program == "drrl-policy" else []), "--model=/nonexistent",
+               "--data=/nonexistent", *flags, "--tp=1", "--device=cpu"]
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
 
 

@@ -227,7 +227,7 @@ class ProgramTest(SharedModel):
 
     def answer(self, *flags, ranks=1):
         out, result = self.folder / "out.jsonl", self.folder / "out.json"
-        run([BIN / "drrl-eval", "--model", self.model, "--examples", self.examples, "--examples_out", out, "--json", result, "--near_block=32", *flags], ranks)
+        run([BIN / "drrl-eval", "--model", self.model, "--examples", self.examples, "--examples_out", out, "--json", result, *flags], ranks)
         return json.loads(result.read_text()), lines_of(out)
 
     def test_exact_attention_answers_like_transformers(self):
@@ -244,7 +244,7 @@ class ProgramTest(SharedModel):
         self.assertEqual(summary["attention_flops_fraction"], 1.0)
 
     def test_processes_answer_like_one(self):
-        flags = ("--attention=lowrank", "--rank=8")
+        flags = ("--attention=lowrank", "--rank=8", "--near_block=32")
         summary, lines = self.answer(*flags)
         self.assertNotEqual(summary["attention_flops_fraction"], 1)
         exact = [line["nll"] for line in self.answer()[1]]

@@ -33,7 +33,7 @@ class EmbedTest(SharedModel):
         out = self.folder / name
         run([BIN / "drrl-train", "--model", self.model, "--data", self.data, "--output", out, f"--seq_len={LENGTH}", f"--global_batch={BATCH}",
              "--micro_batch=1", f"--steps={STEPS}", "--lr=3e-3", "--min_lr=3e-3", "--warmup_tokens=0", "--weight_decay=0", "--clip=1.0", f"--seed={SEED}",
-             "--valid_fraction=0", "--near_block=32", *flags])
+             "--valid_fraction=0", *flags])
         return [json.loads(line) for line in (out / "metrics/metrics.jsonl").read_text().splitlines()]
 
     def theirs(self, *flags):
@@ -50,7 +50,7 @@ class EmbedTest(SharedModel):
 
     def test_steps_at_a_fixed_rank(self):
         exact = self.ours("exact", "--attention=full")
-        expected = self.ours("fixed", "--attention=lowrank", "--rank=4")
+        expected = self.ours("fixed", "--attention=lowrank", "--rank=4", "--near_block=32")
         apart = numpy.abs(numpy.divide([s["loss"] for s in expected], [s["loss"] for s in exact]) - 1)
         self.assertGreater(apart.max(), 5 * TOLERANCE)  # low rank shows in the losses
         self.assertLess(expected[-1]["loss"], 0.9 * expected[0]["loss"])
@@ -63,7 +63,7 @@ class EmbedTest(SharedModel):
         policy = self.folder / "ranks.safetensors"
         run([BIN / "drrl-policy", "calibrate", "--model", self.model, "--data", self.data, f"--seq_len={LENGTH}", "--near_block=32", "--policy", policy,
              "--calibration_tokens=400"])
-        expected = self.ours("dp", "--attention=lowrank", "--rank_policy=dp", "--rank_budget=0.8", "--policy", policy)
+        expected = self.ours("dp", "--attention=lowrank", "--rank_policy=dp", "--rank_budget=0.8", "--policy", policy, "--near_block=32")
         steps = self.theirs("--policy", policy, "--rank_budget=0.8")
         self.assert_same(steps, expected)
         self.assertLess(max(s["flops"] for s in steps), 0.85)  # of the budget, whose figure is the forward's alone
