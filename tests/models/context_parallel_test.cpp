@@ -102,6 +102,37 @@ TEST_F(ContextParallel, LossAndEveryGradientEqualOneProcess) {
   }
 }
 
+TEST_F(ContextParallel, PairsThatNoLowRankServesAreExactOnAllProcesses) {
+  for (const MeshShape shape : shapes()) {
+    const Mesh m = mesh(shape);
+    for (const double by : {1.0, 1e3}) {  // scores of 1e6: all pairs are exact
+      Text text = random_text(config_, 1, kUpdated.length);
+      text.tokens.slice(1, 0, by > 1 ? 0 : 150).fill_(3);  // or a run of one token
+      const auto policy = make_fixed_policy(6, 16);
+      const auto loss = [&](const Group& cp, const std::shared_ptr<LowRankController>& attention) {
+        CausalLM result(config_, m.tp(), attention, {});
+        set_weights(result, random_weights(config_, 1), m.tp());
+        at::NoGradGuard no_grad;
+        for (const Parameter& parameter : result.parameters()) {
+          if (parameter.name.find("q_proj.weight") != std::string::npos || parameter.name.find("k_proj.weight") != std::string::npos) {
+            parameter.value.mul_(by);
+          }
+        }
+        at::Tensor sum = result.loss(text.tokens, text.labels).loss_sum.to(at::kDouble).view({1});
+        at::Tensor exact_pairs = at::full({1}, attention->take_statistics().exact_pairs, at::kDouble);
+        cp.all_reduce(sum);
+        cp.all_reduce(exact_pairs);
+        return std::pair(sum.item<double>(), exact_pairs.item<double>());
+      };
+      const auto [alone, exact_alone] = loss(Group(), controller(policy, kUpdated.geometry, m.tp(), Group(), m.kv()));
+      const auto [split, exact_split] = loss(m.cp(), controller(policy, kUpdated.geometry, m.tp(), m.cp(), m.kv()));
+      EXPECT_NEAR(split, alone, 1e-3 * alone) << "times " << by;
+      EXPECT_EQ(exact_split, exact_alone);
+      EXPECT_EQ(exact_alone > 0, by > 1);
+    }
+  }
+}
+
 TEST_F(ContextParallel, WithSharedKvHeadsAsWell) {
   if (size_ % 2 != 0 || size_ == 2) {
     return;

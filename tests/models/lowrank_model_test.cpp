@@ -102,6 +102,28 @@ TEST_F(LowRankModel, LowRankReallyIsAtWork) {
   EXPECT_LT(fine, coarse);
 }
 
+TEST_F(LowRankModel, RunsOfOneTokenAreOrdinaryText) {
+  for (const int64_t run : {kLength, kLength / 2}) {  // with its positions encoded, a token's keys differ; those of GPT-2 do so only by what positions add
+    for (const bool gpt2 : {false, true}) {
+      config_ = gpt2 ? small_gpt2_config() : small_config();
+      Text text = random_text(config_, 1, kLength);
+      text.tokens.slice(1, 0, run).fill_(3);
+      text.labels.slice(1, 0, run - 1).fill_(3);
+      const double exact = model(make_full_policy(), tp_).loss(text.tokens, text.labels).loss_sum.item<double>();
+      for (const auto& policy : rank_policies(kLevels)) {
+        SCOPED_TRACE(c10::str(policy->describe(), ", a run of ", run, gpt2 ? ", GPT-2" : ""));
+        CausalLM m = model(policy, tp_);
+        const at::Tensor loss = m.loss(text.tokens, text.labels).loss_sum;
+        EXPECT_NEAR(loss.item<double>(), exact, 1e-2 * exact);
+        loss.backward();
+        for (const Parameter& parameter : m.parameters()) {
+          EXPECT_TRUE(at::isfinite(parameter.value.grad()).all().item<bool>()) << parameter.name;
+        }
+      }
+    }
+  }
+}
+
 TEST_F(LowRankModel, CheckpointingChangesNoBit) {
   const Text text = random_text(config_, 2, kLength);
   for (const auto& policy : rank_policies(kLevels)) {
