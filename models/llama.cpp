@@ -387,8 +387,12 @@ void CausalLM::save(const std::filesystem::path& hf_dir, at::ScalarType dtype) c
         write_text(hf_dir / name, read_text(source_ / name, ErrorKind::kModel));
       }
     }
-    write_text(hf_dir / "config.json", config_.export_json(dtype));
-    write_safetensors(hf_dir / "model.safetensors", tensors);
+    for (const NamedTensor& tensor : tensors) {
+      check(ErrorKind::kNumerics, at::isfinite(tensor.value).all().item<bool>(), hf_dir, " was not written: tensor ", tensor.name, " is not finite in ", dtype);
+    }
+    write_text(hf_dir / "config.json", config_.export_json(dtype), [](const std::filesystem::path& written) { ModelConfig::load(written); });
+    write_safetensors(hf_dir / "model.safetensors", tensors, {{"format", "pt"}},
+                      [](const std::filesystem::path& written) { SafetensorsFile(written, ErrorKind::kModel); });
     sync_directory(hf_dir);
   });
 }
