@@ -426,6 +426,7 @@ ExitCode evaluate(const Environment& environment) {
     }
   }
 
+  check_outputs(environment, {"json", "decisions", "examples_out"});
   const Mesh mesh = create_mesh(environment, shape, device);
   guarded(environment, [&] {
     const bool leader = environment.world_rank == 0;
