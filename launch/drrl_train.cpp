@@ -262,8 +262,11 @@ std::unique_ptr<FolderLock> claim_outputs(const Environment& environment) {
     for (const char* folder : {"checkpoints", "metrics", "hf"}) {
       check_writable_folder(output / folder);
     }
-    for (const char* file : {"metrics/metrics.jsonl", "metrics/metrics.csv", "hf/config.json", "hf/model.safetensors", "policy.safetensors"}) {
-      if (path_exists(output / file, ErrorKind::kStorage)) {
+    for (const char* file : {"checkpoints/latest", "metrics/metrics.jsonl", "metrics/metrics.csv", "hf/config.json", "hf/model.safetensors", "policy.safetensors"}) {
+      std::error_code unknown;
+      const auto status = std::filesystem::symlink_status(output / file, unknown);
+      const bool replaced = std::filesystem::is_symlink(status) && std::string_view(file) == "checkpoints/latest";  // whatever it leads to
+      if (std::filesystem::exists(status) && !replaced) {
         check_writable(output / file);
       }
     }
