@@ -368,7 +368,7 @@ FolderLock::FolderLock(const std::filesystem::path& folder, const std::string& f
   check(ErrorKind::kStorage, descriptor >= 0, "cannot open ", path, ": ", reason(errno));
   descriptor_.number = descriptor;
   // A process that was just killed may still be on its way out.
-  constexpr int kTries = 20;
+  constexpr int kTries = 30;
   constexpr auto kPause = std::chrono::milliseconds(100);
   const auto lock = [&] { return ::flock(descriptor, LOCK_EX | LOCK_NB) == 0 ? 0 : errno; };
   int failed = lock();
