@@ -5,6 +5,7 @@
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <sys/wait.h>
 
 #include <future>
@@ -15,7 +16,7 @@
 static bool takes_locks = true;
 
 /// In place of the system's: a file system that takes no locks, if the test says so.
-extern "C" int flock(int descriptor, int operation) {
+extern "C" int flock(int descriptor, int operation) noexcept {
   errno = ENOLCK;
   return takes_locks ? static_cast<int>(syscall(SYS_flock, descriptor, operation)) : -1;
 }
@@ -141,9 +142,11 @@ void die_after(const std::function<void()>& action) {
   const pid_t child = fork();
   if (child == 0) {
     action();
-    ::raise(SIGKILL);
+    testing::Test::HasFailure() ? _exit(1) : static_cast<void>(::raise(SIGKILL));
   }
-  ASSERT_EQ(waitpid(child, nullptr, 0), child);
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  ASSERT_TRUE(WIFSIGNALED(status)) << "see above";
 }
 
 TEST(FolderLock, ASecondOneIsToldOfTheFirst) {
