@@ -83,6 +83,10 @@ Target target_of(std::filesystem::path path) {
   return {std::move(path)};
 }
 
+std::filesystem::path folder_of(const std::filesystem::path& file) {
+  return file.has_parent_path() ? file.parent_path() : std::filesystem::path(".");
+}
+
 /// What the names of a file's temporaries begin with: random digits follow.
 std::string temporary_prefix(const std::filesystem::path& path) {
   constexpr size_t kLongest = 200;  // names have at most 255 bytes
@@ -92,15 +96,16 @@ std::string temporary_prefix(const std::filesystem::path& path) {
 /// A new file beside `path`, locked as long as it is open: what is not locked has no writer any more. Names are random: process numbers are the same
 /// on many hosts and in many containers.
 std::pair<std::filesystem::path, int> open_temporary(const std::filesystem::path& path) {
+  const auto folder = folder_of(path);
   while (true) {
     uint64_t random = 0;
     check(ErrorKind::kStorage, ::getrandom(&random, sizeof(random), 0) == sizeof(random), "no random numbers: ", reason(errno));
-    auto temporary = path.parent_path() / (temporary_prefix(path) + to_hex(random));
+    auto temporary = folder / (temporary_prefix(path) + to_hex(random));
     const int descriptor = ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (descriptor < 0 && errno == EEXIST) {
       continue;
     }
-    check(ErrorKind::kStorage, descriptor >= 0, "cannot create ", temporary, ": ", reason(errno));
+    check(ErrorKind::kStorage, descriptor >= 0, "cannot create a file in ", folder, ": ", reason(errno));
     struct stat status {};
     if (::flock(descriptor, LOCK_EX) != 0 || ::fstat(descriptor, &status) != 0 || status.st_nlink > 0) {
       return {std::move(temporary), descriptor};  // a file system without locks: nobody takes it for a leftover either
@@ -112,10 +117,9 @@ std::pair<std::filesystem::path, int> open_temporary(const std::filesystem::path
 /// Removes temporaries of `path` that no process writes any more.
 void remove_leftovers(const std::filesystem::path& path) {
   const std::string prefix = temporary_prefix(path);
-  const auto folder = path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
   std::vector<std::filesystem::path> found;
   std::error_code error;
-  for (std::filesystem::directory_iterator item(folder, error), end; !error && item != end; item.increment(error)) {
+  for (std::filesystem::directory_iterator item(folder_of(path), error), end; !error && item != end; item.increment(error)) {
     const std::string name = item->path().filename().string();
     if (name.starts_with(prefix) && name.find_first_not_of("0123456789abcdef", prefix.size()) == std::string::npos) {
       found.push_back(item->path());
@@ -318,7 +322,7 @@ FileDigest FileWriter::commit(const FileCheck& accept) {
   temporary_.clear();
   const int closed = ::close(std::exchange(descriptor_, -1));
   check(ErrorKind::kStorage, closed == 0, "cannot write ", path_, " (close): ", reason(errno));
-  sync_directory(path_.parent_path());
+  sync_directory(folder_of(path_));
   remove_leftovers(path_);
   return {bytes_, checksum_->value()};
 }
