@@ -155,8 +155,9 @@ TEST(FolderLock, ASecondOneIsToldOfTheFirst) {
   {
     const FolderLock lock(output, "--output", ignore);
     const std::string me = "process " + std::to_string(getpid()) + " on ";
-    expect_error(ErrorKind::kStorage, {output.string(), me, " since 20", "--output"}, [&] { FolderLock(output, "--output", ignore); });
-    die_after([&] { expect_error(ErrorKind::kStorage, {me}, [&] { FolderLock(output, "--output", ignore); }); });
+    die_after([&] {
+      expect_error(ErrorKind::kStorage, {output.string(), me, " since 20", "--output"}, [&] { FolderLock(output, "--output", ignore); });
+    });
     EXPECT_TRUE(read_bytes(output / ".lock").starts_with(me)) << "who was refused has changed nothing";
   }
   EXPECT_NO_THROW(FolderLock(output, "--output", ignore));
