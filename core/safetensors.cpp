@@ -272,7 +272,7 @@ at::Tensor SafetensorsFile::slice(const std::string& name, int64_t dim, int64_t 
 }
 
 FileDigest write_safetensors(const std::filesystem::path& path, const std::vector<NamedTensor>& tensors,
-                             const std::map<std::string, std::string>& metadata) {
+                             const std::map<std::string, std::string>& metadata, const FileCheck& accept) {
   // Wide elements first, then by name, as the reference implementation orders them: every tensor is then aligned to its
   // element.
   std::vector<const NamedTensor*> order;
@@ -311,7 +311,7 @@ FileDigest write_safetensors(const std::filesystem::path& path, const std::vecto
     const at::Tensor value = tensor->value.detach().to(at::kCPU).contiguous();
     writer.write(value.data_ptr(), static_cast<uint64_t>(value.nbytes()));
   }
-  return writer.commit();
+  return writer.commit(accept);
 }
 
 }  // namespace drrl

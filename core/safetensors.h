@@ -55,9 +55,9 @@ struct NamedTensor {
   at::Tensor value;  ///< any device and strides
 };
 
-/// Writes a safetensors file that is either complete and durable or not there (FileWriter). Names must be distinct.
+/// Writes a safetensors file that is either complete and durable or not there (FileWriter, also about `accept`). Names must be distinct.
 /// Errors: Error(kStorage) when the file system refuses; Error(kInternal) on a duplicate name or a dtype that the format lacks.
 FileDigest write_safetensors(const std::filesystem::path& path, const std::vector<NamedTensor>& tensors,
-                             const std::map<std::string, std::string>& metadata = {{"format", "pt"}});
+                             const std::map<std::string, std::string>& metadata = {{"format", "pt"}}, const FileCheck& accept = {});
 
 }  // namespace drrl

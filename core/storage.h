@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -78,9 +79,14 @@ std::string read_text(const std::filesystem::path& path, ErrorKind kind, uint64_
 /// recursive and would overflow the stack.
 void check_nesting(std::string_view json, const std::string& where, ErrorKind kind);
 
+/// A reader's checks of the file with this path: an Error when it would be refused.
+using FileCheck = std::function<void(const std::filesystem::path&)>;
+
 /// Writes a file that is either complete or not there: into a hidden temporary in the same folder, which `commit` makes durable
-/// (fsync) and renames. Without `commit` the temporary is removed. Errors: Error(kStorage) with path, operation and the
-/// system's reason.
+/// (fsync) and renames. Without `commit` the temporary is removed; those that killed writers of the same file left go, too.
+/// A link is followed. What is no regular file (a device, a pipe, a socket) and the process' own stdout or stderr are not replaced
+/// but written into, as they are.
+/// Errors: Error(kStorage) with path, operation and the system's reason.
 class FileWriter {
  public:
   explicit FileWriter(std::filesystem::path path);
@@ -90,20 +96,46 @@ class FileWriter {
 
   void write(const void* data, uint64_t bytes);
   void write(std::string_view text) { write(text.data(), text.size()); }
-  FileDigest commit();
+
+  /// `accept` sees the complete file before it gets its name; what it throws is thrown, about `path`, and nothing is replaced.
+  FileDigest commit(const FileCheck& accept = {});
 
  private:
   struct Checksum;
 
-  std::filesystem::path path_;
-  std::filesystem::path temporary_;
+  std::filesystem::path path_;       // links followed
+  std::filesystem::path temporary_;  // empty: written into path_ itself
   int descriptor_ = -1;
   uint64_t bytes_ = 0;
   std::unique_ptr<Checksum> checksum_;
 };
 
 /// Writes `text` atomically.
-FileDigest write_text(const std::filesystem::path& path, std::string_view text);
+FileDigest write_text(const std::filesystem::path& path, std::string_view text, const FileCheck& accept = {});
+
+/// Error(kStorage) unless FileWriter can begin to write this file, or files in this folder, which need not be there yet.
+/// Nothing is changed or left behind.
+void check_writable(const std::filesystem::path& file);
+void check_writable_folder(const std::filesystem::path& folder);
+
+/// The right to write into a folder, held until it is destroyed or its process dies, however it dies: a lock (flock) on the folder's
+/// file ".lock", in which stands who holds it. That the file is there means nothing.
+class FolderLock {
+ public:
+  /// Makes the folder if need be. Error(kStorage) if another process holds the lock, also on another host where the file system
+  /// takes locks, naming it and what can be done; `flag` is the option that named the folder. Where the file system takes none, there is no
+  /// protection, and `warn` hears of it.
+  FolderLock(const std::filesystem::path& folder, const std::string& flag, const std::function<void(const std::string&)>& warn);
+  FolderLock(const FolderLock&) = delete;
+  FolderLock& operator=(const FolderLock&) = delete;
+
+ private:
+  struct Descriptor {
+    ~Descriptor();
+    int number = -1;
+  };
+  Descriptor descriptor_;
+};
 
 /// Copies a file of any size, atomically.
 FileDigest copy_file(const FileReader& from, const std::filesystem::path& to);

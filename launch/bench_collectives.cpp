@@ -11,6 +11,7 @@
 #include "launch/flags.h"
 #include "launch/options.h"
 #include "launch/program.h"
+#include "launch/scaling_model.h"
 
 #include <gflags/gflags.h>
 
@@ -191,7 +192,7 @@ ExitCode collectives(const Environment& environment) {
         json["group"] = FLAGS_group;
         json["repeats"] = FLAGS_repeats;
         json["results"] = rows;
-        write_text(FLAGS_json, json.dump(2) + "\n");
+        write_measured(FLAGS_json, json);
       }
       if (!FLAGS_csv.empty()) {
         write_text(FLAGS_csv, to_csv(rows));

@@ -299,6 +299,7 @@ void print_fit(const LatencyTable& table, const std::vector<LatencyPoint>& point
 
 ExitCode latency(const Environment& environment) {
   require("latency", FLAGS_latency);
+  check_outputs(environment, {"latency"});
   const Shape shape = shape_flags();
   const at::Device device = device_flag(environment);
   LatencyTable table;

@@ -33,6 +33,7 @@ import warnings
 from pathlib import Path
 
 import packages
+from prepare import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["performer-pytorch==1.1.4", "nystrom-attention==0.0.14", "linformer==0.2.3", "einops==0.8.2", "local-attention==1.9.15",
@@ -257,7 +258,7 @@ def main():
     print("and process; size: rank, features, landmarks or projected length")
     print_table(result["results"])
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+        write_atomically(options.json, json.dumps(result, indent=2) + "\n")
     return 0
 
 

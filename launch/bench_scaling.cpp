@@ -12,6 +12,7 @@
 #include "launch/options.h"
 #include "launch/policy_flags.h"
 #include "launch/program.h"
+#include "launch/scaling_model.h"
 #include "launch/traffic_report.h"
 #include "models/data.h"
 #include "models/llama.h"
@@ -334,7 +335,7 @@ ExitCode scaling(const Environment& environment) {
                        {"sent_bytes", mean(ranks, "sent_bytes")}, {"ranks", ranks}});
       print_results(json);
       if (!FLAGS_json.empty()) {
-        write_text(FLAGS_json, json.dump(2) + "\n");
+        write_measured(FLAGS_json, json);
       }
     }
     mesh.world().barrier();

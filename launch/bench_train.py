@@ -18,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from prepare import write_atomically
+
 ROOT = Path(__file__).resolve().parent.parent
 LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # relative, at every step
 
@@ -149,7 +151,7 @@ def main():
                   f"{speed['low rank'] / speed['drrl']:.2f} of drrl's exact attention, {memory['low rank']:.1f} GiB; last loss "
                   f"{r['losses']['low rank'][-1]:.4f} against {r['losses']['drrl'][-1]:.4f}")
     if options.json:
-        Path(options.json).write_text(json.dumps(
+        write_atomically(options.json, json.dumps(
             {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "device": device_name(options.device),
              "rank": options.rank, "rank_budget": options.rank_budget if options.policy else None, "drrl_flags": options.drrl_flag,
              "results": results, "dtype": options.dtype, "threads": options.threads, "steps": options.steps,

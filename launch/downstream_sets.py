@@ -28,6 +28,7 @@ wrong usage, 3 wrong or missing input.
 
 import argparse
 import bisect
+import itertools
 import json
 import math
 import random
@@ -48,14 +49,16 @@ LABELS = (" negative", " positive")
 
 
 def read_named_documents(paths):
-    """[(name, text)], named after their files; a file's second document is NAME-1."""
-    documents = []
+    """[(name, text)], named after their files; what would have the name of another one, such as a file's second document, is NAME-1, NAME-2, .."""
+    documents = {}
     for path in paths:
-        for i, text in enumerate(read_documents(path)):
-            documents.append((Path(path).stem + (f"-{i}" if i else ""), text))
+        for text in read_documents(path):
+            stem = Path(path).stem
+            name = next(name for i in itertools.count() if (name := stem + (f"-{i}" if i else "")) not in documents)
+            documents[name] = text
     if not documents:
         raise BadInput("no text in " + ", ".join(map(str, paths)))
-    return documents
+    return list(documents.items())
 
 
 def lastword_places(text, tokenizer, near):
@@ -227,6 +230,27 @@ def first_questions(examples, count):
     return chosen
 
 
+def check_examples(examples, model):
+    """Raises BadInput for what drrl-eval with this model would refuse (models/examples.cpp)."""
+    config = Path(model) / "config.json"
+    vocabulary = json.loads(config.read_text()).get("vocab_size", math.inf) if config.is_file() else math.inf
+    positions, ids = positions_of(model), set()
+    for example in examples:
+        where, context = f"example {example['id']}", example["context"]
+        questions = example.get("questions", [{"at": len(context), **example}])
+        targets = [target for question in questions for target in question["targets"]]
+        if example["id"] in ids:
+            raise BadInput(f"{where}: there are two of this name")
+        if not context or not all(targets):
+            raise BadInput(f"{where}: an empty context or target")
+        longest = max(len(context), max(question["at"] + len(target) - 1 for question in questions for target in question["targets"]))
+        if longest > positions:
+            raise BadInput(f"{where}: {len(context)} tokens and a target are longer than the {positions} positions of {model}: choose a smaller --length")
+        if max(context + sum(targets, [])) >= vocabulary:
+            raise BadInput(f"{where}: the tokenizer gives token {max(context + sum(targets, []))}, {config} says vocab_size {vocabulary}")
+        ids.add(example["id"])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -251,6 +275,7 @@ def main():
         parser.error("--length, --count and --together must be at least 1")
     try:
         examples = first_questions(options.make(options), options.count)
+        check_examples(examples, options.model)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(f"{options.out}.json"), json.dumps({"vocabulary": vocabulary_note(options.model)}, indent=2) + "\n")
         write_atomically(options.out, "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))

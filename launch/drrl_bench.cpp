@@ -3,6 +3,7 @@
 #include "core/error.h"
 #include "launch/bench.h"
 #include "launch/bench_flags.h"
+#include "launch/flags.h"
 #include "launch/program.h"
 
 #include <gflags/gflags.h>
@@ -55,6 +56,7 @@ int main(int argc, char** argv) {
         check(ErrorKind::kUsage, command.parallel || environment.world_size == 1, "drrl-bench ", command.name, " measures one process, this job has ",
               environment.world_size);
         check(ErrorKind::kUsage, FLAGS_repeats >= 5, "--repeats must be at least 5, got ", FLAGS_repeats);
+        check_outputs(environment, {"json", "csv", "plot", "dump"});
         return command.run(environment);
       });
     }

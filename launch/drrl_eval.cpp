@@ -455,6 +455,7 @@ ExitCode evaluate(const Environment& environment) {
   }
 
   agree_on_inputs(environment, attention_inputs({"model", "data", "examples"}));
+  check_outputs(environment, {"json", "decisions", "examples_out"});
   const Mesh mesh = create_mesh(environment, shape, device);
   guarded(environment, [&] {
     const bool leader = environment.world_rank == 0;

@@ -212,6 +212,7 @@ ExitCode calibrate(const Environment& environment) {
   require("model", FLAGS_model);
   require("data", FLAGS_data);
   require("policy", FLAGS_policy);
+  check_outputs(environment, {"policy"});
   Measurement m(environment);
   const Mesh& mesh = m.mesh();
   guarded(environment, [&] {
@@ -276,6 +277,7 @@ ExitCode record(const Environment& environment) {
   require("data", FLAGS_data);
   require("policy", FLAGS_policy);
   require("traces", FLAGS_traces);
+  check_outputs(environment, {"traces"});
   Measurement m(environment);
   guarded(environment, [&] {
     agree_on_inputs(environment, {"policy", "traces"});
@@ -342,6 +344,7 @@ ExitCode train(const Environment& environment) {
   check(ErrorKind::kUsage, environment.world_size == 1, "drrl-policy train runs in one process, not in ", environment.world_size);
   check(ErrorKind::kUsage, FLAGS_fit_steps >= 0 && FLAGS_reward_steps >= 0, "--fit_steps and --reward_steps must not be negative, got ", FLAGS_fit_steps,
         " and ", FLAGS_reward_steps);
+  check_outputs(environment, {"policy", "json"});
   const Calibration calibration = read_calibration();
   std::vector<Traces> traces;
   for (const std::string& file : split(FLAGS_traces, ',')) {

@@ -250,6 +250,35 @@ void print_summary(const TrainResult& result, const TrainerOptions& options) {
   std::cout << std::flush;
 }
 
+/// World rank 0, before any work: whatever the run writes can be written, and no other run writes there. Holds --output from then on.
+std::unique_ptr<FolderLock> claim_outputs(const Environment& environment) {
+  check_outputs(environment, {"json"});
+  if (environment.world_rank != 0) {
+    return nullptr;
+  }
+  if (FLAGS_output.empty()) {
+    log_warning("no --output: NOTHING OF THIS TRAINING WILL BE KEPT, neither the model nor checkpoints; give --output=FOLDER unless only the speed is of interest");
+    return nullptr;
+  }
+  std::unique_ptr<FolderLock> lock;
+  naming("output", FLAGS_output, [&] {
+    const std::filesystem::path output = FLAGS_output;
+    for (const char* folder : {"checkpoints", "metrics", "hf"}) {
+      check_writable_folder(output / folder);
+    }
+    for (const char* file : {"checkpoints/latest", "metrics/metrics.jsonl", "metrics/metrics.csv", "hf/config.json", "hf/model.safetensors", "policy.safetensors"}) {
+      std::error_code unknown;
+      const auto status = std::filesystem::symlink_status(output / file, unknown);
+      const bool replaced = std::filesystem::is_symlink(status) && std::string_view(file) == "checkpoints/latest";  // whatever it leads to
+      if (std::filesystem::exists(status) && !replaced) {
+        check_writable(output / file);
+      }
+    }
+    lock = std::make_unique<FolderLock>(output, "--output", [](const std::string& text) { log_warning(text); });
+  });
+  return lock;
+}
+
 ExitCode train(const Environment& environment) {
   require("model", FLAGS_model);
   require("data", FLAGS_data);
@@ -264,6 +293,7 @@ ExitCode train(const Environment& environment) {
   check_seq_len(config);
   const Data data = open_data(environment, config);
   const TrainerOptions options = trainer_options(*data.train);
+  const auto claimed = claim_outputs(environment);
 
   agree_on_inputs(environment, attention_inputs({"model", "data", "valid_data"}));
   Mesh mesh = create_mesh(environment, shape, device);

@@ -12,7 +12,7 @@ enum class ExitCode : int {
   kModel = 3,          ///< model directory missing, damaged or not supported; likewise policy, trace and latency files
   kData = 4,           ///< token file missing, damaged, too short, or with tokens beyond the vocabulary
   kCheckpoint = 5,     ///< checkpoint damaged, of another run, or not the same on all nodes
-  kStorage = 6,        ///< disk full, no permission
+  kStorage = 6,        ///< disk full, no permission, an output that cannot be written or that another run writes
   kCommunication = 7,  ///< a collective failed, timed out, or ranks diverged
   kNumerics = 8,       ///< a loss or gradient that is not finite
   kInternal = 9,       ///< a broken promise inside drrl

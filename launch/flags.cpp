@@ -2,6 +2,7 @@
 
 #include "core/error.h"
 #include "distributed/agreement.h"
+#include "core/storage.h"
 #include "distributed/environment.h"
 #include "distributed/mesh.h"
 #include "launch/program.h"
@@ -13,6 +14,8 @@
 #include <gflags/gflags.h>
 
 #include <cmath>
+#include <filesystem>
+#include <map>
 
 DEFINE_string(model, "", "Hugging Face model directory (config.json, *.safetensors)");
 DEFINE_string(data, "", "token file, without .bin or .idx (Megatron's format; launch/prepare.py text writes it)");
@@ -123,6 +126,34 @@ std::shared_ptr<const TokenFile> open_token_file(const std::string& prefix, cons
     file->check_vocabulary(config.vocab_size);
   }
   return file;
+}
+
+void naming(const std::string& flag, const std::string& value, const std::function<void()>& action) {
+  try {
+    action();
+  } catch (const Error& error) {
+    raise(error.kind(), "--", flag, "=", value, ": ", error.what());
+  }
+}
+
+void check_outputs(const Environment& environment, const std::vector<std::string>& flags) {
+  if (environment.world_rank != 0) {
+    return;
+  }
+  std::map<std::filesystem::path, std::string> named;
+  for (const std::string& flag : flags) {
+    std::string value;
+    if (!google::GetCommandLineOption(flag.c_str(), &value) || value.empty()) {
+      continue;
+    }
+    naming(flag, value, [&] { check_writable(value); });
+    std::error_code not_a_file;  // such as a pipe behind /dev/stdout
+    const auto file = std::filesystem::weakly_canonical(value, not_a_file);
+    if (!not_a_file && (!std::filesystem::exists(file) || std::filesystem::is_regular_file(file))) {
+      const auto [other, is_new] = named.emplace(file, flag);
+      check(ErrorKind::kUsage, is_new, "--", flag, "=", value, ": --", other->second, " names this file, too, and one would replace the other");
+    }
+  }
 }
 
 void require(const char* flag, const std::string& value) {

@@ -4,8 +4,10 @@
 
 #include <ATen/ATen.h>
 
+#include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 // The options that several programs share. launch/flags.cpp says what they mean.
 DECLARE_string(model);
@@ -74,6 +76,13 @@ void load_weights(CausalLM& model, const Group& world);
 /// would delay the start; whoever reads a batch checks that again. Errors: Error(kData).
 class TokenFile;
 std::shared_ptr<const TokenFile> open_token_file(const std::string& prefix, const ModelConfig& config, const Environment& environment);
+
+/// For the start: of world rank 0, Error(kStorage) naming the flag unless the file that each of these flags names can be written, Error(kUsage) if two name
+/// the same. Flags that are empty name none.
+void check_outputs(const Environment& environment, const std::vector<std::string>& flags);
+
+/// Errors of `action` <- with "--flag=value: " in front.
+void naming(const std::string& flag, const std::string& value, const std::function<void()>& action);
 
 /// Errors: Error(kUsage) naming the flag when `value` is empty.
 void require(const char* flag, const std::string& value);

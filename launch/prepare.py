@@ -61,9 +61,23 @@ def fsync_path(path):
 
 
 def write_atomically(path, data):
-    """Write `data` (bytes or str) so that `path` is either the old file or the whole new one."""
+    """Write `data` (bytes or str) so that `path` is either the old file or the whole new one. A link is followed; into what is no regular file (a device, a
+    pipe), or is the own stdout, it is written instead."""
     path = Path(path)
     data = data.encode() if isinstance(data, str) else data
+    if path.is_dir():
+        raise BadInput(f"{path}: is a folder, expected a file")
+    if path.exists() and os.path.samestat(path.stat(), os.fstat(1)):
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        return
+    if path.exists() and not path.is_file():
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)  # a pipe that nobody reads is an error, not waited for
+        os.set_blocking(descriptor, True)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        return
+    path = Path(os.path.realpath(path))
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -82,9 +96,11 @@ class NewDirectory:
     """`with NewDirectory(out) as d:` fill d; it becomes `out` when the block ends without an exception."""
 
     def __init__(self, out):
-        self.out = Path(out)
+        self.out = Path(os.path.realpath(out))
 
     def __enter__(self):
+        if self.out.exists() and not (self.out / "provenance.json").exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
+            raise BadInput(f"{self.out}: is there and was not made by this program, which would replace all of it: remove it, or give another --out")
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.temporary = Path(tempfile.mkdtemp(dir=self.out.parent, prefix=f".{self.out.name}."))
         return self.temporary
@@ -722,6 +738,11 @@ def write_token_file(prefix, documents, dtype, note):
     idx_path.unlink(missing_ok=True)
     write_atomically(bin_path, data)
     write_atomically(idx_path, index)
+    try:
+        read_token_file(prefix)
+    except BadInput:
+        idx_path.unlink()
+        raise
     note = {**note, "sizes": sizes([bin_path, idx_path]), "tokens": int(lengths.sum()), "documents": len(documents),
             "dtype": dtype, "bin_sha256": sha256(bin_path)}
     write_atomically(note_path, json.dumps(note, indent=2) + "\n")
@@ -784,16 +805,23 @@ def read_token_file(prefix):
         index = Path(f"{prefix}.idx").read_bytes()
         if index[:9] != INDEX_MAGIC:
             raise BadInput(f"{prefix}.idx: not a Megatron index")
-        version, code, sequences, _ = struct.unpack_from("<QBQQ", index, 9)
+        version, code, sequences, starts = struct.unpack_from("<QBQQ", index, 9)
         names = {v: k for k, v in TYPE_CODES.items()}
         if version != 1 or code not in names:
             raise BadInput(f"{prefix}.idx: version {version}, type {code}: not known")
         lengths = numpy.frombuffer(index, dtype="<i4", count=sequences, offset=34)
+        offsets = numpy.frombuffer(index, dtype="<i8", count=sequences, offset=34 + 4 * sequences)
+        documents = numpy.frombuffer(index, dtype="<i8", count=starts, offset=34 + 12 * sequences)
         data = numpy.memmap(f"{prefix}.bin", dtype="<u2" if names[code] == "uint16" else "<i4", mode="r")
     except (OSError, ValueError, struct.error) as error:
         raise BadInput(f"{prefix}: {error}") from error
     if int(lengths.sum()) != len(data):
         raise BadInput(f"{prefix}: the index counts {int(lengths.sum())} tokens, the data file holds {len(data)}")
+    ends = numpy.cumsum(lengths, dtype=numpy.int64) * data.itemsize  # what else models/token_file.cpp checks
+    if len(index) != 34 + 12 * sequences + 8 * starts or (lengths < 0).any() or (offsets != ends - lengths * data.itemsize).any():
+        raise BadInput(f"{prefix}.idx: lengths and offsets of the sequences do not fit each other, or the file has another size than they say")
+    if starts == 0 or documents[0] != 0 or documents[-1] != sequences or (numpy.diff(documents) < 0).any():
+        raise BadInput(f"{prefix}.idx: first sequences of the documents are {documents[:3].tolist()}.., expected to ascend from 0 to {sequences}")
     return data, lengths
 
 

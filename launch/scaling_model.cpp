@@ -492,4 +492,11 @@ Measured read_measured(const std::filesystem::path& path, std::optional<std::str
   return file;
 }
 
+void write_measured(const std::filesystem::path& path, const nlohmann::ordered_json& json) {
+  write_text(path, json.dump(2) + "\n", [](const std::filesystem::path& written) {
+    std::optional<std::string> setting;
+    read_measured(written, setting);
+  });
+}
+
 }  // namespace drrl::bench

@@ -4,6 +4,8 @@
 #include "distributed/mesh.h"
 #include "models/config.h"
 
+#include <nlohmann/json.hpp>
+
 #include <array>
 #include <filesystem>
 #include <optional>
@@ -121,5 +123,8 @@ struct Measured {
 /// Errors: Error(kUsage) naming the file and what is wrong: not JSON, another benchmark, a missing field, another setting, bytes that are not those
 /// that are counted here.
 Measured read_measured(const std::filesystem::path& path, std::optional<std::string>& setting);
+
+/// Writes such a file, and only what read_measured takes. Errors: also those of FileWriter.
+void write_measured(const std::filesystem::path& path, const nlohmann::ordered_json& json);
 
 }  // namespace drrl::bench

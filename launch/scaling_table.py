@@ -11,6 +11,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from prepare import write_atomically
+
 FREE = {"tp", "cp", "dp", "json", "threads"}  # options in which runs may differ; threads: the count in use is compared
 SAME = ("scaling", "attention", "parameters", "threads", "device", "versions", "timed_steps")
 
@@ -63,7 +65,7 @@ def main():
         print(f"{row['world_size']:>9} {layout:>12} {row['step_ms']:>9.1f} {row['tokens_per_second']:>9.0f} {row['efficiency']:>10.2f} "
               f"{share(row['exposed_share']):>8} {share(row['basis_share']):>7} {cell(row['basis_ratio'], '%.2f'):>6} "
               f"{row['sent_bytes'] / 1e6:>9.3f} {row['basis_bytes'] / 1e6:>9.3f}")
-    Path(out).write_text(json.dumps({"runs": runs, "efficiency": rows}, indent=2) + "\n")
+    write_atomically(out, json.dumps({"runs": runs, "efficiency": rows}, indent=2) + "\n")
     return 0
 
 

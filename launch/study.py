@@ -17,6 +17,8 @@ from statistics import NormalDist
 import numpy
 import safetensors
 
+from prepare import write_atomically
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / os.environ.get("DRRL_PRESET", "cpu-release")
 
@@ -100,7 +102,7 @@ def save(arguments, **figures):
     """--json, if it is given: the options, then the figures."""
     if arguments.json:
         options = {name: str(value) for name, value in vars(arguments).items()}
-        arguments.json.write_text(json.dumps({"options": options, **figures}, indent=1) + "\n")
+        write_atomically(arguments.json, json.dumps({"options": options, **figures}, indent=1) + "\n")
 
 
 def evaluate_held_out(arguments, model, flags):
@@ -120,7 +122,7 @@ class Log:
             text = path.read_text()
             whole = text[:text.rfind("\n") + 1]  # a study that was killed may leave a piece of a line
             if whole != text:
-                path.write_text(whole)
+                write_atomically(path, whole)
             self.held = {tuple(line["flags"]): line["result"] for line in map(json.loads, whole.splitlines()) if line["digest"] == self.digest}
 
     def result(self, flags, run):
@@ -185,7 +187,7 @@ class Study:
     def save(self, study, **more):
         """--json, as launch/plots.py reads it."""
         if self.options.json:
-            self.options.json.write_text(json.dumps({"study": study, "exact": self.exact_runs, "rows": self.rows, **more}, indent=1) + "\n")
+            write_atomically(self.options.json, json.dumps({"study": study, "exact": self.exact_runs, "rows": self.rows, **more}, indent=1) + "\n")
 
 
 # Of drrl-eval's report, in a row.

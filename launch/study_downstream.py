@@ -22,6 +22,7 @@ import tempfile
 import numpy
 
 import study
+from prepare import write_atomically
 
 PART = 25  # examples that one run of drrl-eval answers at most, if they are logged
 
@@ -64,7 +65,7 @@ def answer(arguments, log, examples, flags, out):
         finally:
             pool.shutdown(cancel_futures=True)
     told = "".join(part["told"] for part in done)
-    out.write_text(told)
+    write_atomically(out, told)
     return done[0]["run"], [json.loads(line) for line in told.split("\n") if line]
 
 

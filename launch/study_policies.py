@@ -21,6 +21,7 @@ import pathlib
 import numpy
 
 import study
+from prepare import write_atomically
 
 # As the paper calls them.
 TITLES = {"fixed": "fixed rank {}", "energy": "adaptive SVD (energy {})", "random": "random ranks, {}", "greedy": "greedy, {}", "dp": "dp, {}",
@@ -107,7 +108,7 @@ def main():
                       f"{mean:+.3f} ({low:+.3f} .. {high:+.3f})")
     runs.save("policies", comparisons=comparisons)
     if arguments.markdown:
-        arguments.markdown.write_text(markdown(runs, arguments.seq_len))
+        write_atomically(arguments.markdown, markdown(runs, arguments.seq_len))
 
 
 if __name__ == "__main__":

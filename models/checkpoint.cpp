@@ -53,7 +53,7 @@ bool is_file_name(const std::string& name) {
          name != kManifest;
 }
 
-// Complete checkpoint folders of `root`, newest first.
+// The steps of the checkpoint folders in `root`, the highest first. No folder: none.
 std::vector<int64_t> steps_in(const fs::path& root) {
   std::vector<int64_t> steps;
   std::error_code error;
@@ -62,6 +62,7 @@ std::vector<int64_t> steps_in(const fs::path& root) {
       steps.push_back(*step);
     }
   }
+  check(kKind, !error || error == std::errc::no_such_file_or_directory, "cannot list ", root, ": ", error.message());
   std::sort(steps.rbegin(), steps.rend());
   return steps;
 }
@@ -71,6 +72,54 @@ std::string self_checksum(Json manifest) {
   manifest.erase("manifest_xxh3");
   const std::string text = manifest.dump();
   return to_hex(XXH3_64bits(text.data(), text.size()));
+}
+
+// The manifest of a checkpoint folder: of a version that is known, and undamaged.
+Json read_manifest(const fs::path& directory) {
+  const fs::path path = directory / kManifest;
+  check(kKind, is_folder(directory, kKind), directory, " does not exist");
+  check(kKind, path_exists(path, kKind), directory, " has no ", kManifest, ": it is not a complete checkpoint");
+  try {
+    const std::string text = read_text(path, kKind);
+    check_nesting(text, path.string(), kKind);
+    const Json manifest = Json::parse(text);
+    check(kKind, manifest.is_object() && manifest.value("format", "") == kFormat, path,
+          " is not the manifest of a drrl checkpoint");
+    check(kKind, manifest.value("version", 0) == kVersion, path, " has version ", manifest.value("version", 0), "; version ",
+          kVersion, " is supported");
+    const auto stated = manifest.at("manifest_xxh3").get<std::string>();
+    const std::string actual = self_checksum(manifest);
+    check(kKind, stated == actual, path, " is damaged: its checksum is ", actual, ", and it says ", stated);
+    return manifest;
+  } catch (const Json::exception& error) {
+    raise(kKind, path, " is damaged: ", error.what());
+  }
+}
+
+// A checkpoint folder, and the how many-th save of its root it is: steps begin again when a run goes back, saves do not. 0: of a version that did not
+// count; -1: its manifest cannot be read.
+struct Saved {
+  int64_t save;
+  bool is_latest;  // named by the file "latest", which counts among those of the same save
+  int64_t step;
+  auto operator<=>(const Saved&) const = default;
+};
+
+// All in `root`, the last one saved first.
+std::vector<Saved> saved_in(const fs::path& root, const std::optional<fs::path>& latest = {}) {
+  std::vector<Saved> all;
+  for (const int64_t step : steps_in(root)) {
+    const fs::path folder = root / folder_name(step);
+    int64_t save = -1;
+    try {
+      save = read_manifest(folder).value("save", int64_t{0});
+    } catch (const std::exception&) {
+      // whoever opens it hears why
+    }
+    all.push_back({save, folder == latest, step});
+  }
+  std::sort(all.rbegin(), all.rend());
+  return all;
 }
 
 // Puts the folder `from` in the place of `to`. An older folder there is swapped out in one step, so that a complete one is
@@ -156,7 +205,9 @@ void CheckpointWriter::record(const std::string& file, const std::function<FileD
 
 void CheckpointWriter::write_tensors(const std::string& file, const std::vector<NamedTensor>& tensors,
                                      const std::map<std::string, std::string>& metadata) {
-  record(file, [&](const fs::path& path) { return write_safetensors(path, tensors, metadata); });
+  record(file, [&](const fs::path& path) {
+    return write_safetensors(path, tensors, metadata, [](const fs::path& written) { SafetensorsFile(written, kKind); });
+  });
 }
 
 void CheckpointWriter::write_text(const std::string& file, std::string_view text) {
@@ -200,20 +251,26 @@ void CheckpointWriter::publish(const std::vector<std::string>& reports, int64_t 
             " bytes of ", seen.path(), ", but rank 0 sees ", seen.size());
     }
   }
-  Json manifest = {{"format", kFormat}, {"version", kVersion}, {"step", step_}, {"world_size", world_size_}, {"files", files}};
+  const std::vector<Saved> before = saved_in(root_);
+  const int64_t save = before.empty() ? 1 : std::max<int64_t>(before.front().save, 0) + 1;
+  Json manifest = {{"format", kFormat}, {"version", kVersion}, {"step", step_}, {"save", save}, {"world_size", world_size_}, {"files", files}};
   manifest["manifest_xxh3"] = self_checksum(manifest);
   drrl::write_text(temporary_ / kManifest, manifest.dump(2) + "\n");
   sync_directory(temporary_);
+  CheckpointReader::open_directory(temporary_, /*verify_all=*/false);
   replace_folder(temporary_, root_ / folder_name(step_));
   sync_directory(root_);
+  if (std::error_code error; fs::is_symlink(fs::symlink_status(root_ / kLatest, error))) {
+    remove_quietly(root_ / kLatest);  // not to be followed
+  }
   drrl::write_text(root_ / kLatest, folder_name(step_) + "\n");
   prune(keep_last);
 }
 
 void CheckpointWriter::prune(int64_t keep_last) const {
-  // The new checkpoint counts as the newest even if later steps of an abandoned run are still there.
+  // In the order of saving: the new one is the newest even if later steps of an abandoned run are still there.
   int64_t kept = 1;
-  for (const int64_t step : steps_in(root_)) {
+  for (const auto& [save, is_latest, step] : saved_in(root_)) {
     if (step == step_ || keep_last <= 0 || kept++ < keep_last) {
       continue;
     }
@@ -233,7 +290,10 @@ void CheckpointWriter::prune(int64_t keep_last) const {
   std::for_each(leftovers.begin(), leftovers.end(), remove_quietly);
 }
 
-bool CheckpointReader::any(const fs::path& root) { return path_exists(root / kLatest, kKind) || !steps_in(root).empty(); }
+bool CheckpointReader::any(const fs::path& root) {
+  std::error_code error;  // also a link that leads nowhere is something
+  return fs::exists(fs::symlink_status(root / kLatest, error)) || !steps_in(root).empty();
+}
 
 std::optional<fs::path> CheckpointReader::latest(const fs::path& root) {
   const fs::path pointer = root / kLatest;
@@ -259,30 +319,35 @@ CheckpointReader CheckpointReader::open(const fs::path& path, const Options& opt
     return open_directory(path, options.verify_all);
   }
 
-  std::optional<fs::path> newest;
-  std::optional<CheckpointReader> result;
+  std::optional<fs::path> named;
   std::string failure = failure_of([&] {
-    newest = latest(path);
-    check(kKind, newest.has_value(), path, " has neither a file \"", kLatest, "\" nor a file \"", kManifest,
+    named = latest(path);
+    check(kKind, named.has_value(), path, " has neither a file \"", kLatest, "\" nor a file \"", kManifest,
           "\": there is no checkpoint");
-    result.emplace(open_directory(*newest, options.verify_all));
+    read_manifest(*named);
   });
-  if (result) {
-    return std::move(*result);
+  const bool damaged = !failure.empty();  // and said so below
+  check(kKind, !damaged || options.on_fallback != nullptr, failure);
+  if (damaged) {
+    options.on_fallback(failure);
   }
-  check(kKind, options.on_fallback != nullptr, failure);
-  options.on_fallback(failure);
-  for (const int64_t step : steps_in(path)) {
-    const fs::path folder = path / folder_name(step);
-    if (newest && folder == *newest) {
+  for (const auto& [save, is_latest, step] : saved_in(path, named)) {
+    if (is_latest && damaged) {
       continue;
     }
-    failure = failure_of([&] { result.emplace(open_directory(folder, options.verify_all)); });
+    const fs::path folder = path / folder_name(step);
+    std::optional<CheckpointReader> result;
+    const std::string wrong = failure_of([&] { result.emplace(open_directory(folder, options.verify_all)); });
     if (result) {
-      options.on_fallback(c10::str("using ", folder, " instead"));
+      if (!is_latest && options.on_fallback != nullptr) {
+        options.on_fallback(failure.empty() ? c10::str("using ", folder, ", which was saved after ", *named, ", the one that \"", kLatest, "\" names")
+                                            : c10::str("using ", folder, " instead"));
+      }
       return std::move(*result);
     }
-    options.on_fallback(failure);
+    check(kKind, options.on_fallback != nullptr, wrong);
+    options.on_fallback(wrong);
+    failure = wrong;
   }
   raise(kKind, path, " has no sound checkpoint; the last one tried: ", failure);
 }
@@ -290,21 +355,9 @@ CheckpointReader CheckpointReader::open(const fs::path& path, const Options& opt
 CheckpointReader CheckpointReader::open_directory(const fs::path& directory, bool verify_all) {
   CheckpointReader reader(directory);
   const fs::path path = directory / kManifest;
-  check(kKind, is_folder(directory, kKind), directory, " does not exist");
-  check(kKind, path_exists(path, kKind), directory, " has no ", kManifest, ": it is not a complete checkpoint");
-  Json manifest;
+  const Json manifest = read_manifest(directory);
   try {
-    const std::string text = read_text(path, kKind);
-    check_nesting(text, path.string(), kKind);
-    manifest = Json::parse(text);
-    check(kKind, manifest.is_object() && manifest.value("format", "") == kFormat, path,
-          " is not the manifest of a drrl checkpoint");
-    check(kKind, manifest.value("version", 0) == kVersion, path, " has version ", manifest.value("version", 0), "; version ",
-          kVersion, " is supported");
-    const auto stated = manifest.at("manifest_xxh3").get<std::string>();
-    const std::string actual = self_checksum(manifest);
-    check(kKind, stated == actual, path, " is damaged: its checksum is ", actual, ", and it says ", stated);
-    reader.checksum_ = stated;
+    reader.checksum_ = manifest.at("manifest_xxh3").get<std::string>();
     reader.step_ = manifest.at("step").get<int64_t>();
     reader.world_size_ = manifest.at("world_size").get<int64_t>();
     for (const auto& [file, item] : manifest.at("files").items()) {

@@ -17,7 +17,7 @@ namespace drrl {
 
 /// Atomic checkpoint folders. Layout under `root`:
 ///   step-00000120/             complete, never changed again
-///     manifest.json            step, world size, and size + XXH3 checksum of every file; written last, protected by a checksum
+///     manifest.json            step, number of the save among all of the root, world size, and size + XXH3 checksum of every file; written last, protected by a checksum
 ///     of its own <whatever the ranks wrote>
 ///   latest                     one line, "step-00000120", replaced atomically
 ///   .tmp-*                     never looked at by a reader; removed by the next save
@@ -70,17 +70,20 @@ class CheckpointWriter {
 
 /// A checkpoint that was verified. Errors: Error(kCheckpoint) that says which file is wrong, and how.
 class CheckpointReader {
+  friend class CheckpointWriter;
+
  public:
   struct Options {
     /// true: `open` reads and checks every file. false: only sizes; a file's checksum is checked when it is first used, so that
     /// each of many ranks reads only its own.
     bool verify_all = true;
-    /// When `open` is given a root and the checkpoint that `latest` names is damaged or missing: take the newest sound one
-    /// instead. What was wrong is passed to `on_fallback`, one sentence a checkpoint. Not set: throw.
+    /// When `open` is given a root whose newest checkpoint, or the one that `latest` names, is damaged or missing: take the newest
+    /// sound one instead. What was wrong is passed to `on_fallback`, one sentence a checkpoint. Not set: throw.
     std::function<void(const std::string&)> on_fallback;
   };
 
-  /// `path`: a checkpoint folder, or a root. Ranks of one run should open the folder that rank 0 found, so that all of them
+  /// `path`: a checkpoint folder, or a root: then the newest one in it, which is the one saved last, whatever its step. `latest` is behind
+  /// after a death between the two renames of a save. Ranks of one run should open the folder that rank 0 found, so that all of them
   /// agree.
   static CheckpointReader open(const std::filesystem::path& path, const Options& options);
   static CheckpointReader open(const std::filesystem::path& path) { return open(path, Options()); }

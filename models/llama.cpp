@@ -396,8 +396,12 @@ void CausalLM::save(const std::filesystem::path& hf_dir, at::ScalarType dtype) c
       kept.push_back(companion.path().filename().string());
       copy_file(companion, hf_dir / kept.back());
     }
-    write_text(hf_dir / "config.json", config_.export_json(dtype));
-    write_safetensors(hf_dir / "model.safetensors", tensors);
+    for (const NamedTensor& tensor : tensors) {
+      check(ErrorKind::kNumerics, at::isfinite(tensor.value).all().item<bool>(), hf_dir, " was not written: tensor ", tensor.name, " is not finite in ", dtype);
+    }
+    write_text(hf_dir / "config.json", config_.export_json(dtype), [](const std::filesystem::path& written) { ModelConfig::load(written); });
+    write_safetensors(hf_dir / "model.safetensors", tensors, {{"format", "pt"}},
+                      [](const std::filesystem::path& written) { SafetensorsFile(written, ErrorKind::kModel); });
     remove_stale_files(hf_dir, kept);
     sync_directory(hf_dir);
   });

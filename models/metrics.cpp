@@ -13,6 +13,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <sstream>
 
 namespace drrl {
 namespace {
@@ -88,25 +89,19 @@ void flush(std::ofstream& file, const std::filesystem::path& path) {
   check(ErrorKind::kStorage, file.good(), "cannot write ", path.string(), ": ", std::strerror(errno));
 }
 
-/// Keeps the lines of a log for which `keep` holds; a torn last line (no newline) goes too.
+/// Makes a log of `header` and those of its lines for which `keep` holds, in one step; a torn last line (no newline) goes, too.
 template <typename Keep>
-void filter_lines(const std::filesystem::path& path, Keep keep) {
-  std::ifstream in(path, std::ios::binary);
-  if (!in) {
-    return;
-  }
-  std::string kept;
-  std::string line;
-  while (std::getline(in, line) && !in.eof()) {
-    if (keep(line)) {
-      kept += line + "\n";
+void filter_lines(const std::filesystem::path& path, const std::string& header, Keep keep) {
+  std::string kept = header;
+  if (path_exists(path, ErrorKind::kStorage)) {
+    std::istringstream in(read_text(path, ErrorKind::kStorage, UINT64_MAX));
+    for (std::string line; std::getline(in, line) && !in.eof();) {
+      if (keep(line)) {
+        kept += line + "\n";
+      }
     }
   }
-  in.close();
-  std::ofstream out;
-  open(out, path, std::ios::binary | std::ios::trunc);
-  out << kept;
-  flush(out, path);
+  write_text(path, kept);
 }
 
 std::string csv_header() {
@@ -219,26 +214,21 @@ MetricsWriter::MetricsWriter(const std::filesystem::path& directory, int64_t fir
   const auto jsonl = directory / "metrics.jsonl";
   const auto csv = directory / "metrics.csv";
   if (first_step > 0) {
-    filter_lines(jsonl, [&](const std::string& line) {
+    filter_lines(jsonl, "", [&](const std::string& line) {
       const auto row = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
       return row.is_object() && row.contains("step") && row["step"].is_number_integer() &&
              row["step"].get<int64_t>() <= first_step;
     });
-    filter_lines(csv, [&](const std::string& line) {
+    filter_lines(csv, csv_header() + "\n", [&](const std::string& line) {
       return !line.empty() && std::isdigit(static_cast<unsigned char>(line.front())) != 0 &&
              std::atoll(line.c_str()) <= first_step;
     });
-    // The header goes back in front of the rows.
-    std::ifstream in(csv, std::ios::binary);
-    const std::string rows((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-    open(csv_, csv, std::ios::binary | std::ios::trunc);
-    csv_ << csv_header() << "\n" << rows;
   } else {
-    open(csv_, csv, std::ios::binary | std::ios::trunc);
-    csv_ << csv_header() << "\n";
+    write_text(jsonl, "");
+    write_text(csv, csv_header() + "\n");
   }
-  flush(csv_, csv);
-  open(jsonl_, jsonl, std::ios::binary | (first_step > 0 ? std::ios::app : std::ios::trunc));
+  open(jsonl_, jsonl, std::ios::binary | std::ios::app);
+  open(csv_, csv, std::ios::binary | std::ios::app);
   events_ = std::make_unique<EventWriter>(directory, first_step);
 }
 

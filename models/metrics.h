@@ -52,7 +52,8 @@ struct MetricRow {
 };
 
 /// metrics.jsonl, metrics.csv and TensorBoard events in one directory. Every row is flushed, so a killed run keeps what it
-/// logged. Resuming at `first_step` drops the rows after it, which the interrupted run logged but did not save.
+/// logged. Resuming at `first_step` drops the rows after it, which the interrupted run logged but did not save; should that be cut
+/// short, all rows are still there.
 class MetricsWriter {
  public:
   /// Errors: Error(kStorage) naming the path.

@@ -294,10 +294,16 @@ struct Trainer::Impl {
       }
     }
     const auto watched = watch(mesh.world().watchdog(), "training");
+    // Opened by the first row: a run that is refused before leaves no trace.
     std::unique_ptr<MetricsWriter> metrics;
-    if (has_output && leader()) {
-      metrics = std::make_unique<MetricsWriter>(options.output / "metrics", position.step);
-    }
+    const auto log = [&, first_step = position.step](const MetricRow& row) {
+      if (has_output && leader()) {
+        if (!metrics) {
+          metrics = std::make_unique<MetricsWriter>(options.output / "metrics", first_step);
+        }
+        metrics->write(row);
+      }
+    };
 
     TrainResult result;
     result.steps = position.step;
@@ -306,11 +312,11 @@ struct Trainer::Impl {
     if (validation && work_left) {
       result.valid_loss_before = evaluate();
       note(c10::str("validation loss before training ", result.valid_loss_before));
-      if (metrics && position.step == 0) {
+      if (position.step == 0) {
         MetricRow row{0, {}};
         row.set("valid_loss", result.valid_loss_before);
         row.set("valid_ppl", std::exp(result.valid_loss_before));
-        metrics->write(row);
+        log(row);
       }
     }
     double unlogged_seconds = 0;
@@ -351,11 +357,9 @@ struct Trainer::Impl {
         unlogged_seconds = 0;
         unlogged_steps = 0;
         const auto figures = policy.figures ? policy.figures() : std::vector<std::pair<std::string, double>>();
-        if (metrics) {
-          MetricRow row = to_row(report);
-          row.values.insert(row.values.end(), figures.begin(), figures.end());
-          metrics->write(row);
-        }
+        MetricRow row = to_row(report);
+        row.values.insert(row.values.end(), figures.begin(), figures.end());
+        log(row);
         if (leader() && callbacks.on_step) {
           callbacks.on_step(report);
         }

@@ -138,7 +138,7 @@ void RankAgent::save(const std::filesystem::path& file, const Calibration& calib
   auto all = calibration.tensors();
   const auto mine = tensors();
   all.insert(all.end(), mine.begin(), mine.end());
-  write_safetensors(file, all, calibration.metadata());
+  write_safetensors(file, all, calibration.metadata(), [](const std::filesystem::path& written) { load(written, Calibration::load(written)); });
 }
 
 RankAgent RankAgent::load(const std::filesystem::path& path, const Calibration& calibration) {

@@ -135,7 +135,9 @@ std::string Calibration::digest() const {
   return to_hex(hash_bytes(hashes.data(), hashes.size() * sizeof(uint64_t)));
 }
 
-void Calibration::save(const std::filesystem::path& file) const { write_safetensors(file, tensors(), metadata()); }
+void Calibration::save(const std::filesystem::path& file) const {
+  write_safetensors(file, tensors(), metadata(), [](const std::filesystem::path& written) { load(written); });
+}
 
 std::vector<NamedTensor> Calibration::tensors() const {
   std::vector<NamedTensor> all = {{"damage", damage}, {"bases", bases}};

@@ -244,7 +244,9 @@ std::string LatencyTable::text(const std::vector<LatencyPoint>& points) const {
   return json.dump(1) + "\n";
 }
 
-void LatencyTable::save(const std::filesystem::path& file, const std::vector<LatencyPoint>& points) const { write_text(file, text(points)); }
+void LatencyTable::save(const std::filesystem::path& file, const std::vector<LatencyPoint>& points) const {
+  write_text(file, text(points), [](const std::filesystem::path& written) { load(written); });
+}
 
 LatencyTable LatencyTable::load(const std::filesystem::path& file) {
   const Reader reader(file);

@@ -48,7 +48,8 @@ void Traces::save(const std::filesystem::path& file) const {
                      {"heads_per_group", std::to_string(heads_per_group)},
                      {"calibration", calibration},
                      {"source", source},
-                     {"ranks", to_list(ranks)}});
+                     {"ranks", to_list(ranks)}},
+                    [](const std::filesystem::path& written) { load(written); });
 }
 
 Traces Traces::load(const std::filesystem::path& path) {

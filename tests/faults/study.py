@@ -342,7 +342,7 @@ def full_disk(trial):
 
 
 def hung_write(trial):
-    """The log of metrics blocks for ever: a pipe that nobody reads, as a dead network file system would."""
+    """The log of metrics blocks for ever: a pipe that is full and that nobody reads any more, as a dead network file system would."""
     return {HUNG} if trial.world == 1 else {COMMUNICATION, HUNG}
 
 
@@ -507,6 +507,11 @@ class Trial:
         if self.kind == "hung write":
             (output / "metrics").mkdir(parents=True)
             os.mkfifo(output / "metrics" / "metrics.csv")
+            pipe = os.open(output / "metrics" / "metrics.csv", os.O_RDWR | os.O_NONBLOCK)
+            self.cleanup.append(lambda: os.close(pipe))
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(pipe, bytes(4096))
         # To look through the memory of a process takes longer than the others' patience here.
         flags = ["--timeout_s=20"] if self.kind == "NaN in one memory" else []
         self.run = self.start(output, *flags, supervised=self.kind in SUPERVISED)

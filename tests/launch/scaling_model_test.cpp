@@ -325,6 +325,12 @@ TEST_F(ModelProgram, CountsTheBytesThatRealRunsSend) {
     EXPECT_GT(file.equations[0].yardstick_ms, 0);
     EXPECT_EQ(file.workloads[0].world(), processes);
   }
+  auto bad = ordered_json::parse(read_bytes(own_ / "r.json"));
+  bad["steps"][0]["ms"] = std::nan("");
+  const std::string message = error_of(ErrorKind::kUsage, [&] { write_measured(own_ / "bad.json", bad); });
+  EXPECT_NE(message.find("bad.json\" was not written"), std::string::npos) << message;
+  EXPECT_NE(message.find("\"ms\""), std::string::npos) << message;
+  EXPECT_FALSE(std::filesystem::exists(own_ / "bad.json"));
 }
 
 }  // namespace

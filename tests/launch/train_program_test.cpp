@@ -228,6 +228,9 @@ TEST_F(TrainProgram, TheRankPolicyLearnsOnTheWay) {
                                 std::regex_replace(ranks, std::regex("--model=\\S+"), ""));
   EXPECT_EQ(evaluated.code, 0) << evaluated.output;
   EXPECT_NE(evaluated.output.find("then 4 online updates on"), std::string::npos) << evaluated.output;
+  const std::string fresh = (own_ / "fresh").string();
+  expect_failure(bin + "drrl-train --steps=1 --output=" + fresh + " --policy=" + policy + ranks + "--rank_budget=0.01", ExitCode::kUsage, {"budget", "0.01"});
+  EXPECT_FALSE(std::filesystem::exists(fresh + "/metrics")) << "of a run that was refused";
   expect_failure(bin + "drrl-train --steps=1 --policy_update_every=1 --attention=lowrank --rank_policy=fixed --rank=4" + common, ExitCode::kUsage,
                  {"--policy_update_every=1 needs --attention=lowrank and --rank_policy=dp or rl", "fixed"});
   const std::string balanced = bin + "drrl-train --steps=1 --balance_every=1 --policy=" + policy;
@@ -521,6 +524,72 @@ TEST_F(TrainProgram, AFullFileSystem) {
   EXPECT_EQ(shell("umount " + (own_ / "small").string()).code, 0);
 }
 
+// Before any work, and without a trace.
+TEST_F(TrainProgram, OutputsThatCannotBeWrittenAreRefusedFirst) {
+  const std::string nowhere = (own_ / "nowhere/x").string(), folder = own_.path().string(), bin = std::string(DRRL_BINARY_DIR) + "/bin/";
+  const std::string common = " --model=" + (*shared_ / "model").string() + " --data=" + (*shared_ / "text").string() + " --seq_len=24 --threads=1 ";
+  const auto refused = [&](const std::string& line, const std::string& flag, const std::string& why) {
+    const Ended run = shell(line);
+    EXPECT_EQ(run.code, static_cast<int>(ExitCode::kStorage)) << line << "\n" << run.output;
+    EXPECT_NE(run.output.find(flag + ": "), std::string::npos) << run.output;
+    EXPECT_NE(run.output.find(why), std::string::npos) << run.output;
+    EXPECT_EQ(run.output.find("parameters"), std::string::npos) << "it came so far as the banner\n" << run.output;
+  };
+  write_bytes(own_ / "hf", "a file");
+  write_bytes(own_ / "result.json", "old");
+  const auto before = test::listing(own_.path());
+  refused(command("--json=" + nowhere), "--json=" + nowhere, "No such file or directory");
+  refused(mpirun(2) + command("--json=" + folder), "--json=" + folder, "is a folder");
+  refused(command("--output=" + folder + " --json=" + (own_ / "result.json").string()), "--output=" + folder, "hf\" is not a folder");
+  std::filesystem::create_directories(own_ / "out/hf/model.safetensors");
+  refused(command(output()), "--output=" + (own_ / "out").string(), "model.safetensors\": it is a folder");
+  std::filesystem::remove_all(own_ / "out");
+  refused(mpirun(2) + command("--output=/proc/x"), "--output=/proc/x", "cannot create");
+  for (const char* flag : {"json", "decisions"}) {
+    refused(bin + "drrl-eval --attention=lowrank --rank=4 --near_block=8 --" + flag + "=" + nowhere + common, std::string("--") + flag + "=" + nowhere, "cannot create");
+  }
+  refused(bin + "drrl-policy calibrate --near_block=8 --policy=" + nowhere + common, "--policy=" + nowhere, "cannot create");
+  refused(bin + "drrl-policy record --near_block=8 --policy=x --traces=" + nowhere + common, "--traces=" + nowhere, "cannot create");
+  refused(bin + "drrl-bench latency --latency=" + nowhere, "--latency=" + nowhere, "cannot create");
+  for (const char* flag : {"json", "csv", "plot"}) {
+    refused(bin + "drrl-bench attention --" + flag + "=" + nowhere, std::string("--") + flag + "=" + nowhere, "cannot create");
+  }
+  expect_failure(bin + "drrl-bench attention --csv=" + folder + "/x --json=" + folder + "/./x", ExitCode::kUsage, {"--json names this file, too"});
+  EXPECT_EQ(test::listing(own_.path()), before);
+  EXPECT_EQ(read_bytes(own_ / "result.json"), "old");
+}
+
+TEST_F(TrainProgram, ResultsMayGoToStdoutOrADevice) {
+  const std::string eval = std::string(DRRL_BINARY_DIR) + "/bin/drrl-eval --model=" + (*shared_ / "model").string() + " --data=" + (*shared_ / "text").string() +
+                           " --seq_len=24 --max_tokens=24 --threads=1 --json=";
+  const Ended run = shell("{ " + eval + "/dev/stdout; } 2>/dev/null");
+  EXPECT_EQ(run.code, 0) << run.output;
+  const size_t json = run.output.find("\n{");
+  ASSERT_NE(json, std::string::npos) << run.output;
+  EXPECT_TRUE(nlohmann::json::parse(run.output.substr(json)).contains("perplexity")) << run.output;
+  EXPECT_EQ(shell(eval + "/dev/null").code, 0);
+  EXPECT_TRUE(std::filesystem::is_character_file("/dev/null"));
+  expect_failure(eval + "/dev/full", ExitCode::kStorage, {"/dev/full", "No space left on device"});
+}
+
+TEST_F(TrainProgram, WarnsThatNothingIsKept) {
+  const Ended run = shell(command("--steps=1"));
+  EXPECT_EQ(run.code, 0) << run.output;
+  EXPECT_LT(run.output.find("no --output: NOTHING OF THIS TRAINING WILL BE KEPT"), run.output.find("step 1/1")) << run.output;
+  EXPECT_EQ(shell(command(output() + "--steps=1")).output.find("NOTHING"), std::string::npos);
+}
+
+TEST_F(TrainProgram, ResumesFromOneThatLatestDoesNotNameYet) {
+  const std::string steps = command(output() + "--steps=4 --save_every=1 --keep=0 --valid_fraction=0 ");
+  ASSERT_EQ(shell(steps).code, 0);
+  std::filesystem::remove_all(own_ / "out/checkpoints/step-00000004");
+  write_bytes(own_ / "out/checkpoints/latest", "step-00000002\n");
+  const Ended run = shell(steps + "--resume");
+  EXPECT_EQ(run.code, 0) << run.output;
+  EXPECT_NE(run.output.find("resumed after step 3"), std::string::npos) << run.output;
+  EXPECT_NE(run.output.find("which was saved after"), std::string::npos) << run.output;
+}
+
 TEST_F(TrainProgram, AModelThatDivergesStopsWithItsOwnCode) {
   expect_failure(mpirun(2) + command("--lr=1e30 --clip=0 --warmup_tokens=0 --min_lr=0"), ExitCode::kNumerics,
                  {"not finite", "before the update"});
@@ -562,6 +631,28 @@ TEST_F(TrainProgram, UnderMpirunSigusr1SavesAndStops) {
   const Ended run = interrupt("exec " + mpirun(2) + command(output() + " --steps=3000"), "USR1");
   EXPECT_EQ(run.code, static_cast<int>(ExitCode::kInterrupted)) << run.output;
   EXPECT_TRUE(std::filesystem::exists(own_ / "out/checkpoints/latest"));
+}
+
+TEST_F(TrainProgram, ASecondRunIsKeptOutOfAFolder) {
+  // The second run, of two processes, is refused, the first one goes on; once it is killed, the next one starts at once from what it has saved.
+  const Ended ended = shell("run='" + command("--output=out --steps=100000 --save_every=20 --valid_fraction=0 --resume") + "'; mpirun='" + mpirun(2) + "'; cd " +
+                            own_.path().string() + R"(
+exec 2>&1
+prints() { for i in $(seq 600); do grep -q "^step *$2/" $1 && return; sleep 0.05; done; }
+$run > log & first=$!
+prints log 25
+$mpirun $run; echo second $?
+seen=$(wc -l < log); sleep 0.5; [ $(wc -l < log) -gt $seen ] && echo first goes on
+kill -9 $first; $run > next & next=$!
+prints next '[0-9]*'
+kill -USR1 $next; wait $next; echo next $?
+grep resumed next; echo $first was first)");
+  std::smatch first;
+  ASSERT_TRUE(std::regex_search(ended.output, first, std::regex("(\\d+) was first"))) << ended.output;
+  for (const std::string& text : {std::string("second 6"), std::string("first goes on"), std::string("next 10"), std::string("resumed after step"),
+                                  "is being written by another run, \"process " + first[1].str() + " on ", std::string("name another folder by --output")}) {
+    EXPECT_NE(ended.output.find(text), std::string::npos) << "lacks: " << text << "\n" << ended.output;
+  }
 }
 
 TEST_F(TrainProgram, OptionsPageIsUpToDate) {

@@ -397,6 +397,57 @@ TEST(Checkpoint, WithoutLatestTheNewestIsFound) {
   EXPECT_NE(said.find("neither a file \"latest\""), std::string::npos) << said;
 }
 
+// A process can die between the two renames of a save.
+TEST(Checkpoint, OneThatLatestDoesNotNameYetIsTheNewest) {
+  const TemporaryDirectory folder;
+  save(folder.path(), 1);
+  save(folder.path(), 2);
+  write_bytes(folder / "latest", "step-00000001\n");
+  EXPECT_EQ(CheckpointReader::open(folder.path()).step(), 2);
+  std::vector<std::string> said;
+  CheckpointReader::Options options;
+  options.on_fallback = [&](const std::string& text) { said.push_back(text); };
+  EXPECT_EQ(CheckpointReader::open(folder.path(), options).step(), 2);
+  ASSERT_EQ(said.size(), 1U);
+  EXPECT_NE(said[0].find("step-00000002"), std::string::npos) << said[0];
+  EXPECT_NE(said[0].find("step-00000001"), std::string::npos) << said[0];
+  flip_bit(folder / "step-00000002/state.json", 2);
+  EXPECT_EQ(CheckpointReader::open(folder.path(), options).step(), 1);
+}
+
+TEST(Checkpoint, StepsOfAnAbandonedRunAreNotTheNewest) {
+  const TemporaryDirectory folder;
+  for (const int64_t step : {1, 5, 2}) {
+    save(folder.path(), step);
+  }
+  CheckpointReader::Options options;
+  options.on_fallback = [](const std::string&) {};
+  EXPECT_EQ(CheckpointReader::open(folder.path(), options).step(), 2);
+  fs::remove(folder / "latest");
+  EXPECT_EQ(CheckpointReader::open(folder.path(), options).step(), 2) << "without 'latest', too";
+  flip_bit(folder / "step-00000002/state.json", 2);
+  EXPECT_EQ(CheckpointReader::open(folder.path(), options).step(), 5) << "but the next best";
+  // One whose manifest is damaged is no checkpoint to keep.
+  flip_bit(folder / "step-00000005/manifest.json", 30);
+  save(folder.path(), 3, 2);
+  EXPECT_EQ(listing(folder.path()), (std::vector<std::string>{"latest", "step-00000002", "step-00000003"}));
+}
+
+TEST(Checkpoint, ALatestThatIsALoopOfLinksIsPassedOver) {
+  const TemporaryDirectory folder;
+  save(folder.path(), 1);
+  fs::remove(folder / "latest");
+  fs::create_symlink("latest", folder / "latest");
+  EXPECT_TRUE(CheckpointReader::any(folder.path()));
+  CheckpointReader::Options options;
+  std::string said;
+  options.on_fallback = [&](const std::string& text) { said += text; };
+  EXPECT_EQ(CheckpointReader::open(folder.path(), options).step(), 1);
+  EXPECT_NE(said.find("Too many levels of symbolic links"), std::string::npos) << said;
+  save(folder.path(), 2);
+  EXPECT_EQ(CheckpointReader::open(folder.path()).step(), 2);
+}
+
 TEST(Checkpoint, DamagedLatestIsNamed) {
   const TemporaryDirectory folder;
   save(folder.path(), 1);

@@ -395,6 +395,24 @@ TEST(LlamaTest, ExportsAndReloads) {
   }
 }
 
+TEST(LlamaTest, DoesNotExportWhatItWouldRefuse) {
+  ModelConfig config = written_config(small_config());
+  const TemporaryDirectory folder;
+  CausalLM(config, Group(), make_full_attention()).save(folder / "model");
+  const std::string weights = read_bytes(folder / "model/model.safetensors"), text = read_bytes(folder / "model/config.json");
+  CausalLM large(config, Group(), make_full_attention());
+  {
+    const at::NoGradGuard no_grad;
+    large.parameters()[1].value.fill_(3.4e38);  // finite in fp32
+  }
+  expect_error(ErrorKind::kNumerics, {"model", "is not finite in BFloat16"}, [&] { large.save(folder / "model", at::kBFloat16); });
+  config.original_json = "{}";
+  expect_error(ErrorKind::kModel, {"config.json\" was not written", "model_type"},
+               [&] { CausalLM(config, Group(), make_full_attention()).save(folder / "model"); });
+  EXPECT_EQ(read_bytes(folder / "model/model.safetensors"), weights);
+  EXPECT_EQ(read_bytes(folder / "model/config.json"), text);
+}
+
 TEST(LlamaTest, RefusesWeightsThatAreNotTheModels) {
   const ModelConfig config = written_config(small_config());
   CausalLM model(config, Group(), make_full_attention());

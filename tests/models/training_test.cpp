@@ -331,6 +331,21 @@ TEST(Metrics, AreWrittenThreeWaysAndCutWhenARunIsResumed) {
   }
 }
 
+TEST(Metrics, ADeathWhileARunIsResumedLosesNothing) {
+  const TemporaryDirectory directory;
+  {
+    MetricsWriter writer(directory.path(), 0);
+    for (int64_t step = 1; step <= 9; ++step) {
+      writer.write(row(step, 1.0));
+    }
+  }
+  const std::string jsonl = read_bytes(directory / "metrics.jsonl"), csv = read_bytes(directory / "metrics.csv");
+  const test::FileSizeLimit limit(1);  // every write fails
+  expect_error(ErrorKind::kStorage, {"cannot write"}, [&] { MetricsWriter(directory.path(), 7); });
+  EXPECT_EQ(read_bytes(directory / "metrics.jsonl"), jsonl);
+  EXPECT_EQ(read_bytes(directory / "metrics.csv"), csv);
+}
+
 TEST(Metrics, AFullDiskIsAStorageError) {
   const TemporaryDirectory directory;
   MetricsWriter writer(directory.path(), 0);

@@ -155,6 +155,9 @@ TEST(RankAgent, SurvivesItsFile) {
   EXPECT_DOUBLE_EQ(loaded.price_factor(0.5), 3);
   EXPECT_DOUBLE_EQ(loaded.price_factor(0.1), 2);
   EXPECT_DOUBLE_EQ(loaded.price_factor(0.9), 4);
+  agent.set_prices({0.4, 0.6}, {2, std::nan("")});
+  EXPECT_NE(error_of(ErrorKind::kModel, [&] { agent.save(file, c); }).find("\"agent.price_factors\" is empty or not finite"), std::string::npos);
+  EXPECT_EQ(RankAgent::load(file, back).digest(), loaded.digest()) << "the older file is still there";
 }
 
 TEST(Traces, SurviveTheirFile) {
@@ -173,8 +176,12 @@ TEST(Traces, SurviveTheirFile) {
   EXPECT_NE(error_of(ErrorKind::kUsage, [&] { train_agent(agent, calibration(), {back}, o, nullptr); }).find("2 sequences"), std::string::npos);
   Traces cut = t;
   cut.tokens = cut.tokens.narrow(1, 1, kLength - 1).contiguous();
-  cut.save(temporary("cut.safetensors"));
-  EXPECT_NE(error_of(ErrorKind::kModel, [&] { Traces::load(temporary("cut.safetensors")); }).find("\"tokens\" is [2, 2047]"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kModel, [&] { cut.save(file); }).find("\"tokens\" is [2, 2047]"), std::string::npos);
+  cut = t;
+  cut.damage = t.damage.clone().fill_(std::nan(""));
+  EXPECT_NE(error_of(ErrorKind::kModel, [&] { cut.save(file); }).find("\"damage\" is empty or not finite"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kModel, [&] { t.first(0).save(file); }).find("is empty"), std::string::npos);
+  EXPECT_EQ(Traces::load(file).sequences(), 2) << "the older file is still there";
   Calibration other = calibration();
   other.damage *= 2;
   o.held_out = 1;

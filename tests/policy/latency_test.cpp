@@ -257,6 +257,10 @@ TEST(Latency, SurvivesItsFile) {
   back.save(again);
   t.save(file);
   EXPECT_EQ(read_text(again, ErrorKind::kModel), read_text(file, ErrorKind::kModel));
+  LatencyTable bad = t;
+  bad.scores.front().row = std::nan("");
+  EXPECT_NE(error_of(ErrorKind::kModel, [&] { bad.save(again); }).find("again.json\": \"scores.row\" is"), std::string::npos);
+  EXPECT_EQ(LatencyTable::load(again).describe(), t.describe()) << "the older file is still there";
   back.check_key(t.key);
   const auto refused = [&](const std::string& field, const std::string& found, const std::string& expected, auto&& change) {
     LatencyKey key = t.key;

@@ -48,7 +48,9 @@ class SetsTest(Folder):
 
     def make(self, task, name, *arguments):
         out = self.folder / name
-        result = sets(task, "--model", self.folder / "model", "--input", self.input, "--out", out, *arguments)
+        inputs = [self.input, *(path for path in arguments if isinstance(path, Path))]
+        options = [argument for argument in arguments if not isinstance(argument, Path)]
+        result = sets(task, "--model", self.folder / "model", "--input", *inputs, "--out", out, *options)
         self.assertEqual(result.returncode, 0, result.stderr)
         self.assertEqual(json.loads(Path(f"{out}.json").read_text())["vocabulary"]["size"], 256)
         return lines_of(out)
@@ -196,6 +198,25 @@ class SetsTest(Folder):
         result = sets("passkey", "--model", self.folder, "--input", self.input, "--out", self.folder / "none.jsonl")
         self.assertEqual(result.returncode, 3)
         self.assertIn("tokenizer.json", result.stderr)
+
+
+    def test_inputs_of_one_name_are_all_asked_about(self):
+        (self.folder / "other").mkdir()
+        (self.folder / "other/text.txt").write_text(self.text[::-1].replace(" .", ". ") + self.text)
+        examples = self.make("lastword", "a.jsonl", self.folder / "other/text.txt", "--length", 400, "--near", 80, "--count", 1000)
+        names = [example["id"] for example in examples]
+        self.assertEqual(len(set(names)), len(names))
+        self.assertEqual({name.split(":")[0] for name in names}, {"text", "text-1"})
+
+    def test_what_drrl_eval_would_refuse_is_not_written(self):
+        out = self.folder / "none.jsonl"
+        for config, words in (({"max_position_embeddings": 402}, ("400 tokens and a target", "402 positions", "--length")), ({"vocab_size": 100}, ("token", "vocab_size 100"))):
+            (self.folder / "model/config.json").write_text(json.dumps(config))
+            result = sets("lastword", "--model", self.folder / "model", "--input", self.input, "--out", out, "--length", 400, "--near", 80)
+            self.assertEqual(result.returncode, 3, result.stdout)
+            for word in words:
+                self.assertIn(word, result.stderr)
+            self.assertFalse(out.exists())
 
 
 class ProgramTest(SharedModel):

@@ -60,6 +60,50 @@ class ReviewsTest(unittest.TestCase):
             self.documents(text[:text.index("10604\t")])
 
 
+class OutputTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def test_links_are_followed(self):
+        (self.folder / "far").mkdir()
+        link = self.folder / "link"
+        link.symlink_to("far/new")
+        prepare.write_atomically(link, "text")
+        self.assertTrue(link.is_symlink())
+        self.assertEqual((self.folder / "far/new").read_text(), "text")
+        (self.folder / "out").symlink_to("far/made")
+        with prepare.NewDirectory(self.folder / "out") as directory:
+            (directory / "a").write_text("b")
+        self.assertTrue((self.folder / "out").is_symlink())
+        self.assertEqual((self.folder / "far/made/a").read_text(), "b")
+
+    def test_pipes_and_stdout_are_written_into(self):
+        pipe = self.folder / "pipe"
+        os.mkfifo(pipe)
+        with self.assertRaises(OSError):
+            prepare.write_atomically(pipe, "lost")
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        prepare.write_atomically(pipe, "through")
+        self.assertEqual(os.read(reader, 100), b"through")
+        os.close(reader)
+        self.assertTrue(pipe.is_fifo())
+        code = "import prepare; print('before'); prepare.write_atomically('/dev/stdout', 'text\\n'); print('after')"
+        with open(self.folder / "out", "wb") as out:
+            subprocess.run([sys.executable, "-c", code], stdout=out, cwd=ROOT / "launch", check=True, timeout=60)
+        self.assertEqual((self.folder / "out").read_text(), "before\ntext\nafter\n")
+        with self.assertRaisesRegex(prepare.BadInput, "is a folder"):
+            prepare.write_atomically(self.folder, "text")
+
+    def test_a_folder_of_somebody_s_is_not_replaced(self):
+        (self.folder / "thesis.tex").write_text("all of it")
+        with self.assertRaisesRegex(prepare.BadInput, "was not made by this program"):
+            with prepare.NewDirectory(self.folder):
+                self.fail("begun")
+        self.assertEqual((self.folder / "thesis.tex").read_text(), "all of it")
+
+
 class RandomModelTest(unittest.TestCase):
     CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
               "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64,
@@ -341,6 +385,15 @@ class TextTest(unittest.TestCase):
         result = run("inspect", "--data", self.out)
         self.assertEqual(result.returncode, prepare.EXIT_BAD_INPUT)
         self.assertIn("not a Megatron index", result.stderr)
+
+    def test_an_index_that_the_programs_would_refuse_is_told(self):
+        self.text(self.write("a.txt", "ab\fcde"))
+        good = (self.folder / "out.idx").read_bytes()
+        for position, words in ((34 + 8 + 8, "do not fit each other"), (len(good) - 8, "expected to ascend from 0 to 2"), (len(good), "do not fit each other")):
+            (self.folder / "out.idx").write_bytes(good[:position] + b"\x07" + good[position + 1:])
+            result = run("inspect", "--data", self.out)
+            self.assertEqual(result.returncode, prepare.EXIT_BAD_INPUT, result.stdout)
+            self.assertIn(words, result.stderr)
 
 
 class GgufTest(unittest.TestCase):
