@@ -7,7 +7,6 @@
 #include "launch/program.h"
 #include "models/data.h"
 #include "models/llama.h"
-#include "models/model_folder.h"
 #include "models/token_file.h"
 #include "models/tokenizer.h"
 #include "policy/controller.h"

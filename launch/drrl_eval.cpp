@@ -17,7 +17,6 @@
 #include "models/examples.h"
 #include "models/generate.h"
 #include "models/llama.h"
-#include "models/model_folder.h"
 #include "models/replicas.h"
 #include "core/storage.h"
 #include "models/token_file.h"

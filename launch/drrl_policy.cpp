@@ -13,7 +13,6 @@
 #include "models/config.h"
 #include "models/data.h"
 #include "models/llama.h"
-#include "models/model_folder.h"
 #include "models/replicas.h"
 #include "models/tensor_parallel.h"
 #include "models/token_file.h"

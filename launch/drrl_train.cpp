@@ -16,7 +16,6 @@
 #include "models/config.h"
 #include "models/data.h"
 #include "models/llama.h"
-#include "models/model_folder.h"
 #include "models/replicas.h"
 #include "core/storage.h"
 #include "models/token_file.h"

@@ -8,6 +8,7 @@
 #include "launch/program.h"
 #include "models/config.h"
 #include "models/llama.h"
+#include "models/model_folder.h"
 #include "models/token_file.h"
 #include "models/tokenizer.h"
 

@@ -108,7 +108,7 @@ TEST_F(ContextParallel, PairsThatNoLowRankServesAreExactOnAllProcesses) {
     for (const double by : {1.0, 1e3}) {  // scores of 1e6: all pairs are exact
       Text text = random_text(config_, 1, kUpdated.length);
       text.tokens.slice(1, 0, by > 1 ? 0 : 150).fill_(3);  // or a run of one token
-      const auto policy = make_fixed_policy(6, 16);
+      const std::shared_ptr<RankPolicy> policy = make_fixed_policy(6, 16);
       const auto loss = [&](const Group& cp, const std::shared_ptr<LowRankController>& attention) {
         CausalLM result(config_, m.tp(), attention, {});
         set_weights(result, random_weights(config_, 1), m.tp());
