@@ -111,13 +111,14 @@ TEST_F(ContextParallel, PairsThatNoLowRankServesAreExactOnAllProcesses) {
       const std::shared_ptr<RankPolicy> policy = make_fixed_policy(6, 16);
       const auto loss = [&](const Group& cp, const std::shared_ptr<LowRankController>& attention) {
         CausalLM result(config_, m.tp(), attention, {});
-        set_weights(result, random_weights(config_, 1), m.tp());
         at::NoGradGuard no_grad;
-        for (const Parameter& parameter : result.parameters()) {
-          if (parameter.name.find("q_proj.weight") != std::string::npos || parameter.name.find("k_proj.weight") != std::string::npos) {
-            parameter.value.mul_(by);
+        Weights weights = random_weights(config_, 1);
+        for (auto& [name, value] : weights) {
+          if (name.ends_with("q_proj.weight") || name.ends_with("k_proj.weight")) {
+            value.mul_(by);
           }
         }
+        set_weights(result, weights, m.tp());
         at::Tensor sum = result.loss(text.tokens, text.labels).loss_sum.to(at::kDouble).view({1});
         at::Tensor exact_pairs = at::full({1}, attention->take_statistics().exact_pairs, at::kDouble);
         cp.all_reduce(sum);
