@@ -193,7 +193,7 @@ Demand demand_of(const Workload& w) {
   all_reduce(a, of_tp, 4 * passes + 2 * sequences, activations);  // two each way of a layer, embedding, gradient of the head's input
   const double chunks = std::ceil(static_cast<double>(rows) / kLossRows);
   all_reduce(a, of_tp, 2 * sequences * chunks, 12 * static_cast<double>(rows) / (2 * chunks));  // the softmax: 4 and 8 bytes for each row
-  constexpr double kSums = 80;  // bytes: loss, norm and figures of a step
+  constexpr double kSums = 88;  // bytes: loss, norm and figures of a step
   all_reduce(a, of_tp, 1, kSums);
   all_reduce(a, of_data, 1, kSums);
   const double buckets = std::ceil(4 * weights / static_cast<double>(kBucketBytes));
@@ -210,6 +210,9 @@ Demand demand_of(const Workload& w) {
     if (low) {
       add_messages(a, "all_to_all", of_cp, w.processes_per_node, passes * 2, passes * most(bytes.bases));
       demand.sent_bytes += passes * bytes.bases.front();
+      if (w.cores_per_node > 0) {  // the ranks at which pairs are attended, where they may turn out exact
+        all_reduce(a, of_cp, passes, static_cast<double>(groups * split->tree().num_pairs()) * 2 * sizeof(float));
+      }
       if (attention.first_bases > 0) {
         const int64_t d = w.config.head_dim;
         const double dealt = static_cast<double>(d * (d + 1) * 4) * (static_cast<double>(first_problems) - first_share(0));  // two triangles each, in fp32

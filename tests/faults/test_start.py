@@ -76,11 +76,11 @@ class StuckFileTest(Programs):
         trained = subprocess.run(self.train("--steps=1"), env=self.environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
         self.assertEqual(trained.returncode, 0, trained.stderr)
         train = self.train("--steps=2")
-        policy = ["--attention=lowrank", "--near_block=8", "--rank=4", f"--policy={self.shared}/policy"]
+        policy = [f"--output={self.output}-2", "--attention=lowrank", "--near_block=8", "--rank=4", f"--policy={self.shared}/policy"]
         cases = [("config.json", "reading the configuration", train), ("text.idx", "opening the data", train), ("text.bin", "opening the data", train),
-                 ("model/model.safetensors", "loading weights", train), ("manifest.json", "restoring", train),
+                 ("model/model.safetensors", "reading the configuration", train), ("manifest.json", "restoring", train),
                  ("policy", "reading the rank policy", [*train, *policy]),
-                 ("model/model.safetensors", "loading weights", self.program("eval")),
+                 ("model/model.safetensors", "reading the configuration", self.program("eval")),
                  ("policy", "reading the rank policy", [str(BIN / "drrl-policy"), "train", f"--policy={self.shared}/policy", "--traces=none"]),
                  ("runs.json", "reading runs", [str(BIN / "drrl-bench"), "model", f"--runs={self.shared}/runs.json"])]
         runs = [self.stuck(file, command) for file, _, command in cases]

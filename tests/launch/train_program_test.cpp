@@ -460,7 +460,7 @@ TEST_F(TrainProgram, ProcessesThatWereGivenDifferentThingsDoNotTrainTogether) {
       EXPECT_NE(run.output.find(fragment), std::string::npos) << "lacks: " << fragment << "\n" << run.output;
     }
   };
-  differ(command(), "--lr=1e-2 --save_every=1", "--lr=2e-2 --save_every=2", {"same options: --lr is 0.01 on rank 0, 0.02 on rank 1; --save_every is 1 on rank 0, 2 on rank 1"});
+  differ(command(), "--lr=1e-2 --clip=3", "--lr=2e-2 --clip=2", {"same options: --clip is 3 on rank 0, 2 on rank 1; --lr is 0.01 on rank 0, 0.02 on rank 1"});
   differ(command(), "--tp=2", "--tp=1", {"--tp is 2 on rank 0, 1 on rank 1"});
   differ(command(), "--json=" + (own_ / "a.json").string(), "", {"--json is given (", ") on rank 0, empty on rank 1"});
   const std::string model = " --model=" + (*shared_ / "model").string(), data = " --data=" + (*shared_ / "text").string();
