@@ -12,6 +12,7 @@
 
 #include <gflags/gflags.h>
 
+#include <optional>
 #include <set>
 
 namespace drrl {
@@ -24,12 +25,25 @@ const std::set<std::string> kOwn = {"threads", "timeout_s", "watchdog_timeout_s"
 const std::set<std::string> kFiles = {"model",  "data",      "valid_data",   "policy", "latency", "examples", "traces",
                                       "json",   "decisions", "examples_out", "csv",    "plot"};
 
+// Made when the program starts, where all processes come: making it later would wait without an end for one that does not.
+std::optional<Group> agreement_world;
+
 void agree(const Environment& environment, const Facts& facts, const char* what) {
   if (environment.launcher == Launcher::kTorchrun && FLAGS_device == "cpu") {
     return;  // Mesh::create will refuse that
   }
   const auto watched = watch(watchdog(), c10::str("agreement on ", what));
-  check_agreement(exchange_over_world(environment, std::chrono::seconds(FLAGS_timeout_s), watchdog()), facts, ErrorKind::kUsage, what);
+  const std::chrono::seconds timeout(FLAGS_timeout_s);
+  if (environment.launcher == Launcher::kTorchrun) {
+    check_agreement(exchange_over_world(environment, timeout, watchdog()), facts, ErrorKind::kUsage, what);
+    return;
+  }
+  if (!agreement_world) {
+    agreement_world = create_world_group("agreement", environment, at::kCPU, timeout);
+    agreement_world->watch(watchdog());
+  }
+  roll_call(*agreement_world, c10::str("the agreement on ", what));
+  check_agreement(exchange_over(*agreement_world), facts, ErrorKind::kUsage, what);
 }
 
 Fact contents(const std::string& name, const std::filesystem::path& path, const FileDigest& digest) {
@@ -39,6 +53,8 @@ Fact contents(const std::string& name, const std::filesystem::path& path, const 
 Fact contents(const std::string& name, const std::filesystem::path& path, ErrorKind kind) { return contents(name, path, FileReader(path, kind).sample()); }
 
 }  // namespace
+
+void end_agreements() { agreement_world.reset(); }
 
 void agree_on_options(const Environment& environment, const std::string& command) {
   if (environment.world_size == 1) {

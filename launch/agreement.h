@@ -16,4 +16,7 @@ void agree_on_options(const Environment& environment, const std::string& command
 /// cannot be read, that of its kind.
 void agree_on_inputs(const Environment& environment, const std::vector<std::string>& inputs);
 
+/// Before MPI ends.
+void end_agreements();
+
 }  // namespace drrl

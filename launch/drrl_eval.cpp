@@ -141,8 +141,8 @@ std::vector<int64_t> to_vector(const at::Tensor& ids) { return {ids.const_data_p
 /// Says how many pairs no low rank served.
 void print_exact_pairs(const nlohmann::ordered_json& json) {
   if (const auto exact = json["exact_pairs"].get<int64_t>(); exact > 0) {
-    std::cout << exact << " of " << json["far_pairs"] << " far pairs were attended exactly: no low rank serves their keys and queries (rows that are zero, beyond float32's "
-              << "range, or of scores too large)\n";
+    std::cout << exact << " of " << json["far_pairs"] << " far pairs have exact scores or values, as no low rank serves them (rows that are zero, beyond float32's range, or "
+              << "of scores too large)\n";
   }
 }
 

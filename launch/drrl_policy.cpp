@@ -254,7 +254,8 @@ ExitCode calibrate(const Environment& environment) {
         std::cout << (kind == 0 ? "scores" : "values") << " of all layers at rank " << ranks[middle] << ": " << measured << " nats per token, " << summed
                   << " summed over layers" << std::endl;
       }
-      if (summed > 0) {
+      constexpr double kRounding = 1e-7;  // nats: less is no divergence, and may be negative
+      if (summed > 0 && measured > kRounding) {
         result.damage.select(2, kind) *= measured / summed;
         result.gated_damage.select(2, kind) *= measured / summed;
       }

@@ -233,7 +233,7 @@ nlohmann::ordered_json summary_json(const TrainResult& result, const TrainerOpti
 
 void print_summary(const TrainResult& result, const TrainerOptions& options) {
   std::cout << (result.interrupted ? "interrupted after step " : "finished at step ") << result.steps << " (" << result.tokens
-            << " tokens)";
+            << " tokens)" << (result.interrupted && !options.output.empty() ? ", saved: --resume goes on" : "");
   if (result.steps_this_run > 0) {
     std::cout << ": loss " << result.first_loss << " -> " << result.last_loss << " in " << clock_time(result.step_seconds)
               << ", "
@@ -251,11 +251,11 @@ void print_summary(const TrainResult& result, const TrainerOptions& options) {
 
 /// World rank 0, before any work: whatever the run writes can be written, and no other run writes there. Holds --output from then on.
 std::unique_ptr<FolderLock> claim_outputs(const Environment& environment) {
-  check_outputs(environment, {"json"});
   if (environment.world_rank != 0) {
     return nullptr;
   }
   if (FLAGS_output.empty()) {
+    check_outputs(environment, {"json"});
     log_warning("no --output: NOTHING OF THIS TRAINING WILL BE KEPT, neither the model nor checkpoints; give --output=FOLDER unless only the speed is of interest");
     return nullptr;
   }
@@ -275,6 +275,7 @@ std::unique_ptr<FolderLock> claim_outputs(const Environment& environment) {
     }
     lock = std::make_unique<FolderLock>(output, "--output", [](const std::string& text) { log_warning(text); });
   });
+  check_outputs(environment, {"json"});  // perhaps in --output
   return lock;
 }
 

@@ -14,6 +14,8 @@
 
 #include <gflags/gflags.h>
 
+#include <algorithm>
+
 #include <cmath>
 #include <filesystem>
 #include <map>
@@ -141,6 +143,18 @@ void check_outputs(const Environment& environment, const std::vector<std::string
   if (environment.world_rank != 0) {
     return;
   }
+  std::map<std::filesystem::path, std::string> inputs;  // files that are read; the folder of --model
+  for (const char* flag : {"model", "data", "valid_data", "policy", "latency", "examples", "traces"}) {
+    std::string value;
+    if (std::find(flags.begin(), flags.end(), flag) != flags.end() || !google::GetCommandLineOption(flag, &value) || value.empty()) {
+      continue;
+    }
+    std::error_code unknown;
+    const bool text = std::string_view(flag).ends_with("data");
+    for (const auto& file : text ? std::vector<std::filesystem::path>{token_path(value, ".bin"), token_path(value, ".idx")} : std::vector<std::filesystem::path>{value}) {
+      inputs.emplace(std::filesystem::weakly_canonical(file, unknown), flag);
+    }
+  }
   std::map<std::filesystem::path, std::string> named;
   for (const std::string& flag : flags) {
     std::string value;
@@ -151,6 +165,9 @@ void check_outputs(const Environment& environment, const std::vector<std::string
     std::error_code not_a_file;  // such as a pipe behind /dev/stdout
     const auto file = std::filesystem::weakly_canonical(value, not_a_file);
     if (!not_a_file && (!std::filesystem::exists(file) || std::filesystem::is_regular_file(file))) {
+      auto input = inputs.find(file);
+      input = input == inputs.end() ? inputs.find(file.parent_path()) : input;
+      check(ErrorKind::kUsage, input == inputs.end(), "--", flag, "=", value, " would replace what --", input == inputs.end() ? "" : input->second, " reads");
       const auto [other, is_new] = named.emplace(file, flag);
       check(ErrorKind::kUsage, is_new, "--", flag, "=", value, ": --", other->second, " names this file, too, and one would replace the other");
     }

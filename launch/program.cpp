@@ -44,8 +44,13 @@ constexpr int64_t kSameRequestNs = 2'000'000'000;
 std::atomic<int> insisted{0};            // SIGTERM and SIGINT, those apart
 std::atomic<int64_t> insisted_last{0};  // when [ns]
 
+std::atomic<bool> speaks{false};  // world rank 0
+
 void on_stop_signal(int signal) {
-  stop_asked = true;
+  if (!stop_asked.exchange(true) && speaks) {
+    constexpr std::string_view kHeard = "drrl: a signal was heard: this ends after the step under way, and saves if there is an --output\n";
+    [[maybe_unused]] const ssize_t written = write(STDERR_FILENO, kHeard.data(), kHeard.size());
+  }
   if (signal != SIGTERM && signal != SIGINT) {
     return;
   }
@@ -250,6 +255,7 @@ int run_program(int argc, char** argv, const std::string& command, const std::st
   ExitCode code = ExitCode::kUnexpected;
   guarded(environment, [&] {
     environment = Environment::detect();
+    speaks = environment.world_rank == 0;
     std::signal(SIGXFSZ, SIG_IGN);  // a write beyond the file size limit is an error like a full disk, not a death
     std::signal(SIGPIPE, SIG_IGN);  // nor is a reader of the output that has gone: what it would have read is dropped
     parse_options(argc, argv, command, summary);
@@ -267,6 +273,7 @@ int run_program(int argc, char** argv, const std::string& command, const std::st
     code = body(environment);
     std::cout.flush();
     const auto watched = watch(watchdog(), "MPI_Finalize");
+    end_agreements();
     end_mpi();
   });
   return static_cast<int>(code);

@@ -188,7 +188,7 @@ const std::vector<MetricField>& metric_fields() {
       {"mean_rank_v", "drrl/mean_rank_v", "", "mean rank of attention values on far tokens"},
       {"attention_flops_fraction", "drrl/attention_flops_fraction", "",
        "all attention FLOPs over those of exact causal attention"},
-      {"exact_pairs", "drrl/exact_pairs", "", "share of far pairs attended exactly because no low rank serves them"},
+      {"exact_pairs", "drrl/exact_pairs", "", "share of far pairs with exact scores or values because no low rank serves them"},
       {"policy_updates", "drrl/policy_updates", "", "online updates of the rank policy in effect"},
       {"policy_distance", "drrl/policy_distance", "", "root mean square of the logarithm of learned over calibrated damage, each kind's mean left out"},
       {"policy_damage", "drrl/policy_damage", "nats/token", "expected damage of the ranks that the learned damages lead to"},

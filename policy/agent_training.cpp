@@ -154,7 +154,8 @@ class TraceItems {
     // Calibrated damages are scaled to what all layers do together; measured ones are scaled alike.
     const int64_t train = t.sequences() - options.held_out - options.validation;
     const auto of_kinds = t.damage.narrow(0, 0, train).sum(at::IntArrayRef{0, 1, 2, 3, 5, 6}, /*keepdim=*/false, at::kDouble) / static_cast<double>(train * Traces::kDraws);
-    scale_ = (base_.select(5, 0).sum(at::IntArrayRef{0, 1, 2, 4}, /*keepdim=*/false, at::kDouble) / of_kinds.clamp_min(1e-300)).to(at::kFloat).view({2, 1, 1});
+    const auto calibrated = base_.select(5, 0).sum(at::IntArrayRef{0, 1, 2, 4}, /*keepdim=*/false, at::kDouble);
+    scale_ = at::where(of_kinds > 0, calibrated / of_kinds, at::ones_like(calibrated)).to(at::kFloat).view({2, 1, 1});  // text without damage has nothing to scale
   }
 
   Items of(int64_t begin, int64_t count) const {

@@ -269,7 +269,8 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
     grams_[layer].select(1, i) += grams[static_cast<size_t>(i)];
   }
 
-  const PairGrams grams_of_pairs = pair_grams(q, k, v, tree, mass);
+  PairGrams grams_of_pairs = pair_grams(q, k, v, tree, mass);
+  const UsablePairs usable = usable_pairs(grams_of_pairs, w_o);
   const FarBases bases = solve_far_bases(grams_of_pairs, w_o, /*scores=*/true, /*values=*/true);
   const at::Tensor gates = default_gates();
   const auto choices = static_cast<int64_t>(ranks_.size());
@@ -319,7 +320,24 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
       return 0.5 * moved.unflatten(-1, {heads_per_group, run.query_rows}).sum(-2).square().sum(-1);
     };
     const auto by_pair = [&](const at::Tensor& x) { return x.unflatten(1, {batch, groups, run.count}).movedim(0, 3); };  // [gates, n] -> [B, G, count, gates]
+    // Pairs of the run that no low rank serves, [B, G, count] bool: they will be exact, and suffer nothing.
+    const auto served_exactly = [&](Ranks at, const at::Tensor& residual) {
+      std::vector<Ranks> ranks(static_cast<size_t>(batch * groups * run.count), at);
+      UsablePairs of_run;
+      for (int64_t item = 0; item < batch * groups * run.count; ++item) {
+        const auto in_all = static_cast<size_t>(item / run.count * tree.num_pairs() + run.first_pair + item % run.count);
+        of_run.scores.push_back(usable.scores[in_all]);
+        of_run.values.push_back(usable.values[in_all]);
+      }
+      const auto of_pairs_in = [&](const at::Tensor& gram) { return gram.narrow(2, run.first_pair, run.count); };
+      leave_exact({of_pairs_in(grams_of_pairs.queries), of_pairs_in(grams_of_pairs.keys), of_pairs_in(grams_of_pairs.values)}, of_run, heads_per_group, {run.key_rows},
+                  residual, ranks);
+      auto mask = at::zeros({batch, groups, run.count}, at::kBool);
+      std::transform(ranks.begin(), ranks.end(), mask.data_ptr<bool>(), [&](const Ranks& r) { return r != at; });
+      return mask;
+    };
     std::vector<LowPairs> all;
+    std::vector<at::Tensor> exact_anyway;
     for (int64_t kind = 0; kind < 2; ++kind) {
       for (int64_t i = 0; i < choices; ++i) {
         const auto columns = [&](const at::Tensor& x) { return pairs_of(x).narrow(2, 0, ranks_[static_cast<size_t>(i)]); };
@@ -328,11 +346,14 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
         LowPairs& low = all.emplace_back();
         std::pair<at::Tensor, at::Tensor> far;
         if (kind == 0) {
-          low.correction = residual_correction(run_q, residual_factor(basis, key_grams, keys));
+          const auto residual = residual_factor(basis, key_grams, keys);
+          exact_anyway.push_back(served_exactly({ranks_[static_cast<size_t>(i)], d}, residual));
+          low.correction = residual_correction(run_q, residual);
           low.rows = at::bmm(run_q, left);
           low.keys = at::bmm(run_k, right);
           far = part(low.rows, low.keys, run_v, low.correction, {});
         } else {
+          exact_anyway.push_back(served_exactly({d, ranks_[static_cast<size_t>(i)]}, {}));
           low.rows = at::bmm(run_grad, right);
           low.keys = at::bmm(run_v, left);
           far = part(run_q, run_k, low.keys, {}, right);
@@ -340,13 +361,14 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
         low.output = along_grad(run_exact - exact_out + far.first);
         low.weights = (1 - exact_share + far.second).squeeze(2).to(at::kDouble);
         const auto damage = damage_of(low.output / low.weights - pairs.output).view({batch, groups, run.count});
-        of_pairs.select(2, kind).narrow(2, run.first_pair, run.count).select(3, i) += damage.to(at::kCPU);
+        of_pairs.select(2, kind).narrow(2, run.first_pair, run.count).select(3, i) += damage.to(at::kCPU).masked_fill(exact_anyway.back(), 0);
       }
     }
     const std::vector<Gated> gated = behind_gates(pairs, all, gates, scale);
     for (int64_t i = 0; i < 2 * choices; ++i) {
       const int64_t kind = i / choices, rank = i % choices;
-      gated_of_pairs.select(2, kind).narrow(2, run.first_pair, run.count).select(3, rank).copy_(by_pair(damage_of(gated[static_cast<size_t>(i)].moved)));
+      gated_of_pairs.select(2, kind).narrow(2, run.first_pair, run.count).select(3, rank).copy_(
+          by_pair(damage_of(gated[static_cast<size_t>(i)].moved)).to(at::kCPU).masked_fill(exact_anyway[static_cast<size_t>(i)].unsqueeze(3), 0));
       if (i <= choices) {  // by score rank; exact scores, as under values of any rank, are the last
         exact_of_pairs.narrow(2, run.first_pair, run.count).select(3, i).copy_(by_pair(gated[static_cast<size_t>(i)].exact.sum(-1)) / static_cast<double>(heads_per_group * entries));
       }

@@ -231,6 +231,7 @@ at::Tensor LowRankController::attend_split(int64_t layer, const at::Tensor& q, c
 FarBases LowRankController::make_split_plan(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
                                             std::vector<Ranks>& ranks, LayerPlan& plan) {
   const int64_t d = q.size(3), sequences = k.size(0) * k.size(1), pairs = split_->tree().num_pairs();
+  const std::vector<Ranks> decided = ranks;
   const auto makers = basis_makers(*split_, ranks, d);
   const auto made = pairs_made_by(makers, context_.rank());
   PairGrams grams = shared_.sum(context_grams(q, k, v, *split_, context_, makers, statistics_.basis_bytes), w_o, statistics_.basis_bytes);
@@ -258,13 +259,18 @@ FarBases LowRankController::make_split_plan(int64_t layer, const at::Tensor& q, 
     bases.solves += before.solves;
     residual = residual_of(grams, of_made, keys, bases);
     bases.flops += before.flops;
-    count_exact(leave_exact(grams, usable, shared_.total(q.size(1), q.device()) / k.size(1), keys, residual, of_made));
+    leave_exact(grams, usable, shared_.total(q.size(1), q.device()) / k.size(1), keys, residual, of_made);
     for (size_t i = 0; i < of_made.size(); ++i) {
       ranks[i / made.size() * static_cast<size_t>(pairs) + static_cast<size_t>(made[i % made.size()])] = of_made[i];
     }
   }
   if (q.is_cpu()) {  // where leave_exact may have changed some of them
     agree_on_ranks(ranks, context_, statistics_.basis_bytes);
+    int64_t exact = 0;
+    for (size_t i = 0; i < ranks.size(); ++i) {
+      exact += ranks[i] == decided[i] ? 0 : 1;
+    }
+    count_exact(exact);
   }
   plan.context = c10::make_intrusive<ContextPlan>(*split_, context_, context_parts(*split_, ranks, d));
   hand_out_bases(*plan.context, makers, bases, residual, d, q.options(), statistics_.basis_bytes);

@@ -114,16 +114,20 @@ void DamageSampler::measure(int64_t layer, const BlockTree& tree, const at::Tens
   for (const PairRun& run : tree.runs()) {
     share_of_level[static_cast<size_t>(run.level)] += static_cast<double>(run.count * run.query_rows) / static_cast<double>(tree.sequence_length());
   }
+  PairGrams grams = sample.grams;
+  const UsablePairs usable = usable_pairs(grams, w_o);
   FarBases solved;
   if (options_.update_steps < 0) {
-    solved = solve_far_bases(sample.grams, w_o, /*scores=*/true, /*values=*/true);
+    solved = solve_far_bases(grams, w_o, /*scores=*/true, /*values=*/true);
   }
   for (size_t i = 0; i < ranks_.size(); ++i) {
     const int64_t rank = ranks_[i];
     const std::vector<Ranks> ranks(sequences * static_cast<size_t>(pairs), Ranks{rank, rank});
     const FarBases bases =
-        options_.update_steps < 0 ? solved : update_far_bases(sample.grams, w_o, ranks, for_batch(start_[layer], batch), options_.update_steps);
-    const at::Tensor residual = residual_factors(sample.grams, bases.scores, ranks, key_rows);
+        options_.update_steps < 0 ? solved : update_far_bases(grams, w_o, ranks, for_batch(start_[layer], batch), options_.update_steps);
+    const at::Tensor residual = residual_factors(grams, bases.scores, ranks, key_rows);
+    std::vector<Ranks> served = ranks;
+    leave_exact(grams, usable, heads, key_rows, residual, served);
     for (int64_t p = 0; p < pairs; ++p) {
       const PairRun& run = tree.run_of(sample.pairs[static_cast<size_t>(p)]);
       const int64_t first = run.key_begin + (sample.pairs[static_cast<size_t>(p)] - run.first_pair) * run.stride;
@@ -141,7 +145,13 @@ void DamageSampler::measure(int64_t layer, const BlockTree& tree, const at::Tens
       const std::array errors = {(exact - part + at::bmm(low, pair_values)) / total - exact, through(part, bases.values) - part};
       for (int64_t kind = 0; kind < 2; ++kind) {
         const auto moved = (errors[static_cast<size_t>(kind)] * gradient).sum(2, /*keepdim=*/false, at::kDouble).view({batch, groups, heads, rows}).sum(2);
-        const auto damage = moved.mul_(options_.gradient_scale).pow(2).mean(2).mul_(0.5 * share_of_level[static_cast<size_t>(run.level)]);  // [B, G]
+        auto damage = moved.mul_(options_.gradient_scale).pow(2).mean(2).mul_(0.5 * share_of_level[static_cast<size_t>(run.level)]);  // [B, G]
+        for (size_t s = 0; s < sequences; ++s) {
+          const Ranks& r = served[s * static_cast<size_t>(pairs) + static_cast<size_t>(p)];
+          if ((kind == 0 ? r.qk : r.v) == d) {  // exact after all
+            damage.view({-1})[static_cast<int64_t>(s)].zero_();
+          }
+        }
         auto cells = sums_.select(1, layer).select(2, kind).select(2, std::min(run.level, sums_.size(4) - 1)).select(2, columns_[i]);  // [kSums, G]
         cells[kDamage] += damage.sum(0);
         cells[kCount] += static_cast<double>(batch);

@@ -20,7 +20,7 @@ struct AttentionStatistics {
   int64_t updates = 0;      ///< rounds of incremental basis updates
   double rank_qk = 0, rank_v = 0;  ///< sums over decisions
   int64_t guard_raises = 0;  ///< decisions for scores or values that the guard raised
-  int64_t exact_pairs = 0;   ///< (sequence, KV group, pair) that no low rank serves, attended exactly whatever was decided (leave_exact)
+  int64_t exact_pairs = 0;   ///< (sequence, KV group, pair) that no low rank serves, with exact scores or values whatever was decided (leave_exact)
   int64_t context_bytes = 0;        ///< of keys and values that left this process in forward passes under context parallelism
   int64_t context_exact_bytes = 0;  ///< the same at rank d
   int64_t basis_bytes = 0;          ///< of Grams and bases that left it, to processes that share its sequences or its KV head

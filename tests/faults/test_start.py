@@ -103,7 +103,7 @@ class StuckFileTest(Programs):
         code, text = self.ended(self.start([*MPIRUN, "-np", "2", *self.train(*flags)], LD_PRELOAD=str(STUCK), DRRL_STUCK_FILE="model/model.safetensors",
                                            DRRL_STUCK_RANK="1"))
         self.assertEqual(code, COMMUNICATION, text)
-        self.assertRegex(text, r"world rank 1, group 'world' \(rank 1 of 2\) has not come to the end of loading weights")
+        self.assertRegex(text, r"world rank 1, group 'agreement' \(rank 1 of 2\) has not come to the agreement on inputs")
 
 
 class StopTest(Programs):
