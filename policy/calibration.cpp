@@ -118,8 +118,10 @@ std::vector<Gated> behind_gates(const Pairs& x, const std::vector<LowPairs>& all
   std::vector<Gated> result;
   for (size_t i = 0; i < all.size(); ++i) {
     const auto of_gates = [&](size_t which) { return changes[i][which].flip(0).cumsum(0).flip(0); };
-    const auto moved = (all[i].output.to(at::kCPU) + of_gates(0)) / (all[i].weights.to(at::kCPU) + of_gates(1)) - x.output.to(at::kCPU);
-    result.push_back({moved, of_gates(2)});
+    const auto at_low_rank = all[i].weights.to(at::kCPU), left = at_low_rank + of_gates(1);
+    const auto moved = (all[i].output.to(at::kCPU) + of_gates(0)) / left - x.output.to(at::kCPU);
+    // Where nearly all weight at low rank is of entries that become exact and are far lighter then, what is left has no digits: the row counts as exact.
+    result.push_back({at::where(left > 1e-5 * at_low_rank, moved, at::zeros({}, moved.options())), of_gates(2)});
   }
   return result;
 }
@@ -302,7 +304,7 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
     // The run's part of attention with these queries, keys and values, unnormalized over the whole row: its output and its share of the softmax.
     const auto part = [&](const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& correction, const at::Tensor& up) {
       const auto [out, sum] = attention_rows(queries, keys, values, scale);
-      const auto share = ((correction.defined() ? sum + correction : sum) - run_logsumexp).exp().unsqueeze(2);
+      const auto share = ((correction.defined() ? sum + correction : sum) - run_logsumexp).clamp_max(60).exp().unsqueeze(2);
       return std::pair(out_of_basis(out, up) * share, share);
     };
     const auto pairs_of = [&](const at::Tensor& x) {  // [B G pairs, d, e] -> those of this run, [B G count, d, e]
@@ -359,7 +361,7 @@ void CalibrationController::measure(int64_t layer, const at::Tensor& q, const at
           far = part(run_q, run_k, low.keys, {}, right);
         }
         low.output = along_grad(run_exact - exact_out + far.first);
-        low.weights = (1 - exact_share + far.second).squeeze(2).to(at::kDouble);
+        low.weights = (1 - exact_share + far.second).squeeze(2).to(at::kDouble).clamp_min(1e-6);  // below there are no digits
         const auto damage = damage_of(low.output / low.weights - pairs.output).view({batch, groups, run.count});
         of_pairs.select(2, kind).narrow(2, run.first_pair, run.count).select(3, i) += damage.to(at::kCPU).masked_fill(exact_anyway.back(), 0);
       }

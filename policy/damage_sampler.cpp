@@ -140,8 +140,8 @@ void DamageSampler::measure(int64_t layer, const BlockTree& tree, const at::Tens
       const auto part = at::bmm(pair_weights, pair_values);
       // Scores at this rank, with the rest of the row as it is; then values.
       auto low = at::bmm(through(queries, bases.scores), pair_keys.transpose(1, 2)).mul_(scale);
-      low.add_(residual_correction(queries, of_pair(residual)).unsqueeze(2)).sub_(logsumexp).exp_();
-      const auto total = 1 - pair_weights.sum(2, /*keepdim=*/true) + low.sum(2, /*keepdim=*/true);
+      low.add_(residual_correction(queries, of_pair(residual)).unsqueeze(2)).sub_(logsumexp).clamp_max_(60).exp_();
+      const auto total = (1 - pair_weights.sum(2, /*keepdim=*/true) + low.sum(2, /*keepdim=*/true)).clamp_min(1e-6);  // below there are no digits
       const std::array errors = {(exact - part + at::bmm(low, pair_values)) / total - exact, through(part, bases.values) - part};
       for (int64_t kind = 0; kind < 2; ++kind) {
         const auto moved = (errors[static_cast<size_t>(kind)] * gradient).sum(2, /*keepdim=*/false, at::kDouble).view({batch, groups, heads, rows}).sum(2);
