@@ -555,7 +555,15 @@ TEST_F(TrainProgram, OutputsThatCannotBeWrittenAreRefusedFirst) {
     refused(bin + "drrl-bench attention --" + flag + "=" + nowhere, std::string("--") + flag + "=" + nowhere, "cannot create");
   }
   expect_failure(bin + "drrl-bench attention --csv=" + folder + "/x --json=" + folder + "/./x", ExitCode::kUsage, {"--json names this file, too"});
+  // What a program reads is no output; a new --output may hold one.
+  std::filesystem::copy(*shared_ / "model", own_ / "read");
+  const std::string read = (own_ / "read/config.json").string();
+  expect_failure(bin + "drrl-eval --json=" + read + std::regex_replace(common, std::regex("--model=\\S+"), "--model=" + (own_ / "read").string()), ExitCode::kUsage,
+                 {"--json=" + read + " would replace what --model reads"});
+  std::filesystem::remove_all(own_ / "read");
   EXPECT_EQ(test::listing(own_.path()), before);
+  const Ended inside = shell(command("--steps=1 --output=" + (own_ / "new").string() + " --json=" + (own_ / "new/result.json").string()));
+  EXPECT_EQ(inside.code, 0) << inside.output;
   EXPECT_EQ(read_bytes(own_ / "result.json"), "old");
 }
 

@@ -9,6 +9,7 @@
 
 #include "core/attention_part.h"
 #include "core/reference.h"
+#include "policy/calibration.h"
 #include "policy/controller.h"
 #include "policy/rank_policy.h"
 
@@ -226,6 +227,28 @@ TEST(Degenerate, LowRankIsFiniteAndNearExact) {
   }
   std::cout << trials << " trials: " << failures << " failures, largest error " << worst.error << " of the exact output's largest entry, " << exact_pairs
             << " pairs left exact" << std::endl;
+}
+
+TEST(Degenerate, CalibrationIsFinite) {
+  at::manual_seed(1);
+  const int64_t d = 16, length = 200;
+  for (const double by : {0.0, 1.0, 5.0, 30.0, 1e2, 1e4}) {
+    for (const bool one_token : {false, true}) {
+      auto q = at::randn({1, 4, length, d}), k = at::randn({1, 2, length, d});
+      const auto v = at::randn({1, 2, length, d}), w_o = at::randn({64, 4 * d});
+      if (one_token) {
+        k = k.narrow(2, 0, 1).repeat({1, 1, length, 1});
+      }
+      CalibrationController calibration(1, {16, 2}, {4, 8});
+      std::shared_ptr<LayerPlan> plan;
+      q = (q * by).requires_grad_();
+      calibration.attend(0, q, k * by, v, w_o, plan).backward(at::randn({1, 4, length, d}));
+      for (const auto& x : {calibration.damage(), calibration.gated_damage(), calibration.exact_entries() / calibration.entries().view({1, 1, -1, 1, 1})}) {
+        EXPECT_TRUE(at::isfinite(x).all().item<bool>()) << "times " << by;
+        EXPECT_GE(x.min().item<double>(), 0) << "times " << by;
+      }
+    }
+  }
 }
 
 }  // namespace
