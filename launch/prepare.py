@@ -759,6 +759,8 @@ def command_text(options):
             raise BadInput(f"{path}: no such file; --model must be a Hugging Face directory")
     split = parse_split(options.split) if options.split else None
     for path in options.input:
+        if Path(path).is_dir():
+            raise BadInput(f"{path} is a folder, expected files: {path}/*.txt, say")
         if not Path(path).is_file():
             raise BadInput(f"{path}: no such file")
     prefixes = {name: f"{options.out}-{name}" for name in split} if split else {None: options.out}

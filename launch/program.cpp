@@ -262,6 +262,8 @@ int run_program(int argc, char** argv, const std::string& command, const std::st
     start_logging(argv[0]);
     if (stops_by_signal) {
       watch_stop_signals();  // glog has taken SIGTERM
+    } else {
+      std::signal(SIGTERM, SIG_DFL);  // a program that is told to end has not crashed, of which glog would tell
     }
     set_threads(environment);
     start_watchdog(environment);

@@ -503,6 +503,7 @@ ModelConfig ModelConfig::load(const std::filesystem::path& directory_or_file) {
         ": No such file or folder; models are Hugging Face folders on this machine ('hf download NAME --local-dir FOLDER' gets one)");
   const bool is_directory = is_folder(directory_or_file, kKind);
   const std::filesystem::path path = is_directory ? directory_or_file / "config.json" : directory_or_file;
+  check(kKind, is_directory || path.extension() != ".safetensors", path, " is a file of weights, expected the folder that it is in");
   return parse(read_text(path, kKind), path.string());
 }
 
