@@ -152,7 +152,9 @@ void check_outputs(const Environment& environment, const std::vector<std::string
     std::error_code unknown;
     const bool text = std::string_view(flag).ends_with("data");
     for (const auto& file : text ? std::vector<std::filesystem::path>{token_path(value, ".bin"), token_path(value, ".idx")} : std::vector<std::filesystem::path>{value}) {
-      inputs.emplace(std::filesystem::weakly_canonical(file, unknown), flag);
+      if (std::filesystem::exists(file, unknown)) {
+        inputs.emplace(std::filesystem::weakly_canonical(file, unknown), flag);
+      }
     }
   }
   std::map<std::filesystem::path, std::string> named;
