@@ -194,14 +194,9 @@ Group create_world_group(const std::string& name, const Environment& environment
   return make_nccl_group(name, make_store(environment, {}, timeout), strided(0, environment.world_size, 1), environment.world_rank, device, timeout);
 }
 
-TextExchange exchange_over_world(const Environment& environment, std::chrono::milliseconds timeout, const std::shared_ptr<Watchdog>& watchdog) {
-  if (environment.world_size > 1 && environment.launcher == Launcher::kTorchrun) {
-    static std::atomic<int64_t> exchanges{0};
-    return exchange_over(make_store(environment, {}, timeout), c10::str("exchange ", ++exchanges), environment);
-  }
-  Group world = environment.world_size == 1 ? Group() : make_mpi_world("agreement", environment, timeout);
-  world.watch(watchdog);
-  return exchange_over(world);
+TextExchange exchange_over_torchrun(const Environment& environment, std::chrono::milliseconds timeout) {
+  static std::atomic<int64_t> exchanges{0};
+  return exchange_over(make_store(environment, {}, timeout), c10::str("exchange ", ++exchanges), environment);
 }
 
 void Mesh::watch(const std::shared_ptr<Watchdog>& watchdog) {

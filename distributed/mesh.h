@@ -89,9 +89,9 @@ class Mesh {
 /// tensors on `device`. Collective over the world; one process gets a group of one. Errors: as Mesh::create.
 Group create_world_group(const std::string& name, const Environment& environment, at::Device device, std::chrono::milliseconds timeout);
 
-/// An exchange between all processes before there is a mesh: over Open MPI, or under torchrun through its store, without a GPU. Collective over the world.
-/// Errors: as Mesh::create; and as exchange_over (rendezvous.h).
-TextExchange exchange_over_world(const Environment& environment, std::chrono::milliseconds timeout, const std::shared_ptr<Watchdog>& watchdog = {});
+/// Under torchrun, an exchange between all processes before there is a mesh: through its store, without a GPU. Collective over the world. Errors: as Mesh::create; and
+/// as exchange_over (rendezvous.h).
+TextExchange exchange_over_torchrun(const Environment& environment, std::chrono::milliseconds timeout);
 
 /// Errors: Error(kUsage), naming the numbers, unless tp, dp, cp >= 1, kv_heads >= 0 and tp * dp * cp == world_size.
 void check_shape(MeshShape shape, int64_t world_size);

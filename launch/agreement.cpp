@@ -35,7 +35,7 @@ void agree(const Environment& environment, const Facts& facts, const char* what)
   const auto watched = watch(watchdog(), c10::str("agreement on ", what));
   const std::chrono::seconds timeout(FLAGS_timeout_s);
   if (environment.launcher == Launcher::kTorchrun) {
-    check_agreement(exchange_over_world(environment, timeout, watchdog()), facts, ErrorKind::kUsage, what);
+    check_agreement(exchange_over_torchrun(environment, timeout), facts, ErrorKind::kUsage, what);
     return;
   }
   if (!agreement_world) {

@@ -560,12 +560,17 @@ TEST_P(Families, AHeadThatDiffersFromATiedEmbeddingIsKept) {
   }
 }
 
-TEST(LlamaTest, AnExportHoldsNothingOfAnotherModel) {
-  const ModelConfig config = written_config(small_config());
-  CausalLM model(config, Group(), make_full_attention());
+// A small model of random weights, and the same in `folder`.
+CausalLM saved_model(const std::filesystem::path& folder) {
+  CausalLM model(written_config(small_config()), Group(), make_full_attention());
   model.initialize(1);
+  model.save(folder);
+  return model;
+}
+
+TEST(LlamaTest, AnExportHoldsNothingOfAnotherModel) {
   const TemporaryDirectory folder;
-  model.save(folder / "model");
+  CausalLM model = saved_model(folder / "model");
   write_bytes(folder / "model/tokenizer.json", "B");
   write_bytes(folder / "model/merges.txt", "");
   model.load(folder / "model");
@@ -582,11 +587,8 @@ TEST(LlamaTest, AnExportHoldsNothingOfAnotherModel) {
 }
 
 TEST(LlamaTest, WhatAnExportCopiesIsOpenedBefore) {
-  const ModelConfig config = written_config(small_config());
-  CausalLM model(config, Group(), make_full_attention());
-  model.initialize(1);
   const TemporaryDirectory folder;
-  model.save(folder / "model");
+  CausalLM model = saved_model(folder / "model");
   write_bytes(folder / "model/tokenizer.json", "{}");
   std::filesystem::resize_file(folder / "model/tokenizer.json", 70 << 20);
   model.load(folder / "model");
