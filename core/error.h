@@ -7,7 +7,7 @@
 
 namespace drrl {
 
-/// What went wrong, coarse enough for a program to choose an exit code (launch/exit_codes.h) and no finer.
+/// What went wrong, coarse enough for a program to choose an exit code (launch/runtime/exit_codes.h) and no finer.
 enum class ErrorKind {
   kUsage,          ///< an option or argument that cannot be honoured
   kModel,          ///< a model directory (config.json, safetensors) that is missing, damaged or not supported

@@ -5,7 +5,7 @@
 #
 #   launch/quickstart.sh          results under out/quickstart
 #
-# Exit 0 only if all of it worked, the training loss fell and so did the held-out perplexity. See launch/environment.sh for the
+# Exit 0 only if all of it worked, the training loss fell and so did the held-out perplexity. See launch/setup/environment.sh for the
 # variables that it listens to; DRRL_QUICKSTART_STEPS overrides the number of training steps.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,8 +13,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 stage() { printf '\n== %s (%d:%02d)\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 stage "machine"
-. launch/environment.sh
-. launch/build.sh
+. launch/setup/environment.sh
+. launch/setup/build.sh
 
 stage "build ($DRRL_PRESET)"
 drrl_build drrl-train drrl-eval drrl-policy
@@ -61,4 +61,4 @@ stage "held-out perplexity after training, low rank"
 evaluate after-lowrank "$out/lowrank/hf" "${lowrank[@]}" --compare_full
 
 stage "result"
-"$DRRL_PYTHON" launch/quickstart_table.py "$out"
+"$DRRL_PYTHON" launch/studies/quickstart_table.py "$out"

@@ -8,9 +8,9 @@
 #include <utility>
 
 #include "core/error.h"
-#include "policy/agent.h"
-#include "policy/calibration.h"
-#include "policy/latency.h"
+#include "policy/agent/agent.h"
+#include "policy/calibration/calibration.h"
+#include "policy/allocation/latency_table.h"
 
 namespace drrl {
 namespace {

@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "core/block_tree.h"
-#include "core/lowrank_attention.h"
+#include "core/types/block_tree.h"
+#include "core/attention/lowrank_attention.h"
 
 namespace drrl {
 

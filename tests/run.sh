@@ -7,8 +7,8 @@
 # tests passed. The last line is "N passed, M failed, K skipped".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-. launch/environment.sh
-. launch/build.sh
+. launch/setup/environment.sh
+. launch/setup/build.sh
 
 start=$SECONDS
 drrl_prepare   # fails early, before a long build, when the model or the texts cannot be had

@@ -23,7 +23,7 @@ if(NOT DRRL_TORCH_ROOT AND DRRL_PYTHON)
 endif()
 if(NOT EXISTS "${DRRL_TORCH_ROOT}/include/ATen/ATen.h")
   message(FATAL_ERROR "drrl: no LibTorch in '${DRRL_TORCH_ROOT}' (expected include/ATen/ATen.h). Set DRRL_TORCH_ROOT, or "
-                      "DRRL_PYTHON to a Python that has torch (launch/environment.sh makes one).")
+                      "DRRL_PYTHON to a Python that has torch (launch/setup/environment.sh makes one).")
 endif()
 file(STRINGS "${DRRL_TORCH_ROOT}/include/torch/headeronly/version.h" _torch_version REGEX "^ +\"[0-9.]+\"$")
 string(REGEX MATCH "[0-9]+\\.[0-9]+\\.[0-9]+" DRRL_TORCH_VERSION "${_torch_version}")

@@ -1,6 +1,6 @@
 #include "core/cpu/attention_kernel.h"
 
-#include "core/basis_settings.h"
+#include "core/types/basis_settings.h"
 
 #include <algorithm>
 #include <array>

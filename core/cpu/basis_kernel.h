@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "core/basis_settings.h"
+#include "core/types/basis_settings.h"
 
 namespace drrl::cpu {
 
@@ -12,7 +12,7 @@ bool basis_kernel_fits(int64_t d, int64_t rank);
 /// Doubles of scratch for one item.
 int64_t update_scratch_size(int64_t d, int64_t rank);
 
-/// update_basis (core/basis.h) for one item, in double. start [d, rank] in rows of start_columns numbers; gram_x, gram_y [d, d]; writes left and right, [d, rank]
+/// update_basis (core/linalg/basis.h) for one item, in double. start [d, rank] in rows of start_columns numbers; gram_x, gram_y [d, d]; writes left and right, [d, rank]
 /// in rows of `columns` numbers. False if a factorization failed for every jitter, as it does if a Gram is not finite.
 bool update_item(int64_t d, int64_t rank, int64_t steps, const float* start, int64_t start_columns, const double* gram_x, const double* gram_y,
                  const UpdateSettings& settings, float* left, float* right, int64_t columns, double* scratch);

@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "core/lowrank_attention.h"
+#include "core/attention/lowrank_attention.h"
 
 namespace drrl::cpu {
 

@@ -11,7 +11,7 @@
 
 #include "core/cuda/basis_kernel.h"
 #include "core/cuda/check.h"
-#include "core/rows.h"
+#include "core/attention/rows.h"
 
 namespace drrl {
 namespace {

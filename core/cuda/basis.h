@@ -1,7 +1,7 @@
 #pragma once
 
-#include "core/basis.h"
-#include "core/basis_settings.h"
+#include "core/linalg/basis.h"
+#include "core/types/basis_settings.h"
 
 namespace drrl {
 

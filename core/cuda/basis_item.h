@@ -1,9 +1,9 @@
 #pragma once
 
 #include "core/cuda/block.h"
-#include "core/basis_settings.h"
+#include "core/types/basis_settings.h"
 
-/// update_basis and residual_factor (core/basis.h) for one item, in double, by one block. Sizes are multiples of 8 where they are ranks or columns
+/// update_basis and residual_factor (core/linalg/basis.h) for one item, in double, by one block. Sizes are multiples of 8 where they are ranks or columns
 /// and of 4 where they are head dims.
 namespace drrl::cuda {
 

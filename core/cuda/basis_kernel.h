@@ -22,7 +22,7 @@ struct Shared {
   int64_t count;
 };
 
-/// update_bases (core/basis.h) on the device, one thread block an item. start [.., d, start_columns], gram_x and gram_y [.., d, d], scratch
+/// update_bases (core/linalg/basis.h) on the device, one thread block an item. start [.., d, start_columns], gram_x and gram_y [.., d, d], scratch
 /// [count, update_scratch_size of the largest rank]; writes left and right [n, d, columns], of each item its rank's columns, NaN where a Gram is not finite or a
 /// factorization failed for every jitter, and failed [count]: 1 there, else 0. d is a multiple of 4, ranks of 8. Asynchronous on `stream`; returns the
 /// launch's error.

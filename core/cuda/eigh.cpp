@@ -10,7 +10,7 @@
 #include <memory>
 
 #include "core/cuda/check.h"
-#include "core/solver.h"
+#include "core/linalg/eigensolver.h"
 
 namespace drrl {
 namespace cuda {

@@ -2,7 +2,7 @@
 
 #include "core/cuda/block.h"
 
-/// What a gate (core/lowrank_attention.h, Ranks::gate) does to one row of a pair, by one warp.
+/// What a gate (core/attention/lowrank_attention.h, Ranks::gate) does to one row of a pair, by one warp.
 namespace drrl::cuda {
 
 /// The logarithm of a sum of exponentials, most + rest: apart, so that exp(x - most - rest) has all its digits however large scores are.

@@ -6,7 +6,7 @@
 
 namespace drrl {
 
-// What core/rows.h and core/attention_part.cpp move, by one kernel each. Every function returns false, or nothing, where memory does not lie as its kernel
+// What core/attention/rows.h and core/attention/exact_attention.cpp move, by one kernel each. Every function returns false, or nothing, where memory does not lie as its kernel
 // needs it: on CUDA, x [a, b, c, rows, e] a view whose last two dimensions are contiguous, all of its steps multiples of 16 bytes. Then the caller goes
 // through ATen.
 

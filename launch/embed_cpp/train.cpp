@@ -1,9 +1,9 @@
 // A data-parallel trainer of its own, with drrl's attention in it: an attention layer learns to do what another one does. It owns MPI and its
 // processes' group; drrl finds both as they are.
 //   mpirun -np 2 build/embed/train
-#include "distributed/agreement.h"
-#include "distributed/mpi_group.h"
-#include "policy/controller.h"
+#include "distributed/collectives/agreement.h"
+#include "distributed/mpi/mpi_group.h"
+#include "policy/attention/lowrank_controller.h"
 
 #include <ATen/ATen.h>
 #include <mpi.h>

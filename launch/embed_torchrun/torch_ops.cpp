@@ -1,9 +1,9 @@
 // drrl for Python programs: torch.ops.load_library("libdrrl_torch_ops.so") adds the class torch.classes.drrl.LowRankAttention.
 // The program's own process groups are found by their names; none is made here. Errors are RuntimeErrors with drrl's messages.
 #include "core/error.h"
-#include "distributed/agreement.h"
-#include "policy/calibration.h"
-#include "policy/controller.h"
+#include "distributed/collectives/agreement.h"
+#include "policy/calibration/calibration.h"
+#include "policy/attention/lowrank_controller.h"
 
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>

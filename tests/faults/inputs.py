@@ -26,7 +26,7 @@ from pathlib import Path
 
 from study import write_model, write_tokens
 
-USAGE, MODEL, DATA, CHECKPOINT, NUMERICS = 2, 3, 4, 5, 8  # launch/exit_codes.h
+USAGE, MODEL, DATA, CHECKPOINT, NUMERICS = 2, 3, 4, 5, 8  # launch/runtime/exit_codes.h
 SECONDS, BYTES = 60, 8 << 30
 VALUES = [None, True, -1, 0, 1, 3, 0.5, 1e30, 2**31, 2**63, 2**64, float("nan"), "", "drrl", "F64", [], [1], [0, 1], {}, {"a": 1}]
 

@@ -33,7 +33,7 @@ import uuid
 from pathlib import Path
 
 RESTARTS = Path(__file__).resolve().parents[2] / "launch" / "run_with_restarts.sh"
-COMMUNICATION, NUMERICS, STORAGE, HUNG, KILLED = 7, 8, 6, 11, 137  # launch/exit_codes.h; mpirun's for a process that SIGKILL ended
+COMMUNICATION, NUMERICS, STORAGE, HUNG, KILLED = 7, 8, 6, 11, 137  # launch/runtime/exit_codes.h; mpirun's for a process that SIGKILL ended
 TIMEOUT, WATCHDOG, PATIENCE = 2, 5, 15  # --timeout_s, --watchdog_timeout_s, and what a job may take beyond them to end, in seconds
 HANG = 4  # --hang_s of run_with_restarts.sh
 STEPS, SAVE_EVERY = 300, 20

@@ -2,14 +2,14 @@
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
-#include "core/attention_part.h"
-#include "core/basis.h"
+#include "core/attention/exact_attention.h"
+#include "core/linalg/basis.h"
 #include "core/error.h"
-#include "core/gram.h"
-#include "core/lowrank_attention.h"
-#include "core/reference.h"
-#include "core/solver.h"
-#include "policy/controller.h"
+#include "core/linalg/gram.h"
+#include "core/attention/lowrank_attention.h"
+#include "core/attention/reference.h"
+#include "core/linalg/eigensolver.h"
+#include "policy/attention/lowrank_controller.h"
 #include "tests/gpu/gpu_support.h"
 
 namespace drrl {

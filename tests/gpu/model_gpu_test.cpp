@@ -2,11 +2,11 @@
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
-#include "distributed/group.h"
-#include "models/config.h"
-#include "models/fused_ops.h"
-#include "models/llama.h"
-#include "policy/attention.h"
+#include "distributed/collectives/group.h"
+#include "models/causal_lm/config.h"
+#include "models/ops/fused_ops.h"
+#include "models/causal_lm/causal_lm.h"
+#include "policy/attention/attention_controller.h"
 #include "tests/gpu/gpu_support.h"
 
 namespace drrl {

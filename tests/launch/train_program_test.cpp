@@ -1,12 +1,12 @@
 // drrl-train as a user meets it: what it prints, writes and exits with.
 #include "core/error.h"
-#include "launch/exit_codes.h"
-#include "launch/options.h"
-#include "models/llama.h"
-#include "models/token_file.h"
-#include "policy/attention.h"
+#include "launch/runtime/exit_codes.h"
+#include "launch/options/options.h"
+#include "models/causal_lm/causal_lm.h"
+#include "models/data/token_file.h"
+#include "policy/attention/attention_controller.h"
 #include "tests/launch/shell.h"
-#include "tests/models/io_support.h"
+#include "tests/support/io_support.h"
 
 #include <nlohmann/json.hpp>
 
@@ -724,7 +724,7 @@ TEST_F(TrainProgram, EveryOptionSaysWhereItHasAnEffect) {
   }
   for (const auto& [command, names] : options) {
     for (const std::string& name : names) {
-      EXPECT_TRUE(listed.contains(name)) << command << ": --" << name << " has no row in launch/option_uses.cpp";
+      EXPECT_TRUE(listed.contains(name)) << command << ": --" << name << " has no row in launch/options/option_uses.cpp";
     }
   }
 }

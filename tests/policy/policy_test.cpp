@@ -6,13 +6,13 @@
 #include <fstream>
 
 #include "core/error.h"
-#include "core/attention_part.h"
-#include "core/cost.h"
-#include "core/safetensors.h"
-#include "policy/calibration.h"
-#include "policy/controller.h"
+#include "core/attention/exact_attention.h"
+#include "core/attention/flops.h"
+#include "core/io/safetensors.h"
+#include "policy/calibration/calibration.h"
+#include "policy/attention/lowrank_controller.h"
 #include "policy/rank_policy.h"
-#include "policy/state.h"
+#include "policy/calibration/pair_features.h"
 #include "tests/support/error_of.h"
 #include "tests/support/temporary.h"
 
