@@ -4,7 +4,8 @@
 
 namespace drrl {
 
-/// Processor time [ms] that has passed on CLOCK_THREAD_CPUTIME_ID or CLOCK_PROCESS_CPUTIME_ID: no wait for a core or for another process is in it.
+/// Processor time [ms] that has passed on CLOCK_THREAD_CPUTIME_ID or CLOCK_PROCESS_CPUTIME_ID: no
+/// wait for a core or for another process is in it.
 inline double cpu_ms(clockid_t clock) {
   timespec now{};
   clock_gettime(clock, &now);

@@ -1,16 +1,18 @@
 #pragma once
 
-#include <c10/util/StringUtil.h>
-
 #include <stdexcept>
 #include <string>
 
+#include <c10/util/StringUtil.h>
+
 namespace drrl {
 
-/// What went wrong, coarse enough for a program to choose an exit code (launch/runtime/exit_codes.h) and no finer.
+/// What went wrong, coarse enough for a program to choose an exit code
+/// (launch/runtime/exit_codes.h) and no finer.
 enum class ErrorKind {
   kUsage,          ///< an option or argument that cannot be honoured
-  kModel,          ///< a model directory (config.json, safetensors) that is missing, damaged or not supported
+  kModel,          ///< a model directory (config.json, safetensors) that is missing, damaged or not
+                   ///< supported
   kData,           ///< a token file that is missing, damaged or does not fit the model
   kCheckpoint,     ///< a checkpoint that is missing, damaged or of another run
   kStorage,        ///< the file system refused a write (disk full, permissions)
@@ -22,8 +24,9 @@ enum class ErrorKind {
 /// The name of a kind as it stands in messages: "usage", "model", ...
 const char* name(ErrorKind kind) noexcept;
 
-/// The one exception type that drrl throws on purpose. The library never exits; programs translate `kind()`.
-/// Violated tensor contracts (shapes, dtypes) inside operators are `c10::Error`, as in PyTorch itself.
+/// The one exception type that drrl throws on purpose. The library never exits; programs translate
+/// `kind()`. Violated tensor contracts (shapes, dtypes) inside operators are `c10::Error`, as in
+/// PyTorch itself.
 class Error : public std::runtime_error {
  public:
   Error(ErrorKind kind, const std::string& message) : std::runtime_error(message), kind_(kind) {}
@@ -33,14 +36,15 @@ class Error : public std::runtime_error {
   ErrorKind kind_;
 };
 
-/// Throws `Error`. The parts are streamed together: raise(ErrorKind::kData, "file ", path, " has ", n, " bytes").
+/// Throws `Error`. The parts are streamed together: raise(ErrorKind::kData, "file ", path, " has ",
+/// n, " bytes").
 template <typename... Parts>
 [[noreturn]] void raise(ErrorKind kind, const Parts&... parts) {
   throw Error(kind, c10::str(parts...));
 }
 
-/// Throws `Error` of `kind` with the streamed parts unless `condition` holds. Messages name the file, the value and what
-/// was expected.
+/// Throws `Error` of `kind` with the streamed parts unless `condition` holds. Messages name the
+/// file, the value and what was expected.
 template <typename... Parts>
 void check(ErrorKind kind, bool condition, const Parts&... parts) {
   if (!condition) [[unlikely]] {

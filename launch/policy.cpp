@@ -1,29 +1,5 @@
-// drrl-policy: what ranks cost a model, measured on real text (calibrate, record), and the policy that learns from it (train). Options: drrl-policy --help.
-
-#include "core/error.h"
-#include "core/io/file_io.h"
-#include "distributed/topology/mesh.h"
-#include "launch/runtime/agreement.h"
-#include "launch/runtime/console.h"
-#include "launch/options/flags.h"
-#include "launch/runtime/log.h"
-#include "launch/options/options.h"
-#include "launch/options/policy_flags.h"
-#include "launch/runtime/program.h"
-#include "models/causal_lm/config.h"
-#include "models/data/sequence_dataset.h"
-#include "models/causal_lm/causal_lm.h"
-#include "models/causal_lm/replicas.h"
-#include "models/causal_lm/tensor_parallel.h"
-#include "models/data/token_file.h"
-#include "policy/calibration/calibration.h"
-#include "policy/attention/lowrank_controller.h"
-#include "policy/agent/agent_training.h"
-#include "policy/agent/traces.h"
-
-#include <ATen/CPUGeneratorImpl.h>
-#include <gflags/gflags.h>
-#include <nlohmann/json.hpp>
+// drrl-policy: what ranks cost a model, measured on real text (calibrate, record), and the policy
+// that learns from it (train). Options: drrl-policy --help.
 
 #include <cstdio>
 #include <iostream>
@@ -31,32 +7,70 @@
 #include <memory>
 #include <optional>
 
-DEFINE_string(traces, "", "file that drrl-policy record writes, or goes on with, and train reads, which takes several, with commas between");
-DEFINE_int64(held_out, 1, "sequences of each trace file that drrl-policy train does not learn from but judges by");
-DEFINE_int64(validation, 2, "sequences of each trace file, at least 2, by which drrl-policy train decides how far the agent is trusted");
+#include <ATen/CPUGeneratorImpl.h>
+#include <gflags/gflags.h>
+#include <nlohmann/json.hpp>
+
+#include "core/error.h"
+#include "core/io/file_io.h"
+#include "distributed/topology/mesh.h"
+#include "launch/options/flags.h"
+#include "launch/options/options.h"
+#include "launch/options/policy_flags.h"
+#include "launch/runtime/agreement.h"
+#include "launch/runtime/console.h"
+#include "launch/runtime/log.h"
+#include "launch/runtime/program.h"
+#include "models/causal_lm/causal_lm.h"
+#include "models/causal_lm/config.h"
+#include "models/causal_lm/replicas.h"
+#include "models/causal_lm/tensor_parallel.h"
+#include "models/data/sequence_dataset.h"
+#include "models/data/token_file.h"
+#include "policy/agent/agent_training.h"
+#include "policy/agent/traces.h"
+#include "policy/attention/lowrank_controller.h"
+#include "policy/calibration/calibration.h"
+
+DEFINE_string(traces, "",
+              "file that drrl-policy record writes, or goes on with, and train reads, which takes "
+              "several, with commas between");
+DEFINE_int64(
+    held_out, 1,
+    "sequences of each trace file that drrl-policy train does not learn from but judges by");
+DEFINE_int64(validation, 2,
+             "sequences of each trace file, at least 2, by which drrl-policy train decides how far "
+             "the agent is trusted");
 DEFINE_int64(fit_steps, 300, "of drrl-policy train, value fit");
 DEFINE_int64(reward_steps, 300, "of drrl-policy train, policy gradient");
-DEFINE_int64(calibration_tokens, 8192, "text to calibrate on, from evenly spread sequences of --data, rounded up to whole ones [tokens]");
+DEFINE_int64(calibration_tokens, 8192,
+             "text to calibrate on, from evenly spread sequences of --data, rounded up to whole "
+             "ones [tokens]");
 
 namespace drrl {
 namespace {
 
-/// Labels drawn from the model's own next-token distribution: with them a gradient is a Fisher score vector.
+/// Labels drawn from the model's own next-token distribution: with them a gradient is a Fisher
+/// score vector.
 at::Tensor sampled_labels(CausalLM& model, const at::Tensor& tokens) {
   at::NoGradGuard no_grad;
   const at::Tensor logits = model.logits(tokens);  // [1, L, vocabulary]
   std::vector<at::Tensor> drawn;
   for (const at::Tensor& rows : logits.squeeze(0).split(256)) {
-    // The inverse of the distribution function at one uniform number a row; at::multinomial draws one for each word of the vocabulary.
+    // The inverse of the distribution function at one uniform number a row; at::multinomial draws
+    // one for each word of the vocabulary.
     const at::Tensor cumulative = at::softmax(rows, 1).to(at::kCPU).cumsum(1, at::kDouble);
     const at::Tensor uniform = at::rand({rows.size(0), 1}, at::kDouble) * cumulative.slice(1, -1);
-    drawn.push_back(at::searchsorted(cumulative, uniform).clamp_max(cumulative.size(1) - 1).squeeze(1));
+    drawn.push_back(
+        at::searchsorted(cumulative, uniform).clamp_max(cumulative.size(1) - 1).squeeze(1));
   }
   return at::cat(drawn).unsqueeze(0).to(at::kCPU);
 }
 
-/// All processes' measurements together: each has its own KV groups (tensor parallel) and its own text (data parallel). Collective.
-Calibration gathered(const CalibrationController& mine, const ModelConfig& config, const Mesh& mesh, double tokens) {
+/// All processes' measurements together: each has its own KV groups (tensor parallel) and its own
+/// text (data parallel). Collective.
+Calibration gathered(const CalibrationController& mine, const ModelConfig& config, const Mesh& mesh,
+                     double tokens) {
   const Share groups = partition(config.num_key_value_heads, mesh.tp().size(), mesh.tp().rank());
   const auto whole = [&](const at::Tensor& part) {
     auto sizes = part.sizes().vec();
@@ -75,18 +89,21 @@ Calibration gathered(const CalibrationController& mine, const ModelConfig& confi
   result.gated_damage = whole(mine.gated_damage()) / counted;
   auto entries = mine.entries().clone();  // [layers, levels], the same for every group
   mesh.dp().all_reduce(entries);
-  result.exact_entries = whole(mine.exact_entries()) / entries.view({entries.size(0), 1, entries.size(1), 1, 1});
+  result.exact_entries = whole(mine.exact_entries()) /
+                         entries.view({entries.size(0), 1, entries.size(1), 1, 1});
   result.bases = starting_bases(whole(mine.grams()));
   return result;
 }
 
-/// KL(exact || low rank) of the next-token distributions of some sequences, summed over their positions [nats].
+/// KL(exact || low rank) of the next-token distributions of some sequences, summed over their
+/// positions [nats].
 double divergence(CausalLM& exact, CausalLM& low, const at::Tensor& tokens) {
   at::NoGradGuard no_grad;
   const at::Tensor p = exact.logits(tokens).flatten(0, 1), q = low.logits(tokens).flatten(0, 1);
   double sum = 0;
   for (int64_t row = 0; row < p.size(0); row += 256) {
-    const auto log_p = at::log_softmax(p.slice(0, row, row + 256), 1), log_q = at::log_softmax(q.slice(0, row, row + 256), 1);
+    const auto log_p = at::log_softmax(p.slice(0, row, row + 256), 1),
+               log_q = at::log_softmax(q.slice(0, row, row + 256), 1);
     sum += (log_p.exp() * (log_p - log_q)).sum(at::kDouble).item<double>();
   }
   return sum;
@@ -112,20 +129,31 @@ void print_damage(const Calibration& c) {
   std::fflush(stdout);
 }
 
-/// What both commands need: the model with exact attention that measures, and sequences of text evenly spread over --data.
+/// What both commands need: the model with exact attention that measures, and sequences of text
+/// evenly spread over --data.
 class Measurement {
  public:
   explicit Measurement(const Environment& environment)
-      : environment_(environment), shape_(mesh_flags(environment)), device(device_flag(environment)), config(read_model_config()),
-        geometry(geometry_flags()), ranks(bucket_flags(device, config.head_dim)) {
-    check(ErrorKind::kUsage, shape_.cp == 1, "drrl-policy does not split sequences, --cp=", shape_.cp);
+      : environment_(environment),
+        shape_(mesh_flags(environment)),
+        device(device_flag(environment)),
+        config(read_model_config()),
+        geometry(geometry_flags()),
+        ranks(bucket_flags(device, config.head_dim)) {
+    check(ErrorKind::kUsage, shape_.cp == 1,
+          "drrl-policy does not split sequences, --cp=", shape_.cp);
     check_whole_groups("drrl-policy", shape_.tp, config);
-    check(ErrorKind::kUsage, FLAGS_calibration_tokens >= 1, "--calibration_tokens must be at least 1, got ", FLAGS_calibration_tokens);
-    check(ErrorKind::kUsage, FLAGS_seq_len > geometry.near_block + geometry.sink_tokens && FLAGS_seq_len <= config.max_position_embeddings,
-          "--seq_len=", FLAGS_seq_len, " must be more than --near_block + --sink_tokens = ", geometry.near_block + geometry.sink_tokens,
-          " and at most ", config.max_position_embeddings, ", the positions of ", FLAGS_model);
+    check(ErrorKind::kUsage, FLAGS_calibration_tokens >= 1,
+          "--calibration_tokens must be at least 1, got ", FLAGS_calibration_tokens);
+    check(ErrorKind::kUsage,
+          FLAGS_seq_len > geometry.near_block + geometry.sink_tokens &&
+              FLAGS_seq_len <= config.max_position_embeddings,
+          "--seq_len=", FLAGS_seq_len, " must be more than --near_block + --sink_tokens = ",
+          geometry.near_block + geometry.sink_tokens, " and at most ",
+          config.max_position_embeddings, ", the positions of ", FLAGS_model);
     ranks.pop_back();  // exact does no damage
-    check(ErrorKind::kUsage, !ranks.empty(), "a head_dim of ", config.head_dim, " has no smaller ranks to calibrate");
+    check(ErrorKind::kUsage, !ranks.empty(), "a head_dim of ", config.head_dim,
+          " has no smaller ranks to calibrate");
     const auto file = open_token_file(FLAGS_data, config, environment);
     data_.emplace(file, 0, file->tokens(), FLAGS_seq_len, FLAGS_seed);
     windows = std::min(data_->windows(), (FLAGS_calibration_tokens - 1) / FLAGS_seq_len + 1);
@@ -138,13 +166,16 @@ class Measurement {
     controller = std::make_shared<CalibrationController>(config.num_hidden_layers, geometry, ranks);
     model = new_model(controller);
     check_replicas(*model, mesh());
-    for (Parameter& parameter : model->parameters()) {  // only activations' gradients are wanted; the embedding starts the graph
+    for (Parameter& parameter : model->parameters()) {  // only activations' gradients are wanted;
+                                                        // the embedding starts the graph
       parameter.value.requires_grad_(&parameter == &model->parameters().front());
     }
     if (leader()) {
       print_banner(std::cout, program,
-                   {{"model", FLAGS_model}, {"data", c10::str(FLAGS_data, ": ", windows, " sequences of ", FLAGS_seq_len)},
-                    {"ranks", c10::str(c10::IntArrayRef(ranks))}, {"versions", version_line()}});
+                   {{"model", FLAGS_model},
+                    {"data", c10::str(FLAGS_data, ": ", windows, " sequences of ", FLAGS_seq_len)},
+                    {"ranks", c10::str(c10::IntArrayRef(ranks))},
+                    {"versions", version_line()}});
       for (const std::string& warning : config.warnings) {
         log_warning(warning);
       }
@@ -152,12 +183,17 @@ class Measurement {
     set_labels(mesh().dp().rank());
   }
 
-  /// From now on labels are those of this stream: all ranks of a tensor-parallel group must draw the same.
-  void set_labels(int64_t stream) { generator_.set_current_seed(FLAGS_seed * 1000003 + static_cast<uint64_t>(stream)); }
+  /// From now on labels are those of this stream: all ranks of a tensor-parallel group must draw
+  /// the same.
+  void set_labels(int64_t stream) {
+    generator_.set_current_seed(FLAGS_seed * 1000003 + static_cast<uint64_t>(stream));
+  }
 
   std::unique_ptr<CausalLM> new_model(const std::shared_ptr<AttentionController>& attention) const {
     auto result = std::make_unique<CausalLM>(config, mesh().tp(), attention,
-                                             ModelOptions{.dtype = dtype_flag("dtype", FLAGS_dtype), .device = device, .activation_checkpoint = false});
+                                             ModelOptions{.dtype = dtype_flag("dtype", FLAGS_dtype),
+                                                          .device = device,
+                                                          .activation_checkpoint = false});
     load_weights(*result, mesh().world());
     return result;
   }
@@ -165,7 +201,9 @@ class Measurement {
   bool leader() const { return environment_.world_rank == 0; }
   const Mesh& mesh() const { return *mesh_; }
   /// This process' KV groups of the model's.
-  Share groups() const { return partition(config.num_key_value_heads, mesh().tp().size(), mesh().tp().rank()); }
+  Share groups() const {
+    return partition(config.num_key_value_heads, mesh().tp().size(), mesh().tp().rank());
+  }
   at::Tensor tokens(int64_t sequence) const {
     const auto watched = watch(watchdog(), "reading a sequence");
     return data_->ordered(sequence * data_->windows() / windows, 1).tokens;
@@ -179,7 +217,8 @@ class Measurement {
     }
   }
 
-  /// One backward pass over a sequence with labels of the model's own: adds to what the controller has measured.
+  /// One backward pass over a sequence with labels of the model's own: adds to what the controller
+  /// has measured.
   void measure(int64_t sequence) {
     const at::Tensor x = tokens(sequence);
     const at::Tensor loss = model->loss(x, sampled_labels(*model, x)).loss_sum;
@@ -232,27 +271,37 @@ ExitCode calibrate(const Environment& environment) {
     result.data = FLAGS_data;
     result.ranks = ranks;
 
-    // The damages are those of one item at a time. Errors of many layers do not add up independently, those of values less so than those of scores, so
-    // each kind is scaled to what is measured when all its items have the middle rank at once.
+    // The damages are those of one item at a time. Errors of many layers do not add up
+    // independently, those of values less so than those of scores, so each kind is scaled to what
+    // is measured when all its items have the middle rank at once.
     const size_t middle = (ranks.size() - 1) / 2;
     const Share groups = m.groups();
-    const BasisOptions bases{.update_steps = FLAGS_basis_updates, .start = result.bases.narrow(1, groups.begin, groups.count).to(m.device)};
-    const auto low_controller = std::make_shared<LowRankController>(make_full_policy(), m.geometry, bases, groups.begin);
+    const BasisOptions bases{
+        .update_steps = FLAGS_basis_updates,
+        .start = result.bases.narrow(1, groups.begin, groups.count).to(m.device)};
+    const auto low_controller = std::make_shared<LowRankController>(make_full_policy(), m.geometry,
+                                                                    bases, groups.begin);
     const auto low = m.new_model(low_controller);
     const int64_t d = m.config.head_dim;
     for (int64_t kind = 0; kind < 2; ++kind) {
-      low_controller->set_policy(
-          make_table_policy(RankTable(result.layers(), result.groups(), result.levels(), kind == 0 ? Ranks{ranks[middle], d} : Ranks{d, ranks[middle]}),
-                            "middle rank"));
+      low_controller->set_policy(make_table_policy(
+          RankTable(result.layers(), result.groups(), result.levels(),
+                    kind == 0 ? Ranks{ranks[middle], d} : Ranks{d, ranks[middle]}),
+          "middle rank"));
       double nats = 0;
-      m.for_each_sequence([&](int64_t sequence) { nats += divergence(*m.model, *low, m.tokens(sequence)); });
+      m.for_each_sequence(
+          [&](int64_t sequence) { nats += divergence(*m.model, *low, m.tokens(sequence)); });
       auto together = at::tensor({nats}, at::kDouble);
       mesh.dp().all_reduce(together);
       const double measured = together[0].item<double>() / static_cast<double>(result.tokens);
-      const double summed = result.damage.select(2, kind).select(3, static_cast<int64_t>(middle)).sum().item<double>();
+      const double summed = result.damage.select(2, kind)
+                                .select(3, static_cast<int64_t>(middle))
+                                .sum()
+                                .item<double>();
       if (m.leader()) {
-        std::cout << (kind == 0 ? "scores" : "values") << " of all layers at rank " << ranks[middle] << ": " << measured << " nats per token, " << summed
-                  << " summed over layers" << std::endl;
+        std::cout << (kind == 0 ? "scores" : "values") << " of all layers at rank " << ranks[middle]
+                  << ": " << measured << " nats per token, " << summed << " summed over layers"
+                  << std::endl;
       }
       constexpr double kRounding = 1e-7;  // nats: less is no divergence, and may be negative
       if (summed > 0 && measured > kRounding) {
@@ -270,8 +319,9 @@ ExitCode calibrate(const Environment& environment) {
   return ExitCode::kSuccess;
 }
 
-/// Traces for the learned policy: of every sequence what each pair looked like and, for two independent draws of labels, what each rank would have
-/// cost it. Written after every sequence, or as many as there are data-parallel processes; a file with some of them is gone on with.
+/// Traces for the learned policy: of every sequence what each pair looked like and, for two
+/// independent draws of labels, what each rank would have cost it. Written after every sequence, or
+/// as many as there are data-parallel processes; a file with some of them is gone on with.
 ExitCode record(const Environment& environment) {
   require("model", FLAGS_model);
   require("data", FLAGS_data);
@@ -284,12 +334,15 @@ ExitCode record(const Environment& environment) {
     const Calibration calibration = read_calibration();
     check_calibration(calibration, m.config);
     check_geometry(calibration);
-    check(ErrorKind::kUsage, calibration.ranks == m.ranks, "--policy=", FLAGS_policy, " is of ranks ", c10::IntArrayRef(calibration.ranks), ", the options say ",
+    check(ErrorKind::kUsage, calibration.ranks == m.ranks, "--policy=", FLAGS_policy,
+          " is of ranks ", c10::IntArrayRef(calibration.ranks), ", the options say ",
           c10::IntArrayRef(m.ranks));
-    Traces traces(m.windows, m.config.num_hidden_layers, m.config.num_key_value_heads, FLAGS_seq_len, m.geometry, m.ranks, CalibrationController::default_gates());
+    Traces traces(m.windows, m.config.num_hidden_layers, m.config.num_key_value_heads,
+                  FLAGS_seq_len, m.geometry, m.ranks, CalibrationController::default_gates());
     traces.heads_per_group = m.config.num_attention_heads / m.config.num_key_value_heads;
     traces.calibration = calibration.digest();
-    traces.source = c10::str(FLAGS_model, ", ", m.windows, " sequences of ", FLAGS_seq_len, " tokens of ", FLAGS_data, ", seed ", FLAGS_seed);
+    traces.source = c10::str(FLAGS_model, ", ", m.windows, " sequences of ", FLAGS_seq_len,
+                             " tokens of ", FLAGS_data, ", seed ", FLAGS_seed);
     for (int64_t sequence = 0; sequence < m.windows; ++sequence) {
       traces.tokens[sequence].copy_(m.tokens(sequence).squeeze(0));
     }
@@ -297,8 +350,12 @@ ExitCode record(const Environment& environment) {
     if (std::filesystem::exists(FLAGS_traces)) {
       const auto watched = watch(watchdog(), "reading traces");
       const Traces before = Traces::load(FLAGS_traces);
-      check(ErrorKind::kUsage, !m.leader() || (before.source == traces.source && before.calibration == traces.calibration), "--traces=", FLAGS_traces, " is of ", before.source,
-            ", calibration ", before.calibration, ", and would be of ", traces.source, ", calibration ", traces.calibration, ": name another file or remove it");
+      check(ErrorKind::kUsage,
+            !m.leader() ||
+                (before.source == traces.source && before.calibration == traces.calibration),
+            "--traces=", FLAGS_traces, " is of ", before.source, ", calibration ",
+            before.calibration, ", and would be of ", traces.source, ", calibration ",
+            traces.calibration, ": name another file or remove it");
       done = before.sequences();
       for (const auto part : Traces::kMeasured) {
         (traces.*part).narrow(0, 0, done).copy_(before.*part);
@@ -306,7 +363,8 @@ ExitCode record(const Environment& environment) {
     }
     m.load("drrl-policy record");
     if (m.leader() && done > 0) {
-      std::cout << FLAGS_traces << " has " << done << " of " << m.windows << " sequences" << std::endl;
+      std::cout << FLAGS_traces << " has " << done << " of " << m.windows << " sequences"
+                << std::endl;
     }
     const Share groups = m.groups();
     m.controller->record(calibration.bases.narrow(1, groups.begin, groups.count).to(m.device));
@@ -337,13 +395,16 @@ ExitCode record(const Environment& environment) {
   return ExitCode::kSuccess;
 }
 
-/// The agent of --policy, from traces; written into the same file. One process: a few seconds to minutes of small matrices.
+/// The agent of --policy, from traces; written into the same file. One process: a few seconds to
+/// minutes of small matrices.
 ExitCode train(const Environment& environment) {
   require("policy", FLAGS_policy);
   require("traces", FLAGS_traces);
-  check(ErrorKind::kUsage, environment.world_size == 1, "drrl-policy train runs in one process, not in ", environment.world_size);
-  check(ErrorKind::kUsage, FLAGS_fit_steps >= 0 && FLAGS_reward_steps >= 0, "--fit_steps and --reward_steps must not be negative, got ", FLAGS_fit_steps,
-        " and ", FLAGS_reward_steps);
+  check(ErrorKind::kUsage, environment.world_size == 1,
+        "drrl-policy train runs in one process, not in ", environment.world_size);
+  check(ErrorKind::kUsage, FLAGS_fit_steps >= 0 && FLAGS_reward_steps >= 0,
+        "--fit_steps and --reward_steps must not be negative, got ", FLAGS_fit_steps, " and ",
+        FLAGS_reward_steps);
   check_outputs(environment, {"policy", "json"});
   const Calibration calibration = read_calibration();
   std::vector<Traces> traces;
@@ -359,18 +420,32 @@ ExitCode train(const Environment& environment) {
   options.buckets = bucket_flags(device_flag(environment), calibration.head_dim());
   options.update_steps = FLAGS_basis_updates;
   options.with_gates = FLAGS_gates;
-  options.latency = latency_flag(device_flag(environment), calibration.head_dim(), traces.front().heads_per_group);
+  options.latency = latency_flag(device_flag(environment), calibration.head_dim(),
+                                 traces.front().heads_per_group);
   options.seed = FLAGS_seed;
-  RankAgent agent(calibration.layers(), calibration.groups(), calibration.ranks, calibration.gate_count(), FLAGS_seed);
-  const auto reports = train_agent(agent, calibration, traces, options, [](const std::string& line) { std::cout << line << std::endl; });
-  std::printf("held-out damage in 1e-3 nats per token at equal %s:\n%6s %7s %9s %9s %9s %9s %9s   %s\n", options.latency ? "time" : "operations",
-              "L", "budget", "dp", "refitted", "agent", "oracle", "bound", "what the agent takes at its own prices");
-  nlohmann::ordered_json json = {{"agent_strength", agent.strength()}, {"gates", options.with_gates}, {"seed", FLAGS_seed}};
+  RankAgent agent(calibration.layers(), calibration.groups(), calibration.ranks,
+                  calibration.gate_count(), FLAGS_seed);
+  const auto reports = train_agent(agent, calibration, traces, options,
+                                   [](const std::string& line) { std::cout << line << std::endl; });
+  std::printf(
+      "held-out damage in 1e-3 nats per token at equal %s:\n%6s %7s %9s %9s %9s %9s %9s   %s\n",
+      options.latency ? "time" : "operations", "L", "budget", "dp", "refitted", "agent", "oracle",
+      "bound", "what the agent takes at its own prices");
+  nlohmann::ordered_json json = {
+      {"agent_strength", agent.strength()}, {"gates", options.with_gates}, {"seed", FLAGS_seed}};
   for (const BudgetReport& r : reports) {
-    json["held_out"].push_back({{"seq_len", r.seq_len}, {"budget", r.budget}, {"dp", r.dp}, {"refitted", r.refitted}, {"agent", r.agent}, {"oracle", r.oracle},
-                                {"bound", r.bound}, {"agent_cost", r.agent_cost}});
-    std::printf("%6lld %7.3f %9.4f %9.4f %9.4f %9.4f %9.4f   %.4f\n", static_cast<long long>(r.seq_len), r.budget, 1e3 * mean_damage(r.dp), 1e3 * r.refitted,
-                1e3 * mean_damage(r.agent), 1e3 * r.oracle, 1e3 * r.bound, r.agent_cost);
+    json["held_out"].push_back({{"seq_len", r.seq_len},
+                                {"budget", r.budget},
+                                {"dp", r.dp},
+                                {"refitted", r.refitted},
+                                {"agent", r.agent},
+                                {"oracle", r.oracle},
+                                {"bound", r.bound},
+                                {"agent_cost", r.agent_cost}});
+    std::printf("%6lld %7.3f %9.4f %9.4f %9.4f %9.4f %9.4f   %.4f\n",
+                static_cast<long long>(r.seq_len), r.budget, 1e3 * mean_damage(r.dp),
+                1e3 * r.refitted, 1e3 * mean_damage(r.agent), 1e3 * r.oracle, 1e3 * r.bound,
+                r.agent_cost);
   }
   if (!FLAGS_json.empty()) {
     write_text(FLAGS_json, json.dump(1) + "\n");
@@ -385,18 +460,23 @@ ExitCode train(const Environment& environment) {
 
 int main(int argc, char** argv) {
   using Command = drrl::ExitCode (*)(const drrl::Environment&);
-  const std::map<std::string, Command> commands = {{"calibrate", &drrl::calibrate}, {"record", &drrl::record}, {"train", &drrl::train}};
+  const std::map<std::string, Command> commands = {
+      {"calibrate", &drrl::calibrate}, {"record", &drrl::record}, {"train", &drrl::train}};
   const char* summary =
-      "drrl-policy calibrate: measures how much each layer suffers at each rank; record: traces for a policy that learns; train: learns from them.";
+      "drrl-policy calibrate: measures how much each layer suffers at each rank; record: traces "
+      "for a policy that learns; train: learns from them.";
   const std::string word = argc > 1 ? argv[1] : "";
   if (const auto command = commands.find(word); command != commands.end()) {
     argv[1] = argv[0];
     return drrl::run_program(argc - 1, argv + 1, "drrl-policy " + word, summary, command->second);
   }
   const auto usage = [](const drrl::Environment&) {
-    std::fprintf(stderr, "usage: drrl-policy calibrate|record|train --policy FILE [options] (--help lists them)\n");
+    std::fprintf(
+        stderr,
+        "usage: drrl-policy calibrate|record|train --policy FILE [options] (--help lists them)\n");
     return drrl::ExitCode::kUsage;
   };
-  return word.starts_with("-") ? drrl::run_program(argc, argv, "", summary, usage)  // --help, --version
-                               : static_cast<int>(usage({}));
+  return word.starts_with("-")
+             ? drrl::run_program(argc, argv, "", summary, usage)  // --help, --version
+             : static_cast<int>(usage({}));
 }

@@ -1,16 +1,16 @@
 #include "policy/rank_policy.h"
 
-#include <c10/util/Exception.h>
-
 #include <algorithm>
 #include <limits>
 #include <map>
 #include <utility>
 
+#include <c10/util/Exception.h>
+
 #include "core/error.h"
 #include "policy/agent/agent.h"
-#include "policy/calibration/calibration.h"
 #include "policy/allocation/latency_table.h"
+#include "policy/calibration/calibration.h"
 
 namespace drrl {
 namespace {
@@ -27,7 +27,9 @@ class FullPolicy final : public RankPolicy {
 class FixedPolicy final : public RankPolicy {
  public:
   explicit FixedPolicy(int64_t rank) : rank_(rank) {}
-  std::vector<Ranks> decide(const LayerObservation& o) override { return std::vector<Ranks>(static_cast<size_t>(o.items()), Ranks{rank_, rank_}); }
+  std::vector<Ranks> decide(const LayerObservation& o) override {
+    return std::vector<Ranks>(static_cast<size_t>(o.items()), Ranks{rank_, rank_});
+  }
   std::string describe() const override { return c10::str("fixed, rank ", rank_); }
 
  private:
@@ -36,7 +38,8 @@ class FixedPolicy final : public RankPolicy {
 
 class EnergyPolicy final : public RankPolicy {
  public:
-  EnergyPolicy(double energy, std::vector<int64_t> buckets) : energy_(energy), buckets_(std::move(buckets)) {}
+  EnergyPolicy(double energy, std::vector<int64_t> buckets)
+      : energy_(energy), buckets_(std::move(buckets)) {}
 
   std::vector<Ranks> decide(const LayerObservation& o) override {
     const auto score_loss = o.score_loss.to(at::kCPU).contiguous();
@@ -66,14 +69,17 @@ class EnergyPolicy final : public RankPolicy {
 
 // The table's ranks for every pair that is observed.
 std::vector<Ranks> look_up(const RankTable& table, const LayerObservation& o) {
-  TORCH_CHECK(o.layer < table.layers() && o.first_group + o.groups <= table.groups() && o.tree.num_levels() <= table.levels(), "a rank table of ",
-              table.layers(), " layers, ", table.groups(), " groups and ", table.levels(), " levels for layer ", o.layer, ", groups ", o.first_group,
-              " to ", o.first_group + o.groups - 1, " and ", o.tree.num_levels(), " levels");
+  TORCH_CHECK(o.layer < table.layers() && o.first_group + o.groups <= table.groups() &&
+                  o.tree.num_levels() <= table.levels(),
+              "a rank table of ", table.layers(), " layers, ", table.groups(), " groups and ",
+              table.levels(), " levels for layer ", o.layer, ", groups ", o.first_group, " to ",
+              o.first_group + o.groups - 1, " and ", o.tree.num_levels(), " levels");
   std::vector<Ranks> ranks(static_cast<size_t>(o.items()));
   size_t next = 0;
   for (int64_t sequence = 0; sequence < o.batch * o.groups; ++sequence) {
     for (int64_t pair = o.first_pair; pair < o.first_pair + o.pair_count(); ++pair) {
-      ranks[next++] = table.at(o.layer, o.first_group + sequence % o.groups, o.tree.run_of(pair).level);
+      ranks[next++] = table.at(o.layer, o.first_group + sequence % o.groups,
+                               o.tree.run_of(pair).level);
     }
   }
   return ranks;
@@ -81,7 +87,8 @@ std::vector<Ranks> look_up(const RankTable& table, const LayerObservation& o) {
 
 class TablePolicy final : public RankPolicy {
  public:
-  TablePolicy(RankTable table, std::string description) : table_(std::move(table)), description_(std::move(description)) {}
+  TablePolicy(RankTable table, std::string description)
+      : table_(std::move(table)), description_(std::move(description)) {}
   std::vector<Ranks> decide(const LayerObservation& o) override { return look_up(table_, o); }
   std::string describe() const override { return description_; }
 
@@ -91,18 +98,30 @@ class TablePolicy final : public RankPolicy {
 };
 
 void check_fits(const Calibration& c, const LayerObservation& o) {
-  check(ErrorKind::kUsage, o.layer < c.layers() && o.first_group + o.groups <= c.groups() && o.head_dim == c.head_dim(),
-        "the calibration is of a model with ", c.layers(), " layers, ", c.groups(), " KV groups and head_dim ", c.head_dim(), " (", c.model,
-        "), this one has layer ", o.layer, ", group ", o.first_group + o.groups - 1, " and head_dim ", o.head_dim);
+  check(
+      ErrorKind::kUsage,
+      o.layer < c.layers() && o.first_group + o.groups <= c.groups() && o.head_dim == c.head_dim(),
+      "the calibration is of a model with ", c.layers(), " layers, ", c.groups(),
+      " KV groups and head_dim ", c.head_dim(), " (", c.model, "), this one has layer ", o.layer,
+      ", group ", o.first_group + o.groups - 1, " and head_dim ", o.head_dim);
 }
 
 class AllocatedPolicy final : public RankPolicy {
  public:
-  AllocatedPolicy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, Spending how, uint64_t seed, bool with_gates,
+  AllocatedPolicy(Calibration calibration, double budget, std::vector<int64_t> buckets,
+                  int64_t update_steps, Spending how, uint64_t seed, bool with_gates,
                   std::shared_ptr<const LatencyTable> latency)
-      : calibration_(std::move(calibration)), budget_(budget), buckets_(std::move(buckets)), update_steps_(update_steps), how_(how), seed_(seed),
-        with_gates_(with_gates), latency_(std::move(latency)), digest_(calibration_.digest()) {
-    check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
+      : calibration_(std::move(calibration)),
+        budget_(budget),
+        buckets_(std::move(buckets)),
+        update_steps_(update_steps),
+        how_(how),
+        seed_(seed),
+        with_gates_(with_gates),
+        latency_(std::move(latency)),
+        digest_(calibration_.digest()) {
+    check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget,
+          ", expected more than 0 and at most 1");
   }
 
   std::vector<Ranks> decide(const LayerObservation& o) override {
@@ -111,7 +130,10 @@ class AllocatedPolicy final : public RankPolicy {
     const auto key = std::pair(o.tree.sequence_length(), heads_per_group);
     auto found = tables_.find(key);
     if (found == tables_.end()) {
-      found = tables_.emplace(key, allocate(calibration_, budget_, o.tree, heads_per_group, buckets_, update_steps_, how_, seed_, with_gates_, latency_.get())).first;
+      found = tables_
+                  .emplace(key, allocate(calibration_, budget_, o.tree, heads_per_group, buckets_,
+                                         update_steps_, how_, seed_, with_gates_, latency_.get()))
+                  .first;
     }
     spent_ = found->second.spent;
     return look_up(found->second.table, o);
@@ -123,11 +145,17 @@ class AllocatedPolicy final : public RankPolicy {
     tables_.clear();
   }
 
-  std::optional<double> latency_fraction() const override { return latency_ && spent_ > 0 ? std::optional(spent_) : std::nullopt; }
+  std::optional<double> latency_fraction() const override {
+    return latency_ && spent_ > 0 ? std::optional(spent_) : std::nullopt;
+  }
 
   std::string describe() const override {
-    const std::string name = how_ == Spending::kBest ? "dp" : how_ == Spending::kGreedy ? "greedy" : c10::str("random ", seed_);
-    return c10::str(name, with_gates_ ? " with gates" : "", ", budget ", budget_, latency_ ? " of the " + latency_->describe() : "", ", calibrated on ", calibration_.tokens, " tokens of ", calibration_.data, " (", digest_, ")");
+    const std::string name = how_ == Spending::kBest     ? "dp"
+                             : how_ == Spending::kGreedy ? "greedy"
+                                                         : c10::str("random ", seed_);
+    return c10::str(name, with_gates_ ? " with gates" : "", ", budget ", budget_,
+                    latency_ ? " of the " + latency_->describe() : "", ", calibrated on ",
+                    calibration_.tokens, " tokens of ", calibration_.data, " (", digest_, ")");
   }
 
  private:
@@ -146,10 +174,17 @@ class AllocatedPolicy final : public RankPolicy {
 
 class LearnedPolicy final : public RankPolicy {
  public:
-  LearnedPolicy(Calibration calibration, RankAgent agent, double budget, std::vector<int64_t> buckets, int64_t update_steps, bool with_gates,
+  LearnedPolicy(Calibration calibration, RankAgent agent, double budget,
+                std::vector<int64_t> buckets, int64_t update_steps, bool with_gates,
                 std::shared_ptr<const LatencyTable> latency)
-      : calibration_(std::move(calibration)), agent_(std::move(agent)), budget_(budget), buckets_(std::move(buckets)), update_steps_(update_steps),
-        with_gates_(with_gates), latency_(std::move(latency)), digest_(calibration_.digest()) {}
+      : calibration_(std::move(calibration)),
+        agent_(std::move(agent)),
+        budget_(budget),
+        buckets_(std::move(buckets)),
+        update_steps_(update_steps),
+        with_gates_(with_gates),
+        latency_(std::move(latency)),
+        digest_(calibration_.digest()) {}
 
   std::vector<Ranks> decide(const LayerObservation& o) override {
     at::NoGradGuard no_grad;
@@ -168,7 +203,9 @@ class LearnedPolicy final : public RankPolicy {
   }
 
   // An agent that is not trusted is not asked.
-  std::vector<int64_t> state_ranks() const override { return agent_.strength() > 0 ? calibration_.ranks : std::vector<int64_t>(); }
+  std::vector<int64_t> state_ranks() const override {
+    return agent_.strength() > 0 ? calibration_.ranks : std::vector<int64_t>();
+  }
   double flops_per_pair() const override { return agent_.strength() > 0 ? agent_.flops() : 0; }
 
   void set_calibration(const Calibration& calibration) override {
@@ -178,8 +215,10 @@ class LearnedPolicy final : public RankPolicy {
   }
 
   std::string describe() const override {
-    return c10::str("rl", with_gates_ ? " with gates" : "", ", budget ", budget_, latency_ ? " of the " + latency_->describe() : "", ", calibrated on ",
-                    calibration_.tokens, " tokens of ", calibration_.data, " (", digest_, "), agent ", agent_.digest(), ", strength ", agent_.strength());
+    return c10::str("rl", with_gates_ ? " with gates" : "", ", budget ", budget_,
+                    latency_ ? " of the " + latency_->describe() : "", ", calibrated on ",
+                    calibration_.tokens, " tokens of ", calibration_.data, " (", digest_,
+                    "), agent ", agent_.digest(), ", strength ", agent_.strength());
   }
 
  private:
@@ -187,9 +226,11 @@ class LearnedPolicy final : public RankPolicy {
     Choices choices;
     double price;  // of a unit of cost, in damage
 
-    // What is least in damage and price together for one pair, by factors on each calibrated damage and on entries. Given the gate, scores and values do not depend
-    // on each other.
-    Ranks least(int64_t layer, int64_t group, int64_t pair, const at::TensorAccessor<double, 3>& damage_factors, const at::TensorAccessor<double, 2>& entry_factors) const {
+    // What is least in damage and price together for one pair, by factors on each calibrated damage
+    // and on entries. Given the gate, scores and values do not depend on each other.
+    Ranks least(int64_t layer, int64_t group, int64_t pair,
+                const at::TensorAccessor<double, 3>& damage_factors,
+                const at::TensorAccessor<double, 2>& entry_factors) const {
       Ranks best{};
       double value = std::numeric_limits<double>::infinity();
       for (int64_t gate = -1; gate < static_cast<int64_t>(choices.gates.size()); ++gate) {
@@ -201,9 +242,17 @@ class LearnedPolicy final : public RankPolicy {
             const double damage = choices.damage(layer, group, kind, pair, i, gate);
             double cost = choices.cost(pair, kind, i);
             if (kind == 0 && gate >= 0) {
-              cost += choices.gate_cost(layer, group, pair, i, gate, entry_factors[i < choices.columns.size() ? choices.columns[i] : entry_factors.size(0) - 1][gate]);
+              cost += choices.gate_cost(
+                  layer, group, pair, i, gate,
+                  entry_factors[i < choices.columns.size() ? choices.columns[i]
+                                                           : entry_factors.size(0) - 1][gate]);
             }
-            if (const double all = (damage > 0 ? damage_factors[kind][choices.columns[i]][1 + gate] * damage : 0) + price * cost; all < least_of_kind) {
+            if (const double all = (damage > 0
+                                        ? damage_factors[kind][choices.columns[i]][1 + gate] *
+                                              damage
+                                        : 0) +
+                                   price * cost;
+                all < least_of_kind) {
               least_of_kind = all;
               (kind == 0 ? ranks.qk : ranks.v) = choices.ranks[i];
             }
@@ -225,16 +274,24 @@ class LearnedPolicy final : public RankPolicy {
   // Of items, not logarithms: float64 [items, ..].
   RankAgent::Factors factors_of(const LayerObservation& o) {
     if (agent_.strength() == 0) {
-      const auto ranks = static_cast<int64_t>(calibration_.ranks.size()), gates = calibration_.gate_count();
-      return {at::ones({o.items(), 2, ranks, 1 + gates}, at::kDouble), at::ones({o.items(), ranks + 1, gates}, at::kDouble)};
+      const auto ranks = static_cast<int64_t>(calibration_.ranks.size()),
+                 gates = calibration_.gate_count();
+      return {at::ones({o.items(), 2, ranks, 1 + gates}, at::kDouble),
+              at::ones({o.items(), ranks + 1, gates}, at::kDouble)};
     }
-    RankAgent::Memory& memory = memories_[o.first_pair];  // what the layers below saw of the same pairs
+    RankAgent::Memory&
+        memory = memories_[o.first_pair];  // what the layers below saw of the same pairs
     if (o.layer == 0) {
       memory = {};
     }
-    const auto group = at::arange(o.items(), at::kLong).div(o.pair_count(), "floor").remainder(o.groups) + o.first_group;
-    const RankAgent::Factors logs = agent_.forward(o.state.flatten(0, 2).unsqueeze(1), group, o.layer, &memory);
-    const auto of_items = [](const at::Tensor& x) { return x.squeeze(1).exp().to(at::kDouble).contiguous(); };
+    const auto
+        group = at::arange(o.items(), at::kLong).div(o.pair_count(), "floor").remainder(o.groups) +
+                o.first_group;
+    const RankAgent::Factors logs = agent_.forward(o.state.flatten(0, 2).unsqueeze(1), group,
+                                                   o.layer, &memory);
+    const auto of_items = [](const at::Tensor& x) {
+      return x.squeeze(1).exp().to(at::kDouble).contiguous();
+    };
     return {of_items(logs.damage), of_items(logs.entries)};
   }
 
@@ -242,11 +299,16 @@ class LearnedPolicy final : public RankPolicy {
     const auto key = std::pair(o.tree.sequence_length(), o.heads / o.groups);
     auto found = prices_.find(key);
     if (found == prices_.end()) {
-      const double price =
-          allocate(calibration_, budget_, o.tree, key.second, buckets_, update_steps_, Spending::kBest, 0, with_gates_, latency_.get()).price * agent_.price_factor(budget_);
+      const double price = allocate(calibration_, budget_, o.tree, key.second, buckets_,
+                                    update_steps_, Spending::kBest, 0, with_gates_, latency_.get())
+                               .price *
+                           agent_.price_factor(budget_);
       const int64_t groups = calibration_.groups(), d = calibration_.head_dim();
       const Prices prices = prices_of(latency_.get(), o.tree, groups, key.second, d, update_steps_);
-      found = prices_.emplace(key, Priced{Choices(calibration_, o.tree, buckets_, prices, with_gates_), price}).first;
+      found = prices_
+                  .emplace(key, Priced{Choices(calibration_, o.tree, buckets_, prices, with_gates_),
+                                       price})
+                  .first;
     }
     return found->second;
   }
@@ -266,11 +328,13 @@ class LearnedPolicy final : public RankPolicy {
 }  // namespace
 
 void RankPolicy::set_calibration(const Calibration& /*calibration*/) {
-  raise(ErrorKind::kUsage, "the rank policy '", describe(), "' does not decide by calibrated damages; dp and rl do");
+  raise(ErrorKind::kUsage, "the rank policy '", describe(),
+        "' does not decide by calibrated damages; dp and rl do");
 }
 
 std::vector<int64_t> rank_buckets(const at::Device& device, int64_t head_dim) {
-  const int64_t step = head_dim < 64 ? std::max<int64_t>(1, head_dim / 4) : (device.is_cuda() ? 32 : 16);
+  const int64_t step = head_dim < 64 ? std::max<int64_t>(1, head_dim / 4)
+                                     : (device.is_cuda() ? 32 : 16);
   std::vector<int64_t> buckets;
   for (int64_t rank = step; rank < head_dim; rank += step) {
     buckets.push_back(rank);
@@ -279,15 +343,19 @@ std::vector<int64_t> rank_buckets(const at::Device& device, int64_t head_dim) {
   return buckets;
 }
 
-std::unique_ptr<RankPolicy> make_full_policy() { return std::make_unique<FullPolicy>(); }
+std::unique_ptr<RankPolicy> make_full_policy() {
+  return std::make_unique<FullPolicy>();
+}
 
 std::unique_ptr<RankPolicy> make_fixed_policy(int64_t rank, int64_t head_dim) {
-  check(ErrorKind::kUsage, rank >= 1 && rank <= head_dim, "rank ", rank, ", expected 1 to the model's head_dim ", head_dim);
+  check(ErrorKind::kUsage, rank >= 1 && rank <= head_dim, "rank ", rank,
+        ", expected 1 to the model's head_dim ", head_dim);
   return std::make_unique<FixedPolicy>(rank);
 }
 
 std::unique_ptr<RankPolicy> make_energy_policy(double energy, std::vector<int64_t> buckets) {
-  check(ErrorKind::kUsage, energy > 0 && energy <= 1, "energy to keep is ", energy, ", expected more than 0 and at most 1");
+  check(ErrorKind::kUsage, energy > 0 && energy <= 1, "energy to keep is ", energy,
+        ", expected more than 0 and at most 1");
   return std::make_unique<EnergyPolicy>(energy, std::move(buckets));
 }
 
@@ -295,27 +363,45 @@ std::unique_ptr<RankPolicy> make_table_policy(RankTable table, std::string descr
   return std::make_unique<TablePolicy>(std::move(table), std::move(description));
 }
 
-std::unique_ptr<RankPolicy> make_rl_policy(Calibration calibration, RankAgent agent, double budget, std::vector<int64_t> buckets, int64_t update_steps, bool with_gates,
+std::unique_ptr<RankPolicy> make_rl_policy(Calibration calibration, RankAgent agent, double budget,
+                                           std::vector<int64_t> buckets, int64_t update_steps,
+                                           bool with_gates,
                                            std::shared_ptr<const LatencyTable> latency) {
-  check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
-  check(ErrorKind::kUsage, agent.strength() == 0 || agent.with_gates() == with_gates, "the agent has learned ", agent.with_gates() ? "with" : "without",
-        " gates and shall decide ", with_gates ? "with" : "without", " them: --gates must be the same as for drrl-policy train");
-  return std::make_unique<LearnedPolicy>(std::move(calibration), std::move(agent), budget, std::move(buckets), update_steps, with_gates, std::move(latency));
+  check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget,
+        ", expected more than 0 and at most 1");
+  check(ErrorKind::kUsage, agent.strength() == 0 || agent.with_gates() == with_gates,
+        "the agent has learned ", agent.with_gates() ? "with" : "without",
+        " gates and shall decide ", with_gates ? "with" : "without",
+        " them: --gates must be the same as for drrl-policy train");
+  return std::make_unique<LearnedPolicy>(std::move(calibration), std::move(agent), budget,
+                                         std::move(buckets), update_steps, with_gates,
+                                         std::move(latency));
 }
 
-std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, bool with_gates,
+std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budget,
+                                           std::vector<int64_t> buckets, int64_t update_steps,
+                                           bool with_gates,
                                            std::shared_ptr<const LatencyTable> latency) {
-  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets), update_steps, Spending::kBest, 0, with_gates, std::move(latency));
+  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets),
+                                           update_steps, Spending::kBest, 0, with_gates,
+                                           std::move(latency));
 }
 
-std::unique_ptr<RankPolicy> make_greedy_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps,
+std::unique_ptr<RankPolicy> make_greedy_policy(Calibration calibration, double budget,
+                                               std::vector<int64_t> buckets, int64_t update_steps,
                                                std::shared_ptr<const LatencyTable> latency) {
-  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets), update_steps, Spending::kGreedy, 0, false, std::move(latency));
+  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets),
+                                           update_steps, Spending::kGreedy, 0, false,
+                                           std::move(latency));
 }
 
-std::unique_ptr<RankPolicy> make_random_policy(Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps, uint64_t seed,
+std::unique_ptr<RankPolicy> make_random_policy(Calibration calibration, double budget,
+                                               std::vector<int64_t> buckets, int64_t update_steps,
+                                               uint64_t seed,
                                                std::shared_ptr<const LatencyTable> latency) {
-  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets), update_steps, Spending::kRandom, seed, false, std::move(latency));
+  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets),
+                                           update_steps, Spending::kRandom, seed, false,
+                                           std::move(latency));
 }
 
 }  // namespace drrl

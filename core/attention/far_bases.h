@@ -1,18 +1,19 @@
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <vector>
 
-#include "core/linalg/basis.h"
-#include "core/types/block_tree.h"
-#include "core/linalg/gram.h"
+#include <ATen/ATen.h>
+
 #include "core/attention/lowrank_attention.h"
+#include "core/linalg/basis.h"
+#include "core/linalg/gram.h"
+#include "core/types/block_tree.h"
 
 namespace drrl {
 
-/// Bases of far pairs of one layer, [B G pairs, d, columns] each, pair innermost, and what it took to make them. Made from the Grams of each pair's left
-/// node alone, that is from the very keys that they compress, they are strictly causal.
+/// Bases of far pairs of one layer, [B G pairs, d, columns] each, pair innermost, and what it took
+/// to make them. Made from the Grams of each pair's left node alone, that is from the very keys
+/// that they compress, they are strictly causal.
 struct FarBases {
   Basis scores;
   Basis values;
@@ -21,58 +22,76 @@ struct FarBases {
   double flops = 0;     ///< of solves, updates, residual factors and the output Gram
 };
 
-/// The Grams that bases are made from: pair_grams with keys and values weighted by attention_mass, or not.
-PairGrams far_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const BlockTree& tree, bool weighted = true);
+/// The Grams that bases are made from: pair_grams with keys and values weighted by attention_mass,
+/// or not.
+PairGrams far_grams(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                    const BlockTree& tree, bool weighted = true);
 
 /// The output Gram that belongs to these Grams, [G, d, d]: theirs, or that of w_o.
 at::Tensor output_of(const PairGrams& grams, const at::Tensor& w_o);
 
-/// The best bases of every pair at all ranks at once (d columns), one full decomposition each; only of what is asked for.
-/// grams [B, G, pairs, d, d]; w_o [hidden, H d].
+/// The best bases of every pair at all ranks at once (d columns), one full decomposition each; only
+/// of what is asked for. grams [B, G, pairs, d, d]; w_o [hidden, H d].
 FarBases solve_far_bases(const PairGrams& grams, const at::Tensor& w_o, bool scores, bool values);
 
-/// Bases of the given ranks (one entry a pair; rank d makes none; columns beyond a pair's rank are not defined), by `steps` rounds of `update_basis`
-/// each. All pairs of a KV group start from its `start` [B G, 2, d, d]: right factors of scores and values.
-FarBases update_far_bases(const PairGrams& grams, const at::Tensor& w_o, const std::vector<Ranks>& ranks, const at::Tensor& start, int64_t steps);
+/// Bases of the given ranks (one entry a pair; rank d makes none; columns beyond a pair's rank are
+/// not defined), by `steps` rounds of `update_basis` each. All pairs of a KV group start from its
+/// `start` [B G, 2, d, d]: right factors of scores and values.
+FarBases update_far_bases(const PairGrams& grams, const at::Tensor& w_o,
+                          const std::vector<Ranks>& ranks, const at::Tensor& start, int64_t steps);
 
-/// Where updates start without a calibration: right factors [B G, 2, d, d] of full decompositions for the first pair, which is older than all others'
-/// queries; one for each (sequence, KV group) and kind.
+/// Where updates start without a calibration: right factors [B G, 2, d, d] of full decompositions
+/// for the first pair, which is older than all others' queries; one for each (sequence, KV group)
+/// and kind.
 at::Tensor first_pair_bases(const PairGrams& grams, const at::Tensor& w_o);
 
-/// The problems that they solve, X^T X and Y^T Y: [2, 2 B G, d, d], numbered (sequence, KV group, kind).
+/// The problems that they solve, X^T X and Y^T Y: [2, 2 B G, d, d], numbered (sequence, KV group,
+/// kind).
 at::Tensor first_pair_problems(const PairGrams& grams, const at::Tensor& w_o);
 
-/// What a layer has for each KV group, such as starting bases [G, 2, d, d], for every sequence of a batch: [B G, ..].
+/// What a layer has for each KV group, such as starting bases [G, 2, d, d], for every sequence of a
+/// batch: [B G, ..].
 at::Tensor for_batch(const at::Tensor& of_layer, int64_t batch);
 
 /// How many keys each pair has, in the order of the tree's pairs.
 std::vector<int64_t> key_counts(const BlockTree& tree);
 
-/// residual_factor of each pair's score basis at its rank: [B G pairs, d, m] float32, of pairs with `keys[pair]` keys. Undefined if every rank is d; not
-/// defined for items whose rank is d.
-at::Tensor residual_factors(const PairGrams& grams, const Basis& scores, const std::vector<Ranks>& ranks, const std::vector<int64_t>& keys);
+/// residual_factor of each pair's score basis at its rank: [B G pairs, d, m] float32, of pairs with
+/// `keys[pair]` keys. Undefined if every rank is d; not defined for items whose rank is d.
+at::Tensor residual_factors(const PairGrams& grams, const Basis& scores,
+                            const std::vector<Ranks>& ranks, const std::vector<int64_t>& keys);
 
 /// The same of bases just made. Adds its operations to bases.flops.
-at::Tensor residual_of(const PairGrams& grams, const std::vector<Ranks>& ranks, const std::vector<int64_t>& keys, FarBases& bases);
+at::Tensor residual_of(const PairGrams& grams, const std::vector<Ranks>& ranks,
+                       const std::vector<int64_t>& keys, FarBases& bases);
 
-/// What bases can be made of, for each item (B G pairs): Grams of traces from 1e-30 to 1e30, within which float32 sums of squares mean something.
+/// What bases can be made of, for each item (B G pairs): Grams of traces from 1e-30 to 1e30, within
+/// which float32 sums of squares mean something.
 struct UsablePairs {
   std::vector<bool> scores, values;
 };
 
-/// Tells them, and puts the identity in the place of other Grams, so that all that follows is finite. Scores need the Grams of queries and keys, values those of values
-/// and of the output, which grams.output holds from now on. On CUDA, where it would have to wait for the device, all count as usable.
+/// Tells them, and puts the identity in the place of other Grams, so that all that follows is
+/// finite. Scores need the Grams of queries and keys, values those of values and of the output,
+/// which grams.output holds from now on. On CUDA, where it would have to wait for the device, all
+/// count as usable.
 UsablePairs usable_pairs(PairGrams& grams, const at::Tensor& w_o);
 
-/// Items that no low rank serves become exact: scores or values that are not usable, and scores whose error would make another softmax of it. The latter is foretold by
-/// the keys' older queries: their mean correction by the residual factor is above kHopelessCorrection (entries would be off by a factor of exp(2.8), root mean square),
-/// or their scores, root mean square, are above kHopelessScore, where what float32 bases round is too much.
-/// heads_per_group: of all query heads that grams.queries sums. keys: of each pair. Returns how many items changed; on CUDA, likewise, none.
-int64_t leave_exact(const PairGrams& grams, const UsablePairs& usable, int64_t heads_per_group, const std::vector<int64_t>& keys, const at::Tensor& residual,
+/// Items that no low rank serves become exact: scores or values that are not usable, and scores
+/// whose error would make another softmax of it. The latter is foretold by the keys' older queries:
+/// their mean correction by the residual factor is above kHopelessCorrection (entries would be off
+/// by a factor of exp(2.8), root mean square), or their scores, root mean square, are above
+/// kHopelessScore, where what float32 bases round is too much. heads_per_group: of all query heads
+/// that grams.queries sums. keys: of each pair. Returns how many items changed; on CUDA, likewise,
+/// none.
+int64_t leave_exact(const PairGrams& grams, const UsablePairs& usable, int64_t heads_per_group,
+                    const std::vector<int64_t>& keys, const at::Tensor& residual,
                     std::vector<Ranks>& ranks);
 inline constexpr double kHopelessCorrection = 4, kHopelessScore = 1e5;
 
-/// A plan of these bases at these ranks, with the residual factors of its scores. Adds the operations of the latter to bases.flops.
-c10::intrusive_ptr<LowRankPlan> make_plan(const BlockTree& tree, std::vector<Ranks> ranks, const PairGrams& grams, FarBases& bases);
+/// A plan of these bases at these ranks, with the residual factors of its scores. Adds the
+/// operations of the latter to bases.flops.
+c10::intrusive_ptr<LowRankPlan> make_plan(const BlockTree& tree, std::vector<Ranks> ranks,
+                                          const PairGrams& grams, FarBases& bases);
 
 }  // namespace drrl

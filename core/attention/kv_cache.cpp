@@ -7,8 +7,8 @@
 #include <utility>
 
 #include "core/attention/exact_attention.h"
-#include "core/error.h"
 #include "core/attention/rows.h"
+#include "core/error.h"
 
 namespace drrl {
 namespace {
@@ -22,17 +22,23 @@ struct Part {
   at::Tensor out, logsumexp;
 };
 
-Part part(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal, double scale) {
+Part part(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal,
+          double scale) {
   const int64_t n = q.size(0), heads = q.size(1), rows = q.size(2);
   const auto wide = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   if (rows >= kFewRows) {
-    Part result{at::empty({n, heads, rows, v.size(2)}, q.options()), at::empty({n, heads, rows}, q.options().dtype(wide))};
-    attention_part(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), causal, scale, result.out.unsqueeze(1), result.logsumexp.unsqueeze(1));
+    Part result{at::empty({n, heads, rows, v.size(2)}, q.options()),
+                at::empty({n, heads, rows}, q.options().dtype(wide))};
+    attention_part(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), causal, scale,
+                   result.out.unsqueeze(1), result.logsumexp.unsqueeze(1));
     return result;
   }
-  auto scores = wide_product(q.reshape({n, heads * rows, q.size(3)}), k.transpose(1, 2)).mul_(scale).view({n, heads, rows, k.size(1)});
+  auto scores = wide_product(q.reshape({n, heads * rows, q.size(3)}), k.transpose(1, 2))
+                    .mul_(scale)
+                    .view({n, heads, rows, k.size(1)});
   if (causal && rows > 1) {
-    scores.masked_fill_(at::ones({rows, rows}, scores.options().dtype(at::kBool)).triu_(1), -std::numeric_limits<double>::infinity());
+    scores.masked_fill_(at::ones({rows, rows}, scores.options().dtype(at::kBool)).triu_(1),
+                        -std::numeric_limits<double>::infinity());
   }
   auto logsumexp = at::logsumexp(scores, 3);
   const auto weights = scores.softmax(3).to(v.scalar_type()).view({n, heads * rows, k.size(1)});
@@ -46,10 +52,14 @@ at::Tensor merged(const std::vector<Part>& parts) {
   }
   std::vector<at::Tensor> logsumexps;
   for (const Part& p : parts) {
-    logsumexps.push_back(p.logsumexp.to(at::kDouble));  // the shares add up to one however large scores are
+    logsumexps.push_back(
+        p.logsumexp.to(at::kDouble));  // the shares add up to one however large scores are
   }
   const auto stacked = at::stack(logsumexps);
-  const auto shares = (stacked - at::logsumexp(stacked, 0)).exp_().unsqueeze(4).to(parts.front().out.scalar_type());
+  const auto shares = (stacked - at::logsumexp(stacked, 0))
+                          .exp_()
+                          .unsqueeze(4)
+                          .to(parts.front().out.scalar_type());
   auto out = parts.front().out * shares[0];
   for (size_t i = 1; i < parts.size(); ++i) {
     out.addcmul_(parts[i].out, shares[static_cast<int64_t>(i)]);
@@ -64,32 +74,41 @@ at::Tensor project(const at::Tensor& x, const at::Tensor& p) {
 
 }  // namespace
 
-at::Tensor LayerCache::extend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const DecideNode& decide) {
-  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes() && q.size(0) == k.size(0) && q.size(2) == k.size(2) &&
-                  q.size(3) == k.size(3) && q.size(2) > 0 && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
-              "LayerCache: q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(),
-              ", expected q [B, H, L, d], k and v [B, G, L, d] with H a multiple of G and L at least 1");
+at::Tensor LayerCache::extend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                              const DecideNode& decide) {
+  TORCH_CHECK(
+      q.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes() && q.size(0) == k.size(0) &&
+          q.size(2) == k.size(2) && q.size(3) == k.size(3) && q.size(2) > 0 && k.size(1) > 0 &&
+          q.size(1) % k.size(1) == 0,
+      "LayerCache: q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(),
+      ", expected q [B, H, L, d], k and v [B, G, L, d] with H a multiple of G and L at least 1");
   const int64_t length = q.size(2);
-  check(ErrorKind::kUsage, length_ + length <= tree_.sequence_length(), "a cache for ", tree_.sequence_length(), " tokens holds ", length_,
-        " and cannot take ", length, " more");
+  check(ErrorKind::kUsage, length_ + length <= tree_.sequence_length(), "a cache for ",
+        tree_.sequence_length(), " tokens holds ", length_, " and cannot take ", length, " more");
   at::NoGradGuard no_grad;
   const int64_t block = tree_.geometry().near_block;
   if (!near_keys_.defined()) {
-    const auto room = [&](int64_t rows) { return at::empty({k.size(0), k.size(1), rows, k.size(3)}, k.options()); };
+    const auto room = [&](int64_t rows) {
+      return at::empty({k.size(0), k.size(1), rows, k.size(3)}, k.options());
+    };
     const int64_t near = std::min(tree_.sinks() + block, tree_.sequence_length());
     near_keys_ = room(near);
     near_values_ = room(near);
     if (tree_.num_pairs() > 0) {
-      near_query_gram_ = at::zeros({k.size(0), k.size(1), k.size(3), k.size(3)}, k.options().dtype(at::kDouble));
-      near_query_sum_ = at::zeros({k.size(0), k.size(1), q.size(1) / k.size(1), k.size(3)}, k.options().dtype(at::kDouble));
+      near_query_gram_ = at::zeros({k.size(0), k.size(1), k.size(3), k.size(3)},
+                                   k.options().dtype(at::kDouble));
+      near_query_sum_ = at::zeros({k.size(0), k.size(1), q.size(1) / k.size(1), k.size(3)},
+                                  k.options().dtype(at::kDouble));
     }
   }
-  TORCH_CHECK(k.size(0) == near_keys_.size(0) && k.size(1) == near_keys_.size(1) && k.size(3) == near_keys_.size(3) &&
-                  k.scalar_type() == near_keys_.scalar_type(),
-              "LayerCache: k ", k.sizes(), " of ", k.scalar_type(), " after ", near_keys_.sizes(), " of ", near_keys_.scalar_type());
+  TORCH_CHECK(k.size(0) == near_keys_.size(0) && k.size(1) == near_keys_.size(1) &&
+                  k.size(3) == near_keys_.size(3) && k.scalar_type() == near_keys_.scalar_type(),
+              "LayerCache: k ", k.sizes(), " of ", k.scalar_type(), " after ", near_keys_.sizes(),
+              " of ", near_keys_.scalar_type());
 
   auto out = at::empty(q.sizes(), q.options());
-  for (int64_t done = 0; done < length;) {  // piece by piece, none across the border of the sinks or of a block
+  for (int64_t done = 0;
+       done < length;) {  // piece by piece, none across the border of the sinks or of a block
     int64_t room = tree_.sinks() - length_;
     if (room <= 0) {
       if (near_length_ == block) {
@@ -98,16 +117,20 @@ at::Tensor LayerCache::extend(const at::Tensor& q, const at::Tensor& k, const at
       room = block - near_length_;
     }
     const int64_t rows = std::min(room, length - done);
-    attend(q.narrow(2, done, rows), k.narrow(2, done, rows), v.narrow(2, done, rows), out.narrow(2, done, rows));
+    attend(q.narrow(2, done, rows), k.narrow(2, done, rows), v.narrow(2, done, rows),
+           out.narrow(2, done, rows));
     done += rows;
   }
   return out;
 }
 
-void LayerCache::attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor out) {
+void LayerCache::attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                        at::Tensor out) {
   const int64_t groups = k.size(1), rows = q.size(2);
   const double scale = 1.0 / std::sqrt(static_cast<double>(q.size(3)));
-  const auto by_group = [&](const at::Tensor& x) { return x.unflatten(1, {groups, -1}).flatten(0, 1); };  // [B, H, ..] -> [B G, g, ..]
+  const auto by_group = [&](const at::Tensor& x) {
+    return x.unflatten(1, {groups, -1}).flatten(0, 1);
+  };  // [B, H, ..] -> [B G, g, ..]
   const auto queries = by_group(q);
 
   const bool after_sinks = length_ >= tree_.sinks();
@@ -116,7 +139,8 @@ void LayerCache::attend(const at::Tensor& q, const at::Tensor& k, const at::Tens
   near_values_.narrow(2, before, rows).copy_(v);
   std::vector<Part> parts;
   const auto exact = [&](int64_t begin, int64_t count, bool causal) {
-    parts.push_back(part(queries, near_keys_.narrow(2, begin, count).flatten(0, 1), near_values_.narrow(2, begin, count).flatten(0, 1), causal, scale));
+    parts.push_back(part(queries, near_keys_.narrow(2, begin, count).flatten(0, 1),
+                         near_values_.narrow(2, begin, count).flatten(0, 1), causal, scale));
   };
   if (rows == 1) {
     exact(0, before + 1, /*causal=*/false);
@@ -158,7 +182,8 @@ void LayerCache::attend(const at::Tensor& q, const at::Tensor& k, const at::Tens
   by_group(out).copy_(merged(parts));
 }
 
-// Whether a left node is part of a larger one before the horizon: of the first of its ancestors that is a left node itself.
+// Whether a left node is part of a larger one before the horizon: of the first of its ancestors
+// that is a left node itself.
 bool LayerCache::merges_again(int64_t level, int64_t node) const {
   do {
     ++level;
@@ -176,7 +201,8 @@ void LayerCache::finish_block(const DecideNode& decide) {
   std::vector<at::Tensor> keys, values, weights;
   at::Tensor query_gram = near_query_gram_.clone();
   for (size_t i = nodes_.size() - static_cast<size_t>(level); i < nodes_.size(); ++i) {
-    check(ErrorKind::kInternal, nodes_[i].query_gram.defined(), "block ", begun, ": a final node cannot be merged");
+    check(ErrorKind::kInternal, nodes_[i].query_gram.defined(), "block ", begun,
+          ": a final node cannot be merged");
     keys.push_back(nodes_[i].parts.front().keys);
     values.push_back(nodes_[i].parts.front().values);
     weights.push_back(nodes_[i].weights);
@@ -186,23 +212,32 @@ void LayerCache::finish_block(const DecideNode& decide) {
   keys.push_back(near_keys.flatten(0, 1));
   values.push_back(near_values_.narrow(2, tree_.sinks(), block).flatten(0, 1));
   const auto wide = near_keys.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  weights.push_back(attention_mass((near_query_sum_ / static_cast<double>(block)).to(wide), near_keys).unsqueeze(2));
+  weights.push_back(
+      attention_mass((near_query_sum_ / static_cast<double>(block)).to(wide), near_keys)
+          .unsqueeze(2));
   const auto k = at::cat(keys, 1);  // [B G, rows, d]; a copy even of one
   const auto v = at::cat(values, 1);
   const auto w = at::cat(weights, 2);
   const int64_t batch = near_keys_.size(0), groups = near_keys_.size(1);
-  const auto gram = [&](const at::Tensor& x) { return token_gram(x.unflatten(0, {batch, groups}), groups, block, w).unsqueeze(2); };
+  const auto gram = [&](const at::Tensor& x) {
+    return token_gram(x.unflatten(0, {batch, groups}), groups, block, w).unsqueeze(2);
+  };
   const NodeFactors factors = decide(level, node / 2, {query_gram.unsqueeze(2), gram(k), gram(v)});
-  TORCH_CHECK(static_cast<int64_t>(factors.ranks.size()) == batch * groups, "LayerCache: ", factors.ranks.size(), " decisions for ", batch * groups,
+  TORCH_CHECK(static_cast<int64_t>(factors.ranks.size()) == batch * groups,
+              "LayerCache: ", factors.ranks.size(), " decisions for ", batch * groups,
               " (sequence, KV group)");
   nodes_.resize(nodes_.size() - static_cast<size_t>(level));
-  nodes_.push_back(merges_again(level, node) ? Node{through_projections(k, v, factors), query_gram, w} : Node{at_ranks(k, v, factors), {}, {}});
+  nodes_.push_back(merges_again(level, node)
+                       ? Node{through_projections(k, v, factors), query_gram, w}
+                       : Node{at_ranks(k, v, factors), {}, {}});
   near_length_ = 0;
   near_query_gram_.zero_();
   near_query_sum_.zero_();
 }
 
-std::vector<LayerCache::FarPart> LayerCache::through_projections(const at::Tensor& k, const at::Tensor& v, const NodeFactors& factors) {
+std::vector<LayerCache::FarPart> LayerCache::through_projections(const at::Tensor& k,
+                                                                 const at::Tensor& v,
+                                                                 const NodeFactors& factors) {
   const int64_t d = k.size(2);
   const auto wide = k.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   // [B G, d, d]: a b^T of each item at its rank, the identity at rank d; undefined if that is all.
@@ -215,7 +250,9 @@ std::vector<LayerCache::FarPart> LayerCache::through_projections(const at::Tenso
           result = at::eye(d, k.options()).repeat({k.size(0), 1, 1});
         }
         const auto item = static_cast<int64_t>(i);
-        const auto basis = [&](const at::Tensor& x) { return x[item].narrow(1, 0, columns).to(wide); };
+        const auto basis = [&](const at::Tensor& x) {
+          return x[item].narrow(1, 0, columns).to(wide);
+        };
         result[item].copy_(at::mm(basis(a), basis(b).t()));
       }
     }
@@ -237,7 +274,8 @@ std::vector<LayerCache::FarPart> LayerCache::through_projections(const at::Tenso
   return {f};
 }
 
-std::vector<LayerCache::FarPart> LayerCache::at_ranks(const at::Tensor& k, const at::Tensor& v, const NodeFactors& factors) {
+std::vector<LayerCache::FarPart> LayerCache::at_ranks(const at::Tensor& k, const at::Tensor& v,
+                                                      const NodeFactors& factors) {
   const int64_t d = k.size(2);
   std::map<Ranks, std::vector<int64_t>> items_of;
   for (size_t i = 0; i < factors.ranks.size(); ++i) {
@@ -249,13 +287,18 @@ std::vector<LayerCache::FarPart> LayerCache::at_ranks(const at::Tensor& k, const
     if (items_of.size() > 1) {
       f.items = at::tensor(which, at::kLong).to(k.device());
     }
-    const auto take = [&](const at::Tensor& x) { return f.items.defined() ? x.index_select(0, f.items) : x; };
-    const auto columns = [&](const at::Tensor& basis, int64_t rank) { return take(basis.narrow(2, 0, rank)).to(k.scalar_type()).contiguous(); };
+    const auto take = [&](const at::Tensor& x) {
+      return f.items.defined() ? x.index_select(0, f.items) : x;
+    };
+    const auto columns = [&](const at::Tensor& basis, int64_t rank) {
+      return take(basis.narrow(2, 0, rank)).to(k.scalar_type()).contiguous();
+    };
     f.keys = take(k);
     f.values = take(v);
     if (ranks.qk < d) {
       f.p_q = columns(factors.scores.left, ranks.qk);
-      f.residual = factors.residual.defined() ? columns(factors.residual, factors.residual.size(2)) : at::Tensor();
+      f.residual = factors.residual.defined() ? columns(factors.residual, factors.residual.size(2))
+                                              : at::Tensor();
       f.keys = at::bmm(f.keys, columns(factors.scores.right, ranks.qk));
     }
     if (ranks.v < d) {
@@ -269,7 +312,9 @@ std::vector<LayerCache::FarPart> LayerCache::at_ranks(const at::Tensor& k, const
 
 int64_t LayerCache::bytes() const {
   int64_t sum = 0;
-  const auto add = [&](const at::Tensor& x) { sum += x.defined() ? static_cast<int64_t>(x.storage().nbytes()) : 0; };
+  const auto add = [&](const at::Tensor& x) {
+    sum += x.defined() ? static_cast<int64_t>(x.storage().nbytes()) : 0;
+  };
   add(near_keys_);
   add(near_values_);
   add(near_query_gram_);

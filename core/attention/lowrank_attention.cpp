@@ -1,36 +1,43 @@
 #include "core/attention/lowrank_attention.h"
 
-#include <torch/csrc/autograd/custom_function.h>
-
 #include <cmath>
 #include <map>
 #include <span>
 
+#include <torch/csrc/autograd/custom_function.h>
+
 #include "core/attention/exact_attention.h"
-#include "core/cpu/lowrank_kernel.h"
 #include "core/attention/rows.h"
+#include "core/cpu/lowrank_kernel.h"
 #ifdef DRRL_WITH_CUDA
 #include "core/cuda/gate.h"
 #endif
 
 namespace drrl {
 
-// What a run's items need, one after the other as calls take them: a call's part of each tensor is a view, so that ranks may differ at the cost of more calls alone.
+// What a run's items need, one after the other as calls take them: a call's part of each tensor is
+// a view, so that ranks may differ at the cost of more calls alone.
 struct RunCalls {
-  // Items (batch, group, pair) that go through one call, of the largest of their ranks; columns that an item has less are zero.
+  // Items (batch, group, pair) that go through one call, of the largest of their ranks; columns
+  // that an item has less are zero.
   struct Call {
     Ranks ranks{1, 1};             // the gate is a yes or no
     int64_t first = 0, count = 0;  // places of the items
   };
   std::vector<Call> calls;
-  at::Tensor order, inverse;  // [B G count]: the run's item at each place, and back; undefined where there is one call
+  at::Tensor order, inverse;  // [B G count]: the run's item at each place, and back; undefined
+                              // where there is one call
   at::Tensor p_q, p_k;        // [B G count, d, largest r]; undefined where all ranks are d
   at::Tensor p_v, p_o;        // [B G count, d, largest r_v], likewise
   at::Tensor residual;        // [B G count, d, m], likewise, of the run
   at::Tensor log_gates;       // [B G count, 1]; undefined where no item has a gate
 
-  at::Tensor ordered(const at::Tensor& run_rows) const { return order.defined() ? run_rows.index_select(0, order) : run_rows; }
-  at::Tensor as_run(const at::Tensor& rows) const { return inverse.defined() ? rows.index_select(0, inverse) : rows; }
+  at::Tensor ordered(const at::Tensor& run_rows) const {
+    return order.defined() ? run_rows.index_select(0, order) : run_rows;
+  }
+  at::Tensor as_run(const at::Tensor& rows) const {
+    return inverse.defined() ? rows.index_select(0, inverse) : rows;
+  }
 };
 
 namespace {
@@ -43,14 +50,20 @@ struct Shape {
   double scale;
 
   Shape(const at::Tensor& q, const at::Tensor& k)
-      : batch(q.size(0)), heads(q.size(1)), groups(k.size(1)), length(q.size(2)), d(q.size(3)),
+      : batch(q.size(0)),
+        heads(q.size(1)),
+        groups(k.size(1)),
+        length(q.size(2)),
+        d(q.size(3)),
         scale(1.0 / std::sqrt(static_cast<double>(q.size(3)))) {}
   int64_t heads_per_group() const { return heads / groups; }
 };
 
 using Call = RunCalls::Call;
 
-at::Tensor of(const Call& call, const at::Tensor& x) { return x.defined() ? x.narrow(0, call.first, call.count) : x; }
+at::Tensor of(const Call& call, const at::Tensor& x) {
+  return x.defined() ? x.narrow(0, call.first, call.count) : x;
+}
 
 // One call's projections; undefined where the rank is d and nothing is projected.
 struct Projections {
@@ -69,27 +82,37 @@ struct Projections {
   }
 };
 
-// Items of equal keys share a call. Those with a gate all do, since their scores take many small steps. So do on CUDA ranks up to 64: its kernels take as long for
-// less, and longer for many small calls.
+// Items of equal keys share a call. Those with a gate all do, since their scores take many small
+// steps. So do on CUDA ranks up to 64: its kernels take as long for less, and longer for many small
+// calls.
 Ranks call_key(const Ranks& own, int64_t d, bool cuda) {
   const bool gated = own.gated(d);
-  const auto width = [&](int64_t rank) { return rank < d && (gated || (cuda && rank <= 64)) ? 0 : rank; };
+  const auto width = [&](int64_t rank) {
+    return rank < d && (gated || (cuda && rank <= 64)) ? 0 : rank;
+  };
   return {width(own.qk), width(own.v), gated ? 0 : std::numeric_limits<float>::infinity()};
 }
 
 // Of all runs. Whatever is made of bases is made for all of them at once; options: of q.
-std::vector<RunCalls> far_calls(const LowRankPlan& plan, int64_t d, const at::TensorOptions& options) {
-  const int64_t pairs = plan.tree.num_pairs(), items = static_cast<int64_t>(plan.ranks.size()), sequences = items / pairs;
+std::vector<RunCalls> far_calls(const LowRankPlan& plan, int64_t d,
+                                const at::TensorOptions& options) {
+  const int64_t pairs = plan.tree.num_pairs(), items = static_cast<int64_t>(plan.ranks.size()),
+                sequences = items / pairs;
   std::vector<RunCalls> result;
-  std::vector<int64_t> numbers(5 * items);  // of each item in its place: number in the plan, place's item in the run, item's place in the run, ranks
+  std::vector<int64_t> numbers(5 *
+                               items);  // of each item in its place: number in the plan, place's
+                                        // item in the run, item's place in the run, ranks
   std::vector<double> log_gates(items);
   const std::span<int64_t> all(numbers);
-  const auto index = all.subspan(0, items), order = all.subspan(items, items), inverse = all.subspan(2 * items, items), qk = all.subspan(3 * items, items),
+  const auto index = all.subspan(0, items), order = all.subspan(items, items),
+             inverse = all.subspan(2 * items, items), qk = all.subspan(3 * items, items),
              v = all.subspan(4 * items, items);
   bool gated = false, narrower = false;
   int64_t first = 0, columns_qk = 0, columns_v = 0;  // of a run; the largest ranks below d
   for (const PairRun& run : plan.tree.runs()) {
-    const auto in_plan = [&](int64_t i) { return i / run.count * pairs + run.first_pair + i % run.count; };
+    const auto in_plan = [&](int64_t i) {
+      return i / run.count * pairs + run.first_pair + i % run.count;
+    };
     std::map<Ranks, std::vector<int64_t>> shared;
     for (int64_t i = 0; i < sequences * run.count; ++i) {
       shared[call_key(plan.ranks[in_plan(i)], d, options.device().is_cuda())].push_back(i);
@@ -112,7 +135,9 @@ std::vector<RunCalls> far_calls(const LowRankPlan& plan, int64_t d, const at::Te
       columns_qk = std::max(columns_qk, call.ranks.qk < d ? call.ranks.qk : 0);
       columns_v = std::max(columns_v, call.ranks.v < d ? call.ranks.v : 0);
       const auto less = [&](std::span<int64_t> own, int64_t rank) {
-        return rank < d && std::any_of(own.begin() + first + call.first, own.begin() + first + place, [&](int64_t r) { return r < rank; });
+        return rank < d && std::any_of(
+                               own.begin() + first + call.first, own.begin() + first + place,
+                               [&](int64_t r) { return r < rank; });
       };
       narrower = narrower || less(qk, call.ranks.qk) || less(v, call.ranks.v);
       calls.calls.push_back(call);
@@ -127,7 +152,8 @@ std::vector<RunCalls> far_calls(const LowRankPlan& plan, int64_t d, const at::Te
     if (columns == 0) {
       return std::pair<at::Tensor, at::Tensor>();
     }
-    auto left = of_items(basis.left.narrow(2, 0, columns)), right = of_items(basis.right.narrow(2, 0, columns));
+    auto left = of_items(basis.left.narrow(2, 0, columns)),
+         right = of_items(basis.right.narrow(2, 0, columns));
     if (narrower) {
       const auto beyond = at::arange(columns, own.options()) >= own.view({-1, 1, 1});
       left.masked_fill_(beyond, 0);
@@ -139,7 +165,9 @@ std::vector<RunCalls> far_calls(const LowRankPlan& plan, int64_t d, const at::Te
   const auto [p_v, p_o] = bases(plan.values, columns_v, uploaded[4]);
   at::Tensor residual, gates;
   if (columns_qk > 0 && plan.residual.defined()) {
-    residual = of_items(plan.residual).masked_fill_((uploaded[3] == d).view({-1, 1, 1}), 0).to(options.dtype());
+    residual = of_items(plan.residual)
+                   .masked_fill_((uploaded[3] == d).view({-1, 1, 1}), 0)
+                   .to(options.dtype());
   }
   if (gated) {
     gates = on_device(log_gates, device).unsqueeze(1);
@@ -147,9 +175,13 @@ std::vector<RunCalls> far_calls(const LowRankPlan& plan, int64_t d, const at::Te
   first = 0;
   for (RunCalls& calls : result) {
     const int64_t count = calls.calls.back().first + calls.calls.back().count;
-    const auto of_run = [&](const at::Tensor& x) { return x.defined() ? x.narrow(0, first, count) : x; };
-    std::tie(calls.p_q, calls.p_k, calls.p_v, calls.p_o, calls.log_gates) = std::tuple(of_run(p_q), of_run(p_k), of_run(p_v), of_run(p_o), of_run(gates));
-    if (std::any_of(calls.calls.begin(), calls.calls.end(), [&](const Call& call) { return call.ranks.qk < d; })) {
+    const auto of_run = [&](const at::Tensor& x) {
+      return x.defined() ? x.narrow(0, first, count) : x;
+    };
+    std::tie(calls.p_q, calls.p_k, calls.p_v, calls.p_o, calls.log_gates) = std::tuple(
+        of_run(p_q), of_run(p_k), of_run(p_v), of_run(p_o), of_run(gates));
+    if (std::any_of(calls.calls.begin(), calls.calls.end(),
+                    [&](const Call& call) { return call.ranks.qk < d; })) {
       calls.residual = of_run(residual);
     }
     if (calls.calls.size() > 1) {
@@ -160,9 +192,12 @@ std::vector<RunCalls> far_calls(const LowRankPlan& plan, int64_t d, const at::Te
   return result;
 }
 
-// The correction || q F ||^2 of each row's log-sum-exp: rows [n, m, d] -> [n, m], zero where the rank is d; undefined if there is none.
-at::Tensor correction_of(const RunCalls& calls, const at::Tensor& rows, const at::TensorOptions& options) {
-  return calls.residual.defined() ? residual_correction(rows, calls.residual).to(options.dtype()) : at::Tensor();
+// The correction || q F ||^2 of each row's log-sum-exp: rows [n, m, d] -> [n, m], zero where the
+// rank is d; undefined if there is none.
+at::Tensor correction_of(const RunCalls& calls, const at::Tensor& rows,
+                         const at::TensorOptions& options) {
+  return calls.residual.defined() ? residual_correction(rows, calls.residual).to(options.dtype())
+                                  : at::Tensor();
 }
 
 // [B, H or G, L, e] -> [B G, g, L, e], g = H / G or 1
@@ -170,8 +205,8 @@ at::Tensor by_group(const at::Tensor& x, const Shape& s) {
   return x.view({s.batch * s.groups, x.size(1) / s.groups, x.size(2), x.size(3)});
 }
 
-// The exact causal parts: the sinks among themselves, then the complete blocks, then the short last block. Each is `count` runs of
-// `rows` tokens that attend within themselves.
+// The exact causal parts: the sinks among themselves, then the complete blocks, then the short last
+// block. Each is `count` runs of `rows` tokens that attend within themselves.
 struct CausalRun {
   int64_t begin, count, rows;
 };
@@ -181,7 +216,8 @@ std::vector<CausalRun> causal_runs(const BlockTree& tree) {
   if (tree.sinks() > 0) {
     runs.push_back({0, 1, tree.sinks()});
   }
-  const int64_t complete = tree.last_block_rows() == block ? tree.num_blocks() : tree.num_blocks() - 1;
+  const int64_t complete = tree.last_block_rows() == block ? tree.num_blocks()
+                                                           : tree.num_blocks() - 1;
   if (complete > 0) {
     runs.push_back({tree.sinks(), complete, block});
   }
@@ -191,11 +227,17 @@ std::vector<CausalRun> causal_runs(const BlockTree& tree) {
   return runs;
 }
 
-// The blocks of a run as problems of attention_part, no copy: x [B, H or G, L, e] -> [B G, count, g, rows, e]; for keys, without the g.
+// The blocks of a run as problems of attention_part, no copy: x [B, H or G, L, e] -> [B G, count,
+// g, rows, e]; for keys, without the g.
 at::Tensor query_blocks(const at::Tensor& x, const CausalRun& run, const Shape& s) {
-  return by_group(x, s).narrow(2, run.begin, run.count * run.rows).unflatten(2, {run.count, run.rows}).transpose(1, 2);
+  return by_group(x, s)
+      .narrow(2, run.begin, run.count * run.rows)
+      .unflatten(2, {run.count, run.rows})
+      .transpose(1, 2);
 }
-at::Tensor key_blocks(const at::Tensor& x, const CausalRun& run, const Shape& s) { return query_blocks(x, run, s).squeeze(2); }
+at::Tensor key_blocks(const at::Tensor& x, const CausalRun& run, const Shape& s) {
+  return query_blocks(x, run, s).squeeze(2);
+}
 
 // Everything after the sinks, and the sinks, likewise: [B G, 1, g, L - s, e] and [B G, 1, s, e].
 at::Tensor queries_after_sinks(const at::Tensor& x, const BlockTree& tree, const Shape& s) {
@@ -205,15 +247,18 @@ at::Tensor sink_keys(const at::Tensor& x, const BlockTree& tree, const Shape& s)
   return by_group(x, s).narrow(2, 0, tree.sinks());
 }
 
-bool has_sink_part(const BlockTree& tree, const Shape& s) { return tree.sinks() > 0 && tree.sinks() < s.length; }
+bool has_sink_part(const BlockTree& tree, const Shape& s) {
+  return tree.sinks() > 0 && tree.sinks() < s.length;
+}
 
 // x [B, H, L, e] -> the rows of a run's queries, [B, G, count, g, rows, e], a view.
 at::Tensor run_view(const at::Tensor& x, const PairRun& run, const Shape& s) {
   return token_runs(x, s.groups, run.query_begin, run.count, run.query_rows, run.stride);
 }
 
-// Calls with a gate make their scores a matrix, which the CPU kernel does without: right, but not faster than exact attention. Some rows at a time: work(first row,
-// rows) for matrices [n, rows, keys] of a limited number of entries, or of one row.
+// Calls with a gate make their scores a matrix, which the CPU kernel does without: right, but not
+// faster than exact attention. Some rows at a time: work(first row, rows) for matrices [n, rows,
+// keys] of a limited number of entries, or of one row.
 template <typename Work>
 void for_row_slices(const at::Tensor& rows, int64_t keys, const Work& work) {
   const int64_t entries = rows.is_cuda() ? 1 << 25 : 1 << 20, count = rows.size(1);
@@ -223,7 +268,8 @@ void for_row_slices(const at::Tensor& rows, int64_t keys, const Work& work) {
   }
 }
 
-// to [n, rows, d] <- rows [n, rows, r] expanded by a basis [n, d, r], or as they are if it is undefined.
+// to [n, rows, d] <- rows [n, rows, r] expanded by a basis [n, d, r], or as they are if it is
+// undefined.
 void expand(const at::Tensor& rows, const at::Tensor& basis, at::Tensor to) {
   if (basis.defined()) {
     at::bmm_out(to, rows, basis.transpose(1, 2));
@@ -234,14 +280,20 @@ void expand(const at::Tensor& rows, const at::Tensor& basis, at::Tensor to) {
 
 struct GatedWeights {
   at::Tensor sums;        // [n, g rows]: each row's log-sum-exp over the keys
-  at::Tensor low, heavy;  // [n, g rows, keys], of q's dtype: weights exp(score - sum), those that stay at low rank and those that do not, zero where it is the other
+  at::Tensor low, heavy;  // [n, g rows, keys], of q's dtype: weights exp(score - sum), those that
+                          // stay at low rank and those that do not, zero where it is the other
   at::Tensor exact;       // of the same shape, bool: which they are
 };
 
-// before [n, g rows]: the log-sum-exp of what each row met before this pair; log_gate [n, 1]. rows, keys: at full width; low_..: projected.
-GatedWeights gated_weights(const at::Tensor& rows, const at::Tensor& keys, const at::Tensor& low_rows, const at::Tensor& low_keys, const at::Tensor& correction,
-                           const at::Tensor& before, const at::Tensor& log_gate, double scale) {
-  const auto of = [&](const at::Tensor& a, const at::Tensor& b) { return wide_product(a, b.transpose(1, 2)).mul_(scale); };
+// before [n, g rows]: the log-sum-exp of what each row met before this pair; log_gate [n, 1]. rows,
+// keys: at full width; low_..: projected.
+GatedWeights gated_weights(const at::Tensor& rows, const at::Tensor& keys,
+                           const at::Tensor& low_rows, const at::Tensor& low_keys,
+                           const at::Tensor& correction, const at::Tensor& before,
+                           const at::Tensor& log_gate, double scale) {
+  const auto of = [&](const at::Tensor& a, const at::Tensor& b) {
+    return wide_product(a, b.transpose(1, 2)).mul_(scale);
+  };
   auto scores = of(low_rows, low_keys);
   if (correction.defined()) {
     scores += correction.unsqueeze(2);
@@ -249,7 +301,8 @@ GatedWeights gated_weights(const at::Tensor& rows, const at::Tensor& keys, const
   const auto full = of(rows, keys);
   GatedWeights result;
 #ifdef DRRL_WITH_CUDA
-  if (gate_cuda(scores, full, before, log_gate, kGateChunk, rows.scalar_type(), result.sums, result.low, result.heavy, result.exact)) {
+  if (gate_cuda(scores, full, before, log_gate, kGateChunk, rows.scalar_type(), result.sums,
+                result.low, result.heavy, result.exact)) {
     return result;
   }
 #endif
@@ -270,32 +323,42 @@ GatedWeights gated_weights(const at::Tensor& rows, const at::Tensor& keys, const
   return result;
 }
 
-// A slice's exact entries, `found` in its matrix [n, rows, keys] of the g rows from `first` on and of items in this order, by what sorts them: row of
-// [B, H, L] x L + position of the key.
-at::Tensor places_of(const at::Tensor& found, int64_t first, int64_t rows, const at::Tensor& order, const PairRun& run, const Shape& s) {
-  const auto at_row = found.div(run.key_rows, "floor"), place = at_row.div(rows, "floor"), row = at_row.remainder(rows) + first;
+// A slice's exact entries, `found` in its matrix [n, rows, keys] of the g rows from `first` on and
+// of items in this order, by what sorts them: row of [B, H, L] x L + position of the key.
+at::Tensor places_of(const at::Tensor& found, int64_t first, int64_t rows, const at::Tensor& order,
+                     const PairRun& run, const Shape& s) {
+  const auto at_row = found.div(run.key_rows, "floor"), place = at_row.div(rows, "floor"),
+             row = at_row.remainder(rows) + first;
   const auto item = order.defined() ? order.index_select(0, place) : place;
-  const auto sequence = item.div(run.count, "floor"), pair = item.remainder(run.count) * run.stride, head = row.div(run.query_rows, "floor");
-  const auto query = (sequence * (s.heads / s.groups) + head) * s.length + run.query_begin + pair + row.remainder(run.query_rows);
+  const auto sequence = item.div(run.count, "floor"), pair = item.remainder(run.count) * run.stride,
+             head = row.div(run.query_rows, "floor");
+  const auto query = (sequence * (s.heads / s.groups) + head) * s.length + run.query_begin + pair +
+                     row.remainder(run.query_rows);
   return query * s.length + run.key_begin + pair + found.remainder(run.key_rows);
 }
 
-std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const LowRankPlan& plan) {
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k,
+                                           const at::Tensor& v, const LowRankPlan& plan) {
   const Shape s(q, k);
   const BlockTree& tree = plan.tree;
   auto out = at::empty(q.sizes(), q.options());
-  const auto near_logsumexp = at::empty({s.batch, s.heads, s.length}, q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+  const auto near_logsumexp = at::empty(
+      {s.batch, s.heads, s.length},
+      q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
 
   near_attention(q, k, v, tree, out, near_logsumexp);
-  // Of all that was met so far, in the end of everything. In double: the parts' shares add up to one however large scores are.
-  const auto logsumexp = near_logsumexp.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true), logsumexp4 = logsumexp.unsqueeze(3);
+  // Of all that was met so far, in the end of everything. In double: the parts' shares add up to
+  // one however large scores are.
+  const auto logsumexp = near_logsumexp.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true),
+             logsumexp4 = logsumexp.unsqueeze(3);
 
   at::Tensor sink_out, sink_logsumexp;  // [B G, 1, g, L - s, d], [B G, 1, g, L - s]
   if (has_sink_part(tree, s)) {
     const auto rows = queries_after_sinks(q, tree, s);
     sink_out = at::empty(rows.sizes(), q.options());
     sink_logsumexp = at::empty(rows.sizes().slice(0, 4), near_logsumexp.options());
-    attention_part(rows, sink_keys(k, tree, s), sink_keys(v, tree, s), /*causal=*/false, s.scale, sink_out, sink_logsumexp);
+    attention_part(rows, sink_keys(k, tree, s), sink_keys(v, tree, s), /*causal=*/false, s.scale,
+                   sink_out, sink_logsumexp);
   }
 
   if (sink_out.defined()) {
@@ -304,7 +367,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
   }
   const auto& runs = tree.runs();
   plan.calls = std::make_shared<const std::vector<RunCalls>>(far_calls(plan, s.d, q.options()));
-  std::vector<std::vector<at::Tensor>> far_out;  // of each run and call, [n, g rows, r_v], in the value basis, or [.., d] under a gate
+  std::vector<std::vector<at::Tensor>> far_out;  // of each run and call, [n, g rows, r_v], in the
+                                                 // value basis, or [.., d] under a gate
   std::vector<at::Tensor> far_logsumexp;         // per run, [B G count, g rows]
   std::vector<at::Tensor> exact;                 // places of each slice
   plan.exact_slices.clear();
@@ -312,24 +376,34 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
     const PairRun& run = runs[i];
     const RunCalls& calls = (*plan.calls)[i];
     far_out.emplace_back();
-    const auto rows_q = calls.ordered(query_rows(q, s.groups, run)), rows_k = calls.ordered(key_rows(k, run)), rows_v = calls.ordered(key_rows(v, run));
+    const auto rows_q = calls.ordered(query_rows(q, s.groups, run)),
+               rows_k = calls.ordered(key_rows(k, run)), rows_v = calls.ordered(key_rows(v, run));
     const auto correction = correction_of(calls, rows_q, near_logsumexp.options());
     auto met = run_view(logsumexp4, run, s);
-    const auto before = calls.log_gates.defined() ? calls.ordered(met.reshape(rows_q.sizes().slice(0, 2)).to(near_logsumexp.scalar_type())) : at::Tensor();
+    const auto before = calls.log_gates.defined()
+                            ? calls.ordered(met.reshape(rows_q.sizes().slice(0, 2))
+                                                .to(near_logsumexp.scalar_type()))
+                            : at::Tensor();
     auto sums = at::empty(rows_q.sizes().slice(0, 2), near_logsumexp.options());
     for (const Call& call : calls.calls) {
       const Projections p(calls, call, s.d);
-      const auto low_q = into_basis(of(call, rows_q), p.p_q), low_k = into_basis(of(call, rows_k), p.p_k), low_v = into_basis(of(call, rows_v), p.p_v);
+      const auto low_q = into_basis(of(call, rows_q), p.p_q),
+                 low_k = into_basis(of(call, rows_k), p.p_k),
+                 low_v = into_basis(of(call, rows_v), p.p_v);
       if (call.ranks.gated(s.d)) {
         const auto log_gate = of(call, calls.log_gates).to(near_logsumexp.scalar_type());
         const auto of_call = [&](const at::Tensor& x) { return of(call, x); };
         std::vector<at::Tensor> outs;
         for_row_slices(low_q, run.key_rows, [&](int64_t first, int64_t rows) {
-          const auto slice = [&](const at::Tensor& x) { return x.defined() ? x.narrow(1, first, rows) : x; };
-          const auto gated = gated_weights(slice(of_call(rows_q)), of_call(rows_k), slice(low_q), low_k, slice(of_call(correction)), slice(of_call(before)),
-                                           log_gate, s.scale);
+          const auto slice = [&](const at::Tensor& x) {
+            return x.defined() ? x.narrow(1, first, rows) : x;
+          };
+          const auto gated = gated_weights(slice(of_call(rows_q)), of_call(rows_k), slice(low_q),
+                                           low_k, slice(of_call(correction)),
+                                           slice(of_call(before)), log_gate, s.scale);
           slice(of_call(sums)).copy_(gated.sums);
-          outs.push_back(out_of_basis(at::bmm(gated.low, low_v), p.p_o).add_(at::bmm(gated.heavy, of_call(rows_v))));
+          outs.push_back(out_of_basis(at::bmm(gated.low, low_v), p.p_o)
+                             .add_(at::bmm(gated.heavy, of_call(rows_v))));
           const auto found = gated.exact.flatten().nonzero().squeeze(1);
           exact.push_back(places_of(found, first, rows, of_call(calls.order), run, s));
           plan.exact_slices.push_back(found.to(at::kInt));
@@ -337,31 +411,42 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
         far_out.back().push_back(at::cat(outs, 1));
       } else {
         auto [part_out, part_logsumexp] = attention_rows(low_q, low_k, low_v, s.scale);
-        of(call, sums).copy_(correction.defined() ? part_logsumexp + of(call, correction) : part_logsumexp);
+        of(call, sums)
+            .copy_(correction.defined() ? part_logsumexp + of(call, correction) : part_logsumexp);
         far_out.back().push_back(part_out);
       }
     }
     far_logsumexp.push_back(calls.as_run(sums));
     met.copy_(at::logaddexp(met, far_logsumexp.back().view(met.sizes())));
   }
-  plan.exact = exact.empty() ? ExactEntries() : ExactEntries(at::cat(exact), s.batch * s.heads * s.length, s.length);
+  plan.exact = exact.empty() ? ExactEntries()
+                             : ExactEntries(at::cat(exact), s.batch * s.heads * s.length, s.length);
 
   // Each part weighted by its share exp(lse_part - lse).
   out.mul_((near_logsumexp - logsumexp).exp_().unsqueeze(3).to(out.scalar_type()));
   if (sink_out.defined()) {
-    const auto share = (sink_logsumexp - queries_after_sinks(logsumexp4, tree, s).squeeze(4)).exp_().unsqueeze(4).to(out.scalar_type());
+    const auto share = (sink_logsumexp - queries_after_sinks(logsumexp4, tree, s).squeeze(4))
+                           .exp_()
+                           .unsqueeze(4)
+                           .to(out.scalar_type());
     queries_after_sinks(out, tree, s).addcmul_(sink_out, share);
   }
   for (size_t i = 0; i < runs.size(); ++i) {
     const RunCalls& calls = (*plan.calls)[i];
-    const auto share = (far_logsumexp[i] - run_view(logsumexp4, runs[i], s).reshape(far_logsumexp[i].sizes())).exp_().to(near_logsumexp.scalar_type());
+    const auto share = (far_logsumexp[i] -
+                        run_view(logsumexp4, runs[i], s).reshape(far_logsumexp[i].sizes()))
+                           .exp_()
+                           .to(near_logsumexp.scalar_type());
     auto expanded = at::empty({share.size(0), share.size(1), s.d}, out.options());
     for (size_t c = 0; c < calls.calls.size(); ++c) {
       const Call& call = calls.calls[c];
-      expand(far_out[i][c], far_out[i][c].size(2) < s.d ? Projections(calls, call, s.d).p_o : at::Tensor(), of(call, expanded));
+      expand(far_out[i][c],
+             far_out[i][c].size(2) < s.d ? Projections(calls, call, s.d).p_o : at::Tensor(),
+             of(call, expanded));
       far_out[i][c].reset();
     }
-    add_rows(out, s.groups, runs[i], runs[i].query_begin, runs[i].query_rows, calls.as_run(expanded), share);
+    add_rows(out, s.groups, runs[i], runs[i].query_begin, runs[i].query_rows,
+             calls.as_run(expanded), share);
   }
   return {out, logsumexp.to(near_logsumexp.scalar_type())};
 }
@@ -373,8 +458,10 @@ struct Gradients {
   at::Tensor q, k, v;
 };
 
-// Gradients of a call with a gate: of its entries at low rank, and of those that are exact. `slice`: those of its first slice, moved on to behind its last.
-std::pair<Gradients, Gradients> gated_backward(const Operands& low, const Operands& full, const at::Tensor& delta, const Shape& s,
+// Gradients of a call with a gate: of its entries at low rank, and of those that are exact.
+// `slice`: those of its first slice, moved on to behind its last.
+std::pair<Gradients, Gradients> gated_backward(const Operands& low, const Operands& full,
+                                               const at::Tensor& delta, const Shape& s,
                                                std::vector<at::Tensor>::const_iterator& slice) {
   struct Sums {
     std::vector<at::Tensor> q;
@@ -386,24 +473,33 @@ std::pair<Gradients, Gradients> gated_backward(const Operands& low, const Operan
     const auto add = [&](const Operands& x, const at::Tensor& left_out, Sums& to) {
       const auto scores = wide_product(of(x.q), x.k.transpose(1, 2)) * s.scale;
       const auto weights = (scores - of(x.logsumexp).unsqueeze(2)).exp_().masked_fill_(left_out, 0);
-      const auto grads = weights * (wide_product(of(x.grad), x.v.transpose(1, 2)) - of(delta).unsqueeze(2)) * s.scale;
+      const auto grads = weights *
+                         (wide_product(of(x.grad), x.v.transpose(1, 2)) - of(delta).unsqueeze(2)) *
+                         s.scale;
       const auto w = weights.to(x.q.scalar_type()), g = grads.to(x.q.scalar_type());
-      const auto sum = [&](at::Tensor& total, const at::Tensor& part) { total = total.defined() ? total + part : part; };
+      const auto sum = [&](at::Tensor& total, const at::Tensor& part) {
+        total = total.defined() ? total + part : part;
+      };
       to.q.push_back(at::bmm(g, x.k));
       sum(to.k, wide_product(g.transpose(1, 2), of(x.q)));
       sum(to.v, wide_product(w.transpose(1, 2), of(x.grad)));
     };
     auto mask = at::zeros({low.q.size(0) * rows * low.k.size(1)}, low.q.options().dtype(at::kBool));
-    mask = mask.index_fill_(0, (slice++)->to(at::kLong), 1).view({low.q.size(0), rows, low.k.size(1)});
+    mask = mask.index_fill_(0, (slice++)->to(at::kLong), 1)
+               .view({low.q.size(0), rows, low.k.size(1)});
     add(low, mask, of_low);
     add(full, mask.logical_not(), of_exact);
   });
-  const auto done = [&](const Sums& x) { return Gradients{at::cat(x.q, 1), x.k.to(low.q.scalar_type()), x.v.to(low.q.scalar_type())}; };
+  const auto done = [&](const Sums& x) {
+    return Gradients{at::cat(x.q, 1), x.k.to(low.q.scalar_type()), x.v.to(low.q.scalar_type())};
+  };
   return {done(of_low), done(of_exact)};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,
-                                                        const at::Tensor& v, const at::Tensor& out, const at::Tensor& logsumexp,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_out,
+                                                        const at::Tensor& q, const at::Tensor& k,
+                                                        const at::Tensor& v, const at::Tensor& out,
+                                                        const at::Tensor& logsumexp,
                                                         const LowRankPlan& plan) {
   const Shape s(q, k);
   const BlockTree& tree = plan.tree;
@@ -413,7 +509,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
   const auto logsumexp4 = logsumexp.unsqueeze(3);
   const auto delta4 = (grad_out * out).sum(3, /*keepdim=*/true, logsumexp.scalar_type());
 
-  near_attention_backward(grad_out, q, k, v, tree, logsumexp, delta4.squeeze(3), grad_q, grad_k, grad_v);
+  near_attention_backward(grad_out, q, k, v, tree, logsumexp, delta4.squeeze(3), grad_q, grad_k,
+                          grad_v);
 
   if (has_sink_part(tree, s)) {
     const auto rows = queries_after_sinks(q, tree, s);
@@ -421,8 +518,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
     auto dq = at::empty(rows.sizes(), q.options());
     auto dk = at::empty(keys.sizes(), k.options());
     auto dv = at::empty(keys.sizes(), v.options());
-    attention_part_backward(queries_after_sinks(grad_out, tree, s), rows, keys, sink_keys(v, tree, s),
-                            queries_after_sinks(logsumexp4, tree, s).squeeze(4), queries_after_sinks(delta4, tree, s).squeeze(4),
+    attention_part_backward(queries_after_sinks(grad_out, tree, s), rows, keys,
+                            sink_keys(v, tree, s),
+                            queries_after_sinks(logsumexp4, tree, s).squeeze(4),
+                            queries_after_sinks(delta4, tree, s).squeeze(4),
                             /*causal=*/false, s.scale, dq, dk, dv);
     queries_after_sinks(grad_q, tree, s).add_(dq);
     sink_keys(grad_k, tree, s).add_(dk);
@@ -433,17 +532,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
   for (size_t i = 0; i < tree.runs().size(); ++i) {
     const PairRun& run = tree.runs()[i];
     const RunCalls& calls = (*plan.calls)[i];
-    const auto rows_q = calls.ordered(query_rows(q, s.groups, run)), rows_k = calls.ordered(key_rows(k, run)), rows_v = calls.ordered(key_rows(v, run));
+    const auto rows_q = calls.ordered(query_rows(q, s.groups, run)),
+               rows_k = calls.ordered(key_rows(k, run)), rows_v = calls.ordered(key_rows(v, run));
     const auto rows_grad = calls.ordered(query_rows(grad_out, s.groups, run));
     const auto rows_delta = calls.ordered(query_rows(delta4, s.groups, run).squeeze(2));
     const auto rows_logsumexp = calls.ordered(query_rows(logsumexp4, s.groups, run).squeeze(2));
     const auto correction = correction_of(calls, rows_q, rows_logsumexp.options());
-    const auto low_logsumexp = correction.defined() ? rows_logsumexp - correction : rows_logsumexp;  // as the uncorrected scores see it
-    auto run_grad_q = at::empty_like(rows_q), run_grad_k = at::empty_like(rows_k), run_grad_v = at::empty_like(rows_v);
+    const auto low_logsumexp = correction.defined()
+                                   ? rows_logsumexp - correction
+                                   : rows_logsumexp;  // as the uncorrected scores see it
+    auto run_grad_q = at::empty_like(rows_q), run_grad_k = at::empty_like(rows_k),
+         run_grad_v = at::empty_like(rows_v);
     for (const Call& call : calls.calls) {
       const Projections p(calls, call, s.d);
       const auto of_call = [&](const at::Tensor& x) { return of(call, x); };
-      const auto low_q = into_basis(of_call(rows_q), p.p_q), low_k = into_basis(of_call(rows_k), p.p_k), low_v = into_basis(of_call(rows_v), p.p_v);
+      const auto low_q = into_basis(of_call(rows_q), p.p_q),
+                 low_k = into_basis(of_call(rows_k), p.p_k),
+                 low_v = into_basis(of_call(rows_v), p.p_v);
       const auto low_grad = into_basis(of_call(rows_grad), p.p_o);
       const auto expanded = [&](const Gradients& low) {
         expand(low.q, p.p_q, of_call(run_grad_q));
@@ -452,14 +557,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
       };
       if (call.ranks.gated(s.d)) {
         const Operands low{low_q, low_k, low_v, low_grad, of_call(low_logsumexp)};
-        const Operands full{of_call(rows_q), of_call(rows_k), of_call(rows_v), of_call(rows_grad), of_call(rows_logsumexp)};
+        const Operands full{of_call(rows_q), of_call(rows_k), of_call(rows_v), of_call(rows_grad),
+                            of_call(rows_logsumexp)};
         const auto [of_low, of_exact] = gated_backward(low, full, of_call(rows_delta), s, slice);
         expanded(of_low);
         of_call(run_grad_q).add_(of_exact.q);
         of_call(run_grad_k).add_(of_exact.k);
         of_call(run_grad_v).add_(of_exact.v);
       } else {
-        const auto [dq, dk, dv] = attention_rows_backward(low_grad, low_q, low_k, low_v, of_call(low_logsumexp), of_call(rows_delta), s.scale);
+        const auto [dq, dk, dv] = attention_rows_backward(
+            low_grad, low_q, low_k, low_v, of_call(low_logsumexp), of_call(rows_delta), s.scale);
         expanded({dq, dk, dv});
       }
     }
@@ -472,10 +579,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
 
 class LowRankAttention : public torch::autograd::Function<LowRankAttention> {
  public:
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                            const c10::intrusive_ptr<LowRankPlan>& plan) {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& q, const at::Tensor& k,
+                            const at::Tensor& v, const c10::intrusive_ptr<LowRankPlan>& plan) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [out, logsumexp] = cpu::lowrank_available(q, *plan) ? cpu::lowrank_forward(q, k, v, *plan) : drrl::forward(q, k, v, *plan);
+    auto [out, logsumexp] = cpu::lowrank_available(q, *plan) ? cpu::lowrank_forward(q, k, v, *plan)
+                                                             : drrl::forward(q, k, v, *plan);
     context->save_for_backward({q, k, v, out, logsumexp});
     context->saved_data["plan"] = c10::IValue::make_capsule(plan);
     return out;
@@ -483,11 +591,13 @@ class LowRankAttention : public torch::autograd::Function<LowRankAttention> {
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto saved = context->get_saved_variables();
-    const auto plan = c10::static_intrusive_pointer_cast<LowRankPlan>(context->saved_data["plan"].toCapsule());
+    const auto plan = c10::static_intrusive_pointer_cast<LowRankPlan>(
+        context->saved_data["plan"].toCapsule());
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto& q = saved[0];
     const auto run = cpu::lowrank_available(q, *plan) ? &cpu::lowrank_backward : &drrl::backward;
-    auto [dq, dk, dv] = run(grads[0].contiguous(), q, saved[1], saved[2], saved[3], saved[4], *plan);
+    auto [dq, dk, dv] = run(grads[0].contiguous(), q, saved[1], saved[2], saved[3], saved[4],
+                            *plan);
     return {dq, dk, dv, at::Tensor()};
   }
 };
@@ -526,60 +636,74 @@ int64_t ExactEntries::count(int64_t row, int64_t rows, int64_t key, int64_t key_
   return sum;
 }
 
-void near_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const BlockTree& tree, const at::Tensor& out,
-                    const at::Tensor& logsumexp) {
+void near_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                    const BlockTree& tree, const at::Tensor& out, const at::Tensor& logsumexp) {
   const Shape s(q, k);
   for (const CausalRun& run : causal_runs(tree)) {  // they cover every token once
-    attention_part(query_blocks(q, run, s), key_blocks(k, run, s), key_blocks(v, run, s), /*causal=*/true, s.scale,
-                   query_blocks(out, run, s), query_blocks(logsumexp.unsqueeze(3), run, s).squeeze(4));
+    attention_part(query_blocks(q, run, s), key_blocks(k, run, s), key_blocks(v, run, s),
+                   /*causal=*/true, s.scale, query_blocks(out, run, s),
+                   query_blocks(logsumexp.unsqueeze(3), run, s).squeeze(4));
   }
 }
 
-void near_attention_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const BlockTree& tree,
-                             const at::Tensor& logsumexp, const at::Tensor& delta, const at::Tensor& grad_q, const at::Tensor& grad_k,
+void near_attention_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,
+                             const at::Tensor& v, const BlockTree& tree,
+                             const at::Tensor& logsumexp, const at::Tensor& delta,
+                             const at::Tensor& grad_q, const at::Tensor& grad_k,
                              const at::Tensor& grad_v) {
   const Shape s(q, k);
-  const auto of_rows = [&](const at::Tensor& x, const CausalRun& run) { return query_blocks(x.unsqueeze(3), run, s).squeeze(4); };
+  const auto of_rows = [&](const at::Tensor& x, const CausalRun& run) {
+    return query_blocks(x.unsqueeze(3), run, s).squeeze(4);
+  };
   for (const CausalRun& run : causal_runs(tree)) {
-    attention_part_backward(query_blocks(grad_out, run, s), query_blocks(q, run, s), key_blocks(k, run, s), key_blocks(v, run, s),
-                            of_rows(logsumexp, run), of_rows(delta, run), /*causal=*/true, s.scale, query_blocks(grad_q, run, s),
-                            key_blocks(grad_k, run, s), key_blocks(grad_v, run, s));
+    attention_part_backward(query_blocks(grad_out, run, s), query_blocks(q, run, s),
+                            key_blocks(k, run, s), key_blocks(v, run, s), of_rows(logsumexp, run),
+                            of_rows(delta, run), /*causal=*/true, s.scale,
+                            query_blocks(grad_q, run, s), key_blocks(grad_k, run, s),
+                            key_blocks(grad_v, run, s));
   }
 }
 
 at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const c10::intrusive_ptr<LowRankPlan>& plan) {
-  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes() && q.size(0) == k.size(0) && q.size(2) == k.size(2) &&
-                  q.size(3) == k.size(3) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes() && q.size(0) == k.size(0) &&
+                  q.size(2) == k.size(2) && q.size(3) == k.size(3) && k.size(1) > 0 &&
+                  q.size(1) % k.size(1) == 0,
               "lowrank_attention: q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(),
               ", expected q [B, H, L, d], k and v [B, G, L, d] with H a multiple of G");
   TORCH_CHECK(plan != nullptr, "lowrank_attention: no plan");
   const BlockTree& tree = plan->tree;
   const int64_t d = q.size(3);
-  TORCH_CHECK(q.size(2) == tree.sequence_length(), "lowrank_attention: q ", q.sizes(), " for a plan of ", tree.sequence_length(),
-              " tokens");
+  TORCH_CHECK(q.size(2) == tree.sequence_length(), "lowrank_attention: q ", q.sizes(),
+              " for a plan of ", tree.sequence_length(), " tokens");
   const int64_t items = k.size(0) * k.size(1) * tree.num_pairs();
-  TORCH_CHECK(static_cast<int64_t>(plan->ranks.size()) == items, "lowrank_attention: the plan has ", plan->ranks.size(),
-              " ranks, expected B G pairs = ", k.size(0), " x ", k.size(1), " x ", tree.num_pairs());
+  TORCH_CHECK(static_cast<int64_t>(plan->ranks.size()) == items, "lowrank_attention: the plan has ",
+              plan->ranks.size(), " ranks, expected B G pairs = ", k.size(0), " x ", k.size(1),
+              " x ", tree.num_pairs());
   int64_t score_columns = 0;  // the largest rank that needs a basis
   int64_t value_columns = 0;
   for (const Ranks& ranks : plan->ranks) {
-    TORCH_CHECK(ranks.qk >= 1 && ranks.qk <= d && ranks.v >= 1 && ranks.v <= d, "lowrank_attention: ranks (", ranks.qk, ", ", ranks.v,
-                "), expected 1..", d);
+    TORCH_CHECK(ranks.qk >= 1 && ranks.qk <= d && ranks.v >= 1 && ranks.v <= d,
+                "lowrank_attention: ranks (", ranks.qk, ", ", ranks.v, "), expected 1..", d);
     score_columns = ranks.qk < d ? std::max(score_columns, ranks.qk) : score_columns;
     value_columns = ranks.v < d ? std::max(value_columns, ranks.v) : value_columns;
   }
   const auto check_basis = [&](const Basis& basis, const char* which, int64_t columns) {
-    TORCH_CHECK(basis.defined() && basis.left.sizes() == at::IntArrayRef({items, d, basis.left.size(2)}) &&
+    TORCH_CHECK(basis.defined() &&
+                    basis.left.sizes() == at::IntArrayRef({items, d, basis.left.size(2)}) &&
                     basis.right.sizes() == basis.left.sizes() && basis.left.size(2) >= columns,
-                "lowrank_attention: the plan's ", which, " bases are ", basis.defined() ? c10::str(basis.left.sizes()) : "missing",
-                ", expected [", items, ", ", d, ", at least ", columns, "]");
+                "lowrank_attention: the plan's ", which, " bases are ",
+                basis.defined() ? c10::str(basis.left.sizes()) : "missing", ", expected [", items,
+                ", ", d, ", at least ", columns, "]");
   };
   if (score_columns > 0) {
     check_basis(plan->scores, "score", score_columns);
   }
-  TORCH_CHECK(!plan->residual.defined() || plan->residual.sizes() == at::IntArrayRef({items, d, std::min(kResidualColumns, d)}), "lowrank_attention: the plan's residual factors are ",
-              plan->residual.sizes(), ", expected [", items, ", ", d, ", ", std::min(kResidualColumns, d), "]");
+  TORCH_CHECK(
+      !plan->residual.defined() ||
+          plan->residual.sizes() == at::IntArrayRef({items, d, std::min(kResidualColumns, d)}),
+      "lowrank_attention: the plan's residual factors are ", plan->residual.sizes(), ", expected [",
+      items, ", ", d, ", ", std::min(kResidualColumns, d), "]");
   if (value_columns > 0) {
     check_basis(plan->values, "value", value_columns);
   }

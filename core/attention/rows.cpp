@@ -8,8 +8,10 @@
 
 namespace drrl {
 
-at::Tensor token_runs(const at::Tensor& x, int64_t groups, int64_t begin, int64_t count, int64_t rows, int64_t stride) {
-  // [B, H, L, e] -> [B, H, count, e, rows] -> [B, G, g, count, rows, e] -> [B, G, count, g, rows, e]
+at::Tensor token_runs(const at::Tensor& x, int64_t groups, int64_t begin, int64_t count,
+                      int64_t rows, int64_t stride) {
+  // [B, H, L, e] -> [B, H, count, e, rows] -> [B, G, g, count, rows, e] -> [B, G, count, g, rows,
+  // e]
   return x.narrow(2, begin, (count - 1) * stride + rows)
       .unfold(2, rows, stride)
       .transpose(-1, -2)
@@ -20,29 +22,39 @@ at::Tensor token_runs(const at::Tensor& x, int64_t groups, int64_t begin, int64_
 namespace {
 
 // As one tensor of five dimensions, [B G, count, g, rows, e].
-at::Tensor runs_of(const at::Tensor& x, int64_t groups, const PairRun& run, int64_t begin, int64_t rows) {
+at::Tensor runs_of(const at::Tensor& x, int64_t groups, const PairRun& run, int64_t begin,
+                   int64_t rows) {
   return token_runs(x, groups, begin, run.count, rows, run.stride).flatten(0, 1);
 }
 
-at::Tensor gathered(const at::Tensor& x, int64_t groups, const PairRun& run, int64_t begin, int64_t rows) {
-  return packed(runs_of(x, groups, run, begin, rows)).view({-1, x.size(1) / groups * rows, x.size(3)});
+at::Tensor gathered(const at::Tensor& x, int64_t groups, const PairRun& run, int64_t begin,
+                    int64_t rows) {
+  return packed(runs_of(x, groups, run, begin, rows))
+      .view({-1, x.size(1) / groups * rows, x.size(3)});
 }
 
 }  // namespace
 
-at::Tensor key_rows(const at::Tensor& x, const PairRun& run) { return gathered(x, x.size(1), run, run.key_begin, run.key_rows); }
+at::Tensor key_rows(const at::Tensor& x, const PairRun& run) {
+  return gathered(x, x.size(1), run, run.key_begin, run.key_rows);
+}
 
-at::Tensor query_rows(const at::Tensor& x, int64_t groups, const PairRun& run) { return gathered(x, groups, run, run.query_begin, run.query_rows); }
+at::Tensor query_rows(const at::Tensor& x, int64_t groups, const PairRun& run) {
+  return gathered(x, groups, run, run.query_begin, run.query_rows);
+}
 
-void add_rows(const at::Tensor& x, int64_t groups, const PairRun& run, int64_t begin, int64_t rows, const at::Tensor& added, const at::Tensor& weights) {
-  TORCH_CHECK(x.is_contiguous(), "add_rows: x ", x.sizes(), " with strides ", x.strides(), ", expected a contiguous tensor");
+void add_rows(const at::Tensor& x, int64_t groups, const PairRun& run, int64_t begin, int64_t rows,
+              const at::Tensor& added, const at::Tensor& weights) {
+  TORCH_CHECK(x.is_contiguous(), "add_rows: x ", x.sizes(), " with strides ", x.strides(),
+              ", expected a contiguous tensor");
   auto places = runs_of(x, groups, run, begin, rows);
 #ifdef DRRL_WITH_CUDA
   if (add_packed_cuda(added, weights, places)) {
     return;
   }
 #endif
-  places.add_((weights.defined() ? added * weights.unsqueeze(2).to(added.scalar_type()) : added).view(places.sizes()));
+  places.add_((weights.defined() ? added * weights.unsqueeze(2).to(added.scalar_type()) : added)
+                  .view(places.sizes()));
 }
 
 at::Tensor packed(const at::Tensor& x) {
@@ -67,7 +79,9 @@ void unpack(const at::Tensor& packed, const at::Tensor& x) {
 
 template <typename T>
 at::Tensor on_device(const std::vector<T>& numbers, at::Device device) {
-  const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value).pinned_memory(device.is_cuda());
+  const auto options = at::TensorOptions()
+                           .dtype(c10::CppTypeToScalarType<T>::value)
+                           .pinned_memory(device.is_cuda());
   const auto host = at::empty({static_cast<int64_t>(numbers.size())}, options);
   std::copy(numbers.begin(), numbers.end(), host.template data_ptr<T>());
   return host.to(device, /*non_blocking=*/true);
@@ -75,7 +89,9 @@ at::Tensor on_device(const std::vector<T>& numbers, at::Device device) {
 template at::Tensor on_device(const std::vector<int64_t>&, at::Device);
 template at::Tensor on_device(const std::vector<double>&, at::Device);
 
-at::Tensor into_basis(const at::Tensor& rows, const at::Tensor& basis) { return basis.defined() ? at::bmm(rows, basis) : rows; }
+at::Tensor into_basis(const at::Tensor& rows, const at::Tensor& basis) {
+  return basis.defined() ? at::bmm(rows, basis) : rows;
+}
 
 at::Tensor out_of_basis(const at::Tensor& rows, const at::Tensor& basis) {
   return basis.defined() ? at::bmm(rows, basis.transpose(1, 2)) : rows;

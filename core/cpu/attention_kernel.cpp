@@ -1,7 +1,5 @@
 #include "core/cpu/attention_kernel.h"
 
-#include "core/types/basis_settings.h"
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -10,22 +8,32 @@
 #include <type_traits>
 #include <utility>
 
+#include "core/types/basis_settings.h"
+
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 
 namespace drrl::cpu {
 namespace {
 
-constexpr int64_t kRows = 6;            // rows of a register tile: 6 x 16 accumulators are 12 of the 16 registers
-constexpr int64_t kQueryBlock = 96;     // a block of scores, 96 x 256 floats, stays in the second-level cache
+constexpr int64_t
+    kRows = 6;  // rows of a register tile: 6 x 16 accumulators are 12 of the 16 registers
+constexpr int64_t
+    kQueryBlock = 96;  // a block of scores, 96 x 256 floats, stays in the second-level cache
 constexpr int64_t kKeyBlock = 256;
-constexpr float kLeastThatStays = 1e-4F;  // of the weights so far, for what gates leave at low rank to be told by subtraction
-constexpr float kLargestExponent = 60;  // an exact score may exceed a row's maximum by so much before the maximum is raised
-constexpr int64_t kScoreStride = kKeyBlock + kWidth;  // not a power of two, so that a column does not fall into one cache set
+constexpr float kLeastThatStays = 1e-4F;  // of the weights so far, for what gates leave at low rank
+                                          // to be told by subtraction
+constexpr float kLargestExponent = 60;    // an exact score may exceed a row's maximum by so much
+                                          // before the maximum is raised
+constexpr int64_t
+    kScoreStride = kKeyBlock +
+                   kWidth;  // not a power of two, so that a column does not fall into one cache set
 
-// c[M x 16] = or += sum over i < depth of a(row, i) b[i b_stride + 0..15]; a(row, i) is a[row a_stride + i], or a[i a_stride + row] if transposed. Packed: b_stride is kWidth.
+// c[M x 16] = or += sum over i < depth of a(row, i) b[i b_stride + 0..15]; a(row, i) is a[row
+// a_stride + i], or a[i a_stride + row] if transposed. Packed: b_stride is kWidth.
 template <int M, bool kTransposed, bool kAccumulate, bool kPacked>
-inline void tile(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride) {
+inline void tile(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                 float* c, int64_t c_stride) {
   __m256 sum[M][2];
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m) {
@@ -53,28 +61,41 @@ inline void tile(int64_t depth, const float* a, int64_t a_stride, const float* b
 
 // c[rows x 16] likewise, of any number of rows.
 template <bool kTransposed, bool kAccumulate, bool kPacked>
-inline void panel(int64_t rows, int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride) {
+inline void panel(int64_t rows, int64_t depth, const float* a, int64_t a_stride, const float* b,
+                  int64_t b_stride, float* c, int64_t c_stride) {
   int64_t m = 0;
   for (; m + kRows <= rows; m += kRows) {
-    tile<kRows, kTransposed, kAccumulate, kPacked>(depth, kTransposed ? a + m : a + m * a_stride, a_stride, b, b_stride, c + m * c_stride, c_stride);
+    tile<kRows, kTransposed, kAccumulate, kPacked>(depth, kTransposed ? a + m : a + m * a_stride,
+                                                   a_stride, b, b_stride, c + m * c_stride,
+                                                   c_stride);
   }
   const float* rest = kTransposed ? a + m : a + m * a_stride;
   float* to = c + m * c_stride;
   switch (rows - m) {
-    case 1: tile<1, kTransposed, kAccumulate, kPacked>(depth, rest, a_stride, b, b_stride, to, c_stride); break;
-    case 2: tile<2, kTransposed, kAccumulate, kPacked>(depth, rest, a_stride, b, b_stride, to, c_stride); break;
-    case 3: tile<3, kTransposed, kAccumulate, kPacked>(depth, rest, a_stride, b, b_stride, to, c_stride); break;
-    case 4: tile<4, kTransposed, kAccumulate, kPacked>(depth, rest, a_stride, b, b_stride, to, c_stride); break;
-    case 5: tile<5, kTransposed, kAccumulate, kPacked>(depth, rest, a_stride, b, b_stride, to, c_stride); break;
+    case 1:
+      tile<1, kTransposed, kAccumulate, kPacked>(depth, rest, a_stride, b, b_stride, to, c_stride);
+      break;
+    case 2:
+      tile<2, kTransposed, kAccumulate, kPacked>(depth, rest, a_stride, b, b_stride, to, c_stride);
+      break;
+    case 3:
+      tile<3, kTransposed, kAccumulate, kPacked>(depth, rest, a_stride, b, b_stride, to, c_stride);
+      break;
+    case 4:
+      tile<4, kTransposed, kAccumulate, kPacked>(depth, rest, a_stride, b, b_stride, to, c_stride);
+      break;
+    case 5:
+      tile<5, kTransposed, kAccumulate, kPacked>(depth, rest, a_stride, b, b_stride, to, c_stride);
+      break;
     default: break;
   }
 }
 
-// c[rows x columns] = or += a b with b packed in panels of 16 columns: [columns / 16][depth][16]. `panel_depth` is the depth that b was packed
-// with, at least `depth`.
+// c[rows x columns] = or += a b with b packed in panels of 16 columns: [columns / 16][depth][16].
+// `panel_depth` is the depth that b was packed with, at least `depth`.
 template <bool kTransposed, bool kAccumulate>
-void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t panel_depth, float* c,
-             int64_t c_stride) {
+void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride,
+             const float* b, int64_t panel_depth, float* c, int64_t c_stride) {
   for (int64_t n = 0; n < columns; n += kWidth, b += panel_depth * kWidth) {
     panel<kTransposed, kAccumulate, true>(rows, depth, a, a_stride, b, kWidth, c + n, c_stride);
   }
@@ -113,7 +134,8 @@ inline void transpose8(const float* from, int64_t stride, float* to, int64_t to_
   }
 }
 
-// x[rows x columns] -> its transpose in panels of 16 rows of x, [padded rows / 16][columns][16], missing rows zero.
+// x[rows x columns] -> its transpose in panels of 16 rows of x, [padded rows / 16][columns][16],
+// missing rows zero.
 void pack_rows(const float* x, int64_t stride, int64_t rows, int64_t columns, float* to) {
   for (int64_t m = 0; m < rows; m += kWidth, to += columns * kWidth) {
     if (m + kWidth <= rows) {
@@ -131,12 +153,14 @@ void pack_rows(const float* x, int64_t stride, int64_t rows, int64_t columns, fl
   }
 }
 
-// Cephes' expf, relative error below 2e-7, for x <= 0 (or a little above); 0 below -87.3, -inf included.
+// Cephes' expf, relative error below 2e-7, for x <= 0 (or a little above); 0 below -87.3, -inf
+// included.
 inline __m256 exponential(__m256 x) {
   const __m256 low = _mm256_set1_ps(-87.33654f);
   const __m256 alive = _mm256_cmp_ps(x, low, _CMP_GE_OQ);
   x = _mm256_max_ps(x, low);
-  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504088896341f)),
+                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
   r = _mm256_fmadd_ps(n, _mm256_set1_ps(2.12194440e-4f), r);
   __m256 p = _mm256_set1_ps(1.9875691500e-4f);
@@ -146,7 +170,8 @@ inline __m256 exponential(__m256 x) {
   p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.6666665459e-1f));
   p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.0000001201e-1f));
   const __m256 e = _mm256_add_ps(_mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.0f));
-  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  const __m256i power = _mm256_slli_epi32(
+      _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return _mm256_and_ps(_mm256_mul_ps(e, _mm256_castsi256_ps(power)), alive);
 }
 
@@ -167,8 +192,9 @@ struct Exponent {
   __m256 by, less;
 };
 
-// Of scores times `scale` less `shift`. Where those have no digits behind the point, a fused product leaves the largest any distance from zero: there the row [count]
-// becomes the difference itself, at most `most`.
+// Of scores times `scale` less `shift`. Where those have no digits behind the point, a fused
+// product leaves the largest any distance from zero: there the row [count] becomes the difference
+// itself, at most `most`.
 Exponent exponent_of(float* row, int64_t count, float scale, float shift, float most) {
   constexpr float kNoDigits = 1e6F;
   if (std::abs(shift) < kNoDigits) {
@@ -193,18 +219,31 @@ int64_t first_query_block(const Shape& shape, int64_t block) {
 
 }  // namespace
 
-bool kernel_available() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool kernel_available() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
 
-int64_t Shape::query_blocks() const { return (queries + kQueryBlock - 1) / kQueryBlock; }
-int64_t Shape::key_blocks() const { return (keys + kKeyBlock - 1) / kKeyBlock; }
+int64_t Shape::query_blocks() const {
+  return (queries + kQueryBlock - 1) / kQueryBlock;
+}
+int64_t Shape::key_blocks() const {
+  return (keys + kKeyBlock - 1) / kKeyBlock;
+}
 
-int64_t packed_size(const Shape& shape) { return shape.padded_keys() * (shape.qk + shape.v); }
+int64_t packed_size(const Shape& shape) {
+  return shape.padded_keys() * (shape.qk + shape.v);
+}
 
-int64_t key_chunk_rows() { return kKeyBlock; }
-int64_t query_block_rows() { return kQueryBlock; }
+int64_t key_chunk_rows() {
+  return kKeyBlock;
+}
+int64_t query_block_rows() {
+  return kQueryBlock;
+}
 
 // k and v point to the chunk's first row, packed to the beginning of all chunks.
-void pack_chunk(const Shape& shape, const float* k, int64_t k_stride, const float* v, int64_t v_stride, int64_t chunk, float* packed) {
+void pack_chunk(const Shape& shape, const float* k, int64_t k_stride, const float* v,
+                int64_t v_stride, int64_t chunk, float* packed) {
   const int64_t begin = chunk * kKeyBlock;
   const int64_t count = std::min(kKeyBlock, shape.keys - begin);
   const int64_t padded = (count + kWidth - 1) / kWidth * kWidth;
@@ -215,15 +254,20 @@ void pack_chunk(const Shape& shape, const float* k, int64_t k_stride, const floa
 
 void pack(const Shape& shape, Matrix<const float> k, Matrix<const float> v, float* packed) {
   for (int64_t chunk = 0; chunk < shape.key_blocks(); ++chunk) {
-    pack_chunk(shape, k.at(0, chunk * kKeyBlock), k.row, v.at(0, chunk * kKeyBlock), v.row, chunk, packed);
+    pack_chunk(shape, k.at(0, chunk * kKeyBlock), k.row, v.at(0, chunk * kKeyBlock), v.row, chunk,
+               packed);
   }
 }
 
-void pack_matrix(const float* p, int64_t stride, int64_t rows, int64_t columns, float* panels) { pack_columns(p, stride, rows, columns, panels); }
-void pack_transposed(const float* p, int64_t stride, int64_t rows, int64_t columns, float* panels) { pack_rows(p, stride, rows, columns, panels); }
+void pack_matrix(const float* p, int64_t stride, int64_t rows, int64_t columns, float* panels) {
+  pack_columns(p, stride, rows, columns, panels);
+}
+void pack_transposed(const float* p, int64_t stride, int64_t rows, int64_t columns, float* panels) {
+  pack_rows(p, stride, rows, columns, panels);
+}
 
-void multiply(int64_t rows, int64_t columns, int64_t depth, const float* x, int64_t x_stride, const float* panels, float* to, int64_t to_stride,
-              bool add) {
+void multiply(int64_t rows, int64_t columns, int64_t depth, const float* x, int64_t x_stride,
+              const float* panels, float* to, int64_t to_stride, bool add) {
   if (add) {
     product<false, true>(rows, columns, depth, x, x_stride, panels, depth, to, to_stride);
   } else {
@@ -248,7 +292,8 @@ void gather(int64_t count, Some&& some) {
 
 }  // namespace
 
-void gathered_dots(int64_t d, const float* x, const float* rows, const int32_t* index, int64_t count, float* dots) {
+void gathered_dots(int64_t d, const float* x, const float* rows, const int32_t* index,
+                   int64_t count, float* dots) {
   gather(count, [&]<int n>(std::integral_constant<int, n>, int64_t first) {
     __m256 sums[n];
     const float* row[n];
@@ -263,15 +308,18 @@ void gathered_dots(int64_t d, const float* x, const float* rows, const int32_t* 
       }
     }
     if constexpr (n == kAtOnce) {
-      const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(sums[0], sums[1]), _mm256_hadd_ps(sums[2], sums[3]));
-      _mm_storeu_ps(dots + first, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+      const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(sums[0], sums[1]),
+                                        _mm256_hadd_ps(sums[2], sums[3]));
+      _mm_storeu_ps(dots + first,
+                    _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
     } else {
       dots[first] = sum_of(sums[0]);
     }
   });
 }
 
-void add_gathered(int64_t d, const float* weights, const float* rows, const int32_t* index, int64_t count, float* to) {
+void add_gathered(int64_t d, const float* weights, const float* rows, const int32_t* index,
+                  int64_t count, float* to) {
   gather(count, [&]<int n>(std::integral_constant<int, n>, int64_t first) {
     __m256 factor[n];
     const float* row[n];
@@ -289,7 +337,8 @@ void add_gathered(int64_t d, const float* weights, const float* rows, const int3
   });
 }
 
-void add_rows(int64_t rows, int64_t columns, const float* x, int64_t x_stride, float* to, int64_t to_stride) {
+void add_rows(int64_t rows, int64_t columns, const float* x, int64_t x_stride, float* to,
+              int64_t to_stride) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; j += 8) {
       float* y = to + i * to_stride + j;
@@ -298,24 +347,29 @@ void add_rows(int64_t rows, int64_t columns, const float* x, int64_t x_stride, f
   }
 }
 
-void add_gram(int64_t rows, int64_t d, const float* x, int64_t x_stride, const float* weights, float* gram, float* scratch) {
-  for (int64_t first = 0; first < rows; first += kKeyBlock) {  // what is read again for every panel stays in the first-level cache
+void add_gram(int64_t rows, int64_t d, const float* x, int64_t x_stride, const float* weights,
+              float* gram, float* scratch) {
+  for (int64_t first = 0; first < rows;
+       first += kKeyBlock) {  // what is read again for every panel stays in the first-level cache
     const int64_t count = std::min(kKeyBlock, rows - first);
     const float* chunk = x + first * x_stride;
     for (int64_t i = 0; weights != nullptr && i < count; ++i) {
       const __m256 w = _mm256_set1_ps(weights[first + i]);
       for (int64_t j = 0; j < d; j += 8) {
-        _mm256_storeu_ps(scratch + i * d + j, _mm256_mul_ps(_mm256_loadu_ps(chunk + i * x_stride + j), w));
+        _mm256_storeu_ps(scratch + i * d + j,
+                         _mm256_mul_ps(_mm256_loadu_ps(chunk + i * x_stride + j), w));
       }
     }
     for (int64_t n = 0; n < d; n += kWidth) {
       const float* right = weights != nullptr ? scratch + n : chunk + n;
-      panel<true, true, false>(n + kWidth, count, chunk, x_stride, right, weights != nullptr ? d : x_stride, gram + n, d);
+      panel<true, true, false>(n + kWidth, count, chunk, x_stride, right,
+                               weights != nullptr ? d : x_stride, gram + n, d);
     }
   }
 }
 
-void corrections(int64_t rows, int64_t d, int64_t columns, const float* q, int64_t q_stride, const float* panels, float* correction, float* scratch) {
+void corrections(int64_t rows, int64_t d, int64_t columns, const float* q, int64_t q_stride,
+                 const float* panels, float* correction, float* scratch) {
   product<false, false>(rows, columns, d, q, q_stride, panels, d, scratch, columns);
   for (int64_t i = 0; i < rows; ++i) {
     __m256 sum = _mm256_setzero_ps();
@@ -329,7 +383,8 @@ void corrections(int64_t rows, int64_t d, int64_t columns, const float* q, int64
 
 namespace {
 
-// The softmax of some rows over the keys seen so far: out = sum / total, log-sum-exp = maximum + log(total).
+// The softmax of some rows over the keys seen so far: out = sum / total, log-sum-exp = maximum +
+// log(total).
 struct Running {
   float* maximum;  // [rows]
   float* total;    // [rows]
@@ -372,23 +427,29 @@ constexpr auto kSetBits = [] {
   return table;
 }();
 
-// The columns of all x >= least, ascending; up to 8 more may be written. Returns how many there are.
+// The columns of all x >= least, ascending; up to 8 more may be written. Returns how many there
+// are.
 int64_t columns_from(float least, const float* x, int64_t count, int32_t* columns) {
   const __m256 bound = _mm256_set1_ps(least);
   int64_t found = 0;
   for (int64_t j = 0; j < count; j += 8) {
-    const auto mask = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + j), bound, _CMP_GE_OQ)));
-    const __m256i set = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kSetBits[mask])));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(columns + found), _mm256_add_epi32(set, _mm256_set1_epi32(static_cast<int32_t>(j))));
+    const auto mask = static_cast<unsigned>(
+        _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + j), bound, _CMP_GE_OQ)));
+    const __m256i set = _mm256_cvtepu8_epi32(
+        _mm_cvtsi64_si128(static_cast<int64_t>(kSetBits[mask])));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(columns + found),
+                        _mm256_add_epi32(set, _mm256_set1_epi32(static_cast<int32_t>(j))));
     found += __builtin_popcount(mask);
   }
   return found;
 }
 
-// Adds a part's keys to the running softmax `to` of `rows` queries of the part's width; to.width is that of its values. `other` [rows][other_width] are sums
-// of the same rows that a new maximum rescales too, null if there are none.
-void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t queries_stride, const Part& part, const float* correction, const Running& to,
-              float* other, int64_t other_width, float* scores, const FullRows& full = {}) {
+// Adds a part's keys to the running softmax `to` of `rows` queries of the part's width; to.width is
+// that of its values. `other` [rows][other_width] are sums of the same rows that a new maximum
+// rescales too, null if there are none.
+void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t queries_stride,
+              const Part& part, const float* correction, const Running& to, float* other,
+              int64_t other_width, float* scores, const FullRows& full = {}) {
   const float* packed = part.packed;
   const int64_t end = std::min(part.keys, part.visible + rows - 1);
   std::array<int32_t, kKeyBlock + 8> heavy;  // columns of the weights that a gate makes exact
@@ -401,7 +462,8 @@ void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t qu
     packed += padded * (part.qk + part.v);
     const int64_t seen = std::min(count, end - begin);  // by any row of this block
     const int64_t used = (seen + kWidth - 1) / kWidth * kWidth;
-    product<false, false>(rows, used, part.qk, queries, queries_stride, keys, part.qk, scores, kScoreStride);
+    product<false, false>(rows, used, part.qk, queries, queries_stride, keys, part.qk, scores,
+                          kScoreStride);
     for (int64_t i = 0; i < rows; ++i) {
       float* row = scores + i * kScoreStride;
       const int64_t n = std::clamp<int64_t>(part.visible + i - begin, 0, count);
@@ -414,14 +476,17 @@ void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t qu
       }
       const float largest_here = largest(top) * scale_factor + correction[i];
       const float new_maximum = std::max(to.maximum[i], largest_here);
-      if (new_maximum == -std::numeric_limits<float>::infinity()) {  // nothing visible yet: weights of zero
+      if (new_maximum ==
+          -std::numeric_limits<float>::infinity()) {  // nothing visible yet: weights of zero
         std::fill(row, row + used, 0.0f);
         continue;
       }
-      const Exponent exponent = exponent_of(row, used, scale_factor, new_maximum - correction[i], 0);
+      const Exponent exponent = exponent_of(row, used, scale_factor, new_maximum - correction[i],
+                                            0);
       __m256 weights = _mm256_setzero_ps();
       for (int64_t j = 0; j < used; j += 8) {
-        const __m256 e = exponential(_mm256_fmsub_ps(_mm256_loadu_ps(row + j), exponent.by, exponent.less));
+        const __m256 e = exponential(
+            _mm256_fmsub_ps(_mm256_loadu_ps(row + j), exponent.by, exponent.less));
         _mm256_storeu_ps(row + j, e);
         weights = _mm256_add_ps(weights, e);
       }
@@ -435,7 +500,8 @@ void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t qu
         }
         return rescale;
       };
-      const float before = to.total[i] * std::exp(to.maximum[i] - new_maximum), with_chunk = before + sum_of(weights);
+      const float before = to.total[i] * std::exp(to.maximum[i] - new_maximum),
+                  with_chunk = before + sum_of(weights);
       const auto take_chunk = [&] {
         if (new_maximum != to.maximum[i]) {
           raise(new_maximum);
@@ -443,8 +509,10 @@ void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t qu
         to.total[i] = with_chunk;
       };
       const float least = std::max(part.gate * with_chunk, std::numeric_limits<float>::min());
-      // In most chunks no weight is large enough; the factor is more than the two exponentials differ by.
-      const bool none = part.exact_k == nullptr || std::exp(largest_here - new_maximum) * 1.00001F < least;
+      // In most chunks no weight is large enough; the factor is more than the two exponentials
+      // differ by.
+      const bool none = part.exact_k == nullptr ||
+                        std::exp(largest_here - new_maximum) * 1.00001F < least;
       const int64_t found = none ? 0 : columns_from(least, row, used, heavy.data());
       if (found == 0) {
         take_chunk();
@@ -452,17 +520,22 @@ void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t qu
       }
       const int64_t rounded = (found + kAtOnce - 1) / kAtOnce * kAtOnce;  // the rest without weight
       std::fill(heavy.begin() + found, heavy.begin() + rounded, heavy[0]);
-      gathered_dots(full.d, full.q + i * full.stride, part.exact_k + begin * full.d, heavy.data(), rounded, exact.data());
-      const float largest_score = *std::max_element(exact.begin(), exact.begin() + found) * scale_factor;
+      gathered_dots(full.d, full.q + i * full.stride, part.exact_k + begin * full.d, heavy.data(),
+                    rounded, exact.data());
+      const float largest_score = *std::max_element(exact.begin(), exact.begin() + found) *
+                                  scale_factor;
       float stays = with_chunk;
       for (int64_t e = 0; e < found; ++e) {
         stays -= row[heavy[static_cast<std::size_t>(e)]];
       }
-      if (stays + std::exp(std::min(largest_score - new_maximum, 0.0F)) >= kLeastThatStays * with_chunk) {
+      if (stays + std::exp(std::min(largest_score - new_maximum, 0.0F)) >=
+          kLeastThatStays * with_chunk) {
         take_chunk();
       } else {
-        // Nearly all weight is of entries whose exact scores are far smaller: relative to their low ones, what stays has no digits left. Once more without them.
-        product<false, false>(1, used, part.qk, queries + i * queries_stride, queries_stride, keys, part.qk, row, kScoreStride);
+        // Nearly all weight is of entries whose exact scores are far smaller: relative to their low
+        // ones, what stays has no digits left. Once more without them.
+        product<false, false>(1, used, part.qk, queries + i * queries_stride, queries_stride, keys,
+                              part.qk, row, kScoreStride);
         std::fill(row + n, row + used, -std::numeric_limits<float>::infinity());
         for (int64_t e = 0; e < found; ++e) {
           row[heavy[static_cast<std::size_t>(e)]] = -std::numeric_limits<float>::infinity();
@@ -471,10 +544,12 @@ void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t qu
         if (const float maximum = std::max(others, largest_score); maximum > to.maximum[i]) {
           raise(maximum);
         }
-        const Exponent lower = exponent_of(row, used, scale_factor, to.maximum[i] - correction[i], 0);
+        const Exponent lower = exponent_of(row, used, scale_factor, to.maximum[i] - correction[i],
+                                           0);
         __m256 other_weights = _mm256_setzero_ps();
         for (int64_t j = 0; j < used; j += 8) {
-          const __m256 e = exponential(_mm256_fmsub_ps(_mm256_loadu_ps(row + j), lower.by, lower.less));
+          const __m256 e = exponential(
+              _mm256_fmsub_ps(_mm256_loadu_ps(row + j), lower.by, lower.less));
           _mm256_storeu_ps(row + j, e);
           other_weights = _mm256_add_ps(other_weights, e);
         }
@@ -483,9 +558,12 @@ void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t qu
       if (largest_score > to.maximum[i] + kLargestExponent) {
         rescale_row(row, used, raise(largest_score));
       }
-      const Exponent of_exact = exponent_of(exact.data(), rounded, scale_factor, to.maximum[i], kLargestExponent);
+      const Exponent of_exact = exponent_of(exact.data(), rounded, scale_factor, to.maximum[i],
+                                            kLargestExponent);
       for (int64_t e = 0; e < found; e += 8) {
-        _mm256_storeu_ps(exact.data() + e, exponential(_mm256_fmsub_ps(_mm256_loadu_ps(exact.data() + e), of_exact.by, of_exact.less)));
+        _mm256_storeu_ps(exact.data() + e,
+                         exponential(_mm256_fmsub_ps(_mm256_loadu_ps(exact.data() + e), of_exact.by,
+                                                     of_exact.less)));
       }
       std::fill(exact.begin() + found, exact.begin() + rounded, 0.0f);
       full.exact->entries.resize(full.exact->entries.size() + static_cast<std::size_t>(found));
@@ -498,23 +576,33 @@ void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t qu
         *entry++ = {static_cast<int32_t>(i), part.first_key + static_cast<int32_t>(begin) + column};
       }
       to.total[i] += change;
-      add_gathered(full.d, exact.data(), part.exact_v + begin * full.d, heavy.data(), rounded, other != nullptr ? other + i * other_width : to.sum + i * to.width);
+      add_gathered(full.d, exact.data(), part.exact_v + begin * full.d, heavy.data(), rounded,
+                   other != nullptr ? other + i * other_width : to.sum + i * to.width);
     }
     product<false, true>(rows, part.v, seen, scores, kScoreStride, values, count, to.sum, part.v);
   }
 }
 
-float log_sum(const Running& r, int64_t i) { return r.maximum[i] + std::log(r.total[i]); }
+float log_sum(const Running& r, int64_t i) {
+  return r.maximum[i] + std::log(r.total[i]);
+}
 
 }  // namespace
 
 // scores; the softmax so far; the sums of one part; projected queries; corrections
-int64_t forward_rows_scratch_size(int64_t d) { return kQueryBlock * (kScoreStride + 3 * d + 3); }
-int64_t forward_scratch_size(const Shape& shape) { return forward_rows_scratch_size(std::max(shape.qk, shape.v)); }
+int64_t forward_rows_scratch_size(int64_t d) {
+  return kQueryBlock * (kScoreStride + 3 * d + 3);
+}
+int64_t forward_scratch_size(const Shape& shape) {
+  return forward_rows_scratch_size(std::max(shape.qk, shape.v));
+}
 
-void forward_rows(int64_t rows, int64_t d, float scale, const float* q, int64_t q_stride, const Part* parts, int64_t count_parts, float* out,
-                  int64_t out_stride, float* logsumexp, int64_t logsumexp_stride, ExactList* exact, float* scratch) {
-  const auto take = [&](int64_t floats) { return std::exchange(scratch, scratch + kQueryBlock * floats); };
+void forward_rows(int64_t rows, int64_t d, float scale, const float* q, int64_t q_stride,
+                  const Part* parts, int64_t count_parts, float* out, int64_t out_stride,
+                  float* logsumexp, int64_t logsumexp_stride, ExactList* exact, float* scratch) {
+  const auto take = [&](int64_t floats) {
+    return std::exchange(scratch, scratch + kQueryBlock * floats);
+  };
   float* scores = take(kScoreStride);
   float* sum = take(d);
   float* part_sum = take(d);  // [rows][v] of a part with values of its own width
@@ -541,7 +629,8 @@ void forward_rows(int64_t rows, int64_t d, float scale, const float* q, int64_t 
     const int64_t stride = projects ? part->qk : q_stride;
     if (part->expand != nullptr) {
       std::fill(part_sum, part_sum + rows * part->v, 0.0f);
-      add_keys(rows, scale, of_width, stride, *part, correction, {maximum, total, part_sum, part->v}, sum, d, scores, full);
+      add_keys(rows, scale, of_width, stride, *part, correction,
+               {maximum, total, part_sum, part->v}, sum, d, scores, full);
       product<false, true>(rows, d, part->v, part_sum, part->v, part->expand, part->v, sum, d);
     } else {
       add_keys(rows, scale, of_width, stride, *part, correction, all, nullptr, 0, scores, full);
@@ -551,23 +640,28 @@ void forward_rows(int64_t rows, int64_t d, float scale, const float* q, int64_t 
   for (int64_t i = 0; i < rows; ++i) {
     const __m256 inverse = _mm256_set1_ps(1.0f / total[i]);
     for (int64_t j = 0; j < d; j += 8) {
-      _mm256_storeu_ps(out + i * out_stride + j, _mm256_mul_ps(_mm256_loadu_ps(sum + i * d + j), inverse));
+      _mm256_storeu_ps(out + i * out_stride + j,
+                       _mm256_mul_ps(_mm256_loadu_ps(sum + i * d + j), inverse));
     }
     logsumexp[i * logsumexp_stride] = log_sum(all, i);
   }
 }
 
-void forward_block(const Shape& shape, Matrix<const float> q, const float* packed, Matrix<float> out, Matrix<float> logsumexp, int64_t head,
-                   int64_t block, float* scratch) {
+void forward_block(const Shape& shape, Matrix<const float> q, const float* packed,
+                   Matrix<float> out, Matrix<float> logsumexp, int64_t head, int64_t block,
+                   float* scratch) {
   const int64_t first = block * kQueryBlock;
   const int64_t rows = std::min(kQueryBlock, shape.queries - first);
-  const Part part{packed, shape.keys, shape.qk, shape.v, shape.causal ? shape.offset + first + 1 : Part::kAll};
+  const Part part{packed, shape.keys, shape.qk, shape.v,
+                  shape.causal ? shape.offset + first + 1 : Part::kAll};
   // Without a basis the width of the sums is that of the values, whatever that of the queries.
-  forward_rows(rows, shape.v, shape.scale, q.at(head, first), q.row, &part, 1, out.at(head, first), out.row, logsumexp.at(head, first), logsumexp.row,
-               nullptr, scratch);
+  forward_rows(rows, shape.v, shape.scale, q.at(head, first), q.row, &part, 1, out.at(head, first),
+               out.row, logsumexp.at(head, first), logsumexp.row, nullptr, scratch);
 }
 
-int64_t packed_queries_size(const Shape& shape) { return shape.heads * shape.queries * (shape.qk + shape.v); }
+int64_t packed_queries_size(const Shape& shape) {
+  return shape.heads * shape.queries * (shape.qk + shape.v);
+}
 
 void pack_queries(const Shape& shape, const BackwardOperands& x, int64_t head, float* packed) {
   packed += head * shape.queries * (shape.qk + shape.v);
@@ -584,17 +678,17 @@ int64_t backward_scratch_size(const Shape& shape) {
   return kKeyBlock * (3 * shape.qk + 2 * shape.v) + 2 * kQueryBlock * kScoreStride;
 }
 
-void backward_block(const Shape& shape, const BackwardOperands& x, const float* packed_queries, int64_t block, const Order& order,
-                    float* scratch) {
+void backward_block(const Shape& shape, const BackwardOperands& x, const float* packed_queries,
+                    int64_t block, const Order& order, float* scratch) {
   const int64_t begin = block * kKeyBlock;
   const int64_t count = std::min(kKeyBlock, shape.keys - begin);
-  float* keys_by_row = scratch;                                // K^T in panels of keys
-  float* values_by_row = keys_by_row + kKeyBlock * shape.qk;   // V^T likewise
-  float* keys_by_column = values_by_row + kKeyBlock * shape.v; // K in panels of columns
-  float* grad_k = keys_by_column + kKeyBlock * shape.qk;       // [count][qk]
-  float* grad_v = grad_k + kKeyBlock * shape.qk;               // [count][v]
-  float* weights = grad_v + kKeyBlock * shape.v;               // scores, then softmax weights
-  float* grads = weights + kQueryBlock * kScoreStride;         // of the weights, then of the scores
+  float* keys_by_row = scratch;                                 // K^T in panels of keys
+  float* values_by_row = keys_by_row + kKeyBlock * shape.qk;    // V^T likewise
+  float* keys_by_column = values_by_row + kKeyBlock * shape.v;  // K in panels of columns
+  float* grad_k = keys_by_column + kKeyBlock * shape.qk;        // [count][qk]
+  float* grad_v = grad_k + kKeyBlock * shape.qk;                // [count][v]
+  float* weights = grad_v + kKeyBlock * shape.v;                // scores, then softmax weights
+  float* grads = weights + kQueryBlock * kScoreStride;  // of the weights, then of the scores
   pack_rows(x.k.at(0, begin), x.k.row, count, shape.qk, keys_by_row);
   pack_rows(x.v.at(0, begin), x.v.row, count, shape.v, values_by_row);
   pack_columns(x.k.at(0, begin), x.k.row, count, shape.qk, keys_by_column);
@@ -606,58 +700,77 @@ void backward_block(const Shape& shape, const BackwardOperands& x, const float* 
     for (int64_t qb = first_query_block(shape, block); qb < shape.query_blocks(); ++qb) {
       const int64_t first = qb * kQueryBlock;
       const int64_t rows = std::min(kQueryBlock, shape.queries - first);
-      const int64_t seen = shape.causal ? std::min(count, shape.offset + first + rows - begin) : count;
+      const int64_t seen = shape.causal ? std::min(count, shape.offset + first + rows - begin)
+                                        : count;
       const int64_t used = (seen + kWidth - 1) / kWidth * kWidth;
-      const float* q_packed = packed_queries + (head * shape.queries + first) * (shape.qk + shape.v);
+      const float* q_packed = packed_queries +
+                              (head * shape.queries + first) * (shape.qk + shape.v);
       const float* grad_packed = q_packed + rows * shape.qk;
-      product<false, false>(rows, used, shape.qk, x.q.at(head, first), x.q.row, keys_by_row, shape.qk, weights, kScoreStride);
-      product<false, false>(rows, used, shape.v, x.grad_out.at(head, first), x.grad_out.row, values_by_row, shape.v, grads, kScoreStride);
+      product<false, false>(rows, used, shape.qk, x.q.at(head, first), x.q.row, keys_by_row,
+                            shape.qk, weights, kScoreStride);
+      product<false, false>(rows, used, shape.v, x.grad_out.at(head, first), x.grad_out.row,
+                            values_by_row, shape.v, grads, kScoreStride);
       for (int64_t i = 0; i < rows; ++i) {
         float* w = weights + i * kScoreStride;
         float* g = grads + i * kScoreStride;
         const int64_t n = visible(shape, first + i, begin, count);
         std::fill(w + n, w + used, -std::numeric_limits<float>::infinity());
-        const Exponent exponent = exponent_of(w, used, shape.scale, *x.logsumexp.at(head, first + i), 0);
+        const Exponent exponent = exponent_of(w, used, shape.scale,
+                                              *x.logsumexp.at(head, first + i), 0);
         const __m256 delta = _mm256_set1_ps(*x.delta.at(head, first + i));
         for (int64_t j = 0; j < used; j += 8) {
-          const __m256 p = exponential(_mm256_fmsub_ps(_mm256_loadu_ps(w + j), exponent.by, exponent.less));
+          const __m256 p = exponential(
+              _mm256_fmsub_ps(_mm256_loadu_ps(w + j), exponent.by, exponent.less));
           _mm256_storeu_ps(w + j, p);
-          const __m256 d = _mm256_mul_ps(_mm256_mul_ps(p, scale), _mm256_sub_ps(_mm256_loadu_ps(g + j), delta));
+          const __m256 d = _mm256_mul_ps(_mm256_mul_ps(p, scale),
+                                         _mm256_sub_ps(_mm256_loadu_ps(g + j), delta));
           _mm256_storeu_ps(g + j, d);
         }
         if (x.skip.begin != nullptr) {
           const int64_t* list = x.skip.begin + head * x.skip.head + first + i;
           const auto from = static_cast<int32_t>(x.skip.first_key + begin);
           const int32_t* last = x.skip.keys + list[1];
-          for (const int32_t* key = std::lower_bound(x.skip.keys + list[0], last, from); key != last && *key < from + used; ++key) {
+          for (const int32_t* key = std::lower_bound(x.skip.keys + list[0], last, from);
+               key != last && *key < from + used; ++key) {
             w[*key - from] = 0;
             g[*key - from] = 0;
           }
         }
       }
-      product<true, true>(seen, shape.v, rows, weights, kScoreStride, grad_packed, rows, grad_v, shape.v);
-      product<true, true>(seen, shape.qk, rows, grads, kScoreStride, q_packed, rows, grad_k, shape.qk);
+      product<true, true>(seen, shape.v, rows, weights, kScoreStride, grad_packed, rows, grad_v,
+                          shape.v);
+      product<true, true>(seen, shape.qk, rows, grads, kScoreStride, q_packed, rows, grad_k,
+                          shape.qk);
       order.turn(order.context, order.key_block, head, qb);
-      product<false, true>(rows, shape.qk, seen, grads, kScoreStride, keys_by_column, count, x.grad_q.at(head, first), x.grad_q.row);
+      product<false, true>(rows, shape.qk, seen, grads, kScoreStride, keys_by_column, count,
+                           x.grad_q.at(head, first), x.grad_q.row);
       order.done(order.context, order.key_block, head, qb);
     }
   }
   for (int64_t j = 0; j < count; ++j) {
-    std::memcpy(x.grad_k.at(0, begin + j), grad_k + j * shape.qk, static_cast<size_t>(shape.qk) * sizeof(float));
-    std::memcpy(x.grad_v.at(0, begin + j), grad_v + j * shape.v, static_cast<size_t>(shape.v) * sizeof(float));
+    std::memcpy(x.grad_k.at(0, begin + j), grad_k + j * shape.qk,
+                static_cast<size_t>(shape.qk) * sizeof(float));
+    std::memcpy(x.grad_v.at(0, begin + j), grad_v + j * shape.v,
+                static_cast<size_t>(shape.v) * sizeof(float));
   }
 }
 
-void exact_row_backward(int64_t d, float scale, const float* q, const float* grad_out, float logsumexp, float delta, const int32_t* keys, int64_t count,
-                        const float* k, const float* v, float* grad_q, float* weights, float* scores) {
+void exact_row_backward(int64_t d, float scale, const float* q, const float* grad_out,
+                        float logsumexp, float delta, const int32_t* keys, int64_t count,
+                        const float* k, const float* v, float* grad_q, float* weights,
+                        float* scores) {
   gathered_dots(d, q, k, keys, count, weights);
   gathered_dots(d, grad_out, v, keys, count, scores);
   const Exponent exponent = exponent_of(weights, count, scale, logsumexp, 0);
   const __m256 scale8 = _mm256_set1_ps(scale), delta8 = _mm256_set1_ps(delta);
   for (int64_t e = 0; e < count; e += 8) {
-    const __m256i some = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(std::min<int64_t>(count - e, 8))), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    const __m256 p = exponential(_mm256_fmsub_ps(_mm256_maskload_ps(weights + e, some), exponent.by, exponent.less));
-    const __m256 g = _mm256_mul_ps(_mm256_mul_ps(p, scale8), _mm256_sub_ps(_mm256_maskload_ps(scores + e, some), delta8));
+    const __m256i some = _mm256_cmpgt_epi32(
+        _mm256_set1_epi32(static_cast<int32_t>(std::min<int64_t>(count - e, 8))),
+        _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    const __m256 p = exponential(
+        _mm256_fmsub_ps(_mm256_maskload_ps(weights + e, some), exponent.by, exponent.less));
+    const __m256 g = _mm256_mul_ps(_mm256_mul_ps(p, scale8),
+                                   _mm256_sub_ps(_mm256_maskload_ps(scores + e, some), delta8));
     _mm256_maskstore_ps(weights + e, some, p);
     _mm256_maskstore_ps(scores + e, some, g);
   }
@@ -669,30 +782,55 @@ void exact_row_backward(int64_t d, float scale, const float* q, const float* gra
 #else  // another processor: the callers fall back on PyTorch's kernels
 
 namespace drrl::cpu {
-bool kernel_available() { return false; }
-int64_t Shape::query_blocks() const { return 0; }
-int64_t Shape::key_blocks() const { return 0; }
-int64_t packed_size(const Shape&) { return 0; }
+bool kernel_available() {
+  return false;
+}
+int64_t Shape::query_blocks() const {
+  return 0;
+}
+int64_t Shape::key_blocks() const {
+  return 0;
+}
+int64_t packed_size(const Shape&) {
+  return 0;
+}
 void pack(const Shape&, Matrix<const float>, Matrix<const float>, float*) {}
-int64_t forward_scratch_size(const Shape&) { return 0; }
-void forward_block(const Shape&, Matrix<const float>, const float*, Matrix<float>, Matrix<float>, int64_t, int64_t, float*) {}
-int64_t query_block_rows() { return 1; }
-int64_t forward_rows_scratch_size(int64_t) { return 0; }
-void forward_rows(int64_t, int64_t, float, const float*, int64_t, const Part*, int64_t, float*, int64_t, float*, int64_t, ExactList*, float*) {}
-void exact_row_backward(int64_t, float, const float*, const float*, float, float, const int32_t*, int64_t, const float*, const float*, float*, float*, float*) {}
+int64_t forward_scratch_size(const Shape&) {
+  return 0;
+}
+void forward_block(const Shape&, Matrix<const float>, const float*, Matrix<float>, Matrix<float>,
+                   int64_t, int64_t, float*) {}
+int64_t query_block_rows() {
+  return 1;
+}
+int64_t forward_rows_scratch_size(int64_t) {
+  return 0;
+}
+void forward_rows(int64_t, int64_t, float, const float*, int64_t, const Part*, int64_t, float*,
+                  int64_t, float*, int64_t, ExactList*, float*) {}
+void exact_row_backward(int64_t, float, const float*, const float*, float, float, const int32_t*,
+                        int64_t, const float*, const float*, float*, float*, float*) {}
 void add_gathered(int64_t, const float*, const float*, const int32_t*, int64_t, float*) {}
 void pack_matrix(const float*, int64_t, int64_t, int64_t, float*) {}
 void pack_transposed(const float*, int64_t, int64_t, int64_t, float*) {}
-void multiply(int64_t, int64_t, int64_t, const float*, int64_t, const float*, float*, int64_t, bool) {}
+void multiply(int64_t, int64_t, int64_t, const float*, int64_t, const float*, float*, int64_t,
+              bool) {}
 void corrections(int64_t, int64_t, int64_t, const float*, int64_t, const float*, float*, float*) {}
 void add_rows(int64_t, int64_t, const float*, int64_t, float*, int64_t) {}
 void add_gram(int64_t, int64_t, const float*, int64_t, const float*, float*, float*) {}
-int64_t key_chunk_rows() { return 1; }
+int64_t key_chunk_rows() {
+  return 1;
+}
 void pack_chunk(const Shape&, const float*, int64_t, const float*, int64_t, int64_t, float*) {}
-int64_t packed_queries_size(const Shape&) { return 0; }
+int64_t packed_queries_size(const Shape&) {
+  return 0;
+}
 void pack_queries(const Shape&, const BackwardOperands&, int64_t, float*) {}
-int64_t backward_scratch_size(const Shape&) { return 0; }
-void backward_block(const Shape&, const BackwardOperands&, const float*, int64_t, const Order&, float*) {}
+int64_t backward_scratch_size(const Shape&) {
+  return 0;
+}
+void backward_block(const Shape&, const BackwardOperands&, const float*, int64_t, const Order&,
+                    float*) {}
 }  // namespace drrl::cpu
 
 #endif

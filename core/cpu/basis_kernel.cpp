@@ -6,8 +6,8 @@
 
 #include "core/cpu/attention_kernel.h"
 
-// Small matrices, a few dozen rows: one call each of a general library would cost more than the work. Bases lie here as rows, [rank, d], so that every loop
-// runs over neighbours.
+// Small matrices, a few dozen rows: one call each of a general library would cost more than the
+// work. Bases lie here as rows, [rank, d], so that every loop runs over neighbours.
 
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
@@ -74,7 +74,8 @@ void transpose(int64_t rows, int64_t columns, const double* x, double* y) {
   }
 }
 
-// The upper Cholesky factor of a [r, r] in its upper triangle, r a multiple of 4; false if a is not positive definite. Entries below are not used.
+// The upper Cholesky factor of a [r, r] in its upper triangle, r a multiple of 4; false if a is not
+// positive definite. Entries below are not used.
 bool cholesky(int64_t r, double* a) {
   for (int64_t k = 0; k < r; ++k) {
     double* row = a + k * r;
@@ -107,7 +108,8 @@ struct Item {
   const UpdateSettings& settings;
   double *factor, *image, *turned, *scales;  // [r, r], [r, d], [d, r], [r]
 
-  // to [r, d] <- the partner of p [r, d] for this Gram, lifted as little as it needs; false if no lift serves.
+  // to [r, d] <- the partner of p [r, d] for this Gram, lifted as little as it needs; false if no
+  // lift serves.
   bool partner(const double* p, const double* gram, double* to) const {
     double diagonal = 0;
     for (int64_t i = 0; i < d; ++i) {
@@ -115,7 +117,8 @@ struct Item {
     }
     const double mean = diagonal / static_cast<double>(d);
     for (double lift = settings.first_lift; lift <= settings.largest_lift; lift *= 100) {
-      if (lifted_partner(p, gram, diagonal, mean > 0 ? mean * lift : 1, to)) {  // without any rows the identity stands in
+      if (lifted_partner(p, gram, diagonal, mean > 0 ? mean * lift : 1,
+                         to)) {  // without any rows the identity stands in
         return true;
       }
     }
@@ -123,7 +126,8 @@ struct Item {
   }
 
   // The same for gram + floor I; false if that is not definite.
-  bool lifted_partner(const double* p, const double* gram, double trace, double floor, double* to) const {
+  bool lifted_partner(const double* p, const double* gram, double trace, double floor,
+                      double* to) const {
     product(r, d, d, p, gram, image);
     for (int64_t i = 0; i < r; ++i) {
       const double* row = p + i * d;
@@ -180,10 +184,13 @@ bool basis_kernel_fits(int64_t d, int64_t rank) {
   return available && d % 8 == 0 && rank % 8 == 0;
 }
 
-int64_t update_scratch_size(int64_t d, int64_t rank) { return 4 * rank * d + rank * rank + rank; }
+int64_t update_scratch_size(int64_t d, int64_t rank) {
+  return 4 * rank * d + rank * rank + rank;
+}
 
-bool update_item(int64_t d, int64_t rank, int64_t steps, const float* start, int64_t start_columns, const double* gram_x, const double* gram_y,
-                 const UpdateSettings& settings, float* left, float* right, int64_t columns, double* scratch) {
+bool update_item(int64_t d, int64_t rank, int64_t steps, const float* start, int64_t start_columns,
+                 const double* gram_x, const double* gram_y, const UpdateSettings& settings,
+                 float* left, float* right, int64_t columns, double* scratch) {
   const int64_t size = rank * d;
   double *l = scratch, *r = l + size;
   double* factor = r + size;
@@ -214,7 +221,8 @@ bool update_item(int64_t d, int64_t rank, int64_t steps, const float* start, int
     }
   }
   for (int64_t i = 0; i < rank; ++i) {  // columns of equal length on both sides
-    const double of_left = std::sqrt(dot(d, l + i * d, l + i * d)), of_right = std::sqrt(dot(d, r + i * d, r + i * d));
+    const double of_left = std::sqrt(dot(d, l + i * d, l + i * d)),
+                 of_right = std::sqrt(dot(d, r + i * d, r + i * d));
     const double balance = std::max(std::sqrt(of_right / std::max(of_left, 1e-300)), 1e-300);
     for (int64_t j = 0; j < d; ++j) {
       left[j * columns + i] = static_cast<float>(l[i * d + j] * balance);
@@ -224,13 +232,17 @@ bool update_item(int64_t d, int64_t rank, int64_t steps, const float* start, int
   return true;
 }
 
-int64_t residual_scratch_size(int64_t d, int64_t rank, int64_t columns) { return 4 * rank * d + 3 * columns * d + columns * rank + 2 * columns * columns; }
+int64_t residual_scratch_size(int64_t d, int64_t rank, int64_t columns) {
+  return 4 * rank * d + 3 * columns * d + columns * rank + 2 * columns * columns;
+}
 
-void residual_item(int64_t d, int64_t rank, int64_t columns, const float* left, const float* right, int64_t basis_columns, const double* gram, double scale,
-                   const double* start, float* to, double* scratch) {
+void residual_item(int64_t d, int64_t rank, int64_t columns, const float* left, const float* right,
+                   int64_t basis_columns, const double* gram, double scale, const double* start,
+                   float* to, double* scratch) {
   const int64_t size = rank * d;
   double *l = scratch, *r = l + size, *l_rows = r + size, *r_rows = l_rows + size;
-  double *range = r_rows + size, *image = range + columns * d, *other = image + columns * d, *inner = other + columns * d, *small = inner + columns * columns;
+  double *range = r_rows + size, *image = range + columns * d, *other = image + columns * d,
+         *inner = other + columns * d, *small = inner + columns * columns;
   for (int64_t j = 0; j < d; ++j) {
     for (int64_t i = 0; i < rank; ++i) {
       l[j * rank + i] = l_rows[i * d + j] = left[j * basis_columns + i];
@@ -254,7 +266,8 @@ void residual_item(int64_t d, int64_t rank, int64_t columns, const float* left, 
   transpose(d, columns, start, other);
   times_c(other, range);
   for (int64_t i = 0; i < columns; ++i) {
-    scale_row(d, 1 / std::max(std::sqrt(dot(d, range + i * d, range + i * d)), 1e-300), range + i * d);
+    scale_row(d, 1 / std::max(std::sqrt(dot(d, range + i * d, range + i * d)), 1e-300),
+              range + i * d);
   }
   std::memcpy(other, range, static_cast<size_t>(columns * d) * sizeof(double));
   times_c(other, image);
@@ -284,13 +297,21 @@ void residual_item(int64_t d, int64_t rank, int64_t columns, const float* left, 
 
 namespace drrl::cpu {
 
-bool basis_kernel_fits(int64_t, int64_t) { return false; }
-int64_t update_scratch_size(int64_t, int64_t) { return 0; }
-bool update_item(int64_t, int64_t, int64_t, const float*, int64_t, const double*, const double*, const UpdateSettings&, float*, float*, int64_t, double*) {
+bool basis_kernel_fits(int64_t, int64_t) {
   return false;
 }
-int64_t residual_scratch_size(int64_t, int64_t, int64_t) { return 0; }
-void residual_item(int64_t, int64_t, int64_t, const float*, const float*, int64_t, const double*, double, const double*, float*, double*) {}
+int64_t update_scratch_size(int64_t, int64_t) {
+  return 0;
+}
+bool update_item(int64_t, int64_t, int64_t, const float*, int64_t, const double*, const double*,
+                 const UpdateSettings&, float*, float*, int64_t, double*) {
+  return false;
+}
+int64_t residual_scratch_size(int64_t, int64_t, int64_t) {
+  return 0;
+}
+void residual_item(int64_t, int64_t, int64_t, const float*, const float*, int64_t, const double*,
+                   double, const double*, float*, double*) {}
 
 }  // namespace drrl::cpu
 

@@ -5,21 +5,27 @@
 namespace drrl::cpu {
 namespace {
 
-// Key blocks add to a block of grad_q in their order, whichever thread each one is on. They are taken in that order too, so the one waited for
-// is always running.
+// Key blocks add to a block of grad_q in their order, whichever thread each one is on. They are
+// taken in that order too, so the one waited for is always running.
 class Turns {
  public:
-  explicit Turns(const Shape& shape) : blocks_(shape.query_blocks()), next_(static_cast<size_t>(shape.heads * blocks_)) {}
+  explicit Turns(const Shape& shape)
+      : blocks_(shape.query_blocks()), next_(static_cast<size_t>(shape.heads * blocks_)) {}
 
   Order order(int64_t key_block) {
-    return {this, key_block, [](void* self, int64_t mine, int64_t head, int64_t block) { static_cast<Turns*>(self)->wait(mine, head, block); },
+    return {this, key_block,
+            [](void* self, int64_t mine, int64_t head, int64_t block) {
+              static_cast<Turns*>(self)->wait(mine, head, block);
+            },
             [](void* self, int64_t mine, int64_t head, int64_t block) {
               static_cast<Turns*>(self)->at(head, block).store(mine + 1, std::memory_order_release);
             }};
   }
 
  private:
-  std::atomic<int64_t>& at(int64_t head, int64_t block) { return next_[static_cast<size_t>(head * blocks_ + block)]; }
+  std::atomic<int64_t>& at(int64_t head, int64_t block) {
+    return next_[static_cast<size_t>(head * blocks_ + block)];
+  }
   void wait(int64_t key_block, int64_t head, int64_t block) {
     for (int spins = 0; at(head, block).load(std::memory_order_acquire) != key_block; ++spins) {
       if (spins > 1000) {
@@ -69,10 +75,12 @@ void run_backward(const std::vector<BackwardProblem>& problems) {
     pack_queries(problems[p].shape, problems[p].operands, head, packed_of(p));
   });
   const auto blocks = tasks_of(problems, [](const Shape& shape) { return shape.key_blocks(); });
-  for_each_task(static_cast<int64_t>(blocks.size()), scratch_size, [&](int64_t task, float* scratch) {
-    const auto [p, block] = blocks[static_cast<size_t>(task)];
-    backward_block(problems[p].shape, problems[p].operands, packed_of(p), block, turns[p]->order(block), scratch);
-  });
+  for_each_task(static_cast<int64_t>(blocks.size()), scratch_size,
+                [&](int64_t task, float* scratch) {
+                  const auto [p, block] = blocks[static_cast<size_t>(task)];
+                  backward_block(problems[p].shape, problems[p].operands, packed_of(p), block,
+                                 turns[p]->order(block), scratch);
+                });
 }
 
 }  // namespace drrl::cpu

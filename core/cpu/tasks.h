@@ -1,18 +1,19 @@
 #pragma once
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-
 #include <atomic>
 #include <memory>
 #include <thread>
 #include <vector>
 
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
 #include "core/cpu/attention_kernel.h"
 
 namespace drrl::cpu {
 
-/// Runs work(task, worker-local scratch) for all tasks, each taken by the next free thread in the order of their numbers.
+/// Runs work(task, worker-local scratch) for all tasks, each taken by the next free thread in the
+/// order of their numbers.
 template <typename Work>
 void for_each_task(int64_t tasks, int64_t scratch_size, const Work& work) {
   std::atomic<int64_t> next{0};
@@ -31,7 +32,8 @@ struct BackwardProblem {
   BackwardOperands operands;
 };
 
-/// Gradients of all problems. Those that add to the same rows of grad_q must not be in one call. Does not depend on the number of threads.
+/// Gradients of all problems. Those that add to the same rows of grad_q must not be in one call.
+/// Does not depend on the number of threads.
 void run_backward(const std::vector<BackwardProblem>& problems);
 
 }  // namespace drrl::cpu

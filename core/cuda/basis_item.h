@@ -3,12 +3,15 @@
 #include "core/cuda/block.h"
 #include "core/types/basis_settings.h"
 
-/// update_basis and residual_factor (core/linalg/basis.h) for one item, in double, by one block. Sizes are multiples of 8 where they are ranks or columns
-/// and of 4 where they are head dims.
+/// update_basis and residual_factor (core/linalg/basis.h) for one item, in double, by one block.
+/// Sizes are multiples of 8 where they are ranks or columns and of 4 where they are head dims.
 namespace drrl::cuda {
 
-/// Room for a matrix of n columns: rows start at 16 bytes, and threads that each read their own row do not all meet in one bank.
-DRRL_HOST_DEVICE int row_stride(int n) { return n + 2; }
+/// Room for a matrix of n columns: rows start at 16 bytes, and threads that each read their own row
+/// do not all meet in one bank.
+DRRL_HOST_DEVICE int row_stride(int n) {
+  return n + 2;
+}
 
 template <typename Block>
 class SmallMatrices {
@@ -17,21 +20,26 @@ class SmallMatrices {
 
   /// c [m, n] = a^T b for a [k, m] and b [k, n], by tiles of T x T a thread.
   template <int T, typename A>
-  DRRL_HOST_DEVICE void transposed_product(int m, int n, int k, const A* a, int stride_a, const double* b, int stride_b, double* c, int stride_c) const {
-    tiles<T>(m, n, k, c, stride_c, [=](int l, int i, double(&x)[T]) { load(a + l * stride_a + i, x); },
-             [=](int l, int j, double(&y)[T]) { load(b + l * stride_b + j, y); });
+  DRRL_HOST_DEVICE void transposed_product(int m, int n, int k, const A* a, int stride_a,
+                                           const double* b, int stride_b, double* c,
+                                           int stride_c) const {
+    tiles<T>(
+        m, n, k, c, stride_c, [=](int l, int i, double (&x)[T]) { load(a + l * stride_a + i, x); },
+        [=](int l, int j, double (&y)[T]) { load(b + l * stride_b + j, y); });
   }
 
   /// c [m, n] = a b for a [m, k] and b [k, n].
   template <int T, typename A>
-  DRRL_HOST_DEVICE void product(int m, int n, int k, const A* a, int stride_a, const double* b, int stride_b, double* c, int stride_c) const {
-    tiles<T>(m, n, k, c, stride_c,
-             [=](int l, int i, double(&x)[T]) {
-               for (int s = 0; s < T; ++s) {
-                 x[s] = a[(i + s) * stride_a + l];
-               }
-             },
-             [=](int l, int j, double(&y)[T]) { load(b + l * stride_b + j, y); });
+  DRRL_HOST_DEVICE void product(int m, int n, int k, const A* a, int stride_a, const double* b,
+                                int stride_b, double* c, int stride_c) const {
+    tiles<T>(
+        m, n, k, c, stride_c,
+        [=](int l, int i, double (&x)[T]) {
+          for (int s = 0; s < T; ++s) {
+            x[s] = a[(i + s) * stride_a + l];
+          }
+        },
+        [=](int l, int j, double (&y)[T]) { load(b + l * stride_b + j, y); });
   }
 
   /// f(i, j) for each entry of an [m, n] matrix.
@@ -42,7 +50,9 @@ class SmallMatrices {
 
   /// to[j] <- the length of column j of x [m, n].
   DRRL_HOST_DEVICE void lengths(int m, int n, const double* x, int stride, double* to) const {
-    block_.sums(n, m, [=](int j, int i) { return x[i * stride + j] * x[i * stride + j]; }, [=](int j, double sum) { to[j] = sqrt(sum); });
+    block_.sums(
+        n, m, [=](int j, int i) { return x[i * stride + j] * x[i * stride + j]; },
+        [=](int j, double sum) { to[j] = sqrt(sum); });
   }
 
   /// Columns of x [m, n] to length one. room [n]
@@ -53,11 +63,13 @@ class SmallMatrices {
 
   /// to[0] <- the mean diagonal of a [n, n]
   DRRL_HOST_DEVICE void mean_diagonal(int n, const double* a, int stride, double* to) const {
-    block_.sums(1, n, [=](int, int j) { return a[j * stride + j]; }, [=](int, double sum) { *to = sum / n; });
+    block_.sums(
+        1, n, [=](int, int j) { return a[j * stride + j]; },
+        [=](int, double sum) { *to = sum / n; });
   }
 
-  /// The Cholesky factor of a [r, r]: in place, above the diagonal as U and below it as U^T; of its diagonal the inverses, [r]. False if a is not positive
-  /// definite.
+  /// The Cholesky factor of a [r, r]: in place, above the diagonal as U and below it as U^T; of its
+  /// diagonal the inverses, [r]. False if a is not positive definite.
   DRRL_HOST_DEVICE bool cholesky(int r, double* a, int stride, double* inverse) const {
     for (int k = 0; k < r; ++k) {
       double* row = a + k * stride + k;
@@ -86,8 +98,10 @@ class SmallMatrices {
     return true;
   }
 
-  /// Each row x of rows [m, r] <- x U^-1 (forward), then x U^-T (backward), for a factor of `cholesky`. One thread a row, eight columns at a time.
-  DRRL_HOST_DEVICE void solve_rows(int m, int r, const double* factor, int stride_f, const double* inverse, double* rows, int stride, bool forward,
+  /// Each row x of rows [m, r] <- x U^-1 (forward), then x U^-T (backward), for a factor of
+  /// `cholesky`. One thread a row, eight columns at a time.
+  DRRL_HOST_DEVICE void solve_rows(int m, int r, const double* factor, int stride_f,
+                                   const double* inverse, double* rows, int stride, bool forward,
                                    bool backward) const {
     block_.each(m, [=](int i) {
       double* x = rows + i * stride;
@@ -147,7 +161,8 @@ class SmallMatrices {
   }
 
   template <int T, typename LoadA, typename LoadB>
-  DRRL_HOST_DEVICE void tiles(int m, int n, int k, double* c, int stride_c, LoadA load_a, LoadB load_b) const {
+  DRRL_HOST_DEVICE void tiles(int m, int n, int k, double* c, int stride_c, LoadA load_a,
+                              LoadB load_b) const {
     const int across = n / T;
     block_.each(m / T * across, [=](int tile) {
       const int i = tile / across * T, j = tile % across * T;
@@ -175,20 +190,38 @@ class SmallMatrices {
 };
 
 /// Doubles of scratch for one item.
-DRRL_HOST_DEVICE int update_scratch_size(int d, int rank) { return (2 * d + rank) * row_stride(rank) + 2 * rank + 2; }
+DRRL_HOST_DEVICE int update_scratch_size(int d, int rank) {
+  return (2 * d + rank) * row_stride(rank) + 2 * rank + 2;
+}
 
 template <typename Block>
 class UpdateItem {
  public:
   /// start_columns, columns: numbers in a row of the start and of both results.
-  DRRL_HOST_DEVICE UpdateItem(const Block& block, int d, int rank, int start_columns, int columns, const UpdateSettings& settings, double* scratch)
-      : block_(block), d_(d), r_(rank), start_columns_(start_columns), columns_(columns), stride_(row_stride(rank)), settings_(settings), p_(scratch),
-        image_(p_ + d * stride_), factor_(image_ + d * stride_), scales_(factor_ + rank * stride_), inverse_(scales_ + rank), one_(inverse_ + rank) {}
+  DRRL_HOST_DEVICE UpdateItem(const Block& block, int d, int rank, int start_columns, int columns,
+                              const UpdateSettings& settings, double* scratch)
+      : block_(block),
+        d_(d),
+        r_(rank),
+        start_columns_(start_columns),
+        columns_(columns),
+        stride_(row_stride(rank)),
+        settings_(settings),
+        p_(scratch),
+        image_(p_ + d * stride_),
+        factor_(image_ + d * stride_),
+        scales_(factor_ + rank * stride_),
+        inverse_(scales_ + rank),
+        one_(inverse_ + rank) {}
 
-  /// start [d, rank]; gram_x, gram_y [d, d]; writes left and right, [d, rank]. Empty columns of the start are filled with random signs. False if a Gram is not definite.
-  DRRL_HOST_DEVICE bool run(int steps, const float* start, const double* gram_x, const double* gram_y, float* left, float* right) const {
+  /// start [d, rank]; gram_x, gram_y [d, d]; writes left and right, [d, rank]. Empty columns of the
+  /// start are filled with random signs. False if a Gram is not definite.
+  DRRL_HOST_DEVICE bool run(int steps, const float* start, const double* gram_x,
+                            const double* gram_y, float* left, float* right) const {
     const SmallMatrices<Block> m(block_);
-    m.entries(d_, r_, [p = p_, start, columns = start_columns_, stride = stride_](int i, int j) { p[i * stride + j] = start[i * columns + j]; });
+    m.entries(d_, r_, [p = p_, start, columns = start_columns_, stride = stride_](int i, int j) {
+      p[i * stride + j] = start[i * columns + j];
+    });
     m.lengths(d_, r_, p_, stride_, scales_);
     m.entries(d_, r_, [p = p_, scales = scales_, r = r_, stride = stride_](int i, int j) {
       if (scales[j] == 0) {
@@ -212,8 +245,12 @@ class UpdateItem {
     }
     // Columns of equal length on both sides; those of `right` have length one or zero.
     m.lengths(d_, r_, p_, stride_, scales_);
-    block_.sums(r_, d_, [right, columns = columns_](int j, int i) { return static_cast<double>(right[i * columns + j]) * right[i * columns + j]; },
-                [inverse = inverse_](int j, double sum) { inverse[j] = sqrt(sum); });
+    block_.sums(
+        r_, d_,
+        [right, columns = columns_](int j, int i) {
+          return static_cast<double>(right[i * columns + j]) * right[i * columns + j];
+        },
+        [inverse = inverse_](int j, double sum) { inverse[j] = sqrt(sum); });
     m.entries(d_, r_, [self = *this, left, right](int i, int j) {
       const double balance = fmax(sqrt(self.inverse_[j] / fmax(self.scales_[j], 1e-300)), 1e-300);
       left[i * self.columns_ + j] = static_cast<float>(self.p_[i * self.stride_ + j] * balance);
@@ -228,19 +265,24 @@ class UpdateItem {
     SmallMatrices<Block>(block_).mean_diagonal(d_, gram, d_, one_);
     const double mean = *one_;
     for (double lift = settings_.first_lift; lift <= settings_.largest_lift; lift *= 100) {
-      if (lifted_partner(gram, mean, mean > 0 ? mean * lift : 1)) {  // without any rows the identity stands in
+      if (lifted_partner(gram, mean,
+                         mean > 0 ? mean * lift : 1)) {  // without any rows the identity stands in
         return true;
       }
     }
     return false;
   }
 
-  /// p [d, r] <- G p (p^T G p)^-1 for G = gram + floor I, the inner matrix scaled to a diagonal of ones. If G is not definite false, and p stays.
-  DRRL_HOST_DEVICE bool lifted_partner(const double* gram, double mean_diagonal, double floor) const {
+  /// p [d, r] <- G p (p^T G p)^-1 for G = gram + floor I, the inner matrix scaled to a diagonal of
+  /// ones. If G is not definite false, and p stays.
+  DRRL_HOST_DEVICE bool lifted_partner(const double* gram, double mean_diagonal,
+                                       double floor) const {
     const SmallMatrices<Block> m(block_);
     const int d = d_, r = r_, stride = stride_;
-    double *p = p_, *image = image_, *factor = factor_, *scales = scales_, *inverse = inverse_, *one = one_;
-    m.template transposed_product<4>(d, r, d, gram, d, p, stride, image, stride);  // the Gram is symmetric
+    double *p = p_, *image = image_, *factor = factor_, *scales = scales_, *inverse = inverse_,
+           *one = one_;
+    m.template transposed_product<4>(d, r, d, gram, d, p, stride, image,
+                                     stride);  // the Gram is symmetric
     m.entries(d, r, [=](int i, int j) { image[i * stride + j] += floor * p[i * stride + j]; });
     if (r <= 32) {  // one tile a thread, about
       m.template transposed_product<2>(r, r, d, p, stride, image, stride, factor, stride);
@@ -248,7 +290,9 @@ class UpdateItem {
       m.template transposed_product<4>(r, r, d, p, stride, image, stride, factor, stride);
     }
     m.lengths(d, r, p, stride, inverse);
-    block_.sums(1, r, [=](int, int i) { return factor[i * stride + i] > 0 || inverse[i] == 0 ? 0.0 : 1.0; }, [=](int, double bad) { *one = bad; });
+    block_.sums(
+        1, r, [=](int, int i) { return factor[i * stride + i] > 0 || inverse[i] == 0 ? 0.0 : 1.0; },
+        [=](int, double bad) { *one = bad; });
     if (*one > 0) {
       return false;
     }
@@ -264,19 +308,23 @@ class UpdateItem {
       return false;
     }
     m.entries(d, r, [=](int i, int j) { image[i * stride + j] *= scales[j]; });
-    m.solve_rows(d, r, factor, stride, inverse, image, stride, /*forward=*/true, /*backward=*/false);
-    block_.sums(1, d, [=](int, int i) {
-                  double sum = 0;
-                  for (int j = 0; j < r; ++j) {
-                    sum += image[i * stride + j] * image[i * stride + j];
-                  }
-                  return sum;
-                },
-                [=](int, double explained) { *one = explained; });
+    m.solve_rows(d, r, factor, stride, inverse, image, stride, /*forward=*/true,
+                 /*backward=*/false);
+    block_.sums(
+        1, d,
+        [=](int, int i) {
+          double sum = 0;
+          for (int j = 0; j < r; ++j) {
+            sum += image[i * stride + j] * image[i * stride + j];
+          }
+          return sum;
+        },
+        [=](int, double explained) { *one = explained; });
     if (!(*one <= kMostExplained * d * (mean_diagonal + floor))) {
       return false;
     }
-    m.solve_rows(d, r, factor, stride, inverse, image, stride, /*forward=*/false, /*backward=*/true);
+    m.solve_rows(d, r, factor, stride, inverse, image, stride, /*forward=*/false,
+                 /*backward=*/true);
     m.entries(d, r, [=](int i, int j) { p[i * stride + j] = image[i * stride + j] * scales[j]; });
     return true;
   }
@@ -292,25 +340,32 @@ DRRL_HOST_DEVICE int residual_scratch_size(int d, int rank, int columns) {
   return (3 * d + rank + columns) * row_stride(columns) + columns + 2;
 }
 
-/// left, right [d, rank] in rows of basis_columns numbers; gram [d, d] times scale is G_k / (2 n d); start [d, columns] the fixed random columns; writes
-/// F [d, columns], zeros where nothing is dropped.
+/// left, right [d, rank] in rows of basis_columns numbers; gram [d, d] times scale is G_k / (2 n
+/// d); start [d, columns] the fixed random columns; writes F [d, columns], zeros where nothing is
+/// dropped.
 template <typename Block>
-DRRL_HOST_DEVICE void residual_item(const Block& block, int d, int rank, int columns, const float* left, const float* right, int basis_columns,
-                                    const double* gram, double scale, const double* start, float* to, double* scratch) {
+DRRL_HOST_DEVICE void residual_item(const Block& block, int d, int rank, int columns,
+                                    const float* left, const float* right, int basis_columns,
+                                    const double* gram, double scale, const double* start,
+                                    float* to, double* scratch) {
   const SmallMatrices<Block> m(block);
   const int stride = row_stride(columns);
-  double *range = scratch, *image = range + d * stride, *other = image + d * stride, *small = other + d * stride;
-  double *inner = small + rank * stride, *inverse = inner + columns * stride, *one = inverse + columns;
+  double *range = scratch, *image = range + d * stride, *other = image + d * stride,
+         *small = other + d * stride;
+  double *inner = small + rank * stride, *inverse = inner + columns * stride,
+         *one = inverse + columns;
   // x [d, columns] <- x - up down^T x
   const auto drop = [&](double* x, const float* down, const float* up, double* room) {
-    m.template transposed_product<2>(rank, columns, d, down, basis_columns, x, stride, small, stride);
+    m.template transposed_product<2>(rank, columns, d, down, basis_columns, x, stride, small,
+                                     stride);
     m.template product<2>(d, columns, rank, up, basis_columns, small, stride, room, stride);
     m.entries(d, columns, [=](int i, int j) { x[i * stride + j] -= room[i * stride + j]; });
   };
   // y <- M (scale G) M^T x; x is overwritten
   const auto times_c = [&](double* x, double* y) {
     drop(x, left, right, y);
-    m.template transposed_product<4>(d, columns, d, gram, d, x, stride, y, stride);  // the Gram is symmetric
+    m.template transposed_product<4>(d, columns, d, gram, d, x, stride, y,
+                                     stride);  // the Gram is symmetric
     m.entries(d, columns, [=](int i, int j) { y[i * stride + j] *= scale; });
     drop(y, right, left, x);
   };
@@ -319,15 +374,19 @@ DRRL_HOST_DEVICE void residual_item(const Block& block, int d, int rank, int col
   m.unit(d, columns, range, stride, inverse);
   m.entries(d, columns, [=](int i, int j) { other[i * stride + j] = range[i * stride + j]; });
   times_c(other, image);
-  m.template transposed_product<2>(columns, columns, d, range, stride, image, stride, inner, stride);
+  m.template transposed_product<2>(columns, columns, d, range, stride, image, stride, inner,
+                                   stride);
   m.mean_diagonal(d, gram, d, one);
   const double lift = *one * scale * 1e-10 + 1e-300;
   block.each(columns, [=](int i) { inner[i * stride + i] += lift; });
   const bool sound = m.cholesky(columns, inner, stride, inverse);
   if (sound) {
-    m.solve_rows(d, columns, inner, stride, inverse, image, stride, /*forward=*/true, /*backward=*/false);
+    m.solve_rows(d, columns, inner, stride, inverse, image, stride, /*forward=*/true,
+                 /*backward=*/false);
   }
-  m.entries(d, columns, [=](int i, int j) { to[i * columns + j] = sound ? static_cast<float>(image[i * stride + j]) : 0.0f; });
+  m.entries(d, columns, [=](int i, int j) {
+    to[i * columns + j] = sound ? static_cast<float>(image[i * stride + j]) : 0.0f;
+  });
 }
 
 }  // namespace drrl::cuda

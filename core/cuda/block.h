@@ -2,8 +2,8 @@
 
 #include <cmath>
 
-/// Code that a thread block runs together, written so that the host can run it too: a test without a GPU executes the very same lines, one element
-/// after another.
+/// Code that a thread block runs together, written so that the host can run it too: a test without
+/// a GPU executes the very same lines, one element after another.
 #ifdef __CUDACC__
 #define DRRL_HOST_DEVICE __host__ __device__ __forceinline__
 #define DRRL_UNROLL _Pragma("unroll")
@@ -18,7 +18,8 @@ namespace drrl::cuda {
 
 /// A block of one thread, on the host.
 struct HostBlock {
-  /// f(0), .., f(n - 1), which write to different places and do not read what another of them writes. All are done when it returns.
+  /// f(0), .., f(n - 1), which write to different places and do not read what another of them
+  /// writes. All are done when it returns.
   template <typename F>
   DRRL_HOST_DEVICE void each(int n, F f) const {
     for (int i = 0; i < n; ++i) {
@@ -62,7 +63,8 @@ struct HostWarp : HostBlock {
 };
 
 #ifdef __CUDACC__
-/// The warp of the calling thread, in a block of one dimension, all of its threads present. What one thread wrote others may not read.
+/// The warp of the calling thread, in a block of one dimension, all of its threads present. What
+/// one thread wrote others may not read.
 struct ThreadWarp {
   template <typename F>
   __device__ __forceinline__ void each(int n, F f) const {
@@ -90,7 +92,8 @@ struct ThreadWarp {
   }
 };
 
-/// The block of the calling thread: one dimension, whole warps. All threads must call the same functions in the same order.
+/// The block of the calling thread: one dimension, whole warps. All threads must call the same
+/// functions in the same order.
 struct ThreadBlock {
   template <typename F>
   __device__ __forceinline__ void each(int n, F f) const {
@@ -102,7 +105,8 @@ struct ThreadBlock {
   template <typename Term, typename Store>
   __device__ __forceinline__ void sums(int n, int length, Term term, Store store) const {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    for (int i = static_cast<int>(threadIdx.x) / 32; i < n; i += static_cast<int>(blockDim.x) / 32) {
+    for (int i = static_cast<int>(threadIdx.x) / 32; i < n;
+         i += static_cast<int>(blockDim.x) / 32) {
       double sum = 0;
       for (int j = lane; j < length; j += 32) {
         sum += term(i, j);

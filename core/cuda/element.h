@@ -1,8 +1,8 @@
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <optional>
+
+#include <ATen/ATen.h>
 
 #include "core/cuda/rows_kernel.h"
 

@@ -1,6 +1,5 @@
-#include "core/cuda/gate_kernel.h"
-
 #include "core/cuda/gate_item.h"
+#include "core/cuda/gate_kernel.h"
 #include "core/cuda/numbers.h"
 
 namespace drrl::cuda {
@@ -16,7 +15,8 @@ __global__ void __launch_bounds__(32 * kWarps) gate_kernel(GateRows rows) {
   }
   const int64_t first = row * rows.keys;
   T *low = static_cast<T*>(rows.low) + first, *heavy = static_cast<T*>(rows.heavy) + first;
-  const float sum = gate_row(ThreadWarp(), rows.keys, rows.chunk, rows.scores + first, rows.full + first, rows.exact + first, rows.before[row],
+  const float sum = gate_row(ThreadWarp(), rows.keys, rows.chunk, rows.scores + first,
+                             rows.full + first, rows.exact + first, rows.before[row],
                              rows.log_gate[row / rows.rows], [=](int j, float weight, bool exact) {
                                low[j] = narrow<T>(exact ? 0.0f : weight);
                                heavy[j] = narrow<T>(exact ? weight : 0.0f);

@@ -1,8 +1,8 @@
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <cstdint>
+
+#include <cuda_runtime_api.h>
 
 #include "core/cuda/rows_kernel.h"
 
@@ -12,12 +12,12 @@ namespace drrl::cuda {
 struct GateRows {
   int64_t n, rows;
   int keys, chunk;
-  float* scores;                  ///< at low rank; those that count afterwards
-  const float* full;              ///< exact
+  float* scores;                   ///< at low rank; those that count afterwards
+  const float* full;               ///< exact
   const float *before, *log_gate;  ///< [n, rows], [n]
-  float* sums;                    ///< [n, rows], written, as what follows
+  float* sums;                     ///< [n, rows], written, as what follows
   bool* exact;
-  void *low, *heavy;              ///< weights, of `element`
+  void *low, *heavy;  ///< weights, of `element`
 };
 
 /// gate_row (gate_item.h) on each row. Asynchronous on `stream`; returns the launch's error.

@@ -8,7 +8,6 @@
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #include <algorithm>
 #include <array>
@@ -23,6 +22,8 @@
 #include <tuple>
 #include <utility>
 #include <vector>
+
+#include <xxhash.h>
 
 namespace drrl {
 namespace {
@@ -69,12 +70,14 @@ struct Target {
 };
 
 Target target_of(std::filesystem::path path) {
-  check(ErrorKind::kStorage, path.has_filename(), "cannot write ", path, ": expected the name of a file");
-  struct stat status {};
+  check(ErrorKind::kStorage, path.has_filename(), "cannot write ", path,
+        ": expected the name of a file");
+  struct stat status{};
   if (::stat(path.c_str(), &status) == 0) {
-    check(ErrorKind::kStorage, !S_ISDIR(status.st_mode), "cannot write ", path, ": it is a folder, expected a file");
+    check(ErrorKind::kStorage, !S_ISDIR(status.st_mode), "cannot write ", path,
+          ": it is a folder, expected a file");
     for (const int standard : {STDOUT_FILENO, STDERR_FILENO}) {
-      struct stat open {};
+      struct stat open{};
       if (::fstat(standard, &open) == 0 && same_file(open, status)) {
         return {std::move(path), false, standard};
       }
@@ -86,7 +89,8 @@ Target target_of(std::filesystem::path path) {
     check(ErrorKind::kStorage, errno == ENOENT, "cannot write ", path, ": ", reason(errno));
   }
   std::error_code error;
-  while (std::filesystem::is_symlink(std::filesystem::symlink_status(path, error))) {  // stat has found the end of the chain
+  while (std::filesystem::is_symlink(
+      std::filesystem::symlink_status(path, error))) {  // stat has found the end of the chain
     const auto to = std::filesystem::read_symlink(path, error);
     check(ErrorKind::kStorage, !error, "cannot follow the link ", path, ": ", error.message());
     path = path.parent_path() / to;
@@ -104,22 +108,26 @@ std::string temporary_prefix(const std::filesystem::path& path) {
   return c10::str(".", path.filename().string().substr(0, kLongest), ".tmp-");
 }
 
-/// A new file beside `path`, locked as long as it is open: what is not locked has no writer any more. Names are random: process numbers are the same
-/// on many hosts and in many containers.
+/// A new file beside `path`, locked as long as it is open: what is not locked has no writer any
+/// more. Names are random: process numbers are the same on many hosts and in many containers.
 std::pair<std::filesystem::path, int> open_temporary(const std::filesystem::path& path) {
   const auto folder = folder_of(path);
   while (true) {
     uint64_t random = 0;
-    check(ErrorKind::kStorage, ::getrandom(&random, sizeof(random), 0) == sizeof(random), "no random numbers: ", reason(errno));
+    check(ErrorKind::kStorage, ::getrandom(&random, sizeof(random), 0) == sizeof(random),
+          "no random numbers: ", reason(errno));
     auto temporary = folder / (temporary_prefix(path) + to_hex(random));
     const int descriptor = ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (descriptor < 0 && errno == EEXIST) {
       continue;
     }
-    check(ErrorKind::kStorage, descriptor >= 0, "cannot create a file in ", folder, ": ", reason(errno));
-    struct stat status {};
-    if (::flock(descriptor, LOCK_EX) != 0 || ::fstat(descriptor, &status) != 0 || status.st_nlink > 0) {
-      return {std::move(temporary), descriptor};  // a file system without locks: nobody takes it for a leftover either
+    check(ErrorKind::kStorage, descriptor >= 0, "cannot create a file in ", folder, ": ",
+          reason(errno));
+    struct stat status{};
+    if (::flock(descriptor, LOCK_EX) != 0 || ::fstat(descriptor, &status) != 0 ||
+        status.st_nlink > 0) {
+      return {std::move(temporary),
+              descriptor};  // a file system without locks: nobody takes it for a leftover either
     }
     ::close(descriptor);  // somebody took it for a leftover before it was locked
   }
@@ -130,9 +138,11 @@ void remove_leftovers(const std::filesystem::path& path) {
   const std::string prefix = temporary_prefix(path);
   std::vector<std::filesystem::path> found;
   std::error_code error;
-  for (std::filesystem::directory_iterator item(folder_of(path), error), end; !error && item != end; item.increment(error)) {
+  for (std::filesystem::directory_iterator item(folder_of(path), error), end; !error && item != end;
+       item.increment(error)) {
     const std::string name = item->path().filename().string();
-    if (name.starts_with(prefix) && name.find_first_not_of("0123456789abcdef", prefix.size()) == std::string::npos) {
+    if (name.starts_with(prefix) &&
+        name.find_first_not_of("0123456789abcdef", prefix.size()) == std::string::npos) {
       found.push_back(item->path());
     }
   }
@@ -151,7 +161,8 @@ void remove_leftovers(const std::filesystem::path& path) {
 class StreamingChecksum {
  public:
   StreamingChecksum() : state_(XXH3_createState()) {
-    check(ErrorKind::kInternal, state_ != nullptr && XXH3_64bits_reset(state_) == XXH_OK, "no memory for a checksum");
+    check(ErrorKind::kInternal, state_ != nullptr && XXH3_64bits_reset(state_) == XXH_OK,
+          "no memory for a checksum");
   }
   StreamingChecksum(const StreamingChecksum&) = delete;
   StreamingChecksum& operator=(const StreamingChecksum&) = delete;
@@ -190,14 +201,17 @@ std::string to_hex(uint64_t checksum) {
   return text;
 }
 
-void watch_files(void (*hear)(const std::filesystem::path& file)) noexcept { file_watcher = hear; }
+void watch_files(void (*hear)(const std::filesystem::path& file)) noexcept {
+  file_watcher = hear;
+}
 
-FileReader::FileReader(std::filesystem::path path, ErrorKind kind) : path_(std::move(path)), kind_(kind) {
+FileReader::FileReader(std::filesystem::path path, ErrorKind kind)
+    : path_(std::move(path)), kind_(kind) {
   touch(path_);
   // O_NONBLOCK: a named pipe must be refused below, not waited for.
   descriptor_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   check(kind_, descriptor_ >= 0, "cannot open ", path_, ": ", reason(errno));
-  struct stat status {};
+  struct stat status{};
   if (::fstat(descriptor_, &status) != 0 || !S_ISREG(status.st_mode)) {
     ::close(descriptor_);
     raise(kind_, "cannot read ", path_, ": it is not a regular file");
@@ -218,24 +232,29 @@ FileReader::~FileReader() {
 }
 
 void FileReader::read(uint64_t offset, void* destination, uint64_t bytes) const {
-  check(kind_, offset <= size_ && bytes <= size_ - offset, path_, ": bytes ", offset, " to ", offset, " + ", bytes,
-        " were asked for, but the file has ", size_, " bytes");
+  check(kind_, offset <= size_ && bytes <= size_ - offset, path_, ": bytes ", offset, " to ",
+        offset, " + ", bytes, " were asked for, but the file has ", size_, " bytes");
   char* target = static_cast<char*>(destination);
   while (bytes > 0) {
     touch(path_);
-    const ssize_t got = ::pread(descriptor_, target, std::min(bytes, kLargestTransfer), static_cast<off_t>(offset));
+    const ssize_t got = ::pread(descriptor_, target, std::min(bytes, kLargestTransfer),
+                                static_cast<off_t>(offset));
     if (got < 0 && errno == EINTR) {
       continue;
     }
-    check(kind_, got >= 0, "cannot read ", bytes, " bytes at offset ", offset, " of ", path_, ": ", reason(errno));
-    check(kind_, got > 0, path_, " ends at byte ", offset, ": it had ", size_, " bytes when it was opened and was cut since");
+    check(kind_, got >= 0, "cannot read ", bytes, " bytes at offset ", offset, " of ", path_, ": ",
+          reason(errno));
+    check(kind_, got > 0, path_, " ends at byte ", offset, ": it had ", size_,
+          " bytes when it was opened and was cut since");
     target += got;
     offset += static_cast<uint64_t>(got);
     bytes -= static_cast<uint64_t>(got);
   }
 }
 
-FileDigest FileReader::digest() const { return digest({{0, size_}}); }
+FileDigest FileReader::digest() const {
+  return digest({{0, size_}});
+}
 
 FileDigest FileReader::digest(const std::vector<FileRegion>& regions) const {
   StreamingChecksum checksum;
@@ -273,7 +292,8 @@ bool path_exists(const std::filesystem::path& path, ErrorKind kind) {
   touch(path);
   std::error_code error;
   const auto status = std::filesystem::status(path, error);
-  check(kind, std::filesystem::status_known(status), "cannot look at ", path, ": ", error.message());
+  check(kind, std::filesystem::status_known(status), "cannot look at ", path, ": ",
+        error.message());
   return std::filesystem::exists(status);
 }
 
@@ -284,7 +304,8 @@ bool is_folder(const std::filesystem::path& path, ErrorKind kind) {
 
 std::string read_text(const std::filesystem::path& path, ErrorKind kind, uint64_t limit) {
   const FileReader file(path, kind);
-  check(kind, file.size() <= limit, path, " has ", file.size(), " bytes; at most ", limit, " are expected of such a file");
+  check(kind, file.size() <= limit, path, " has ", file.size(), " bytes; at most ", limit,
+        " are expected of such a file");
   std::string text(file.size(), '\0');
   file.read(0, text.data(), text.size());
   return text;
@@ -301,7 +322,8 @@ void check_nesting(std::string_view json, const std::string& where, ErrorKind ki
     } else if (inside) {
       i += c == '\\' ? 1 : 0;
     } else if (c == '[' || c == '{') {
-      check(kind, ++depth <= kDeepest, where, " nests deeper than ", kDeepest, " levels at byte ", i);
+      check(kind, ++depth <= kDeepest, where, " nests deeper than ", kDeepest, " levels at byte ",
+            i);
     } else if (c == ']' || c == '}') {
       --depth;
     }
@@ -324,7 +346,8 @@ FileWriter::FileWriter(std::filesystem::path path) : checksum_(std::make_unique<
   } else {
     // O_NONBLOCK: a pipe that nobody reads must be refused, not waited for.
     descriptor_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
-    check(ErrorKind::kStorage, descriptor_ >= 0, "cannot write into ", path_, ": ", errno == ENXIO ? "nobody reads it" : reason(errno));
+    check(ErrorKind::kStorage, descriptor_ >= 0, "cannot write into ", path_, ": ",
+          errno == ENXIO ? "nobody reads it" : reason(errno));
     ::fcntl(descriptor_, F_SETFL, ::fcntl(descriptor_, F_GETFL) & ~O_NONBLOCK);
   }
 }
@@ -363,8 +386,8 @@ FileDigest FileWriter::commit(const FileCheck& accept) {
     return {bytes_, checksum_->value()};
   }
   // Delayed allocation and network file systems report a full disk only here, or at close.
-  check(ErrorKind::kStorage, ::fsync(descriptor_) == 0, "cannot write ", path_, " (fsync of ", bytes_,
-        " bytes): ", reason(errno));
+  check(ErrorKind::kStorage, ::fsync(descriptor_) == 0, "cannot write ", path_, " (fsync of ",
+        bytes_, " bytes): ", reason(errno));
   if (accept) {
     try {
       accept(temporary_);
@@ -373,12 +396,13 @@ FileDigest FileWriter::commit(const FileCheck& accept) {
       for (size_t at = 0; (at = message.find(temporary_.string(), at)) != std::string::npos;) {
         message.replace(at, temporary_.string().size(), path_.string());
       }
-      raise(error.kind(), path_, " was not written: what reads such files would refuse it: ", message);
+      raise(error.kind(), path_,
+            " was not written: what reads such files would refuse it: ", message);
     }
   }
   // Renamed while it is open and locked: nobody takes it for a leftover.
-  check(ErrorKind::kStorage, ::rename(temporary_.c_str(), path_.c_str()) == 0, "cannot rename ", temporary_, " to ", path_,
-        ": ", reason(errno));
+  check(ErrorKind::kStorage, ::rename(temporary_.c_str(), path_.c_str()) == 0, "cannot rename ",
+        temporary_, " to ", path_, ": ", reason(errno));
   temporary_.clear();
   const int closed = ::close(std::exchange(descriptor_, -1));
   check(ErrorKind::kStorage, closed == 0, "cannot write ", path_, " (close): ", reason(errno));
@@ -387,7 +411,8 @@ FileDigest FileWriter::commit(const FileCheck& accept) {
   return {bytes_, checksum_->value()};
 }
 
-FileDigest write_text(const std::filesystem::path& path, std::string_view text, const FileCheck& accept) {
+FileDigest write_text(const std::filesystem::path& path, std::string_view text,
+                      const FileCheck& accept) {
   FileWriter writer(path);
   writer.write(text);
   return writer.commit(accept);
@@ -400,19 +425,24 @@ void check_writable(const std::filesystem::path& file) {
     ::unlink(temporary.c_str());
     ::close(descriptor);
   } else if (target.descriptor < 0) {  // not opened: a pipe's reader would see its end
-    check(ErrorKind::kStorage, ::access(target.path.c_str(), W_OK) == 0, "cannot write into ", target.path, ": ", reason(errno));
+    check(ErrorKind::kStorage, ::access(target.path.c_str(), W_OK) == 0, "cannot write into ",
+          target.path, ": ", reason(errno));
   }
 }
 
 void check_writable_folder(const std::filesystem::path& folder) {
-  std::filesystem::path at = std::filesystem::absolute(folder / "x").lexically_normal().parent_path();
-  struct stat status {};
+  std::filesystem::path
+      at = std::filesystem::absolute(folder / "x").lexically_normal().parent_path();
+  struct stat status{};
   while (::stat(at.c_str(), &status) != 0) {
-    check(ErrorKind::kStorage, errno == ENOENT || errno == ENOTDIR, "cannot write into ", folder, ": ", at, ": ", reason(errno));
-    check(ErrorKind::kStorage, ::lstat(at.c_str(), &status) != 0, "cannot write into ", folder, ": ", at, " is a link to nothing");
+    check(ErrorKind::kStorage, errno == ENOENT || errno == ENOTDIR, "cannot write into ", folder,
+          ": ", at, ": ", reason(errno));
+    check(ErrorKind::kStorage, ::lstat(at.c_str(), &status) != 0, "cannot write into ", folder,
+          ": ", at, " is a link to nothing");
     at = at.parent_path();
   }
-  check(ErrorKind::kStorage, S_ISDIR(status.st_mode), "cannot write into ", folder, ": ", at, " is not a folder");
+  check(ErrorKind::kStorage, S_ISDIR(status.st_mode), "cannot write into ", folder, ": ", at,
+        " is not a folder");
   const auto [temporary, descriptor] = open_temporary(at / "probe");
   ::unlink(temporary.c_str());
   ::close(descriptor);
@@ -424,11 +454,13 @@ FolderLock::Descriptor::~Descriptor() {
   }
 }
 
-FolderLock::FolderLock(const std::filesystem::path& folder, const std::string& flag, const std::function<void(const std::string&)>& warn) {
+FolderLock::FolderLock(const std::filesystem::path& folder, const std::string& flag,
+                       const std::function<void(const std::string&)>& warn) {
   make_directories(folder);
   const auto path = folder / ".lock";
   // O_CLOEXEC: a program that this process starts must not hold the lock beyond its death.
-  const int descriptor = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0666);
+  const int descriptor = ::open(path.c_str(),
+                                O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0666);
   check(ErrorKind::kStorage, descriptor >= 0, "cannot open ", path, ": ", reason(errno));
   descriptor_.number = descriptor;
   // A process that was just killed may still be on its way out.
@@ -445,10 +477,12 @@ FolderLock::FolderLock(const std::filesystem::path& folder, const std::string& f
     const ssize_t got = ::pread(descriptor, text.data(), text.size(), 0);
     std::string holder(text.data(), static_cast<size_t>(std::max<ssize_t>(got, 0)));
     holder.resize(std::min(holder.find('\n'), holder.size()));
-    raise(ErrorKind::kStorage, folder, " is being written by another run, ", quoted(holder), ". Wait for its end, stop it, or name another folder by ", flag);
+    raise(ErrorKind::kStorage, folder, " is being written by another run, ", quoted(holder),
+          ". Wait for its end, stop it, or name another folder by ", flag);
   }
   if (failed != 0) {
-    warn(c10::str("the file system of ", folder, " takes no locks (", reason(failed), "): see to it that no other run writes there"));
+    warn(c10::str("the file system of ", folder, " takes no locks (", reason(failed),
+                  "): see to it that no other run writes there"));
   }
   std::array<char, 256> host{};
   ::gethostname(host.data(), host.size() - 1);
@@ -456,8 +490,11 @@ FolderLock::FolderLock(const std::filesystem::path& folder, const std::string& f
   const std::time_t now = std::time(nullptr);
   std::tm utc{};
   std::strftime(since.data(), since.size(), "%Y-%m-%d %H:%M:%S UTC", ::gmtime_r(&now, &utc));
-  const std::string holder = c10::str("process ", ::getpid(), " on ", host.data(), " since ", since.data(), "\n");
-  check(ErrorKind::kStorage, ::ftruncate(descriptor, 0) == 0 && ::pwrite(descriptor, holder.data(), holder.size(), 0) == static_cast<ssize_t>(holder.size()),
+  const std::string holder = c10::str("process ", ::getpid(), " on ", host.data(), " since ",
+                                      since.data(), "\n");
+  check(ErrorKind::kStorage,
+        ::ftruncate(descriptor, 0) == 0 && ::pwrite(descriptor, holder.data(), holder.size(), 0) ==
+                                               static_cast<ssize_t>(holder.size()),
         "cannot write ", path, ": ", reason(errno));
 }
 
@@ -475,10 +512,11 @@ FileDigest copy_file(const FileReader& from, const std::filesystem::path& to) {
 void sync_directory(const std::filesystem::path& directory) {
   touch(directory);
   const OpenDirectory handle(directory.empty() ? std::filesystem::path(".") : directory);
-  check(ErrorKind::kStorage, handle.descriptor >= 0, "cannot open folder ", directory, ": ", reason(errno));
+  check(ErrorKind::kStorage, handle.descriptor >= 0, "cannot open folder ", directory, ": ",
+        reason(errno));
   // Some network file systems refuse fsync on folders (EINVAL); their renames are synchronous.
-  check(ErrorKind::kStorage, ::fsync(handle.descriptor) == 0 || errno == EINVAL, "cannot write folder ", directory,
-        " (fsync): ", reason(errno));
+  check(ErrorKind::kStorage, ::fsync(handle.descriptor) == 0 || errno == EINVAL,
+        "cannot write folder ", directory, " (fsync): ", reason(errno));
 }
 
 void make_directories(const std::filesystem::path& directory) {
@@ -487,13 +525,14 @@ void make_directories(const std::filesystem::path& directory) {
   if (std::filesystem::is_directory(full, error)) {
     return;
   }
-  const std::filesystem::path parent = full.has_filename() ? full.parent_path() : full.parent_path().parent_path();
+  const std::filesystem::path parent = full.has_filename() ? full.parent_path()
+                                                           : full.parent_path().parent_path();
   if (parent != full) {
     make_directories(parent);
   }
   std::filesystem::create_directory(full, error);
-  check(ErrorKind::kStorage, !error && std::filesystem::is_directory(full, error), "cannot create folder ", full, ": ",
-        error.message());
+  check(ErrorKind::kStorage, !error && std::filesystem::is_directory(full, error),
+        "cannot create folder ", full, ": ", error.message());
   sync_directory(parent);
 }
 

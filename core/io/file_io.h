@@ -1,7 +1,5 @@
 #pragma once
 
-#include "core/error.h"
-
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -10,6 +8,8 @@
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "core/error.h"
 
 namespace drrl {
 
@@ -22,7 +22,8 @@ struct FileDigest {
 /// The checksum as it stands in manifests: 16 lower-case hexadecimal digits.
 std::string to_hex(uint64_t checksum);
 
-/// Text from a file that may be hostile, as it goes into messages: quoted, cut to 120 bytes, everything unprintable escaped.
+/// Text from a file that may be hostile, as it goes into messages: quoted, cut to 120 bytes,
+/// everything unprintable escaped.
 std::string quoted(const std::string& text);
 
 /// Bytes [offset, offset + bytes) of a file.
@@ -31,8 +32,9 @@ struct FileRegion {
   uint64_t bytes = 0;
 };
 
-/// A file opened for reading at any offset. It reads with pread rather than through a mapping: a file that shrinks, or a disk
-/// or network file system that fails, is then an Error and not a SIGBUS, and pages are shared by the page cache either way.
+/// A file opened for reading at any offset. It reads with pread rather than through a mapping: a
+/// file that shrinks, or a disk or network file system that fails, is then an Error and not a
+/// SIGBUS, and pages are shared by the page cache either way.
 class FileReader {
  public:
   /// `kind` is the kind of every Error about this file.
@@ -54,7 +56,8 @@ class FileReader {
   FileDigest digest() const;
   /// The same of these regions, one after the other.
   FileDigest digest(const std::vector<FileRegion>& regions) const;
-  /// Size, and a checksum of all bytes of a file of at most 64 MiB, of 1024 pieces of a larger one: tells contents apart without reading them for long.
+  /// Size, and a checksum of all bytes of a file of at most 64 MiB, of 1024 pieces of a larger one:
+  /// tells contents apart without reading them for long.
   FileDigest sample() const;
 
  private:
@@ -64,29 +67,32 @@ class FileReader {
   uint64_t size_ = 0;
 };
 
-/// `count` >= 2 pieces of `bytes` each, evenly spread over a region, its begin and end among them; the region itself if it is not larger than all of them.
+/// `count` >= 2 pieces of `bytes` each, evenly spread over a region, its begin and end among them;
+/// the region itself if it is not larger than all of them.
 std::vector<FileRegion> pieces_of(FileRegion region, uint64_t count, uint64_t bytes);
 
-/// Whether something is there, and whether it is a folder (links followed). Error(kind) when the system cannot tell:
-/// permissions, loops of links, names that are too long.
+/// Whether something is there, and whether it is a folder (links followed). Error(kind) when the
+/// system cannot tell: permissions, loops of links, names that are too long.
 bool path_exists(const std::filesystem::path& path, ErrorKind kind);
 bool is_folder(const std::filesystem::path& path, ErrorKind kind);
 
 /// The whole content of a file of at most `limit` bytes.
-std::string read_text(const std::filesystem::path& path, ErrorKind kind, uint64_t limit = uint64_t{64} << 20);
+std::string read_text(const std::filesystem::path& path, ErrorKind kind,
+                      uint64_t limit = uint64_t{64} << 20);
 
-/// Throws Error(kind) that names `where` when JSON nests deeper than any file of ours or of Hugging Face does: what comes after reading it, printing and copying, is
-/// recursive and would overflow the stack.
+/// Throws Error(kind) that names `where` when JSON nests deeper than any file of ours or of Hugging
+/// Face does: what comes after reading it, printing and copying, is recursive and would overflow
+/// the stack.
 void check_nesting(std::string_view json, const std::string& where, ErrorKind kind);
 
 /// A reader's checks of the file with this path: an Error when it would be refused.
 using FileCheck = std::function<void(const std::filesystem::path&)>;
 
-/// Writes a file that is either complete or not there: into a hidden temporary in the same folder, which `commit` makes durable
-/// (fsync) and renames. Without `commit` the temporary is removed; those that killed writers of the same file left go, too.
-/// A link is followed. What is no regular file (a device, a pipe, a socket) and the process' own stdout or stderr are not replaced
-/// but written into, as they are.
-/// Errors: Error(kStorage) with path, operation and the system's reason.
+/// Writes a file that is either complete or not there: into a hidden temporary in the same folder,
+/// which `commit` makes durable (fsync) and renames. Without `commit` the temporary is removed;
+/// those that killed writers of the same file left go, too. A link is followed. What is no regular
+/// file (a device, a pipe, a socket) and the process' own stdout or stderr are not replaced but
+/// written into, as they are. Errors: Error(kStorage) with path, operation and the system's reason.
 class FileWriter {
  public:
   explicit FileWriter(std::filesystem::path path);
@@ -97,7 +103,8 @@ class FileWriter {
   void write(const void* data, uint64_t bytes);
   void write(std::string_view text) { write(text.data(), text.size()); }
 
-  /// `accept` sees the complete file before it gets its name; what it throws is thrown, about `path`, and nothing is replaced.
+  /// `accept` sees the complete file before it gets its name; what it throws is thrown, about
+  /// `path`, and nothing is replaced.
   FileDigest commit(const FileCheck& accept = {});
 
  private:
@@ -111,21 +118,25 @@ class FileWriter {
 };
 
 /// Writes `text` atomically.
-FileDigest write_text(const std::filesystem::path& path, std::string_view text, const FileCheck& accept = {});
+FileDigest write_text(const std::filesystem::path& path, std::string_view text,
+                      const FileCheck& accept = {});
 
-/// Error(kStorage) unless FileWriter can begin to write this file, or files in this folder, which need not be there yet.
-/// Nothing is changed or left behind.
+/// Error(kStorage) unless FileWriter can begin to write this file, or files in this folder, which
+/// need not be there yet. Nothing is changed or left behind.
 void check_writable(const std::filesystem::path& file);
 void check_writable_folder(const std::filesystem::path& folder);
 
-/// The right to write into a folder, held until it is destroyed or its process dies, however it dies: a lock (flock) on the folder's
-/// file ".lock", in which stands who holds it. That the file is there means nothing.
+/// The right to write into a folder, held until it is destroyed or its process dies, however it
+/// dies: a lock (flock) on the folder's file ".lock", in which stands who holds it. That the file
+/// is there means nothing.
 class FolderLock {
  public:
-  /// Makes the folder if need be. Error(kStorage) if another process holds the lock, also on another host where the file system
-  /// takes locks, naming it and what can be done; `flag` is the option that named the folder. Where the file system takes none, there is no
-  /// protection, and `warn` hears of it.
-  FolderLock(const std::filesystem::path& folder, const std::string& flag, const std::function<void(const std::string&)>& warn);
+  /// Makes the folder if need be. Error(kStorage) if another process holds the lock, also on
+  /// another host where the file system takes locks, naming it and what can be done; `flag` is the
+  /// option that named the folder. Where the file system takes none, there is no protection, and
+  /// `warn` hears of it.
+  FolderLock(const std::filesystem::path& folder, const std::string& flag,
+             const std::function<void(const std::string&)>& warn);
   FolderLock(const FolderLock&) = delete;
   FolderLock& operator=(const FolderLock&) = delete;
 

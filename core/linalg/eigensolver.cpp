@@ -7,8 +7,8 @@
 namespace drrl {
 
 std::tuple<at::Tensor, at::Tensor> batched_eigh(const at::Tensor& matrices) {
-  TORCH_CHECK(matrices.dim() == 3 && matrices.size(1) == matrices.size(2), "batched_eigh: ", matrices.sizes(),
-              ", expected [N, d, d]");
+  TORCH_CHECK(matrices.dim() == 3 && matrices.size(1) == matrices.size(2),
+              "batched_eigh: ", matrices.sizes(), ", expected [N, d, d]");
   if (matrices.is_cuda()) {
 #ifdef DRRL_WITH_CUDA
     return batched_eigh_cuda(matrices);

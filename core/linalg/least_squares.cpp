@@ -5,7 +5,8 @@
 
 namespace drrl {
 
-std::vector<double> nonnegative_least_squares(const std::vector<std::vector<double>>& rows, const std::vector<double>& b) {
+std::vector<double> nonnegative_least_squares(const std::vector<std::vector<double>>& rows,
+                                              const std::vector<double>& b) {
   const size_t n = rows.at(0).size();
   std::vector<double> scale(n, 0.0), x(n, 0.0), rest(n, 0.0), gram(n * n, 0.0);
   for (const auto& row : rows) {

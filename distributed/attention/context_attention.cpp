@@ -1,13 +1,13 @@
 #include "distributed/attention/context_attention.h"
 
-#include <torch/csrc/autograd/custom_function.h>
-
 #include <cmath>
 #include <map>
 
+#include <torch/csrc/autograd/custom_function.h>
+
 #include "core/attention/exact_attention.h"
-#include "core/linalg/basis.h"
 #include "core/attention/rows.h"
+#include "core/linalg/basis.h"
 #include "distributed/collectives/exchange.h"
 
 namespace drrl {
@@ -21,14 +21,18 @@ struct KeysValues {
   at::Tensor v;  // [n, rows, r_v]
 };
 
-at::Tensor joined(const std::vector<at::Tensor>& rows) { return rows.size() == 1 ? rows[0] : at::cat(rows, 1); }
+at::Tensor joined(const std::vector<at::Tensor>& rows) {
+  return rows.size() == 1 ? rows[0] : at::cat(rows, 1);
+}
 
 // This process' rows of one part.
 class Rows {
  public:
   Rows(const ContextPart& part, const ContextPlan& plan, const at::Tensor& k)
-      : keys(plan.split.rows_of(plan.group.rank(), part.keys)), queries(plan.split.rows_of(plan.group.rank(), part.queries)),
-        sequences_(k.size(0) * k.size(1)), n_(static_cast<int64_t>(part.sequences.size())) {
+      : keys(plan.split.rows_of(plan.group.rank(), part.keys)),
+        queries(plan.split.rows_of(plan.group.rank(), part.queries)),
+        sequences_(k.size(0) * k.size(1)),
+        n_(static_cast<int64_t>(part.sequences.size())) {
     if (n_ < sequences_) {
       index_ = at::tensor(part.sequences, at::kLong).to(k.device());
     }
@@ -54,13 +58,15 @@ class Rows {
 
  private:
   at::Tensor view(const at::Tensor& x, const Range& rows) const {
-    return x.view({sequences_, x.size(0) * x.size(1) / sequences_, x.size(2), x.size(3)}).narrow(2, rows.begin, rows.count);
+    return x.view({sequences_, x.size(0) * x.size(1) / sequences_, x.size(2), x.size(3)})
+        .narrow(2, rows.begin, rows.count);
   }
   int64_t sequences_, n_;
   at::Tensor index_;  // undefined: all sequences
 };
 
-// The way of a part's keys and values from one process that holds some to one that has queries for them.
+// The way of a part's keys and values from one process that holds some to one that has queries for
+// them.
 struct Leg {
   size_t part;
   int64_t from, to, rows;
@@ -82,12 +88,15 @@ std::vector<Leg> legs_of(const ContextPlan& plan) {
 }
 
 // Two messages a leg, keys and values; or their gradients, the other way.
-std::vector<Message> messages_of(const std::vector<Leg>& legs, const ContextPlan& plan, bool backward) {
+std::vector<Message> messages_of(const std::vector<Leg>& legs, const ContextPlan& plan,
+                                 bool backward) {
   std::vector<Message> messages;
   for (const Leg& leg : legs) {
     const ContextPart& part = plan.parts[leg.part];
     for (const int64_t rank : {part.ranks.qk, part.ranks.v}) {
-      messages.push_back({backward ? leg.to : leg.from, backward ? leg.from : leg.to, {static_cast<int64_t>(part.sequences.size()), leg.rows, rank}});
+      messages.push_back({backward ? leg.to : leg.from,
+                          backward ? leg.from : leg.to,
+                          {static_cast<int64_t>(part.sequences.size()), leg.rows, rank}});
     }
   }
   return messages;
@@ -118,30 +127,37 @@ Forward forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, C
     KeysValues& low = projected[leg.part];
     if (leg.from == me && !low.k.defined()) {
       const Rows rows(part, plan, k);
-      low = {into_basis(rows.take(k, rows.keys), part.p_k), into_basis(rows.take(v, rows.keys), part.p_v)};
+      low = {into_basis(rows.take(k, rows.keys), part.p_k),
+             into_basis(rows.take(v, rows.keys), part.p_v)};
     }
     contents.insert(contents.end(), {low.k, low.v});
     if (leg.from == me && leg.to != me) {
-      plan.exact_bytes += static_cast<int64_t>(part.sequences.size()) * leg.rows * 2 * d * q.element_size();
+      plan.exact_bytes += static_cast<int64_t>(part.sequences.size()) * leg.rows * 2 * d *
+                          q.element_size();
     }
   }
   Exchange exchange(plan.group, messages_of(legs, plan, /*backward=*/false), contents, q.options());
   plan.bytes_sent = exchange.bytes_sent();
 
   Forward result{at::empty(q.sizes(), q.options()), {}, std::vector<KeysValues>(plan.parts.size())};
-  auto near = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+  auto near = at::empty(
+      {q.size(0), q.size(1), q.size(2)},
+      q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
   near_attention(q, k, v, plan.split.own_tree(me), result.out, near);
   near = near.unsqueeze(3);
 
   const auto received = exchange.wait();
-  std::vector<std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>>> pieces(plan.parts.size());
+  std::vector<std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>>> pieces(
+      plan.parts.size());
   for (size_t i = 0; i < legs.size(); ++i) {
     if (legs[i].to == me) {
       pieces[legs[i].part].first.push_back(received[2 * i]);
       pieces[legs[i].part].second.push_back(received[2 * i + 1]);
     }
   }
-  result.logsumexp = near.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true);  // the parts' shares add up to one however large scores are
+  result.logsumexp = near.to(
+      at::kDouble, /*non_blocking=*/false,
+      /*copy=*/true);  // the parts' shares add up to one however large scores are
   std::vector<FarPart> far;
   for (size_t i = 0; i < plan.parts.size(); ++i) {
     if (pieces[i].first.empty()) {
@@ -158,7 +174,8 @@ Forward forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, C
       part_logsumexp += residual_correction(rows_q, part.residual).to(near.scalar_type());
     }
     part_logsumexp = part_logsumexp.unsqueeze(2);
-    rows.put(result.logsumexp, rows.queries, at::logaddexp(rows.take(result.logsumexp, rows.queries), part_logsumexp));
+    rows.put(result.logsumexp, rows.queries,
+             at::logaddexp(rows.take(result.logsumexp, rows.queries), part_logsumexp));
     far.push_back({i, part_out, part_logsumexp});
   }
 
@@ -167,7 +184,9 @@ Forward forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, C
   for (FarPart& f : far) {
     const ContextPart& part = plan.parts[f.part];
     const Rows rows(part, plan, k);
-    const auto share = (f.logsumexp - rows.take(result.logsumexp, rows.queries)).exp_().to(q.scalar_type());
+    const auto share = (f.logsumexp - rows.take(result.logsumexp, rows.queries))
+                           .exp_()
+                           .to(q.scalar_type());
     rows.add(result.out, rows.queries, out_of_basis(f.out.mul_(share), part.p_o));
     f.out.reset();
   }
@@ -175,15 +194,18 @@ Forward forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, C
   return result;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                                        const Forward& saved, const ContextPlan& plan) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_out,
+                                                        const at::Tensor& q, const at::Tensor& k,
+                                                        const at::Tensor& v, const Forward& saved,
+                                                        const ContextPlan& plan) {
   const int64_t me = plan.group.rank();
   const double scale = 1.0 / std::sqrt(static_cast<double>(q.size(3)));
   auto grad_q = at::empty(q.sizes(), q.options());
   auto grad_k = at::empty(k.sizes(), k.options());
   auto grad_v = at::empty(v.sizes(), v.options());
   const auto delta = (grad_out * saved.out).sum(3, /*keepdim=*/true, saved.logsumexp.scalar_type());
-  near_attention_backward(grad_out, q, k, v, plan.split.own_tree(me), saved.logsumexp.squeeze(3), delta.squeeze(3), grad_q, grad_k, grad_v);
+  near_attention_backward(grad_out, q, k, v, plan.split.own_tree(me), saved.logsumexp.squeeze(3),
+                          delta.squeeze(3), grad_q, grad_k, grad_v);
 
   std::vector<KeysValues> grads(plan.parts.size());  // of all keys and values of a part, projected
   for (size_t i = 0; i < plan.parts.size(); ++i) {
@@ -195,19 +217,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
     const Rows rows(part, plan, k);
     const auto rows_q = rows.take(q, rows.queries);
     const auto low_q = into_basis(rows_q, part.p_q);
-    auto logsumexp = rows.take(saved.logsumexp, rows.queries).squeeze(2);  // as the uncorrected scores see it
+    auto logsumexp = rows.take(saved.logsumexp, rows.queries)
+                         .squeeze(2);  // as the uncorrected scores see it
     if (part.residual.defined()) {
-      logsumexp = logsumexp - residual_correction(rows_q, part.residual).to(logsumexp.scalar_type());
+      logsumexp = logsumexp -
+                  residual_correction(rows_q, part.residual).to(logsumexp.scalar_type());
     }
-    const auto [dq, dk, dv] = attention_rows_backward(into_basis(rows.take(grad_out, rows.queries), part.p_o), low_q, low.k, low.v, logsumexp,
-                                                      rows.take(delta, rows.queries).squeeze(2), scale);
+    const auto [dq, dk, dv] = attention_rows_backward(
+        into_basis(rows.take(grad_out, rows.queries), part.p_o), low_q, low.k, low.v, logsumexp,
+        rows.take(delta, rows.queries).squeeze(2), scale);
     grads[i] = {dk, dv};
     rows.add(grad_q, rows.queries, out_of_basis(dq, part.p_q));
   }
 
   const auto legs = legs_of(plan);
   std::vector<at::Tensor> contents;
-  std::vector<int64_t> sent(plan.parts.size());  // rows of a part's keys; they came in the order of the legs
+  std::vector<int64_t> sent(
+      plan.parts.size());  // rows of a part's keys; they came in the order of the legs
   for (const Leg& leg : legs) {
     if (leg.to == me) {
       int64_t& begin = sent[leg.part];
@@ -218,12 +244,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
       contents.resize(contents.size() + 2);
     }
   }
-  const auto received = Exchange(plan.group, messages_of(legs, plan, /*backward=*/true), contents, q.options()).wait();
+  const auto received = Exchange(plan.group, messages_of(legs, plan, /*backward=*/true), contents,
+                                 q.options())
+                            .wait();
   std::vector<KeysValues> sums(plan.parts.size());
   for (size_t i = 0; i < legs.size(); ++i) {
     if (legs[i].from == me) {
       KeysValues& sum = sums[legs[i].part];
-      sum = sum.k.defined() ? KeysValues{sum.k + received[2 * i], sum.v + received[2 * i + 1]} : KeysValues{received[2 * i], received[2 * i + 1]};
+      sum = sum.k.defined() ? KeysValues{sum.k + received[2 * i], sum.v + received[2 * i + 1]}
+                            : KeysValues{received[2 * i], received[2 * i + 1]};
     }
   }
   for (size_t i = 0; i < plan.parts.size(); ++i) {
@@ -238,8 +267,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
 
 class ContextAttention : public torch::autograd::Function<ContextAttention> {
  public:
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                            const c10::intrusive_ptr<ContextPlan>& plan) {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& q, const at::Tensor& k,
+                            const at::Tensor& v, const c10::intrusive_ptr<ContextPlan>& plan) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Forward result = drrl::forward(q, k, v, *plan);
     variable_list saved = {q, k, v, result.out, result.logsumexp};
@@ -253,26 +282,34 @@ class ContextAttention : public torch::autograd::Function<ContextAttention> {
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto saved = context->get_saved_variables();
-    const auto plan = c10::static_intrusive_pointer_cast<ContextPlan>(context->saved_data["plan"].toCapsule());
+    const auto plan = c10::static_intrusive_pointer_cast<ContextPlan>(
+        context->saved_data["plan"].toCapsule());
     at::AutoDispatchBelowADInplaceOrView guard;
     Forward result{saved[3], saved[4], {}};
     for (size_t i = 5; i < saved.size(); i += 2) {
       result.arrivals.push_back({saved[i], saved[i + 1]});
     }
-    auto [dq, dk, dv] = drrl::backward(grads[0].contiguous(), saved[0], saved[1], saved[2], result, *plan);
+    auto [dq, dk, dv] = drrl::backward(grads[0].contiguous(), saved[0], saved[1], saved[2], result,
+                                       *plan);
     return {dq, dk, dv, at::Tensor()};
   }
 };
 
 }  // namespace
 
-std::vector<ContextPart> context_parts(const SequenceSplit& split, const std::vector<Ranks>& ranks, int64_t head_dim) {
+std::vector<ContextPart> context_parts(const SequenceSplit& split, const std::vector<Ranks>& ranks,
+                                       int64_t head_dim) {
   const BlockTree& tree = split.tree();
   const int64_t pairs = tree.num_pairs(), sequences = static_cast<int64_t>(ranks.size()) / pairs;
-  TORCH_CHECK(sequences * pairs == static_cast<int64_t>(ranks.size()), "context_parts: ", ranks.size(), " ranks for ", pairs, " pairs");
+  TORCH_CHECK(sequences * pairs == static_cast<int64_t>(ranks.size()),
+              "context_parts: ", ranks.size(), " ranks for ", pairs, " pairs");
   std::vector<ContextPart> parts;
   if (tree.sinks() > 0) {
-    parts.push_back({-1, {0, tree.sinks()}, {tree.sinks(), tree.sequence_length() - tree.sinks()}, {head_dim, head_dim}, {}});
+    parts.push_back({-1,
+                     {0, tree.sinks()},
+                     {tree.sinks(), tree.sequence_length() - tree.sinks()},
+                     {head_dim, head_dim},
+                     {}});
     for (int64_t s = 0; s < sequences; ++s) {
       parts.back().sequences.push_back(s);
     }
@@ -284,22 +321,29 @@ std::vector<ContextPart> context_parts(const SequenceSplit& split, const std::ve
         by_ranks[ranks[static_cast<size_t>(s * pairs + run.first_pair + i)]].push_back(s);
       }
       for (const auto& [of, which] : by_ranks) {
-        parts.push_back({run.first_pair + i, {run.key_begin + i * run.stride, run.key_rows}, {run.query_begin + i * run.stride, run.query_rows}, of, which});
+        parts.push_back({run.first_pair + i,
+                         {run.key_begin + i * run.stride, run.key_rows},
+                         {run.query_begin + i * run.stride, run.query_rows},
+                         of,
+                         which});
       }
     }
   }
   return parts;
 }
 
-at::Tensor context_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const c10::intrusive_ptr<ContextPlan>& plan) {
+at::Tensor context_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const c10::intrusive_ptr<ContextPlan>& plan) {
   TORCH_CHECK(plan != nullptr, "context_attention: no plan");
   const int64_t rows = plan->split.rows(plan->group.rank());
-  TORCH_CHECK(plan->split.parts() == plan->group.size(), "context_attention: a sequence in ", plan->split.parts(), " parts for a group of ",
-              plan->group.size());
-  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes() && q.size(0) == k.size(0) && q.size(2) == k.size(2) &&
-                  q.size(3) == k.size(3) && k.size(1) > 0 && q.size(1) % k.size(1) == 0 && q.size(2) == rows,
+  TORCH_CHECK(plan->split.parts() == plan->group.size(), "context_attention: a sequence in ",
+              plan->split.parts(), " parts for a group of ", plan->group.size());
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes() && q.size(0) == k.size(0) &&
+                  q.size(2) == k.size(2) && q.size(3) == k.size(3) && k.size(1) > 0 &&
+                  q.size(1) % k.size(1) == 0 && q.size(2) == rows,
               "context_attention: q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(),
-              ", expected q [B, H, L, d], k and v [B, G, L, d] with H a multiple of G and the L = ", rows, " rows of part ", plan->group.rank());
+              ", expected q [B, H, L, d], k and v [B, G, L, d] with H a multiple of G and the L = ",
+              rows, " rows of part ", plan->group.rank());
   return ContextAttention::apply(q.contiguous(), k.contiguous(), v.contiguous(), plan);
 }
 

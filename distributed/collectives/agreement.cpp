@@ -1,13 +1,12 @@
 #include "distributed/collectives/agreement.h"
 
 #define XXH_INLINE_ALL
-#include <xxhash.h>
-
-#include <nlohmann/json.hpp>
-
 #include <algorithm>
 #include <map>
 #include <sstream>
+
+#include <nlohmann/json.hpp>
+#include <xxhash.h>
 
 #include "core/io/file_io.h"
 
@@ -19,7 +18,8 @@ using Json = nlohmann::json;
 /// Texts of options and paths, as they stand in a line.
 std::string shown(const std::string& text) {
   constexpr size_t kLongest = 300;
-  const bool plain = std::all_of(text.begin(), text.end(), [](unsigned char c) { return c >= 0x20 && c < 0x7f; });
+  const bool plain = std::all_of(text.begin(), text.end(),
+                                 [](unsigned char c) { return c >= 0x20 && c < 0x7f; });
   return text.empty() ? "empty" : plain && text.size() <= kLongest ? text : quoted(text);
 }
 
@@ -49,7 +49,8 @@ void roll_call(const Group& group, std::string_view what) {
     try {
       group.receive(word, member, kTag);
     } catch (const Error& error) {
-      raise(ErrorKind::kCommunication, group.describe(member), " has not come to ", what, ": ", error.what());
+      raise(ErrorKind::kCommunication, group.describe(member), " has not come to ", what, ": ",
+            error.what());
     }
   };
   if (group.rank() != 0) {
@@ -69,7 +70,8 @@ void check_agreement(const Group& group, uint64_t value, std::string_view what) 
   if (group.size() == 1) {
     return;
   }
-  const at::Tensor own = at::full({1}, static_cast<int64_t>(value), at::kLong).to(group.message_device());
+  const at::Tensor own = at::full({1}, static_cast<int64_t>(value), at::kLong)
+                             .to(group.message_device());
   at::Tensor all = at::empty({group.size()}, own.options());
   group.all_gather(all, own);
   all = all.cpu();
@@ -89,8 +91,8 @@ void check_agreement(const Group& group, uint64_t value, std::string_view what) 
     }
   }
   std::ostringstream message;
-  message << "the members of group '" << group.name() << "' do not agree on " << what << ": expected " << std::hex
-          << static_cast<uint64_t>(reference);
+  message << "the members of group '" << group.name() << "' do not agree on " << what
+          << ": expected " << std::hex << static_cast<uint64_t>(reference);
   for (int64_t member = 0; member < group.size(); ++member) {
     if (values[member] != reference) {
       message << "; " << group.describe(member) << " has " << static_cast<uint64_t>(values[member]);
@@ -137,7 +139,8 @@ std::string disagreement(const std::vector<Facts>& all) {
         names.push_back(fact.name);
       }
       std::vector<Held>& held = found->second;
-      auto same = std::find_if(held.begin(), held.end(), [&](const Held& other) { return other.value == fact.value; });
+      auto same = std::find_if(held.begin(), held.end(),
+                               [&](const Held& other) { return other.value == fact.value; });
       if (same == held.end()) {
         same = held.insert(held.end(), {fact.value, fact.origin, {}});
       }
@@ -153,14 +156,18 @@ std::string disagreement(const std::vector<Facts>& all) {
     }
     text += (text.empty() ? "" : "; ") + name + " is ";
     for (size_t i = 0; i < std::min(held.size(), kShown); ++i) {
-      text += c10::str(i == 0 ? "" : ", ", shown(held[i].value), held[i].origin.empty() ? "" : " (" + shown(held[i].origin) + ")", " on ", shown(held[i].ranks));
+      text += c10::str(i == 0 ? "" : ", ", shown(held[i].value),
+                       held[i].origin.empty() ? "" : " (" + shown(held[i].origin) + ")", " on ",
+                       shown(held[i].ranks));
     }
-    text += held.size() > kShown ? c10::str(", ", held.size() - kShown, " other values elsewhere") : "";
+    text += held.size() > kShown ? c10::str(", ", held.size() - kShown, " other values elsewhere")
+                                 : "";
   }
   return differing > kShown ? c10::str(text, "; ", differing - kShown, " more differ") : text;
 }
 
-void check_agreement(const TextExchange& exchange, const Facts& facts, ErrorKind kind, std::string_view what) {
+void check_agreement(const TextExchange& exchange, const Facts& facts, ErrorKind kind,
+                     std::string_view what) {
   Json mine = Json::array();
   std::string values;
   for (const Fact& fact : facts) {
@@ -168,11 +175,13 @@ void check_agreement(const TextExchange& exchange, const Facts& facts, ErrorKind
     values += c10::str(fact.name.size(), " ", fact.name, fact.value.size(), " ", fact.value);
   }
   const std::vector<std::string> hashes = exchange(to_hex(hash_bytes(values)));
-  if (std::all_of(hashes.begin(), hashes.end(), [&](const std::string& hash) { return hash == hashes.front(); })) {
+  if (std::all_of(hashes.begin(), hashes.end(),
+                  [&](const std::string& hash) { return hash == hashes.front(); })) {
     return;
   }
   std::vector<Facts> all;
-  const std::vector<uint8_t> bytes = Json::to_cbor(mine);  // options may hold what JSON's text would not take
+  const std::vector<uint8_t> bytes = Json::to_cbor(
+      mine);  // options may hold what JSON's text would not take
   for (const std::string& text : exchange({bytes.begin(), bytes.end()})) {
     Facts& of_rank = all.emplace_back();
     for (const Json& fact : Json::from_cbor(text)) {
@@ -180,7 +189,8 @@ void check_agreement(const TextExchange& exchange, const Facts& facts, ErrorKind
     }
   }
   const std::string differences = disagreement(all);
-  check(kind, differences.empty(), "all processes of a job need the same ", what, ": ", differences);
+  check(kind, differences.empty(), "all processes of a job need the same ", what, ": ",
+        differences);
 }
 
 }  // namespace drrl

@@ -4,23 +4,28 @@
 
 namespace drrl {
 
-Exchange::Exchange(const Group& group, const std::vector<Message>& messages, const std::vector<at::Tensor>& contents, const at::TensorOptions& options)
+Exchange::Exchange(const Group& group, const std::vector<Message>& messages,
+                   const std::vector<at::Tensor>& contents, const at::TensorOptions& options)
     : received_(messages.size()) {
   const at::NoGradGuard no_grad;
-  TORCH_CHECK(contents.size() == messages.size(), "Exchange: ", contents.size(), " contents for ", messages.size(), " messages");
+  TORCH_CHECK(contents.size() == messages.size(), "Exchange: ", contents.size(), " contents for ",
+              messages.size(), " messages");
   const auto members = static_cast<size_t>(group.size());
   std::vector<std::vector<at::Tensor>> to(members);        // flat, by destination
   std::vector<std::vector<size_t>> from(members);          // indices of messages, by source
   std::vector<int64_t> sends(members), receives(members);  // elements
-  bool travels = false;                                    // anything at all, between any two: the same everywhere
+  bool travels = false;  // anything at all, between any two: the same everywhere
   for (size_t i = 0; i < messages.size(); ++i) {
     const Message& message = messages[i];
     const int64_t elements = c10::multiply_integers(message.shape);
     travels = travels || (message.from != message.to && elements > 0);
     if (message.from == group.rank()) {
-      TORCH_CHECK(contents[i].defined() && contents[i].sizes() == at::IntArrayRef(message.shape) && contents[i].scalar_type() == options.dtype().toScalarType(),
-                  "Exchange: message ", i, " should be ", at::IntArrayRef(message.shape), " of ", options.dtype(), ", it is ",
-                  contents[i].defined() ? c10::str(contents[i].sizes(), " of ", contents[i].dtype()) : "undefined");
+      TORCH_CHECK(contents[i].defined() && contents[i].sizes() == at::IntArrayRef(message.shape) &&
+                      contents[i].scalar_type() == options.dtype().toScalarType(),
+                  "Exchange: message ", i, " should be ", at::IntArrayRef(message.shape), " of ",
+                  options.dtype(), ", it is ",
+                  contents[i].defined() ? c10::str(contents[i].sizes(), " of ", contents[i].dtype())
+                                        : "undefined");
     }
     if (message.from == group.rank() && message.to == group.rank()) {
       received_[i] = contents[i];

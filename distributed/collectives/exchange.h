@@ -1,8 +1,8 @@
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <vector>
+
+#include <ATen/ATen.h>
 
 #include "distributed/collectives/group.h"
 
@@ -14,15 +14,18 @@ struct Message {
   std::vector<int64_t> shape;
 };
 
-/// Many messages between the members of a group as one flat all-to-all. Every member knows the list of all messages and brings the contents of its own;
-/// a message to oneself is handed over as it is and does not travel.
+/// Many messages between the members of a group as one flat all-to-all. Every member knows the list
+/// of all messages and brings the contents of its own; a message to oneself is handed over as it is
+/// and does not travel.
 ///
-/// Collective over `group`; with the same list everywhere. Autograd does not see it. Errors: as Group's; c10::Error for contents that are not of the
-/// message's shape.
+/// Collective over `group`; with the same list everywhere. Autograd does not see it. Errors: as
+/// Group's; c10::Error for contents that are not of the message's shape.
 class Exchange {
  public:
-  /// Starts it. contents[i], of dtype and device of `options`, belongs to messages[i]; it is looked at only where this member is its `from`.
-  Exchange(const Group& group, const std::vector<Message>& messages, const std::vector<at::Tensor>& contents, const at::TensorOptions& options);
+  /// Starts it. contents[i], of dtype and device of `options`, belongs to messages[i]; it is looked
+  /// at only where this member is its `from`.
+  Exchange(const Group& group, const std::vector<Message>& messages,
+           const std::vector<at::Tensor>& contents, const at::TensorOptions& options);
 
   /// By message: its contents where this member is its `to`, else undefined. At most once.
   std::vector<at::Tensor> wait();

@@ -1,10 +1,10 @@
 #include "distributed/collectives/group.h"
 
-#include <ATen/core/grad_mode.h>
-#include <c10/util/accumulate.h>
-
 #include <algorithm>
 #include <optional>
+
+#include <ATen/core/grad_mode.h>
+#include <c10/util/accumulate.h>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include "core/error.h"
@@ -31,7 +31,8 @@ auto translated(const Group& group, const char* operation, const Action& action)
   } catch (const Error&) {
     throw;
   } catch (const c10::Error& error) {
-    raise(ErrorKind::kCommunication, group.describe(), ": ", operation, " failed: ", error.what_without_backtrace());
+    raise(ErrorKind::kCommunication, group.describe(), ": ", operation,
+          " failed: ", error.what_without_backtrace());
   } catch (const std::exception& error) {
     raise(ErrorKind::kCommunication, group.describe(), ": ", operation, " failed: ", error.what());
   }
@@ -39,8 +40,8 @@ auto translated(const Group& group, const char* operation, const Action& action)
 
 void check_tensor(const at::Tensor& tensor, const char* operation) {
   TORCH_CHECK(tensor.defined(), operation, ": an undefined tensor");
-  TORCH_CHECK(tensor.is_contiguous(), operation, ": expected a contiguous tensor, got sizes ", tensor.sizes(), " with strides ",
-              tensor.strides());
+  TORCH_CHECK(tensor.is_contiguous(), operation, ": expected a contiguous tensor, got sizes ",
+              tensor.sizes(), " with strides ", tensor.strides());
 }
 
 void check_reducible(const at::Tensor& tensor, const char* operation) {
@@ -58,23 +59,27 @@ void check_reducible(const at::Tensor& tensor, const char* operation) {
 }
 
 void check_member(int64_t rank, const Group& group, const char* operation) {
-  TORCH_CHECK(0 <= rank && rank < group.size(), operation, ": rank ", rank, " is not in group '", group.name(), "' of ",
-              group.size());
+  TORCH_CHECK(0 <= rank && rank < group.size(), operation, ": rank ", rank, " is not in group '",
+              group.name(), "' of ", group.size());
 }
 
 // `whole` holds size() parts, as output of a gather or input of a scatter.
-void check_parts(const at::Tensor& whole, const at::Tensor& part, const Group& group, const char* operation) {
+void check_parts(const at::Tensor& whole, const at::Tensor& part, const Group& group,
+                 const char* operation) {
   check_tensor(whole, operation);
   check_tensor(part, operation);
-  TORCH_CHECK(whole.scalar_type() == part.scalar_type() && whole.device() == part.device(), operation, ": ",
-              whole.scalar_type(), " on ", whole.device(), " does not go with ", part.scalar_type(), " on ", part.device());
-  TORCH_CHECK(whole.numel() == group.size() * part.numel(), operation, ": sizes ", whole.sizes(), " are not ", group.size(),
-              " times sizes ", part.sizes());
+  TORCH_CHECK(whole.scalar_type() == part.scalar_type() && whole.device() == part.device(),
+              operation, ": ", whole.scalar_type(), " on ", whole.device(), " does not go with ",
+              part.scalar_type(), " on ", part.device());
+  TORCH_CHECK(whole.numel() == group.size() * part.numel(), operation, ": sizes ", whole.sizes(),
+              " are not ", group.size(), " times sizes ", part.sizes());
 }
 
-// c10d's collectives on one tensor by their names from torch 2.15 on, which deprecates those of before; templates, so that only the one in use is looked at.
+// c10d's collectives on one tensor by their names from torch 2.15 on, which deprecates those of
+// before; templates, so that only the one in use is looked at.
 template <typename ProcessGroup>
-WorkPtr all_gather_single(ProcessGroup& group, at::Tensor& to, at::Tensor& from, const c10d::AllgatherOptions& options) {
+WorkPtr all_gather_single(ProcessGroup& group, at::Tensor& to, at::Tensor& from,
+                          const c10d::AllgatherOptions& options) {
   if constexpr (requires { group.all_gather_single(to, from, options); }) {
     return group.all_gather_single(to, from, options);
   } else {
@@ -83,7 +88,8 @@ WorkPtr all_gather_single(ProcessGroup& group, at::Tensor& to, at::Tensor& from,
 }
 
 template <typename ProcessGroup>
-WorkPtr reduce_scatter_single(ProcessGroup& group, at::Tensor& to, at::Tensor& from, const c10d::ReduceScatterOptions& options) {
+WorkPtr reduce_scatter_single(ProcessGroup& group, at::Tensor& to, at::Tensor& from,
+                              const c10d::ReduceScatterOptions& options) {
   if constexpr (requires { group.reduce_scatter_single(to, from, options); }) {
     return group.reduce_scatter_single(to, from, options);
   } else {
@@ -92,7 +98,8 @@ WorkPtr reduce_scatter_single(ProcessGroup& group, at::Tensor& to, at::Tensor& f
 }
 
 template <typename ProcessGroup>
-WorkPtr all_to_all_single(ProcessGroup& group, at::Tensor& to, at::Tensor& from, std::vector<int64_t> to_splits, std::vector<int64_t> from_splits,
+WorkPtr all_to_all_single(ProcessGroup& group, at::Tensor& to, at::Tensor& from,
+                          std::vector<int64_t> to_splits, std::vector<int64_t> from_splits,
                           const c10d::AllToAllOptions& options) {
   if constexpr (requires { group.all_to_all_single(to, from, to_splits, from_splits, options); }) {
     return group.all_to_all_single(to, from, to_splits, from_splits, options);
@@ -106,23 +113,29 @@ Watchdog::Watched hold(const Group& group, uint64_t number) {
 }
 
 // `flat` is one-dimensional and made of a share for each member.
-void check_shares(const at::Tensor& flat, const std::vector<int64_t>& shares, const Group& group, const char* operation) {
+void check_shares(const at::Tensor& flat, const std::vector<int64_t>& shares, const Group& group,
+                  const char* operation) {
   check_tensor(flat, operation);
-  TORCH_CHECK(flat.dim() == 1 && static_cast<int64_t>(shares.size()) == group.size() && c10::sum_integers(shares) == flat.numel(), operation,
-              ": sizes ", flat.sizes(), " are not shares of ", at::IntArrayRef(shares), " elements for ", group.size(), " members");
+  TORCH_CHECK(flat.dim() == 1 && static_cast<int64_t>(shares.size()) == group.size() &&
+                  c10::sum_integers(shares) == flat.numel(),
+              operation, ": sizes ", flat.sizes(), " are not shares of ", at::IntArrayRef(shares),
+              " elements for ", group.size(), " members");
 }
 
 // Counts a call that sends so many bytes (none: it only goes on), and how long it holds its caller.
 class Counted {
  public:
-  Counted(const Group& group, const char* operation, std::optional<double> sent_bytes = std::nullopt)
+  Counted(const Group& group, const char* operation,
+          std::optional<double> sent_bytes = std::nullopt)
       : group_(group), operation_(operation), sent_bytes_(sent_bytes) {}
   Counted(const Counted&) = delete;
   Counted& operator=(const Counted&) = delete;
   ~Counted() {
     if (group_.traffic()) {
-      const std::chrono::duration<double, std::milli> waited = std::chrono::steady_clock::now() - begun_;
-      group_.traffic()->add(group_.name(), operation_, {sent_bytes_ ? 1 : 0, sent_bytes_.value_or(0), waited.count()});
+      const std::chrono::duration<double, std::milli> waited = std::chrono::steady_clock::now() -
+                                                               begun_;
+      group_.traffic()->add(group_.name(), operation_,
+                            {sent_bytes_ ? 1 : 0, sent_bytes_.value_or(0), waited.count()});
     }
   }
 
@@ -133,15 +146,21 @@ class Counted {
   std::chrono::steady_clock::time_point begun_ = std::chrono::steady_clock::now();
 };
 
-// Starts a collective on a message of `bytes`, of which this process sends `sent_bytes` (none: what bus_factor says), through the dispatcher, out of
-// autograd's sight, and returns the handle that completes it.
+// Starts a collective on a message of `bytes`, of which this process sends `sent_bytes` (none: what
+// bus_factor says), through the dispatcher, out of autograd's sight, and returns the handle that
+// completes it.
 template <typename Start>
-Pending start(const Group& group, const char* operation, std::size_t bytes, const Start& launch, std::optional<std::size_t> sent_bytes = std::nullopt) {
+Pending start(const Group& group, const char* operation, std::size_t bytes, const Start& launch,
+              std::optional<std::size_t> sent_bytes = std::nullopt) {
   const at::NoGradGuard no_grad;
-  const uint64_t number = group.watchdog() ? group.watchdog()->begin_collective(group.name(), operation, bytes) : 0;
+  const uint64_t number = group.watchdog()
+                              ? group.watchdog()->begin_collective(group.name(), operation, bytes)
+                              : 0;
   WorkPtr work;
   {
-    const double sent = sent_bytes ? static_cast<double>(*sent_bytes) : static_cast<double>(bytes) * bus_factor(operation, group.size());
+    const double sent = sent_bytes
+                            ? static_cast<double>(*sent_bytes)
+                            : static_cast<double>(bytes) * bus_factor(operation, group.size());
     const Counted counted(group, operation, sent);
     const auto held = hold(group, number);
     work = translated(group, operation, launch);
@@ -186,8 +205,8 @@ Group& Group::operator=(const Group& other) = default;
 Group& Group::operator=(Group&& other) noexcept = default;
 Group::~Group() = default;
 
-Group::Group(std::string name, c10::intrusive_ptr<c10d::ProcessGroup> process_group, std::chrono::milliseconds timeout,
-             std::vector<int64_t> world_ranks)
+Group::Group(std::string name, c10::intrusive_ptr<c10d::ProcessGroup> process_group,
+             std::chrono::milliseconds timeout, std::vector<int64_t> world_ranks)
     : name_(std::move(name)),
       process_group_(std::move(process_group)),
       timeout_(timeout),
@@ -196,15 +215,19 @@ Group::Group(std::string name, c10::intrusive_ptr<c10d::ProcessGroup> process_gr
     rank_ = process_group_->getRank();
     size_ = process_group_->getSize();
   }
-  check(ErrorKind::kUsage, world_ranks_.empty() || static_cast<int64_t>(world_ranks_.size()) == size_, "group '", name_,
-        "' has ", size_, " members, but ", world_ranks_.size(), " world ranks were given");
-  check(ErrorKind::kUsage, size_ == 1 || timeout_.count() > 0, "group '", name_, "': the timeout of ", timeout_.count(),
-        " ms is not positive");
+  check(ErrorKind::kUsage,
+        world_ranks_.empty() || static_cast<int64_t>(world_ranks_.size()) == size_, "group '",
+        name_, "' has ", size_, " members, but ", world_ranks_.size(), " world ranks were given");
+  check(ErrorKind::kUsage, size_ == 1 || timeout_.count() > 0, "group '", name_,
+        "': the timeout of ", timeout_.count(), " ms is not positive");
 }
 
 std::string Group::describe(int64_t rank) const {
   const std::string place = c10::str("group '", name_, "' (rank ", rank, " of ", size_, ")");
-  return world_ranks_.empty() ? place : c10::str("world rank ", world_ranks_.at(static_cast<std::size_t>(rank)), ", ", place);
+  return world_ranks_.empty()
+             ? place
+             : c10::str("world rank ", world_ranks_.at(static_cast<std::size_t>(rank)), ", ",
+                        place);
 }
 
 at::Device Group::message_device() const {
@@ -212,7 +235,8 @@ at::Device Group::message_device() const {
     return at::kCPU;
   }
   const auto devices = process_group_->getDeviceTypes();
-  const bool has_cpu = std::any_of(devices.begin(), devices.end(), [](const at::Device& device) { return device.is_cpu(); });
+  const bool has_cpu = std::any_of(devices.begin(), devices.end(),
+                                   [](const at::Device& device) { return device.is_cpu(); });
   if (has_cpu || devices.empty()) {
     return at::kCPU;
   }
@@ -280,8 +304,9 @@ at::Tensor Group::all_gather_uneven(const at::Tensor& input) const {
   std::vector<int64_t> rows;
   for (int64_t member = 0; member < size_; ++member) {
     const int64_t* entry = all.const_data_ptr<int64_t>() + 2 * member;
-    check(ErrorKind::kCommunication, entry[1] == row_elements, describe(), ": all_gather_uneven of rows of ", row_elements,
-          " elements, but rank ", member, " has rows of ", entry[1]);
+    check(ErrorKind::kCommunication, entry[1] == row_elements, describe(),
+          ": all_gather_uneven of rows of ", row_elements, " elements, but rank ", member,
+          " has rows of ", entry[1]);
     rows.push_back(entry[0]);
   }
   return all_gather_uneven(input, rows);
@@ -289,8 +314,10 @@ at::Tensor Group::all_gather_uneven(const at::Tensor& input) const {
 
 at::Tensor Group::all_gather_uneven(const at::Tensor& input, at::IntArrayRef rows) const {
   check_tensor(input, "all_gather_uneven");
-  TORCH_CHECK(static_cast<int64_t>(rows.size()) == size_ && input.dim() > 0 && input.size(0) == rows[static_cast<size_t>(rank_)], describe(),
-              ": all_gather_uneven of a tensor ", input.sizes(), " on rank ", rank_, ", expected rows ", rows);
+  TORCH_CHECK(static_cast<int64_t>(rows.size()) == size_ && input.dim() > 0 &&
+                  input.size(0) == rows[static_cast<size_t>(rank_)],
+              describe(), ": all_gather_uneven of a tensor ", input.sizes(), " on rank ", rank_,
+              ", expected rows ", rows);
   const at::NoGradGuard no_grad;
   if (size_ == 1) {
     return input.detach().clone();
@@ -333,18 +360,20 @@ void Group::reduce_scatter(at::Tensor& output, const at::Tensor& input) const {
   }).wait();
 }
 
-Pending Group::all_to_all_async(at::Tensor& output, const std::vector<int64_t>& receives, const at::Tensor& input,
-                                const std::vector<int64_t>& sends) const {
+Pending Group::all_to_all_async(at::Tensor& output, const std::vector<int64_t>& receives,
+                                const at::Tensor& input, const std::vector<int64_t>& sends) const {
   check_shares(output, receives, *this, "all_to_all");
   check_shares(input, sends, *this, "all_to_all");
-  TORCH_CHECK(output.scalar_type() == input.scalar_type() && output.device() == input.device(), "all_to_all: ", input.scalar_type(), " on ",
-              input.device(), " does not go with ", output.scalar_type(), " on ", output.device());
+  TORCH_CHECK(output.scalar_type() == input.scalar_type() && output.device() == input.device(),
+              "all_to_all: ", input.scalar_type(), " on ", input.device(), " does not go with ",
+              output.scalar_type(), " on ", output.device());
   if (size_ == 1) {
     const at::NoGradGuard no_grad;
     output.detach().copy_(input);
     return {};
   }
-  const auto kept = static_cast<std::size_t>(sends[static_cast<std::size_t>(rank_)]) * input.element_size();
+  const auto kept = static_cast<std::size_t>(sends[static_cast<std::size_t>(rank_)]) *
+                    input.element_size();
   const auto launch = [&] {
     c10d::AllToAllOptions options;
     options.timeout = timeout_;
@@ -352,7 +381,9 @@ Pending Group::all_to_all_async(at::Tensor& output, const std::vector<int64_t>& 
     at::Tensor from = input.detach();
     return all_to_all_single(*process_group_, to, from, receives, sends, options);
   };
-  return start(*this, "all_to_all", output.nbytes(), launch, input.nbytes() - kept);  // also with nothing to send or receive here: others may have
+  return start(
+      *this, "all_to_all", output.nbytes(), launch,
+      input.nbytes() - kept);  // also with nothing to send or receive here: others may have
 }
 
 void Group::broadcast(at::Tensor& tensor, int64_t root) const {
@@ -391,65 +422,84 @@ std::vector<at::Tensor> Group::gather(const at::Tensor& tensor, int64_t root) co
   return outputs;
 }
 
-Pending Group::gather_async(std::vector<at::Tensor> outputs, const at::Tensor& tensor, int64_t root) const {
+Pending Group::gather_async(std::vector<at::Tensor> outputs, const at::Tensor& tensor,
+                            int64_t root) const {
   check_tensor(tensor, "gather");
   check_member(root, *this, "gather");
-  TORCH_CHECK(static_cast<int64_t>(outputs.size()) == (rank_ == root ? size_ : 0), "gather: ", outputs.size(), " outputs on rank ", rank_, " of ", size_,
-              ", root ", root);
+  TORCH_CHECK(static_cast<int64_t>(outputs.size()) == (rank_ == root ? size_ : 0),
+              "gather: ", outputs.size(), " outputs on rank ", rank_, " of ", size_, ", root ",
+              root);
   if (size_ == 1) {
     const at::NoGradGuard no_grad;
     outputs[0].copy_(tensor);
     return {};
   }
-  return start(*this, "gather", tensor.nbytes(), [&] {
-    c10d::GatherOptions options;
-    options.rootRank = root;
-    options.timeout = timeout_;
-    std::vector<at::Tensor> inputs = {tensor.detach()};
-    std::vector<std::vector<at::Tensor>> lists;
-    if (rank_ == root) {
-      lists.push_back(std::move(outputs));
-    }
-    return process_group_->gather(lists, inputs, options);
-  }, rank_ == root ? 0 : tensor.nbytes());
+  return start(
+      *this, "gather", tensor.nbytes(),
+      [&] {
+        c10d::GatherOptions options;
+        options.rootRank = root;
+        options.timeout = timeout_;
+        std::vector<at::Tensor> inputs = {tensor.detach()};
+        std::vector<std::vector<at::Tensor>> lists;
+        if (rank_ == root) {
+          lists.push_back(std::move(outputs));
+        }
+        return process_group_->gather(lists, inputs, options);
+      },
+      rank_ == root ? 0 : tensor.nbytes());
 }
 
 void Group::send(const at::Tensor& tensor, int64_t destination, int tag) const {
   check_tensor(tensor, "send");
   check_member(destination, *this, "send");
-  TORCH_CHECK(destination != rank_, "send: rank ", rank_, " of group '", name_, "' sends to itself");
+  TORCH_CHECK(destination != rank_, "send: rank ", rank_, " of group '", name_,
+              "' sends to itself");
   if (tensor.numel() == 0) {
     return;
   }
-  start(*this, "send", tensor.nbytes(), [&] {
-    std::vector<at::Tensor> tensors = {tensor.detach()};
-    return process_group_->send(tensors, static_cast<int>(destination), tag);
-  }, tensor.nbytes()).wait();
+  start(
+      *this, "send", tensor.nbytes(),
+      [&] {
+        std::vector<at::Tensor> tensors = {tensor.detach()};
+        return process_group_->send(tensors, static_cast<int>(destination), tag);
+      },
+      tensor.nbytes())
+      .wait();
 }
 
 void Group::receive(at::Tensor& tensor, int64_t source, int tag) const {
   check_tensor(tensor, "receive");
   check_member(source, *this, "receive");
-  TORCH_CHECK(source != rank_, "receive: rank ", rank_, " of group '", name_, "' receives from itself");
+  TORCH_CHECK(source != rank_, "receive: rank ", rank_, " of group '", name_,
+              "' receives from itself");
   if (tensor.numel() == 0) {
     return;
   }
-  start(*this, "receive", tensor.nbytes(), [&] {
-    std::vector<at::Tensor> tensors = {tensor.detach()};
-    return process_group_->recv(tensors, static_cast<int>(source), tag);
-  }, 0).wait();
+  start(
+      *this, "receive", tensor.nbytes(),
+      [&] {
+        std::vector<at::Tensor> tensors = {tensor.detach()};
+        return process_group_->recv(tensors, static_cast<int>(source), tag);
+      },
+      0)
+      .wait();
 }
 
 void Group::barrier() const {
   if (size_ == 1) {
     return;
   }
-  start(*this, "barrier", 0, [&] {
-    c10d::BarrierOptions options;
-    options.timeout = timeout_;
-    options.device = message_device();
-    return process_group_->barrier(options);
-  }, 0).wait();
+  start(
+      *this, "barrier", 0,
+      [&] {
+        c10d::BarrierOptions options;
+        options.timeout = timeout_;
+        options.device = message_device();
+        return process_group_->barrier(options);
+      },
+      0)
+      .wait();
 }
 
 }  // namespace drrl

@@ -1,11 +1,11 @@
 #include "distributed/collectives/reward_channel.h"
 
-#include <ATen/core/grad_mode.h>
-
 #include <algorithm>
 #include <chrono>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
+
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #ifdef DRRL_WITH_MPI
 #include "distributed/mpi/mpi_backend.h"
@@ -28,7 +28,8 @@ bool gathers_unequal([[maybe_unused]] const Group& group) {
 
 RewardChannel::RewardChannel(Group group, int64_t record, int64_t weights, Train train)
     : group_(std::move(group)), record_(record), train_(std::move(train)) {
-  TORCH_CHECK(record >= 1 && weights >= 1, "RewardChannel: records of ", record, " and weights of ", weights, " elements, expected at least 1");
+  TORCH_CHECK(record >= 1 && weights >= 1, "RewardChannel: records of ", record, " and weights of ",
+              weights, " elements, expected at least 1");
   const auto options = at::TensorOptions(group_.message_device()).dtype(at::kLong);
   at::Tensor sizes = at::empty({group_.size()}, options);
   group_.all_gather(sizes, at::full({1}, record, options));
@@ -43,8 +44,9 @@ RewardChannel::RewardChannel(Group group, int64_t record, int64_t weights, Train
 void RewardChannel::post(const at::Tensor& record) {
   const at::NoGradGuard no_grad;
   TORCH_CHECK(!under_way_, "RewardChannel: a round is under way");
-  TORCH_CHECK(record.dim() == 1 && record.numel() == record_ && record.scalar_type() == at::kDouble, "RewardChannel: a record of ", record.sizes(), " x ",
-              record.scalar_type(), ", expected ", record_, " x Double");
+  TORCH_CHECK(record.dim() == 1 && record.numel() == record_ && record.scalar_type() == at::kDouble,
+              "RewardChannel: a record of ", record.sizes(), " x ", record.scalar_type(),
+              ", expected ", record_, " x Double");
   sent_ = at::zeros({sizes_[static_cast<size_t>(group_.rank())]}, weights_.options());
   sent_.narrow(0, 0, record_).copy_(record);
   under_way_ = true;
@@ -56,7 +58,9 @@ void RewardChannel::post(const at::Tensor& record) {
   }
   gather_ = group_.gather_async(records, sent_);
   if (group_.rank() == 0) {
-    round_ = std::async(std::launch::async, [this, records = std::move(records)]() mutable { return trained(std::move(records)); });
+    round_ = std::async(std::launch::async, [this, records = std::move(records)]() mutable {
+      return trained(std::move(records));
+    });
   }
 }
 
@@ -67,7 +71,8 @@ at::Tensor RewardChannel::trained(std::vector<at::Tensor> records) {
     one = one.cpu();
   }
   const at::Tensor weights = train_(records);
-  TORCH_CHECK(weights.numel() == weights_.numel(), "RewardChannel: the trainer made ", weights.numel(), " weights, expected ", weights_.numel());
+  TORCH_CHECK(weights.numel() == weights_.numel(), "RewardChannel: the trainer made ",
+              weights.numel(), " weights, expected ", weights_.numel());
   return weights.flatten().to(at::kDouble);
 }
 
@@ -83,7 +88,8 @@ at::Tensor RewardChannel::take() {
   }
   group_.broadcast(weights_);
   const at::Tensor weights = weights_.cpu().clone();
-  waited_ms_ += std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+  waited_ms_ += std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
+                    .count();
   return weights;
 }
 

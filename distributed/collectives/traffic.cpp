@@ -12,7 +12,8 @@ double bus_factor(const std::string& operation, int64_t members) {
   if (operation == "all_gather" || operation == "reduce_scatter" || operation == "all_to_all") {
     return (n - 1) / n;
   }
-  check(ErrorKind::kInternal, operation == "broadcast", "no bus factor is known for '", operation, "'");
+  check(ErrorKind::kInternal, operation == "broadcast", "no bus factor is known for '", operation,
+        "'");
   return 1;
 }
 

@@ -24,11 +24,11 @@ std::string seconds(Watchdog::Clock::duration duration) {
 
 }  // namespace
 
-Watchdog::Watchdog(std::string owner, milliseconds limit, std::function<void(const std::string&)> on_overdue,
-                   milliseconds grace)
+Watchdog::Watchdog(std::string owner, milliseconds limit,
+                   std::function<void(const std::string&)> on_overdue, milliseconds grace)
     : owner_(std::move(owner)), limit_(limit), grace_(grace), on_overdue_(std::move(on_overdue)) {
-  check(ErrorKind::kUsage, limit_.count() > 0 && grace_.count() >= 0, "a watchdog's limit of ", limit_.count(),
-        " ms must be positive, its grace of ", grace_.count(), " ms not negative");
+  check(ErrorKind::kUsage, limit_.count() > 0 && grace_.count() >= 0, "a watchdog's limit of ",
+        limit_.count(), " ms must be positive, its grace of ", grace_.count(), " ms not negative");
   thread_ = std::thread([this] { run(); });
   pthread_setname_np(thread_.native_handle(), "watchdog");
 }
@@ -66,7 +66,8 @@ void Watchdog::alive() {
   last_sign_ = Clock::now();
 }
 
-uint64_t Watchdog::begin_collective(const std::string& group, const char* operation, std::size_t bytes) {
+uint64_t Watchdog::begin_collective(const std::string& group, const char* operation,
+                                    std::size_t bytes) {
   const std::lock_guard lock(mutex_);
   return note({.what = group, .collective = operation, .bytes = bytes}).number;
 }
@@ -75,8 +76,11 @@ Watchdog::Watched Watchdog::hold(uint64_t collective, milliseconds timeout) {
   const std::lock_guard lock(mutex_);
   const Operation& noted = ring_[collective % kRemembered];
   // Overwritten while it was under way: more than a hundred were begun after it.
-  Operation operation =
-      noted.number == collective ? noted : Operation{.number = collective, .what = "?", .collective = "forgotten collective"};
+  Operation operation = noted.number == collective
+                            ? noted
+                            : Operation{.number = collective,
+                                        .what = "?",
+                                        .collective = "forgotten collective"};
   open_[collective] = {std::move(operation), Clock::now(), timeout + grace_};
   return Watched(*this, collective);
 }
@@ -134,9 +138,10 @@ std::string Watchdog::overdue(Clock::time_point now) const {
     if (now - last <= open.limit) {
       continue;
     }
-    std::string text =
-        c10::str(owner_, ": ", describe(open.operation, now), is_section ? ": no sign of life for " : ": held for ",
-                 seconds(now - last), ", the limit is ", seconds(open.limit), "\nopen:\n");
+    std::string text = c10::str(owner_, ": ", describe(open.operation, now),
+                                is_section ? ": no sign of life for " : ": held for ",
+                                seconds(now - last), ", the limit is ", seconds(open.limit),
+                                "\nopen:\n");
     for (const auto& [other, item] : open_) {
       text += "  " + describe(item.operation, now) + "\n";
     }
@@ -146,8 +151,10 @@ std::string Watchdog::overdue(Clock::time_point now) const {
 }
 
 std::string Watchdog::recorded_locked(Clock::time_point now) const {
-  std::string text = c10::str("the last ", std::min<uint64_t>(count_, kRemembered), " of ", count_, " operations:\n");
-  for (uint64_t number = count_ > kRemembered ? count_ - kRemembered + 1 : 1; number <= count_; ++number) {
+  std::string text = c10::str("the last ", std::min<uint64_t>(count_, kRemembered), " of ", count_,
+                              " operations:\n");
+  for (uint64_t number = count_ > kRemembered ? count_ - kRemembered + 1 : 1; number <= count_;
+       ++number) {
     text += "  " + describe(ring_[number % kRemembered], now) + "\n";
   }
   return text;
@@ -158,7 +165,8 @@ std::string Watchdog::describe(const Operation& operation, Clock::time_point now
   if (operation.collective == nullptr) {
     text += operation.what;
   } else {
-    text += c10::str("group '", operation.what, "' ", operation.collective, " of ", operation.bytes, " bytes");
+    text += c10::str("group '", operation.what, "' ", operation.collective, " of ", operation.bytes,
+                     " bytes");
   }
   text += ", begun " + seconds(now - operation.begun) + " ago";
   const bool ended = operation.ended != Clock::time_point();

@@ -14,18 +14,21 @@
 
 namespace drrl {
 
-/// Notices that this process is stuck where no error can reach it: inside a blocking call, in a write to a dead file system, in
-/// MPI_Finalize, or waiting outside a collective for a process that is gone. It also remembers the last operations, for whoever
-/// has to find out afterwards who was doing what (a flight recorder).
+/// Notices that this process is stuck where no error can reach it: inside a blocking call, in a
+/// write to a dead file system, in MPI_Finalize, or waiting outside a collective for a process that
+/// is gone. It also remembers the last operations, for whoever has to find out afterwards who was
+/// doing what (a flight recorder).
 ///
-/// Two things are watched, by one thread. A *section* (a step, an evaluation, a checkpoint) must give a sign of life at least
-/// every `limit`: a collective that completed, or a call of `alive`. A *collective* that holds its caller must return within
-/// its group's timeout plus kGrace; groups fail it at the timeout themselves, so this is for calls that never come to that.
+/// Two things are watched, by one thread. A *section* (a step, an evaluation, a checkpoint) must
+/// give a sign of life at least every `limit`: a collective that completed, or a call of `alive`. A
+/// *collective* that holds its caller must return within its group's timeout plus kGrace; groups
+/// fail it at the timeout themselves, so this is for calls that never come to that.
 ///
-/// The library never ends the process: `on_overdue` hears what is overdue, all that is open, and the last 100 operations, once,
-/// on the watchdog's thread, and decides. It must not throw.
+/// The library never ends the process: `on_overdue` hears what is overdue, all that is open, and
+/// the last 100 operations, once, on the watchdog's thread, and decides. It must not throw.
 ///
-/// All times are of the steady clock, which no change of the date moves. A collective costs half a microsecond.
+/// All times are of the steady clock, which no change of the date moves. A collective costs half a
+/// microsecond.
 class Watchdog {
  public:
   using Clock = std::chrono::steady_clock;
@@ -33,8 +36,10 @@ class Watchdog {
   static constexpr std::chrono::milliseconds kGrace = std::chrono::seconds(20);
   static constexpr std::size_t kRemembered = 100;
 
-  /// `owner` opens the report: "world rank 3". Errors: Error(kUsage) unless limit > 0 and grace >= 0.
-  Watchdog(std::string owner, std::chrono::milliseconds limit, std::function<void(const std::string& report)> on_overdue,
+  /// `owner` opens the report: "world rank 3". Errors: Error(kUsage) unless limit > 0 and grace >=
+  /// 0.
+  Watchdog(std::string owner, std::chrono::milliseconds limit,
+           std::function<void(const std::string& report)> on_overdue,
            std::chrono::milliseconds grace = kGrace);
   ~Watchdog();
   Watchdog(const Watchdog&) = delete;
@@ -62,13 +67,14 @@ class Watchdog {
   /// A sign of life.
   void alive();
 
-  /// For Group: notes a collective (the number is for the two calls below), watches it while a caller is inside, and notes its
-  /// completion, which is a sign of life.
+  /// For Group: notes a collective (the number is for the two calls below), watches it while a
+  /// caller is inside, and notes its completion, which is a sign of life.
   uint64_t begin_collective(const std::string& group, const char* operation, std::size_t bytes);
   [[nodiscard]] Watched hold(uint64_t collective, std::chrono::milliseconds timeout);
   void complete_collective(uint64_t collective);
 
-  /// The last operations, a line each, oldest first: number, step, what, how long ago it began, how long it took.
+  /// The last operations, a line each, oldest first: number, step, what, how long ago it began, how
+  /// long it took.
   std::string recorded() const;
 
  private:
@@ -111,10 +117,12 @@ class Watchdog {
 };
 
 /// A section of `watchdog`, which may be null.
-[[nodiscard]] inline Watchdog::Watched watch(const std::shared_ptr<Watchdog>& watchdog, std::string name) {
+[[nodiscard]] inline Watchdog::Watched watch(const std::shared_ptr<Watchdog>& watchdog,
+                                             std::string name) {
   return watchdog ? watchdog->section(std::move(name)) : Watchdog::Watched();
 }
-[[nodiscard]] inline Watchdog::Watched watch_step(const std::shared_ptr<Watchdog>& watchdog, int64_t step) {
+[[nodiscard]] inline Watchdog::Watched watch_step(const std::shared_ptr<Watchdog>& watchdog,
+                                                  int64_t step) {
   return watchdog ? watchdog->section("step", step) : Watchdog::Watched();
 }
 

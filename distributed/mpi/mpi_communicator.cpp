@@ -1,10 +1,10 @@
 #include "distributed/mpi/mpi_communicator.h"
 
-#include <c10/util/Exception.h>
-
 #include <numeric>
 #include <string>
 #include <utility>
+
+#include <c10/util/Exception.h>
 
 #include "core/error.h"
 
@@ -15,7 +15,8 @@ std::string describe(int status, std::string_view call) {
   char text[MPI_MAX_ERROR_STRING] = "unknown error";
   int length = 0;
   if (mpi_is_active() && MPI_Error_string(status, text, &length) == MPI_SUCCESS) {
-    return c10::str(call, " failed: ", std::string(text, static_cast<std::size_t>(length)), " (code ", status, ")");
+    return c10::str(call, " failed: ", std::string(text, static_cast<std::size_t>(length)),
+                    " (code ", status, ")");
   }
   return c10::str(call, " failed with code ", status);
 }
@@ -54,13 +55,16 @@ bool mpi_is_active() noexcept {
 
 void require_mpi() {
   check(ErrorKind::kUsage, mpi_is_active(),
-        "MPI is not active: the program must call MPI_Init_thread(..., MPI_THREAD_MULTIPLE, ...) before it makes groups over "
+        "MPI is not active: the program must call MPI_Init_thread(..., MPI_THREAD_MULTIPLE, ...) "
+        "before it makes groups over "
         "MPI, "
         "and drop them before MPI_Finalize");
   int level = MPI_THREAD_SINGLE;
   check_mpi(MPI_Query_thread(&level), "MPI_Query_thread");
-  check(ErrorKind::kUsage, level == MPI_THREAD_MULTIPLE, "MPI was initialised with ", thread_level_name(level),
-        ", but drrl needs MPI_THREAD_MULTIPLE: call MPI_Init_thread(..., MPI_THREAD_MULTIPLE, ...)");
+  check(
+      ErrorKind::kUsage, level == MPI_THREAD_MULTIPLE, "MPI was initialised with ",
+      thread_level_name(level),
+      ", but drrl needs MPI_THREAD_MULTIPLE: call MPI_Init_thread(..., MPI_THREAD_MULTIPLE, ...)");
 }
 
 MpiCommunicator::MpiCommunicator(MPI_Comm communicator) : communicator_(communicator) {
@@ -77,7 +81,8 @@ MpiCommunicator MpiCommunicator::duplicate(MPI_Comm parent) {
 MpiCommunicator MpiCommunicator::split(MPI_Comm parent, int64_t color, int64_t key) {
   require_mpi();
   MPI_Comm result = MPI_COMM_NULL;
-  check_mpi(MPI_Comm_split(parent, static_cast<int>(color), static_cast<int>(key), &result), "MPI_Comm_split");
+  check_mpi(MPI_Comm_split(parent, static_cast<int>(color), static_cast<int>(key), &result),
+            "MPI_Comm_split");
   return MpiCommunicator(result);
 }
 

@@ -1,14 +1,15 @@
 #pragma once
 
-#include <mpi.h>
-
 #include <cstdint>
 #include <string_view>
 #include <vector>
 
+#include <mpi.h>
+
 namespace drrl {
 
-/// Throws Error(kCommunication) with MPI's own text unless `status` is MPI_SUCCESS. `call` names the MPI function.
+/// Throws Error(kCommunication) with MPI's own text unless `status` is MPI_SUCCESS. `call` names
+/// the MPI function.
 void check_mpi(int status, std::string_view call);
 
 /// As check_mpi where nothing may be thrown: only warns.
@@ -17,14 +18,17 @@ void warn_mpi(int status, std::string_view call) noexcept;
 /// True between MPI_Init and MPI_Finalize.
 bool mpi_is_active() noexcept;
 
-/// Errors: Error(kUsage) unless the program has called MPI_Init_thread(..., MPI_THREAD_MULTIPLE, ...), got that level, and has
-/// not called MPI_Finalize. drrl never initialises MPI: that is the program's to do, once.
+/// Errors: Error(kUsage) unless the program has called MPI_Init_thread(..., MPI_THREAD_MULTIPLE,
+/// ...), got that level, and has not called MPI_Finalize. drrl never initialises MPI: that is the
+/// program's to do, once.
 void require_mpi();
 
-/// Owns a communicator of drrl's own and frees it. Errors on it come back as status codes, not as an abort.
+/// Owns a communicator of drrl's own and frees it. Errors on it come back as status codes, not as
+/// an abort.
 ///
-/// Creating one is collective over the parent, and so is freeing it: members drop their communicators in the same order.
-/// Ownership ends before MPI_Finalize; a communicator that outlives it is left alone, since MPI may no longer be called.
+/// Creating one is collective over the parent, and so is freeing it: members drop their
+/// communicators in the same order. Ownership ends before MPI_Finalize; a communicator that
+/// outlives it is left alone, since MPI may no longer be called.
 class MpiCommunicator {
  public:
   MpiCommunicator() = default;

@@ -1,12 +1,13 @@
 #include "distributed/mpi/mpi_progress.h"
 
-#include <ATen/core/ivalue.h>
 #include <pthread.h>
 #include <sched.h>
 #include <sys/prctl.h>
 
 #include <algorithm>
 #include <utility>
+
+#include <ATen/core/ivalue.h>
 
 #include "core/error.h"
 #include "distributed/mpi/mpi_communicator.h"
@@ -28,7 +29,8 @@ int64_t now_ns() {
   return duration_cast<nanoseconds>(Clock::now().time_since_epoch()).count();
 }
 
-// Works whose requests never completed. MPI may still write into their tensors, so they live as long as the process.
+// Works whose requests never completed. MPI may still write into their tensors, so they live as
+// long as the process.
 void keep_forever(c10::intrusive_ptr<c10d::Work> work) {
   static std::mutex mutex;
   static auto* kept = new std::vector<c10::intrusive_ptr<c10d::Work>>();
@@ -49,22 +51,26 @@ class MpiWork final : public c10d::Work {
         owner_(std::move(owner)),
         heartbeat_(std::move(heartbeat)),
         submitted_(Clock::now()),
-        future_(c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()))) {}
+        future_(c10::make_intrusive<c10::ivalue::Future>(
+            c10::ListType::create(c10::TensorType::get()))) {}
 
   bool wait(milliseconds timeout) override {
     std::unique_lock lock(mutex_);
     const auto deadline = Clock::now() + timeout;
     while (!completed_) {
-      const auto patience = timeout == kNoTimeout ? milliseconds(1000) : std::min(timeout, milliseconds(1000));
+      const auto patience = timeout == kNoTimeout ? milliseconds(1000)
+                                                  : std::min(timeout, milliseconds(1000));
       if (cv_.wait_for(lock, patience, [this] { return completed_; })) {
         break;
       }
       check(ErrorKind::kCommunication, timeout == kNoTimeout || Clock::now() < deadline, describe(),
-            " is not complete after a wait of ", timeout.count(), " ms (age ", age().count(), " ms)");
-      const nanoseconds silent(now_ns() -
-                               std::max(heartbeat_->load(), duration_cast<nanoseconds>(submitted_.time_since_epoch()).count()));
-      check(ErrorKind::kCommunication, silent < operation_.timeout + kStuckGrace, describe(), " is stuck inside MPI for ",
-            duration_cast<milliseconds>(silent).count(), " ms");
+            " is not complete after a wait of ", timeout.count(), " ms (age ", age().count(),
+            " ms)");
+      const nanoseconds silent(
+          now_ns() - std::max(heartbeat_->load(),
+                              duration_cast<nanoseconds>(submitted_.time_since_epoch()).count()));
+      check(ErrorKind::kCommunication, silent < operation_.timeout + kStuckGrace, describe(),
+            " is stuck inside MPI for ", duration_cast<milliseconds>(silent).count(), " ms");
     }
     if (exception_) {
       std::rethrow_exception(exception_);
@@ -76,7 +82,9 @@ class MpiWork final : public c10d::Work {
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override { return future_; }
   uint64_t getSequencenumber() const override { return sequence_; }
 
-  std::string describe() const { return c10::str(owner_, ": ", operation_.description, " #", sequence_); }
+  std::string describe() const {
+    return c10::str(owner_, ": ", operation_.description, " #", sequence_);
+  }
   milliseconds age() const { return duration_cast<milliseconds>(Clock::now() - submitted_); }
   const MpiOperation& operation() const { return operation_; }
   bool is_message() const { return c10d::isP2POp(operation_.type); }
@@ -122,7 +130,8 @@ class MpiWork final : public c10d::Work {
     auto& [pending, completed] = requests_;
     completed.resize(pending.size());
     int flag = 0;
-    const int status = MPI_Testall(static_cast<int>(pending.size()), pending.data(), &flag, completed.data());
+    const int status = MPI_Testall(static_cast<int>(pending.size()), pending.data(), &flag,
+                                   completed.data());
     if (status == MPI_ERR_IN_STATUS) {
       for (const MPI_Status& one : completed) {
         if (one.MPI_ERROR != MPI_ERR_PENDING) {
@@ -147,7 +156,9 @@ class MpiWork final : public c10d::Work {
 };
 
 MpiProgress::MpiProgress(std::string owner, const std::string& group, int rank)
-    : owner_(std::move(owner)), rank_(rank), heartbeat_(std::make_shared<std::atomic<int64_t>>(now_ns())) {
+    : owner_(std::move(owner)),
+      rank_(rank),
+      heartbeat_(std::make_shared<std::atomic<int64_t>>(now_ns())) {
   thread_ = std::thread([this] { run(); });
   pthread_setname_np(thread_.native_handle(), ("mpi:" + group).substr(0, 15).c_str());
 }
@@ -165,9 +176,11 @@ c10::intrusive_ptr<c10d::Work> MpiProgress::submit(MpiOperation operation) {
   std::unique_lock lock(mutex_);
   const bool message = c10d::isP2POp(operation.type);
   const uint64_t sequence = message ? ++message_count_ : ++collective_count_;
-  auto work = c10::make_intrusive<MpiWork>(rank_, std::move(operation), sequence, owner_, heartbeat_);
+  auto work = c10::make_intrusive<MpiWork>(rank_, std::move(operation), sequence, owner_,
+                                           heartbeat_);
   if (!failure_.empty()) {
-    const std::string reason = work->describe() + " was not run, because the group is broken: " + failure_;
+    const std::string reason = work->describe() +
+                               " was not run, because the group is broken: " + failure_;
     lock.unlock();
     work->fail(reason);
     return work;
@@ -188,7 +201,8 @@ bool MpiProgress::failed() const {
   return !failure_.empty();
 }
 
-// Moves what may start now to `active`, sleeping while there is nothing at all; false when the thread should end.
+// Moves what may start now to `active`, sleeping while there is nothing at all; false when the
+// thread should end.
 bool MpiProgress::take_work(std::vector<WorkPtr>& active) {
   std::unique_lock lock(mutex_);
   if (active.empty()) {
@@ -202,8 +216,8 @@ bool MpiProgress::take_work(std::vector<WorkPtr>& active) {
   while (!messages_.empty()) {
     start(messages_);
   }
-  const bool collective_active =
-      std::any_of(active.begin(), active.end(), [](const WorkPtr& work) { return !work->is_message(); });
+  const bool collective_active = std::any_of(
+      active.begin(), active.end(), [](const WorkPtr& work) { return !work->is_message(); });
   if (!collective_active && !collectives_.empty()) {
     start(collectives_);
   }
@@ -224,7 +238,8 @@ void MpiProgress::run() {
       try {
         moved |= work.advance();
         check(ErrorKind::kCommunication, work.done() || !work.overdue(), "did not complete within ",
-              work.operation().timeout.count(), " ms: another member has not taken part, or the network is down");
+              work.operation().timeout.count(),
+              " ms: another member has not taken part, or the network is down");
       } catch (const std::exception& error) {
         fail(active, work, error.what());
         return;
@@ -248,18 +263,22 @@ void MpiProgress::run() {
 
 void MpiProgress::nap(Clock::time_point last_advance, std::size_t bytes) {
   const nanoseconds waited = Clock::now() - last_advance;
-  if (waited < kEagerTime + nanoseconds(static_cast<int64_t>(kEagerNanosecondsPerByte * static_cast<double>(bytes)))) {
+  if (waited < kEagerTime + nanoseconds(static_cast<int64_t>(kEagerNanosecondsPerByte *
+                                                             static_cast<double>(bytes)))) {
     sched_yield();
     return;
   }
   std::unique_lock lock(mutex_);
   const std::size_t waiting = messages_.size();
-  changed_.wait_for(lock, std::min(waited / 16, kLongestNap), [&] { return messages_.size() != waiting; });
+  changed_.wait_for(lock, std::min(waited / 16, kLongestNap),
+                    [&] { return messages_.size() != waiting; });
 }
 
 // Ends everything: `culprit` for `reason`, the others and all later ones because of it.
-void MpiProgress::fail(std::vector<WorkPtr>& active, const MpiWork& culprit, const std::string& reason) {
-  const std::string failure = c10::str(culprit.describe(), " ", reason, " (age ", culprit.age().count(), " ms)");
+void MpiProgress::fail(std::vector<WorkPtr>& active, const MpiWork& culprit,
+                       const std::string& reason) {
+  const std::string failure = c10::str(culprit.describe(), " ", reason, " (age ",
+                                       culprit.age().count(), " ms)");
   std::vector<WorkPtr> lost = std::move(active);
   {
     const std::lock_guard lock(mutex_);
@@ -275,7 +294,9 @@ void MpiProgress::fail(std::vector<WorkPtr>& active, const MpiWork& culprit, con
     }
   }
   for (const WorkPtr& work : lost) {
-    work->fail(work.get() == &culprit ? failure : work->describe() + " was not completed, because the group broke: " + failure);
+    work->fail(work.get() == &culprit
+                   ? failure
+                   : work->describe() + " was not completed, because the group broke: " + failure);
   }
 }
 

@@ -1,9 +1,5 @@
 #pragma once
 
-#include <ATen/ATen.h>
-#include <c10/util/intrusive_ptr.h>
-#include <mpi.h>
-
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -15,8 +11,12 @@
 #include <mutex>
 #include <string>
 #include <thread>
-#include <torch/csrc/distributed/c10d/Work.hpp>
 #include <vector>
+
+#include <ATen/ATen.h>
+#include <c10/util/intrusive_ptr.h>
+#include <mpi.h>
+#include <torch/csrc/distributed/c10d/Work.hpp>
 
 namespace drrl {
 
@@ -32,8 +32,8 @@ struct MpiRequests {
 /// One step of an operation: posts requests, never blocks. A step may post none and only compute.
 using MpiStep = std::function<void(MpiRequests&)>;
 
-/// A collective or a message, as a sequence of steps: each begins when the requests of the one before are complete. Whatever
-/// memory the steps touch must be kept alive by what they capture.
+/// A collective or a message, as a sequence of steps: each begins when the requests of the one
+/// before are complete. Whatever memory the steps touch must be kept alive by what they capture.
 struct MpiOperation {
   c10d::OpType type = c10d::OpType::UNKNOWN;
   std::string description;  ///< for messages: "all_reduce(sum) of 1024 x Float"
@@ -47,16 +47,19 @@ class MpiWork;
 
 /// The thread that drives the operations of one communicator.
 ///
-/// Collectives run one at a time in the order of `submit`; sends and receives start at once, beside them. The thread polls
-/// MPI_Testall: eagerly for 0.2 ms and as long as the data needs at 1 GB/s, then in naps of 1/16 of the time already waited, at
-/// most 1 ms, so that short operations have low latency and long waits leave the core to others. With nothing to do it sleeps.
+/// Collectives run one at a time in the order of `submit`; sends and receives start at once, beside
+/// them. The thread polls MPI_Testall: eagerly for 0.2 ms and as long as the data needs at 1 GB/s,
+/// then in naps of 1/16 of the time already waited, at most 1 ms, so that short operations have low
+/// latency and long waits leave the core to others. With nothing to do it sleeps.
 ///
-/// When an operation is not complete `timeout` after its first step, or MPI reports an error, that operation fails with
-/// Error(kCommunication) naming `owner`, the operation, its number and its age, and so does everything submitted later: an MPI
-/// collective cannot be taken back, so the communicator is lost. Its buffers stay allocated, since MPI may still write to them.
+/// When an operation is not complete `timeout` after its first step, or MPI reports an error, that
+/// operation fails with Error(kCommunication) naming `owner`, the operation, its number and its
+/// age, and so does everything submitted later: an MPI collective cannot be taken back, so the
+/// communicator is lost. Its buffers stay allocated, since MPI may still write to them.
 class MpiProgress {
  public:
-  /// `owner` opens every message: "world rank 3, group 'tp' (rank 1 of 2)". `group` names the thread.
+  /// `owner` opens every message: "world rank 3, group 'tp' (rank 1 of 2)". `group` names the
+  /// thread.
   MpiProgress(std::string owner, const std::string& group, int rank);
 
   /// Waits for what was submitted. Must not run after MPI_Finalize while operations are under way.

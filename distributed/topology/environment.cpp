@@ -13,10 +13,10 @@ int64_t parse(const std::string& variable, const std::string& text, int64_t low,
   int64_t value = 0;
   const char* end = text.data() + text.size();
   const auto [stop, status] = std::from_chars(text.data(), end, value);
-  check(ErrorKind::kUsage, status == std::errc() && stop == end && !text.empty(), "environment variable ", variable, "='", text,
-        "' is not a whole number");
-  check(ErrorKind::kUsage, low <= value && value <= high, "environment variable ", variable, "=", text, " is not between ", low,
-        " and ", high);
+  check(ErrorKind::kUsage, status == std::errc() && stop == end && !text.empty(),
+        "environment variable ", variable, "='", text, "' is not a whole number");
+  check(ErrorKind::kUsage, low <= value && value <= high, "environment variable ", variable, "=",
+        text, " is not between ", low, " and ", high);
   return value;
 }
 
@@ -36,7 +36,8 @@ class Reader {
     return parse(variable, text(variable), low, high);
   }
 
-  int64_t number_or(const std::string& variable, int64_t low, int64_t high, int64_t otherwise) const {
+  int64_t number_or(const std::string& variable, int64_t low, int64_t high,
+                    int64_t otherwise) const {
     const auto value = get_(variable);
     return value ? parse(variable, *value, low, high) : otherwise;
   }
@@ -61,7 +62,8 @@ int64_t tasks_on_node(const std::string& variable, const std::string& text, int6
     if (bracket != std::string::npos) {
       check(ErrorKind::kUsage, entry.back() == ')', "environment variable ", variable, "='", text,
             "' is not of the form '4(x2),3'");
-      nodes = parse(variable, entry.substr(bracket + 2, entry.size() - bracket - 3), 1, kMaxProcesses);
+      nodes = parse(variable, entry.substr(bracket + 2, entry.size() - bracket - 3), 1,
+                    kMaxProcesses);
     }
     if (node < first + nodes) {
       return tasks;
@@ -69,13 +71,16 @@ int64_t tasks_on_node(const std::string& variable, const std::string& text, int6
     first += nodes;
     begin = end + 1;
   }
-  raise(ErrorKind::kUsage, "environment variable ", variable, "='", text, "' has no entry for SLURM_NODEID=", node);
+  raise(ErrorKind::kUsage, "environment variable ", variable, "='", text,
+        "' has no entry for SLURM_NODEID=", node);
 }
 
-void read_master(Environment& environment, const Reader& reader, const Environment::Getter& get, bool required) {
+void read_master(Environment& environment, const Reader& reader, const Environment::Getter& get,
+                 bool required) {
   if (required || get("MASTER_ADDR")) {
     environment.master_address = reader.text("MASTER_ADDR");
-    check(ErrorKind::kUsage, !environment.master_address->empty(), "environment variable MASTER_ADDR is empty");
+    check(ErrorKind::kUsage, !environment.master_address->empty(),
+          "environment variable MASTER_ADDR is empty");
   }
   if (required || get("MASTER_PORT")) {
     environment.master_port = reader.number("MASTER_PORT", 1, 65535);
@@ -116,9 +121,10 @@ Environment from_srun(const Environment::Getter& get) {
   result.world_rank = reader.number("SLURM_PROCID", 0, result.world_size - 1);
   result.local_size = result.world_size;
   if (const auto tasks = get("SLURM_STEP_TASKS_PER_NODE")) {
-    result.local_size =
-        tasks_on_node("SLURM_STEP_TASKS_PER_NODE", *tasks, reader.number_or("SLURM_NODEID", 0, kMaxProcesses, 0));
-    check(ErrorKind::kUsage, result.local_size <= result.world_size, "environment variables SLURM_STEP_TASKS_PER_NODE=", *tasks,
+    result.local_size = tasks_on_node("SLURM_STEP_TASKS_PER_NODE", *tasks,
+                                      reader.number_or("SLURM_NODEID", 0, kMaxProcesses, 0));
+    check(ErrorKind::kUsage, result.local_size <= result.world_size,
+          "environment variables SLURM_STEP_TASKS_PER_NODE=", *tasks,
           " and SLURM_STEP_NUM_TASKS=", result.world_size, " contradict each other");
   }
   result.local_rank = reader.number("SLURM_LOCALID", 0, result.local_size - 1);
@@ -126,13 +132,15 @@ Environment from_srun(const Environment::Getter& get) {
   return result;
 }
 
-// A program started by mpirun or srun may carry RANK and WORLD_SIZE too (wrappers export them for PyTorch): then they must
-// agree.
-void check_agrees_with_torch_variables(const Environment& environment, const Environment::Getter& get) {
+// A program started by mpirun or srun may carry RANK and WORLD_SIZE too (wrappers export them for
+// PyTorch): then they must agree.
+void check_agrees_with_torch_variables(const Environment& environment,
+                                       const Environment::Getter& get) {
   const auto check_equal = [&](const std::string& variable, int64_t expected) {
     if (const auto text = get(variable)) {
-      check(ErrorKind::kUsage, parse(variable, *text, 0, kMaxProcesses) == expected, "environment variable ", variable, "=",
-            *text, " contradicts ", name(environment.launcher), ", which says ", expected, " (unset ", variable,
+      check(ErrorKind::kUsage, parse(variable, *text, 0, kMaxProcesses) == expected,
+            "environment variable ", variable, "=", *text, " contradicts ",
+            name(environment.launcher), ", which says ", expected, " (unset ", variable,
             ", or start the program with one launcher)");
     }
   };
@@ -140,19 +148,25 @@ void check_agrees_with_torch_variables(const Environment& environment, const Env
   check_equal("WORLD_SIZE", environment.world_size);
 }
 
-// Variables of launchers that start the processes of other MPIs than Open MPI: each process would take itself for the only one.
+// Variables of launchers that start the processes of other MPIs than Open MPI: each process would
+// take itself for the only one.
 struct ForeignLauncher {
   const char *rank, *size;
 };
-constexpr ForeignLauncher kForeignLaunchers[] = {{"PMI_RANK", "PMI_SIZE"},  // MPICH, Intel MPI, Cray PALS, Flux; srun --mpi=pmi2 sets them to its own numbers
-                                                 {"MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"}};
+constexpr ForeignLauncher kForeignLaunchers[] = {
+    {"PMI_RANK", "PMI_SIZE"},  // MPICH, Intel MPI, Cray PALS, Flux; srun --mpi=pmi2 sets them to
+                               // its own numbers
+    {"MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"}};
 
 void check_not_foreign(const Environment& environment, const Environment::Getter& get) {
   for (const auto& [rank, size] : kForeignLaunchers) {
     const auto text = get(size);
     const int64_t processes = text ? parse(size, *text, 0, kMaxProcesses) : 0;
-    check(ErrorKind::kUsage, processes <= 1 || processes == environment.world_size, "started by another MPI's launcher as rank ", get(rank).value_or("?"), " of ",
-          processes, " (", rank, ", ", size, "), but this program is linked to Open MPI, for which it is rank ", environment.world_rank, " of ", environment.world_size,
+    check(ErrorKind::kUsage, processes <= 1 || processes == environment.world_size,
+          "started by another MPI's launcher as rank ", get(rank).value_or("?"), " of ", processes,
+          " (", rank, ", ", size,
+          "), but this program is linked to Open MPI, for which it is rank ",
+          environment.world_rank, " of ", environment.world_size,
           ": start it with Open MPI's mpirun, with srun --mpi=pmix or with torchrun");
   }
 }
@@ -178,7 +192,8 @@ Environment Environment::detect(const Getter& get) {
     result = from_mpirun(get);
   } else if (get("SLURM_STEP_NUM_TASKS")) {
     result = from_srun(get);
-    check_not_foreign(result, get);  // MPICH's mpiexec may start its processes below an srun of its own
+    check_not_foreign(result,
+                      get);  // MPICH's mpiexec may start its processes below an srun of its own
   } else if (get("RANK") || get("WORLD_SIZE")) {
     return from_torchrun(get);
   } else {

@@ -12,11 +12,14 @@ struct Range {
   int64_t count;
 };
 
-/// Which tokens of a sequence each of P processes computes (context parallelism), balanced for the causal mask.
+/// Which tokens of a sequence each of P processes computes (context parallelism), balanced for the
+/// causal mask.
 ///
-/// The blocks of the tree are cut into 2 P chunks, as even as possible; part i holds chunks i and 2 P - 1 - i (zigzag, as in Llama 3's training,
-/// arXiv 2407.21783 section 3.3.2), so that all parts have as many pairs of a query and an earlier key. The sinks come before chunk 0. A part keeps its
-/// tokens in the order of their positions; then every range of tokens of the sequence is a range of rows of the part.
+/// The blocks of the tree are cut into 2 P chunks, as even as possible; part i holds chunks i and 2
+/// P - 1 - i (zigzag, as in Llama 3's training, arXiv 2407.21783 section 3.3.2), so that all parts
+/// have as many pairs of a query and an earlier key. The sinks come before chunk 0. A part keeps
+/// its tokens in the order of their positions; then every range of tokens of the sequence is a
+/// range of rows of the part.
 class SequenceSplit {
  public:
   /// Errors: Error(kUsage), naming the numbers, if there are fewer blocks than 2 P.

@@ -1,23 +1,6 @@
 #include "launch/bench/bench.h"
 
-#include "core/error.h"
-#include "core/linalg/gram.h"
-#include "launch/options/flags.h"
-#include "launch/options/options.h"
-#include "launch/runtime/program.h"
-#include "models/data/sequence_dataset.h"
-#include "models/causal_lm/causal_lm.h"
-#include "models/data/token_file.h"
-#include "models/causal_lm/tokenizer.h"
-#include "policy/attention/lowrank_controller.h"
-#include "core/attention/far_bases.h"
-
-#include <ATen/CPUGeneratorImpl.h>
-#include <ATen/Parallel.h>
-#include <ATen/SDPBackend.h>
-#include <c10/core/CachingDeviceAllocator.h>
 #include <malloc.h>
-#include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -25,16 +8,35 @@
 #include <ctime>
 #include <fstream>
 
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Parallel.h>
+#include <ATen/SDPBackend.h>
+#include <c10/core/CachingDeviceAllocator.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include "core/attention/far_bases.h"
+#include "core/error.h"
+#include "core/linalg/gram.h"
+#include "launch/options/flags.h"
+#include "launch/options/options.h"
+#include "launch/runtime/program.h"
+#include "models/causal_lm/causal_lm.h"
+#include "models/causal_lm/tokenizer.h"
+#include "models/data/sequence_dataset.h"
+#include "models/data/token_file.h"
+#include "policy/attention/lowrank_controller.h"
+
 namespace drrl::bench {
 namespace {
 
 /// Exact attention that keeps what some layers saw.
 class CapturingController final : public AttentionController {
  public:
-  explicit CapturingController(const std::vector<int64_t>& layers) : layers_(layers), captured_(layers.size()) {}
+  explicit CapturingController(const std::vector<int64_t>& layers)
+      : layers_(layers), captured_(layers.size()) {}
 
-  at::Tensor attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
-                    std::shared_ptr<LayerPlan>& plan) override {
+  at::Tensor attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                    const at::Tensor& w_o, std::shared_ptr<LayerPlan>& plan) override {
     for (size_t i = 0; i < layers_.size(); ++i) {
       if (layers_[i] == layer) {
         captured_[i] = {q.contiguous(), k.contiguous(), v.contiguous(), w_o};
@@ -76,7 +78,8 @@ std::optional<int64_t> status_bytes(const std::string& key) {
 
 }  // namespace
 
-void pass(const std::function<at::Tensor(const Inputs&)>& attention, const Inputs& in, const at::Tensor& grad) {
+void pass(const std::function<at::Tensor(const Inputs&)>& attention, const Inputs& in,
+          const at::Tensor& grad) {
   if (!grad.defined()) {
     at::NoGradGuard no_grad;
     attention(in);
@@ -93,28 +96,33 @@ Inputs Inputs::prefix(int64_t length) const {
 }
 
 Inputs Inputs::to(at::Device device, at::ScalarType dtype) const {
-  return {q.to(device, dtype), k.to(device, dtype), v.to(device, dtype), w_o.to(device), start.defined() ? start.to(device) : start};
+  return {q.to(device, dtype), k.to(device, dtype), v.to(device, dtype), w_o.to(device),
+          start.defined() ? start.to(device) : start};
 }
 
-Inputs random_inputs(int64_t heads, int64_t groups, int64_t length, int64_t head_dim, uint64_t seed) {
+Inputs random_inputs(int64_t heads, int64_t groups, int64_t length, int64_t head_dim,
+                     uint64_t seed) {
   at::Generator generator = at::detail::createCPUGenerator(seed);
   const auto make = [&](at::IntArrayRef shape) { return at::randn(shape, generator, at::kFloat); };
-  return {make({1, heads, length, head_dim}), make({1, groups, length, head_dim}), make({1, groups, length, head_dim}),
-          make({heads * head_dim, heads * head_dim})};
+  return {make({1, heads, length, head_dim}), make({1, groups, length, head_dim}),
+          make({1, groups, length, head_dim}), make({heads * head_dim, heads * head_dim})};
 }
 
-std::vector<Inputs> captured_inputs(const std::vector<int64_t>& layers, int64_t start, int64_t length) {
+std::vector<Inputs> captured_inputs(const std::vector<int64_t>& layers, int64_t start,
+                                    int64_t length) {
   require("model", FLAGS_model);
   require("data", FLAGS_data);
   const ModelConfig config = read_model_config();
-  check(ErrorKind::kUsage, length <= config.max_position_embeddings, "a sequence of ", length, " tokens is longer than the ",
-        config.max_position_embeddings, " positions of ", FLAGS_model);
+  check(ErrorKind::kUsage, length <= config.max_position_embeddings, "a sequence of ", length,
+        " tokens is longer than the ", config.max_position_embeddings, " positions of ",
+        FLAGS_model);
   for (const int64_t layer : layers) {
-    check(ErrorKind::kUsage, layer < config.num_hidden_layers, "layer ", layer, ": ", FLAGS_model, " has ", config.num_hidden_layers, " layers");
+    check(ErrorKind::kUsage, layer < config.num_hidden_layers, "layer ", layer, ": ", FLAGS_model,
+          " has ", config.num_hidden_layers, " layers");
   }
   const auto file = open_token_file(FLAGS_data, config, Environment::detect());
-  check(ErrorKind::kData, start + length <= file->tokens(), file->bin_path().string(), " has ", file->tokens(), " tokens, tokens ", start, " to ",
-        start + length, " are needed");
+  check(ErrorKind::kData, start + length <= file->tokens(), file->bin_path().string(), " has ",
+        file->tokens(), " tokens, tokens ", start, " to ", start + length, " are needed");
   const auto controller = std::make_shared<CapturingController>(layers);
   CausalLM model(config, Group(), controller);
   load_weights(model, Group());
@@ -128,27 +136,34 @@ std::vector<Ranks> parse_ranks(const char* flag, const std::string& text) {
   for (const std::string& item : split(text, ',')) {
     const size_t slash = std::min(item.find('/'), item.size());
     const int64_t qk = parse_list(flag, item.substr(0, slash), 1).at(0);
-    ranks.push_back({qk, slash == item.size() ? qk : parse_list(flag, item.substr(slash + 1), 1).at(0)});
+    ranks.push_back(
+        {qk, slash == item.size() ? qk : parse_list(flag, item.substr(slash + 1), 1).at(0)});
   }
-  check(ErrorKind::kUsage, !ranks.empty(), "--", flag, " is empty: write ranks with commas between, as in 32,48/16");
+  check(ErrorKind::kUsage, !ranks.empty(), "--", flag,
+        " is empty: write ranks with commas between, as in 32,48/16");
   return ranks;
 }
 
 std::string to_string(const Ranks& ranks) {
-  return ranks.qk == ranks.v ? std::to_string(ranks.qk) : std::to_string(ranks.qk) + "/" + std::to_string(ranks.v);
+  return ranks.qk == ranks.v ? std::to_string(ranks.qk)
+                             : std::to_string(ranks.qk) + "/" + std::to_string(ranks.v);
 }
 
 Inputs with_start(Inputs in, Geometry geometry) {
   at::NoGradGuard no_grad;
   const int64_t rows = geometry.near_block;
   if (in.length() >= geometry.sink_tokens + rows && rows >= in.head_dim()) {
-    in.start = first_pair_bases(block_grams(in.q, in.k, in.v, geometry.sink_tokens, 1, rows), in.w_o).view({1, in.groups(), 2, in.head_dim(), in.head_dim()});
+    in.start = first_pair_bases(block_grams(in.q, in.k, in.v, geometry.sink_tokens, 1, rows),
+                                in.w_o)
+                   .view({1, in.groups(), 2, in.head_dim(), in.head_dim()});
   }
   return in;
 }
 
-at::Tensor lowrank(const Inputs& in, Ranks ranks, Geometry geometry, double* flops_fraction, double* basis_ms) {
-  LowRankController controller(std::make_shared<UniformPolicy>(ranks), geometry, {.update_steps = FLAGS_basis_updates, .start = in.start});
+at::Tensor lowrank(const Inputs& in, Ranks ranks, Geometry geometry, double* flops_fraction,
+                   double* basis_ms) {
+  LowRankController controller(std::make_shared<UniformPolicy>(ranks), geometry,
+                               {.update_steps = FLAGS_basis_updates, .start = in.start});
   controller.set_timing(basis_ms != nullptr);
   std::shared_ptr<LayerPlan> plan;
   const at::Tensor out = controller.attend(0, in.q, in.k, in.v, in.w_o, plan);
@@ -164,18 +179,23 @@ at::Tensor lowrank(const Inputs& in, Ranks ranks, Geometry geometry, double* flo
 
 at::Tensor sdpa(const Inputs& in, bool causal, bool enable_gqa) {
   const int64_t copies = in.heads() / in.groups();
-  const auto for_heads = [&](const at::Tensor& x) { return enable_gqa || copies == 1 ? x : x.repeat_interleave(copies, 1); };
-  return at::scaled_dot_product_attention(in.q, for_heads(in.k), for_heads(in.v), /*attn_mask=*/{}, /*dropout_p=*/0.0, causal,
+  const auto for_heads = [&](const at::Tensor& x) {
+    return enable_gqa || copies == 1 ? x : x.repeat_interleave(copies, 1);
+  };
+  return at::scaled_dot_product_attention(in.q, for_heads(in.k), for_heads(in.v), /*attn_mask=*/{},
+                                          /*dropout_p=*/0.0, causal,
                                           /*scale=*/std::nullopt, enable_gqa && copies > 1);
 }
 
 bool gqa_is_fused(const Inputs& in) {
-  const int64_t kernel = at::_fused_sdp_choice(in.q, in.k, in.v, /*attn_mask=*/{}, /*dropout_p=*/0.0, /*is_causal=*/true,
-                                               /*scale=*/std::nullopt, /*enable_gqa=*/in.heads() != in.groups());
+  const int64_t kernel = at::_fused_sdp_choice(
+      in.q, in.k, in.v, /*attn_mask=*/{}, /*dropout_p=*/0.0, /*is_causal=*/true,
+      /*scale=*/std::nullopt, /*enable_gqa=*/in.heads() != in.groups());
   return kernel != static_cast<int64_t>(at::SDPBackend::math);
 }
 
-std::vector<std::vector<double>> interleaved_ms(const std::vector<Work>& work, int64_t rounds, at::Device device) {
+std::vector<std::vector<double>> interleaved_ms(const std::vector<Work>& work, int64_t rounds,
+                                                at::Device device) {
   for (const Work& one : work) {
     one();
   }
@@ -187,7 +207,9 @@ std::vector<std::vector<double>> interleaved_ms(const std::vector<Work>& work, i
       const auto start = std::chrono::steady_clock::now();
       work[i]();
       synchronize(device);
-      ms[i].push_back(std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
+      ms[i].push_back(
+          std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
+              .count());
     }
   }
   return ms;
@@ -232,8 +254,10 @@ void check_exact(const std::string& what, const at::Tensor& result, const at::Te
   const at::Tensor wrong = (result != expected).view({-1}).nonzero();
   if (wrong.numel() > 0) {
     const auto at = wrong[0].item<int64_t>();
-    raise(ErrorKind::kCommunication, what, ": ", wrong.size(0), " of ", result.numel(), " elements are wrong, the first is element ", at, ": ",
-          result.view({-1})[at].item<double>(), " instead of ", expected.view({-1})[at].item<double>());
+    raise(ErrorKind::kCommunication, what, ": ", wrong.size(0), " of ", result.numel(),
+          " elements are wrong, the first is element ", at, ": ",
+          result.view({-1})[at].item<double>(), " instead of ",
+          expected.view({-1})[at].item<double>());
   }
 }
 
@@ -268,7 +292,10 @@ std::string to_csv(const nlohmann::ordered_json& rows) {
   const auto line = [&](const nlohmann::ordered_json& row, bool header) {
     std::string separator;
     for (const auto& [key, value] : row.items()) {
-      csv += separator + (header ? key : value.is_null() ? "" : value.is_string() ? value.get<std::string>() : value.dump());
+      csv += separator + (header              ? key
+                          : value.is_null()   ? ""
+                          : value.is_string() ? value.get<std::string>()
+                                              : value.dump());
       separator = ",";
     }
     csv += "\n";
@@ -286,9 +313,10 @@ nlohmann::ordered_json provenance(const char* benchmark) {
   char now[32];
   const std::time_t seconds = std::time(nullptr);
   std::strftime(now, sizeof(now), "%Y-%m-%dT%H:%M:%SZ", std::gmtime(&seconds));
-  nlohmann::ordered_json json = {{"benchmark", benchmark},       {"date", now},
-                                 {"versions", version_line()},   {"device", FLAGS_device},
-                                 {"cpu", at::get_cpu_capability()}, {"threads", at::get_num_threads()}};
+  nlohmann::ordered_json json = {
+      {"benchmark", benchmark},          {"date", now},
+      {"versions", version_line()},      {"device", FLAGS_device},
+      {"cpu", at::get_cpu_capability()}, {"threads", at::get_num_threads()}};
   for (const Option& option : options()) {
     json["options"][option.name] = option.value;
   }

@@ -1,32 +1,37 @@
-// drrl-bench peers: low-rank attention against other ways to compress it, on what the layers of a real model see of a real text: error and
-// time, one run, same inputs. launch/bench/peers.py adds peers that exist as Python packages.
-
-#include "core/attention/exact_attention.h"
-#include "core/attention/flops.h"
-#include "core/error.h"
-#include "core/linalg/gram.h"
-#include "core/linalg/eigensolver.h"
-#include "core/io/file_io.h"
-#include "launch/bench/bench.h"
-#include "launch/bench/flags.h"
-#include "launch/runtime/console.h"
-#include "launch/options/flags.h"
-#include "launch/options/options.h"
-#include "launch/options/policy_flags.h"
-#include "launch/runtime/program.h"
-#include "models/causal_lm/config.h"
-#include "core/io/safetensors.h"
-#include "policy/attention/lowrank_controller.h"
-
-#include <ATen/Parallel.h>
-#include <gflags/gflags.h>
+// drrl-bench peers: low-rank attention against other ways to compress it, on what the layers of a
+// real model see of a real text: error and time, one run, same inputs. launch/bench/peers.py adds
+// peers that exist as Python packages.
 
 #include <algorithm>
 #include <iostream>
 #include <numeric>
 
-DEFINE_string(layers, "all", "peers: layers of --model to take queries, keys and values from: all, or a comma list");
-DEFINE_int64(static_tokens, 8192, "peers: text that the static bases are calibrated on, right after the sequence that is measured [tokens]");
+#include <ATen/Parallel.h>
+#include <gflags/gflags.h>
+
+#include "core/attention/exact_attention.h"
+#include "core/attention/flops.h"
+#include "core/error.h"
+#include "core/io/file_io.h"
+#include "core/io/safetensors.h"
+#include "core/linalg/eigensolver.h"
+#include "core/linalg/gram.h"
+#include "launch/bench/bench.h"
+#include "launch/bench/flags.h"
+#include "launch/options/flags.h"
+#include "launch/options/options.h"
+#include "launch/options/policy_flags.h"
+#include "launch/runtime/console.h"
+#include "launch/runtime/program.h"
+#include "models/causal_lm/config.h"
+#include "policy/attention/lowrank_controller.h"
+
+DEFINE_string(
+    layers, "all",
+    "peers: layers of --model to take queries, keys and values from: all, or a comma list");
+DEFINE_int64(static_tokens, 8192,
+             "peers: text that the static bases are calibrated on, right after the sequence that "
+             "is measured [tokens]");
 DEFINE_string(dump, "", "peers: safetensors file for the queries, keys and values of every layer");
 
 namespace drrl::bench {
@@ -34,7 +39,8 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-/// A layer's inputs, and what static bases need to know of another text: bases of each KV group, [G, d, d].
+/// A layer's inputs, and what static bases need to know of another text: bases of each KV group,
+/// [G, d, d].
 struct Layer {
   Inputs in;
   Basis static_scores, static_values;
@@ -52,19 +58,25 @@ Basis for_pairs(const Basis& of_groups, int64_t pairs) {
   return {repeat(of_groups.left), repeat(of_groups.right), repeat(of_groups.singular_values)};
 }
 
-/// Our operator with bases from elsewhere; `solves` basis problems, and Grams if there were any, count.
-at::Tensor with_bases(const Inputs& in, Ranks ranks, const BlockTree& tree, Basis scores, Basis values, int64_t solves, double* flops_fraction) {
-  const auto plan = c10::make_intrusive<LowRankPlan>(tree, std::vector<Ranks>(static_cast<size_t>(in.groups() * tree.num_pairs()), ranks),
-                                                     std::move(scores), std::move(values));
-  AttentionFlops flops = lowrank_attention_flops(*plan, 1, in.heads(), in.groups(), in.head_dim(), 0, /*with_backward=*/false);
+/// Our operator with bases from elsewhere; `solves` basis problems, and Grams if there were any,
+/// count.
+at::Tensor with_bases(const Inputs& in, Ranks ranks, const BlockTree& tree, Basis scores,
+                      Basis values, int64_t solves, double* flops_fraction) {
+  const auto plan = c10::make_intrusive<LowRankPlan>(
+      tree, std::vector<Ranks>(static_cast<size_t>(in.groups() * tree.num_pairs()), ranks),
+      std::move(scores), std::move(values));
+  AttentionFlops flops = lowrank_attention_flops(*plan, 1, in.heads(), in.groups(), in.head_dim(),
+                                                 0, /*with_backward=*/false);
   flops.solves = static_cast<double>(solves) * basis_solve_flops(in.head_dim());
   flops.grams = solves > 0 ? flops.grams : 0;
-  *flops_fraction = flops.total() / exact_attention_flops(1, in.heads(), in.length(), in.head_dim(), false);
+  *flops_fraction = flops.total() /
+                    exact_attention_flops(1, in.heads(), in.length(), in.head_dim(), false);
   return lowrank_attention(in.q, in.k, in.v, plan);
 }
 
-/// Principal components of the keys of each far pair serve queries and keys, those of the values the values: what is left of the method when
-/// queries and W_O are not looked at (keys alone: Loki, arXiv 2406.02542; values: Eigen Attention, arXiv 2408.05646).
+/// Principal components of the keys of each far pair serve queries and keys, those of the values
+/// the values: what is left of the method when queries and W_O are not looked at (keys alone: Loki,
+/// arXiv 2406.02542; values: Eigen Attention, arXiv 2408.05646).
 at::Tensor key_only_pca(const Inputs& in, Ranks ranks, Geometry geometry, double* flops_fraction) {
   const BlockTree tree(in.length(), geometry);
   const PairGrams grams = pair_grams(in.q, in.k, in.v, tree);
@@ -74,16 +86,19 @@ at::Tensor key_only_pca(const Inputs& in, Ranks ranks, Geometry geometry, double
     return Basis{descending, descending, values.flip(1)};
   };
   // Two eigenproblems of 9 d^3 are about one basis problem (core/attention/flops.h).
-  return with_bases(in, ranks, tree, components(grams.keys), components(grams.values), in.groups() * tree.num_pairs(), flops_fraction);
+  return with_bases(in, ranks, tree, components(grams.keys), components(grams.values),
+                    in.groups() * tree.num_pairs(), flops_fraction);
 }
 
 /// Bases of the best approximation of another text, without its sinks.
 void calibrate_static(Layer& layer, const Inputs& other, const Geometry& geometry) {
   const auto gram = [&](const at::Tensor& x) {  // [G, d, d]
-    return token_gram(x.slice(2, geometry.sink_tokens), other.groups(), x.size(2) - geometry.sink_tokens)[0];
+    return token_gram(x.slice(2, geometry.sink_tokens), other.groups(),
+                      x.size(2) - geometry.sink_tokens)[0];
   };
   layer.static_scores = solve_basis(gram(other.q), gram(other.k));
-  layer.static_values = solve_basis(gram(other.v), output_gram(other.w_o, other.groups(), other.head_dim()));
+  layer.static_values = solve_basis(gram(other.v),
+                                    output_gram(other.w_o, other.groups(), other.head_dim()));
 }
 
 std::vector<Method> methods(Geometry geometry) {
@@ -94,13 +109,16 @@ std::vector<Method> methods(Geometry geometry) {
     };
   };
   std::vector<Method> result = {
-      {"SDPA", std::nullopt, exact([](const Inputs& in) { return sdpa(in, /*causal=*/true, gqa_is_fused(in)); })},
-      {"drrl exact", std::nullopt, exact([](const Inputs& in) { return exact_attention(in.q, in.k, in.v); })}};
+      {"SDPA", std::nullopt,
+       exact([](const Inputs& in) { return sdpa(in, /*causal=*/true, gqa_is_fused(in)); })},
+      {"drrl exact", std::nullopt,
+       exact([](const Inputs& in) { return exact_attention(in.q, in.k, in.v); })}};
   for (const Ranks& ranks : parse_ranks("ranks", FLAGS_ranks)) {
     result.push_back({"static bases", ranks, [=](const Layer& layer, double* flops_fraction) {
                         const BlockTree tree(layer.in.length(), geometry);
-                        return with_bases(layer.in, ranks, tree, for_pairs(layer.static_scores, tree.num_pairs()),
-                                          for_pairs(layer.static_values, tree.num_pairs()), 0, flops_fraction);
+                        return with_bases(
+                            layer.in, ranks, tree, for_pairs(layer.static_scores, tree.num_pairs()),
+                            for_pairs(layer.static_values, tree.num_pairs()), 0, flops_fraction);
                       }});
     result.push_back({"key-only PCA", ranks, [=](const Layer& layer, double* flops_fraction) {
                         return key_only_pca(layer.in, ranks, geometry, flops_fraction);
@@ -114,7 +132,8 @@ std::vector<Method> methods(Geometry geometry) {
 
 /// What the layer adds to the residual stream: out [1, H, L, d] through W_O -> [L, hidden].
 at::Tensor layer_output(const at::Tensor& out, const Inputs& in) {
-  return at::matmul(out[0].transpose(0, 1).flatten(1).to(at::kFloat), in.w_o.transpose(0, 1).to(at::kFloat));
+  return at::matmul(out[0].transpose(0, 1).flatten(1).to(at::kFloat),
+                    in.w_o.transpose(0, 1).to(at::kFloat));
 }
 
 std::vector<int64_t> layer_list(const ModelConfig& config) {
@@ -136,20 +155,26 @@ ExitCode peers(const Environment& environment) {
   const Geometry geometry = geometry_flags();
   const ModelConfig config = read_config();
   check_seq_len(config);
-  check(ErrorKind::kUsage, BlockTree(FLAGS_seq_len, geometry).num_pairs() > 0, "--seq_len=", FLAGS_seq_len, " has no far tokens at --near_block=",
-        geometry.near_block);
-  check(ErrorKind::kUsage, FLAGS_static_tokens > geometry.sink_tokens && FLAGS_static_tokens <= config.max_position_embeddings,
-        "--static_tokens=", FLAGS_static_tokens, " must be more than --sink_tokens and at most ", config.max_position_embeddings,
-        ", the positions of ", FLAGS_model);
+  check(ErrorKind::kUsage, BlockTree(FLAGS_seq_len, geometry).num_pairs() > 0,
+        "--seq_len=", FLAGS_seq_len, " has no far tokens at --near_block=", geometry.near_block);
+  check(ErrorKind::kUsage,
+        FLAGS_static_tokens > geometry.sink_tokens &&
+            FLAGS_static_tokens <= config.max_position_embeddings,
+        "--static_tokens=", FLAGS_static_tokens, " must be more than --sink_tokens and at most ",
+        config.max_position_embeddings, ", the positions of ", FLAGS_model);
   const auto all = methods(geometry);
   for (const Method& method : all) {
-    check(ErrorKind::kUsage, !method.ranks || std::max(method.ranks->qk, method.ranks->v) < config.head_dim, "--ranks=", FLAGS_ranks,
-          ": peers are compared below the head dim of ", config.head_dim);
+    check(ErrorKind::kUsage,
+          !method.ranks || std::max(method.ranks->qk, method.ranks->v) < config.head_dim,
+          "--ranks=", FLAGS_ranks, ": peers are compared below the head dim of ", config.head_dim);
   }
   const std::vector<int64_t> indices = layer_list(config);
-  const std::string source = c10::str(indices.size(), " layers of ", FLAGS_model, " on the first ", FLAGS_seq_len, " tokens of ", FLAGS_data);
+  const std::string source = c10::str(indices.size(), " layers of ", FLAGS_model, " on the first ",
+                                      FLAGS_seq_len, " tokens of ", FLAGS_data);
   print_banner(std::cout, "drrl-bench peers",
-               {{"inputs", source}, {"threads", std::to_string(at::get_num_threads())}, {"versions", version_line()}});
+               {{"inputs", source},
+                {"threads", std::to_string(at::get_num_threads())},
+                {"versions", version_line()}});
 
   at::NoGradGuard no_grad;
   std::vector<Layer> layers;
@@ -172,7 +197,8 @@ ExitCode peers(const Environment& environment) {
     for (size_t i = 0; i < layers.size(); ++i) {
       calibrate_static(layers[i], others[i], geometry);
       for (Basis* basis : {&layers[i].static_scores, &layers[i].static_values}) {
-        *basis = {basis->left.to(device), basis->right.to(device), basis->singular_values.to(device)};
+        *basis = {basis->left.to(device), basis->right.to(device),
+                  basis->singular_values.to(device)};
       }
       layers[i].in = layers[i].in.to(device, dtype);
     }
@@ -190,27 +216,37 @@ ExitCode peers(const Environment& environment) {
   const auto ms = interleaved_ms(work, FLAGS_repeats, device);
 
   Json rows = Json::array();
-  std::vector<std::vector<std::string>> table = {{"attention", "rank", "FLOPs", "error", "worst layer", "after W_O", "ms", "speed"}};
+  std::vector<std::vector<std::string>> table = {
+      {"attention", "rank", "FLOPs", "error", "worst layer", "after W_O", "ms", "speed"}};
   for (size_t m = 0; m < all.size(); ++m) {
     double flops_fraction = 0, mean = 0, worst = 0, mean_after = 0;
     for (const Layer& layer : layers) {
-      const at::Tensor out = all[m].run(layer, &flops_fraction), exact = exact_attention(layer.in.q, layer.in.k, layer.in.v);
+      const at::Tensor out = all[m].run(layer, &flops_fraction),
+                       exact = exact_attention(layer.in.q, layer.in.k, layer.in.v);
       const double error = relative_error(out, exact);
       mean += error / static_cast<double>(layers.size());
       worst = std::max(worst, error);
-      mean_after += relative_error(layer_output(out, layer.in), layer_output(exact, layer.in)) / static_cast<double>(layers.size());
+      mean_after += relative_error(layer_output(out, layer.in), layer_output(exact, layer.in)) /
+                    static_cast<double>(layers.size());
     }
     const std::string rank = all[m].ranks ? to_string(*all[m].ranks) : "-";
     const double speed = median(ms[0]) / median(ms[m]);
-    rows.push_back({{"method", all[m].name}, {"causal", true},
-                    {"size", all[m].ranks ? Json(rank) : Json()}, {"flops_fraction", flops_fraction},
-                    {"error", mean}, {"worst_error", worst}, {"layer_error", mean_after},
-                    {"ms", median(ms[m])}, {"speedup", speed}});
-    table.push_back({all[m].name, rank, format("%.3f", flops_fraction), format("%.2e", mean), format("%.2e", worst),
-                     format("%.2e", mean_after), format("%.1f", median(ms[m])), format("%.2f", speed)});
+    rows.push_back({{"method", all[m].name},
+                    {"causal", true},
+                    {"size", all[m].ranks ? Json(rank) : Json()},
+                    {"flops_fraction", flops_fraction},
+                    {"error", mean},
+                    {"worst_error", worst},
+                    {"layer_error", mean_after},
+                    {"ms", median(ms[m])},
+                    {"speedup", speed}});
+    table.push_back({all[m].name, rank, format("%.3f", flops_fraction), format("%.2e", mean),
+                     format("%.2e", worst), format("%.2e", mean_after),
+                     format("%.1f", median(ms[m])), format("%.2f", speed)});
   }
   std::cout << "\nforward, " << source
-            << "\nerror: ||O' - O||_F / ||O||_F against exact attention, mean over the layers; after W_O: the same of the layers' outputs\n"
+            << "\nerror: ||O' - O||_F / ||O||_F against exact attention, mean over the layers; "
+               "after W_O: the same of the layers' outputs\n"
                "ms: of all layers\n";
   print_table(std::cout, table);
   if (!FLAGS_json.empty()) {

@@ -37,8 +37,15 @@ import packages  # noqa: E402
 from prepare import write_atomically  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ["performer-pytorch==1.1.4", "nystrom-attention==0.0.14", "linformer==0.2.3", "einops==0.8.2", "local-attention==1.9.15",
-            "axial-positional-embedding==0.3.12", "setuptools==80.9.0"]  # setuptools: distutils, which Python 3.12 dropped
+PACKAGES = [
+    "performer-pytorch==1.1.4",
+    "nystrom-attention==0.0.14",
+    "linformer==0.2.3",
+    "einops==0.8.2",
+    "local-attention==1.9.15",
+    "axial-positional-embedding==0.3.12",
+    "setuptools==80.9.0",
+]  # setuptools: distutils, which Python 3.12 dropped
 
 ONCE_MS = 2e3  # what takes longer than this is measured once: no warm-up matters to it
 
@@ -60,11 +67,15 @@ def largest(cost, budget, limit):
 
 # Operations of one head, multiply and add as two, of length L, head dim d and size m, as the packages execute them.
 def performer_flops(L, d, m):
-    return 8 * L * d * m  # features of q and of k, state of keys and values, product with the queries
+    return (
+        8 * L * d * m
+    )  # features of q and of k, state of keys and values, product with the queries
 
 
 def nystrom_flops(L, d, m):
-    return 8 * L * d * m + 2 * L * m * m + 48 * m**3  # three score matrices and their products; six iterations of the pseudoinverse
+    return (
+        8 * L * d * m + 2 * L * m * m + 48 * m**3
+    )  # three score matrices and their products; six iterations of the pseudoinverse
 
 
 def linformer_flops(L, d, m):
@@ -112,14 +123,18 @@ def heads_of(rows, heads):
 def performer(L, d, heads, m, causal):
     from performer_pytorch.performer_pytorch import FastAttention
 
-    with contextlib.redirect_stdout(sys.stderr):  # it says there that its CUDA code for the causal form is not installed
+    with contextlib.redirect_stdout(
+        sys.stderr
+    ):  # it says there that its CUDA code for the causal form is not installed
         return FastAttention(dim_heads=d, nb_features=m, causal=causal)
 
 
 def nystrom(L, d, heads, m):
     from nystrom_attention import NystromAttention
 
-    module = NystromAttention(dim=heads * d, dim_head=d, heads=heads, num_landmarks=m, residual=False)
+    module = NystromAttention(
+        dim=heads * d, dim_head=d, heads=heads, num_landmarks=m, residual=False
+    )
     replace(module, to_qkv=lambda x: x, to_out=lambda x: x)
     return lambda q, k, v: heads_of(module(rows_of(q, k, v)), heads)
 
@@ -135,7 +150,13 @@ def linformer(L, d, heads, m, pooled):
         mean = torch.nn.functional.one_hot(segment, m).float()
         mean /= mean.sum(dim=0)
         module.proj_k.data, module.proj_v.data = mean, mean
-    replace(module, to_q=Columns(0, width), to_k=Columns(1, width), to_v=Columns(2, width), to_out=lambda x: x)
+    replace(
+        module,
+        to_q=Columns(0, width),
+        to_k=Columns(1, width),
+        to_v=Columns(2, width),
+        to_out=lambda x: x,
+    )
     return lambda q, k, v: heads_of(module(rows_of(q, k, v)), heads)
 
 
@@ -166,18 +187,30 @@ def after(out, w_o):
 
 def measure_packages(layers, projections, shares, repeats):
     """Rows as drrl-bench peers writes them, two of SDPA (causal or not) among them."""
-    import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
     _, heads, L, d = layers[0][0].shape
-    methods = [("SDPA, here", causal, None, 1.0, lambda q, k, v, causal=causal: sdpa(q, k, v, is_causal=causal)) for causal in (True, False)]
+    methods = [
+        (
+            "SDPA, here",
+            causal,
+            None,
+            1.0,
+            lambda q, k, v, causal=causal: sdpa(q, k, v, is_causal=causal),
+        )
+        for causal in (True, False)
+    ]
     for share in shares:
         methods += peers_at(share, L, d, heads)
-    exact = {causal: [sdpa(*layer, is_causal=causal) for layer in layers] for causal in (True, False)}
+    exact = {
+        causal: [sdpa(*layer, is_causal=causal) for layer in layers] for causal in (True, False)
+    }
     times = [[] for _ in methods]
     errors = [None] * len(methods)
     layer_errors = [None] * len(methods)
-    for turn in range(repeats + 1):  # all in turn, so that a slow moment hits all; the first turn is a warm-up
+    for turn in range(
+        repeats + 1
+    ):  # all in turn, so that a slow moment hits all; the first turn is a warm-up
         for i, (name, causal, size, _, run) in enumerate(methods):
             if turn and times[i] and times[i][0] > ONCE_MS:
                 continue
@@ -188,13 +221,29 @@ def measure_packages(layers, projections, shares, repeats):
                 times[i].append(ms)
             if not turn:
                 errors[i] = [relative(a, b) for a, b in zip(outputs, exact[causal])]
-                layer_errors[i] = [relative(after(a, w), after(b, w)) for a, b, w in zip(outputs, exact[causal], projections)]
+                layer_errors[i] = [
+                    relative(after(a, w), after(b, w))
+                    for a, b, w in zip(outputs, exact[causal], projections)
+                ]
         print(f"packages: round {turn} of {repeats}", file=sys.stderr, flush=True)
     ms = [statistics.median(t) for t in times]
     reference = {True: ms[0], False: ms[1]}
-    return [{"method": name, "causal": causal, "size": size, "flops_fraction": share, "error": statistics.mean(error), "worst_error": max(error),
-             "layer_error": statistics.mean(after_error), "ms": t, "speedup": reference[causal] / t}
-            for (name, causal, size, share, _), error, after_error, t in zip(methods, errors, layer_errors, ms)]
+    return [
+        {
+            "method": name,
+            "causal": causal,
+            "size": size,
+            "flops_fraction": share,
+            "error": statistics.mean(error),
+            "worst_error": max(error),
+            "layer_error": statistics.mean(after_error),
+            "ms": t,
+            "speedup": reference[causal] / t,
+        }
+        for (name, causal, size, share, _), error, after_error, t in zip(
+            methods, errors, layer_errors, ms
+        )
+    ]
 
 
 def load_layers(path):
@@ -212,20 +261,39 @@ def load_layers(path):
 
 
 def print_table(rows):
-    table = [["attention", "causal", "size", "FLOPs", "error", "worst layer", "after W_O", "ms", "speed"]]
+    table = [
+        ["attention", "causal", "size", "FLOPs", "error", "worst layer", "after W_O", "ms", "speed"]
+    ]
     for r in rows:
-        table.append([r["method"], "yes" if r["causal"] else "no", "-" if r["size"] is None else str(r["size"]), f"{r['flops_fraction']:.3f}",
-                      f"{r['error']:.2e}", f"{r['worst_error']:.2e}", f"{r['layer_error']:.2e}", f"{r['ms']:.1f}", f"{r['speedup']:.2f}"])
+        table.append(
+            [
+                r["method"],
+                "yes" if r["causal"] else "no",
+                "-" if r["size"] is None else str(r["size"]),
+                f"{r['flops_fraction']:.3f}",
+                f"{r['error']:.2e}",
+                f"{r['worst_error']:.2e}",
+                f"{r['layer_error']:.2e}",
+                f"{r['ms']:.1f}",
+                f"{r['speedup']:.2f}",
+            ]
+        )
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     for row in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="Hugging Face directory")
     parser.add_argument("--data", required=True, help="prefix of .bin and .idx")
-    parser.add_argument("--build", default=str(ROOT / "build" / os.environ.get("DRRL_PRESET", "cpu-release")), help="build folder")
+    parser.add_argument(
+        "--build",
+        default=str(ROOT / "build" / os.environ.get("DRRL_PRESET", "cpu-release")),
+        help="build folder",
+    )
     parser.add_argument("--seq_len", type=int, default=4096)
     parser.add_argument("--layers", default="all", help="all, or a comma list")
     parser.add_argument("--ranks", default="16,32", help="a comma list (default 16,32)")
@@ -236,9 +304,19 @@ def main():
     try:
         install_packages()
         with tempfile.TemporaryDirectory(prefix="drrl-peers.") as work:
-            command = [f"{options.build}/bin/drrl-bench", "peers", f"--model={options.model}", f"--data={options.data}",
-                       f"--seq_len={options.seq_len}", f"--layers={options.layers}", f"--ranks={options.ranks}", f"--repeats={options.repeats}",
-                       f"--threads={options.threads}", f"--json={work}/drrl.json", f"--dump={work}/inputs.safetensors"]
+            command = [
+                f"{options.build}/bin/drrl-bench",
+                "peers",
+                f"--model={options.model}",
+                f"--data={options.data}",
+                f"--seq_len={options.seq_len}",
+                f"--layers={options.layers}",
+                f"--ranks={options.ranks}",
+                f"--repeats={options.repeats}",
+                f"--threads={options.threads}",
+                f"--json={work}/drrl.json",
+                f"--dump={work}/inputs.safetensors",
+            ]
             subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
             result = json.loads(Path(work, "drrl.json").read_text())
             import torch
@@ -249,13 +327,26 @@ def main():
         shares = [r["flops_fraction"] for r in result["results"] if r["method"] == "drrl"]
         with torch.no_grad():
             result["results"] += measure_packages(layers, projections, shares, options.repeats)
-    except (subprocess.CalledProcessError, OSError, ImportError, RuntimeError, ValueError, KeyError) as error:
+    except (
+        subprocess.CalledProcessError,
+        OSError,
+        ImportError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+    ) as error:
         print(f"bench_peers: error: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     result["packages"] = PACKAGES
-    print(f"forward, {result['inputs']}, fp32, {options.threads} threads, median of {options.repeats}")
-    print("error: ||O' - O||_F / ||O||_F against exact attention, causal or not as the method is, mean over the layers;")
-    print("after W_O: the same of the layers' outputs; ms: of all layers; speed: against SDPA of the same mask")
+    print(
+        f"forward, {result['inputs']}, fp32, {options.threads} threads, median of {options.repeats}"
+    )
+    print(
+        "error: ||O' - O||_F / ||O||_F against exact attention, causal or not as the method is, mean over the layers;"
+    )
+    print(
+        "after W_O: the same of the layers' outputs; ms: of all layers; speed: against SDPA of the same mask"
+    )
     print("and process; size: rank, features, landmarks or projected length")
     print_table(result["results"])
     if options.json:

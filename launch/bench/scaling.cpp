@@ -1,26 +1,6 @@
-// drrl-bench scaling: training steps on the processes that the program was started with, and what of their time is communication and solves.
-// launch/bench/scaling.sh runs several numbers of processes and compares them.
-
-#include "core/cpu_clock.h"
-#include "core/error.h"
-#include "core/io/file_io.h"
-#include "distributed/topology/mesh.h"
-#include "launch/runtime/agreement.h"
-#include "launch/bench/bench.h"
-#include "launch/runtime/console.h"
-#include "launch/options/flags.h"
-#include "launch/options/options.h"
-#include "launch/options/policy_flags.h"
-#include "launch/runtime/program.h"
-#include "launch/bench/scaling_model.h"
-#include "launch/runtime/traffic_report.h"
-#include "models/data/sequence_dataset.h"
-#include "models/causal_lm/causal_lm.h"
-#include "models/data/token_file.h"
-#include "models/training/trainer.h"
-
-#include <ATen/Parallel.h>
-#include <gflags/gflags.h>
+// drrl-bench scaling: training steps on the processes that the program was started with, and what
+// of their time is communication and solves. launch/bench/scaling.sh runs several numbers of
+// processes and compares them.
 
 #include <unistd.h>
 
@@ -35,8 +15,33 @@
 #include <random>
 #include <thread>
 
-DEFINE_string(scaling, "weak", "scaling, model: weak: a step has --sequences for each process; strong: --sequences in all");
-DEFINE_int64(sequences, 2, "scaling, model: sequences of a step, for each process or in all, see --scaling [sequences]");
+#include <ATen/Parallel.h>
+#include <gflags/gflags.h>
+
+#include "core/cpu_clock.h"
+#include "core/error.h"
+#include "core/io/file_io.h"
+#include "distributed/topology/mesh.h"
+#include "launch/bench/bench.h"
+#include "launch/bench/scaling_model.h"
+#include "launch/options/flags.h"
+#include "launch/options/options.h"
+#include "launch/options/policy_flags.h"
+#include "launch/runtime/agreement.h"
+#include "launch/runtime/console.h"
+#include "launch/runtime/program.h"
+#include "launch/runtime/traffic_report.h"
+#include "models/causal_lm/causal_lm.h"
+#include "models/data/sequence_dataset.h"
+#include "models/data/token_file.h"
+#include "models/training/trainer.h"
+
+DEFINE_string(
+    scaling, "weak",
+    "scaling, model: weak: a step has --sequences for each process; strong: --sequences in all");
+DEFINE_int64(
+    sequences, 2,
+    "scaling, model: sequences of a step, for each process or in all, see --scaling [sequences]");
 DEFINE_int64(steps, 5, "scaling: timed steps [steps]");
 DEFINE_int64(warmup_steps, 2, "scaling: steps before them [steps]");
 DEFINE_int64(model_hidden, 256, "scaling: hidden size of the model, unless --model is given");
@@ -55,7 +60,8 @@ double ms_between(Clock::time_point begin, Clock::time_point end) {
   return std::chrono::duration<double, std::milli>(end - begin).count();
 }
 
-/// --model's, or of the --model_ options. Its weights will be random: they change nothing about the time of a step at a fixed rank.
+/// --model's, or of the --model_ options. Its weights will be random: they change nothing about the
+/// time of a step at a fixed rank.
 ModelConfig model_config() {
   if (!FLAGS_model.empty()) {
     ModelConfig config = read_config();
@@ -63,8 +69,11 @@ ModelConfig model_config() {
     return config;
   }
   check(ErrorKind::kUsage, FLAGS_seq_len >= 1, "--seq_len must be at least 1, got ", FLAGS_seq_len);
-  check(ErrorKind::kUsage, FLAGS_model_heads >= 1 && FLAGS_model_hidden % FLAGS_model_heads == 0 && FLAGS_model_hidden / FLAGS_model_heads % 2 == 0,
-        "--model_hidden=", FLAGS_model_hidden, " must be an even multiple of --model_heads=", FLAGS_model_heads);
+  check(ErrorKind::kUsage,
+        FLAGS_model_heads >= 1 && FLAGS_model_hidden % FLAGS_model_heads == 0 &&
+            FLAGS_model_hidden / FLAGS_model_heads % 2 == 0,
+        "--model_hidden=", FLAGS_model_hidden,
+        " must be an even multiple of --model_heads=", FLAGS_model_heads);
   const Json json = {{"model_type", "llama"},
                      {"vocab_size", FLAGS_model_vocabulary},
                      {"hidden_size", FLAGS_model_hidden},
@@ -81,7 +90,8 @@ ModelConfig model_config() {
 std::shared_ptr<const TokenFile> random_tokens(int64_t count, int64_t vocabulary) {
   std::mt19937_64 random(FLAGS_seed);
   std::vector<int64_t> tokens(static_cast<size_t>(count));
-  std::generate(tokens.begin(), tokens.end(), [&] { return static_cast<int64_t>(random() % static_cast<uint64_t>(vocabulary)); });
+  std::generate(tokens.begin(), tokens.end(),
+                [&] { return static_cast<int64_t>(random() % static_cast<uint64_t>(vocabulary)); });
   const auto prefix = std::filesystem::temp_directory_path() / c10::str("drrl-scaling-", getpid());
   write_token_file(prefix, {tokens}, at::kInt);
   auto file = std::make_shared<const TokenFile>(TokenFile::open(prefix));
@@ -91,9 +101,11 @@ std::shared_ptr<const TokenFile> random_tokens(int64_t count, int64_t vocabulary
   return file;
 }
 
-/// A fixed amount of work, a product and a pass over memory of less than a millisecond, timed every 50 ms while steps run: a core of a shared machine becomes
-/// slower and faster within tenths of a second, each by itself, and a step's time means little without. Its thread runs on the cores that the process is bound to
-/// (launch/bench/scaling.sh binds each process to one) and counts processor time, in which no wait for the core is.
+/// A fixed amount of work, a product and a pass over memory of less than a millisecond, timed every
+/// 50 ms while steps run: a core of a shared machine becomes slower and faster within tenths of a
+/// second, each by itself, and a step's time means little without. Its thread runs on the cores
+/// that the process is bound to (launch/bench/scaling.sh binds each process to one) and counts
+/// processor time, in which no wait for the core is.
 class Yardstick {
  public:
   Yardstick() : thread_([this] { run(); }) {}
@@ -104,7 +116,8 @@ class Yardstick {
   Yardstick(const Yardstick&) = delete;
   Yardstick& operator=(const Yardstick&) = delete;
 
-  /// What the work has taken since the last call [ms]: the harmonic mean of its times, which is that of a constant speed that would do as much.
+  /// What the work has taken since the last call [ms]: the harmonic mean of its times, which is
+  /// that of a constant speed that would do as much.
   double take() {
     std::unique_lock lock(mutex_);
     measured_.wait(lock, [&] { return count_ > 0; });
@@ -119,7 +132,8 @@ class Yardstick {
 
   void run() {
     const at::NoGradGuard no_grad;
-    at::Tensor left = at::ones({64, 576}), right = at::ones({576, 768}), product = at::empty({64, 768}), memory = at::ones({int64_t{512} << 10});  // 2 MiB
+    at::Tensor left = at::ones({64, 576}), right = at::ones({576, 768}),
+               product = at::empty({64, 768}), memory = at::ones({int64_t{512} << 10});  // 2 MiB
     while (!stop_) {
       const double begin = cpu_ms(CLOCK_THREAD_CPUTIME_ID);
       at::mm_out(product, left, right);
@@ -146,7 +160,8 @@ class Yardstick {
 /// What one process sees of the timed steps.
 class Recorder {
  public:
-  Recorder(std::shared_ptr<Traffic> traffic, at::Device device) : traffic_(std::move(traffic)), device_(device) {
+  Recorder(std::shared_ptr<Traffic> traffic, at::Device device)
+      : traffic_(std::move(traffic)), device_(device) {
     if (device_.is_cpu()) {
       yardstick_.emplace();
     }
@@ -195,17 +210,26 @@ class Recorder {
   /// All figures are those of one step, on average; shares are of the time of all.
   Json report(const Mesh& mesh) const {
     const auto steps = static_cast<double>(FLAGS_steps);
-    const auto on_cpu = [&](double ms) { return device_.is_cpu() ? Json(ms) : Json(); };  // on CUDA the host runs ahead, and its times say nothing
+    const auto on_cpu = [&](double ms) {
+      return device_.is_cpu() ? Json(ms) : Json();
+    };  // on CUDA the host runs ahead, and its times say nothing
     const std::vector<double> ms = step_ms();
     const double all_ms = std::accumulate(ms.begin(), ms.end(), 0.0);
     const Json sent = traffic_report(traffic_->take(), steps, device_.is_cpu());
     const Json& exposed_ms = sent["exposed_ms"];
-    Json report = {{"rank", mesh.world().rank()}, {"tp_rank", mesh.tp().rank()}, {"cp_rank", mesh.cp().rank()}, {"dp_rank", mesh.dp().rank()},
-                   {"step_ms", median(ms)},
-                   {"exposed_share", exposed_ms.is_null() ? Json() : Json(exposed_ms.get<double>() * steps / all_ms)},
-                   {"basis_ms", on_cpu(spent_.solve_ms / steps)}, {"basis_cpu_ms", on_cpu(spent_.solve_cpu_ms / steps)},
-                   {"basis_share", on_cpu(spent_.solve_ms / all_ms)}, {"basis_bytes", static_cast<double>(spent_.basis_bytes) / steps},
-                   {"attention_forward_ms", on_cpu(spent_.attention_ms / steps)}};
+    Json report = {
+        {"rank", mesh.world().rank()},
+        {"tp_rank", mesh.tp().rank()},
+        {"cp_rank", mesh.cp().rank()},
+        {"dp_rank", mesh.dp().rank()},
+        {"step_ms", median(ms)},
+        {"exposed_share",
+         exposed_ms.is_null() ? Json() : Json(exposed_ms.get<double>() * steps / all_ms)},
+        {"basis_ms", on_cpu(spent_.solve_ms / steps)},
+        {"basis_cpu_ms", on_cpu(spent_.solve_cpu_ms / steps)},
+        {"basis_share", on_cpu(spent_.solve_ms / all_ms)},
+        {"basis_bytes", static_cast<double>(spent_.basis_bytes) / steps},
+        {"attention_forward_ms", on_cpu(spent_.attention_ms / steps)}};
     report.update(sent);
     return report;
   }
@@ -242,28 +266,39 @@ std::string cell(const Json& value, const char* pattern, double factor = 1) {
 }
 
 void print_results(const Json& result) {
-  std::vector<std::vector<std::string>> table = {{"rank", "tp", "cp", "dp", "step ms", "exposed ms", "exposed", "bases ms", "bases", "sent MB"}};
+  std::vector<std::vector<std::string>> table = {{"rank", "tp", "cp", "dp", "step ms", "exposed ms",
+                                                  "exposed", "bases ms", "bases", "sent MB"}};
   for (const Json& rank : result["ranks"]) {
-    table.push_back({rank["rank"].dump(), rank["tp_rank"].dump(), rank["cp_rank"].dump(), rank["dp_rank"].dump(), cell(rank["step_ms"], "%.1f"),
-                     cell(rank["exposed_ms"], "%.2f"), cell(rank["exposed_share"], "%.1f %%", 100), cell(rank["basis_ms"], "%.2f"),
-                     cell(rank["basis_share"], "%.1f %%", 100), cell(rank["sent_bytes"], "%.3f", 1e-6)});
+    table.push_back({rank["rank"].dump(), rank["tp_rank"].dump(), rank["cp_rank"].dump(),
+                     rank["dp_rank"].dump(), cell(rank["step_ms"], "%.1f"),
+                     cell(rank["exposed_ms"], "%.2f"), cell(rank["exposed_share"], "%.1f %%", 100),
+                     cell(rank["basis_ms"], "%.2f"), cell(rank["basis_share"], "%.1f %%", 100),
+                     cell(rank["sent_bytes"], "%.3f", 1e-6)});
   }
-  std::cout << "\na step of each process: exposed: held by collectives, waiting for slower processes included; bases: Grams and bases of the forward "
+  std::cout << "\na step of each process: exposed: held by collectives, waiting for slower "
+               "processes included; bases: Grams and bases of the forward "
                "pass; sent: at best, see launch/OPTIONS.md\n";
   print_table(std::cout, table);
-  std::cout << "\nstep " << cell(result["step_ms"], "%.1f") << " ms (median, the slowest process), " << cell(result["steps_per_second"], "%.3f")
-            << " steps/s, " << cell(result["tokens_per_second"], "%.0f") << " tokens/s\n";
+  std::cout << "\nstep " << cell(result["step_ms"], "%.1f") << " ms (median, the slowest process), "
+            << cell(result["steps_per_second"], "%.3f") << " steps/s, "
+            << cell(result["tokens_per_second"], "%.0f") << " tokens/s\n";
 }
 
 void check_options(const MeshShape& shape) {
-  check(ErrorKind::kUsage, FLAGS_scaling == "weak" || FLAGS_scaling == "strong", "--scaling must be weak or strong, got '", FLAGS_scaling, "'");
-  check(ErrorKind::kUsage, FLAGS_steps >= 1 && FLAGS_warmup_steps >= 1, "--steps and --warmup_steps must be at least 1, got ", FLAGS_steps, " and ",
+  check(ErrorKind::kUsage, FLAGS_scaling == "weak" || FLAGS_scaling == "strong",
+        "--scaling must be weak or strong, got '", FLAGS_scaling, "'");
+  check(ErrorKind::kUsage, FLAGS_steps >= 1 && FLAGS_warmup_steps >= 1,
+        "--steps and --warmup_steps must be at least 1, got ", FLAGS_steps, " and ",
         FLAGS_warmup_steps);
-  check(ErrorKind::kUsage, FLAGS_sequences >= 1, "--sequences must be at least 1, got ", FLAGS_sequences);
-  check(ErrorKind::kUsage, FLAGS_scaling == "weak" || FLAGS_sequences >= shape.dp, "--sequences=", FLAGS_sequences,
-        " in all (--scaling=strong) cannot be dealt out to ", shape.dp, " data-parallel processes");
-  check(ErrorKind::kUsage, FLAGS_attention == "full" || FLAGS_rank_policy == "fixed", "drrl-bench scaling has random weights, for which only "
-        "--rank_policy=fixed makes sense, got ", FLAGS_rank_policy);
+  check(ErrorKind::kUsage, FLAGS_sequences >= 1, "--sequences must be at least 1, got ",
+        FLAGS_sequences);
+  check(ErrorKind::kUsage, FLAGS_scaling == "weak" || FLAGS_sequences >= shape.dp,
+        "--sequences=", FLAGS_sequences, " in all (--scaling=strong) cannot be dealt out to ",
+        shape.dp, " data-parallel processes");
+  check(ErrorKind::kUsage, FLAGS_attention == "full" || FLAGS_rank_policy == "fixed",
+        "drrl-bench scaling has random weights, for which only "
+        "--rank_policy=fixed makes sense, got ",
+        FLAGS_rank_policy);
 }
 
 }  // namespace
@@ -276,12 +311,15 @@ ExitCode scaling(const Environment& environment) {
   const ModelConfig config = model_config();
   shape.kv_heads = config.num_key_value_heads;
   TrainerOptions options;
-  options.global_batch = FLAGS_scaling == "weak" ? FLAGS_sequences * environment.world_size : FLAGS_sequences;
+  options.global_batch = FLAGS_scaling == "weak" ? FLAGS_sequences * environment.world_size
+                                                 : FLAGS_sequences;
   options.steps = FLAGS_warmup_steps + FLAGS_steps;
   const int64_t step_tokens = options.global_batch * FLAGS_seq_len;
-  options.schedule = {.lr = 1e-4, .min_lr = 1e-4, .warmup_tokens = 0, .total_tokens = options.steps * step_tokens};
+  options.schedule = {
+      .lr = 1e-4, .min_lr = 1e-4, .warmup_tokens = 0, .total_tokens = options.steps * step_tokens};
   const auto tokens = random_tokens(16 * FLAGS_seq_len + 1, config.vocab_size);
-  const auto data = std::make_shared<SequenceDataset>(tokens, 0, tokens->tokens(), FLAGS_seq_len, FLAGS_seed);
+  const auto data = std::make_shared<SequenceDataset>(tokens, 0, tokens->tokens(), FLAGS_seq_len,
+                                                      FLAGS_seed);
 
   agree_on_inputs(environment, attention_inputs({"config"}));
   Mesh mesh = create_mesh(environment, shape, device);
@@ -294,15 +332,21 @@ ExitCode scaling(const Environment& environment) {
     CausalLM model(config, mesh.tp(), attention.controller, model_options);
     model.initialize(FLAGS_seed);
     if (leader) {
-      print_banner(std::cout, "drrl-bench scaling",
-                   {{"model", c10::str(short_count(static_cast<double>(model.parameter_count())), " random weights: ", config.num_hidden_layers,
-                                       " layers, hidden ", config.hidden_size, ", ", config.num_attention_heads, " heads of ", config.head_dim, " in ",
-                                       config.num_key_value_heads, " KV groups, vocabulary ", config.vocab_size)},
-                    {"parallel", c10::str("tensor ", shape.tp, " x data ", shape.dp, " x context ", shape.cp, " = ", environment.world_size, " processes (",
-                                          name(environment.launcher), "), ", at::get_num_threads(), " CPU threads each")},
-                    {"attention", attention.controller->describe()},
-                    {"batch", c10::str(FLAGS_scaling, " scaling: ", options.global_batch, " sequences of ", FLAGS_seq_len, " tokens per step")},
-                    {"versions", version_line()}});
+      print_banner(
+          std::cout, "drrl-bench scaling",
+          {{"model", c10::str(short_count(static_cast<double>(model.parameter_count())),
+                              " random weights: ", config.num_hidden_layers, " layers, hidden ",
+                              config.hidden_size, ", ", config.num_attention_heads, " heads of ",
+                              config.head_dim, " in ", config.num_key_value_heads,
+                              " KV groups, vocabulary ", config.vocab_size)},
+           {"parallel",
+            c10::str("tensor ", shape.tp, " x data ", shape.dp, " x context ", shape.cp, " = ",
+                     environment.world_size, " processes (", name(environment.launcher), "), ",
+                     at::get_num_threads(), " CPU threads each")},
+           {"attention", attention.controller->describe()},
+           {"batch", c10::str(FLAGS_scaling, " scaling: ", options.global_batch, " sequences of ",
+                              FLAGS_seq_len, " tokens per step")},
+           {"versions", version_line()}});
     }
     Recorder recorder(traffic, device);
     Trainer trainer(options, model, mesh, data, nullptr, recorder.listen(attention.hooks));
@@ -317,22 +361,40 @@ ExitCode scaling(const Environment& environment) {
       all = all.cpu();
       return std::vector<double>(all.data_ptr<double>(), all.data_ptr<double>() + all.numel());
     };
-    const std::vector<double> steps_ms = slowest(recorder.step_ms()), yardsticks_ms = device.is_cpu() ? slowest(recorder.yardstick_ms()) : std::vector<double>();
+    const std::vector<double> steps_ms = slowest(recorder.step_ms()),
+                              yardsticks_ms = device.is_cpu() ? slowest(recorder.yardstick_ms())
+                                                              : std::vector<double>();
     const double step_ms = median(steps_ms);
     Json steps = Json::array();
     for (size_t i = 0; i < steps_ms.size(); ++i) {
-      steps.push_back({{"ms", steps_ms[i]}, {"yardstick_ms", device.is_cpu() ? Json(yardsticks_ms[i]) : Json()}});
+      steps.push_back({{"ms", steps_ms[i]},
+                       {"yardstick_ms", device.is_cpu() ? Json(yardsticks_ms[i]) : Json()}});
     }
     if (leader) {
       Json json = provenance("scaling");
-      json.update(Json{{"launcher", name(environment.launcher)}, {"world_size", environment.world_size}, {"processes_per_node", environment.local_size},
-                       {"cores_per_node", std::thread::hardware_concurrency()}, {"tp", shape.tp}, {"cp", shape.cp}, {"dp", shape.dp}, {"scaling", FLAGS_scaling},
-                       {"attention", attention.controller->describe()}, {"config", Json::parse(config.export_json(at::kFloat))},
-                       {"parameters", model.parameter_count()}, {"sequences_per_step", options.global_batch}, {"tokens_per_step", step_tokens},
-                       {"timed_steps", FLAGS_steps}, {"steps", steps}, {"step_ms", step_ms}, {"steps_per_second", 1e3 / step_ms},
-                       {"tokens_per_second", 1e3 / step_ms * static_cast<double>(step_tokens)}, {"exposed_share", mean(ranks, "exposed_share")},
-                       {"basis_share", mean(ranks, "basis_share")}, {"basis_bytes", mean(ranks, "basis_bytes")},
-                       {"sent_bytes", mean(ranks, "sent_bytes")}, {"ranks", ranks}});
+      json.update(Json{{"launcher", name(environment.launcher)},
+                       {"world_size", environment.world_size},
+                       {"processes_per_node", environment.local_size},
+                       {"cores_per_node", std::thread::hardware_concurrency()},
+                       {"tp", shape.tp},
+                       {"cp", shape.cp},
+                       {"dp", shape.dp},
+                       {"scaling", FLAGS_scaling},
+                       {"attention", attention.controller->describe()},
+                       {"config", Json::parse(config.export_json(at::kFloat))},
+                       {"parameters", model.parameter_count()},
+                       {"sequences_per_step", options.global_batch},
+                       {"tokens_per_step", step_tokens},
+                       {"timed_steps", FLAGS_steps},
+                       {"steps", steps},
+                       {"step_ms", step_ms},
+                       {"steps_per_second", 1e3 / step_ms},
+                       {"tokens_per_second", 1e3 / step_ms * static_cast<double>(step_tokens)},
+                       {"exposed_share", mean(ranks, "exposed_share")},
+                       {"basis_share", mean(ranks, "basis_share")},
+                       {"basis_bytes", mean(ranks, "basis_bytes")},
+                       {"sent_bytes", mean(ranks, "sent_bytes")},
+                       {"ranks", ranks}});
       print_results(json);
       if (!FLAGS_json.empty()) {
         write_measured(FLAGS_json, json);

@@ -12,16 +12,39 @@ def register(library, name="drrl", **options):
     torch.ops.load_library(library)
     lowrank = torch.classes.drrl.LowRankAttention(**options)
 
-    def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None, **_):
+    def attention(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling=None,
+        dropout=0.0,
+        sliding_window=None,
+        softcap=None,
+        **_,
+    ):
         if attention_mask is not None:
-            raise ValueError(f"{name}: causal attention over whole sequences only: no padding, packed documents or cached prefix")
+            raise ValueError(
+                f"{name}: causal attention over whole sequences only: no padding, packed documents or cached prefix"
+            )
         if dropout or sliding_window or softcap or scaling not in (None, query.shape[-1] ** -0.5):
-            raise ValueError(f"{name}: dropout {dropout}, sliding window {sliding_window}, softcap {softcap}, scaling {scaling}: expected none of them, "
-                             f"and 1 / sqrt(head_dim)")
+            raise ValueError(
+                f"{name}: dropout {dropout}, sliding window {sliding_window}, softcap {softcap}, scaling {scaling}: expected none of them, "
+                f"and 1 / sqrt(head_dim)"
+            )
         # Under autocast rotated queries and keys are wider than values.
-        out = lowrank.attend(module.layer_idx, query.to(value.dtype), key.to(value.dtype), value, module.o_proj.weight)
+        out = lowrank.attend(
+            module.layer_idx,
+            query.to(value.dtype),
+            key.to(value.dtype),
+            value,
+            module.o_proj.weight,
+        )
         return out.transpose(1, 2), None
 
     AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, sdpa_mask)  # makes no mask where causal is all there is to say
+    AttentionMaskInterface.register(
+        name, sdpa_mask
+    )  # makes no mask where causal is all there is to say
     return lowrank

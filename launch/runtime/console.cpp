@@ -1,10 +1,10 @@
 #include "launch/runtime/console.h"
 
-#include "launch/options/options.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+
+#include "launch/options/options.h"
 
 namespace drrl {
 namespace {
@@ -19,7 +19,8 @@ std::string format(const char* pattern, Values... values) {
 }  // namespace
 
 std::string short_count(double count) {
-  for (const auto& [unit, name] : {std::pair{1e12, "T"}, std::pair{1e9, "G"}, std::pair{1e6, "M"}, std::pair{1e4, "k"}}) {
+  for (const auto& [unit, name] :
+       {std::pair{1e12, "T"}, std::pair{1e9, "G"}, std::pair{1e6, "M"}, std::pair{1e4, "k"}}) {
     if (count >= unit) {
       const double scaled = count / (unit == 1e4 ? 1e3 : unit);
       return format(scaled < 10 ? "%.2f %s" : "%.1f %s", scaled, name);
@@ -34,7 +35,8 @@ std::string clock_time(double seconds) {
   return s >= 86400 ? format("%lld d ", s / 86400) + text : text;
 }
 
-void print_banner(std::ostream& out, const std::string& title, const std::vector<std::pair<std::string, std::string>>& lines) {
+void print_banner(std::ostream& out, const std::string& title,
+                  const std::vector<std::pair<std::string, std::string>>& lines) {
   size_t width = 0;
   for (const auto& line : lines) {
     width = std::max(width, line.first.size());
@@ -63,8 +65,9 @@ void TrainConsole::step(const StepReport& report) {
   clear_bar();
   const auto digits = static_cast<int>(std::to_string(report.steps).size());
   out_ << format("step %*lld/%lld  loss %.4f  grad %.3f  lr %.2e  %.0f tok/s  %.0f ms", digits,
-                 static_cast<long long>(report.step), static_cast<long long>(report.steps), report.loss, report.grad_norm,
-                 report.lr, report.tokens_per_second, report.ms_per_step);
+                 static_cast<long long>(report.step), static_cast<long long>(report.steps),
+                 report.loss, report.grad_norm, report.lr, report.tokens_per_second,
+                 report.ms_per_step);
   if (std::isfinite(report.mean_rank_qk)) {
     out_ << format("  rank %.1f/%.1f", report.mean_rank_qk, report.mean_rank_v);
   }
@@ -86,12 +89,15 @@ void TrainConsole::microbatch(int64_t step, int64_t done, int64_t total) {
     return;
   }
   constexpr int kWidth = 30;
-  const double fraction =
-      (static_cast<double>(step - 1) + static_cast<double>(done) / static_cast<double>(total)) / static_cast<double>(steps_);
+  const double fraction = (static_cast<double>(step - 1) +
+                           static_cast<double>(done) / static_cast<double>(total)) /
+                          static_cast<double>(steps_);
   const int filled = static_cast<int>(fraction * kWidth);
-  out_ << "\r\033[K[" << std::string(static_cast<size_t>(filled), '#') << std::string(static_cast<size_t>(kWidth - filled), '.')
-       << format("] %3.0f %%  step %lld/%lld  microbatch %lld/%lld", 100 * fraction, static_cast<long long>(step),
-                 static_cast<long long>(steps_), static_cast<long long>(done), static_cast<long long>(total))
+  out_ << "\r\033[K[" << std::string(static_cast<size_t>(filled), '#')
+       << std::string(static_cast<size_t>(kWidth - filled), '.')
+       << format("] %3.0f %%  step %lld/%lld  microbatch %lld/%lld", 100 * fraction,
+                 static_cast<long long>(step), static_cast<long long>(steps_),
+                 static_cast<long long>(done), static_cast<long long>(total))
        << (eta_.empty() ? "" : "  eta " + eta_) << std::flush;
   bar_shown_ = true;
 }

@@ -1,7 +1,7 @@
 #pragma once
 
-// glog for the .cpp files of launch/ and nobody else: torch's headers define macros of the same names, which go first. Include
-// this after every torch header.
+// glog for the .cpp files of launch/ and nobody else: torch's headers define macros of the same
+// names, which go first. Include this after every torch header.
 #include <c10/util/Logging.h>
 
 #undef CHECK

@@ -1,15 +1,5 @@
 #include "launch/runtime/program.h"
 
-#include "launch/runtime/agreement.h"
-#include "core/io/file_watch.h"
-#include "core/io/file_io.h"
-#include "launch/options/flags.h"
-#include "launch/runtime/log.h"
-#include "launch/options/options.h"
-
-#include <ATen/Parallel.h>
-#include <torch/version.h>
-
 #include <malloc.h>
 #include <sched.h>
 #include <unistd.h>
@@ -24,10 +14,20 @@
 #include <mutex>
 #include <thread>
 
-#ifdef DRRL_WITH_MPI
-#include "distributed/mpi/mpi_communicator.h"
+#include <ATen/Parallel.h>
+#include <torch/version.h>
 
+#include "core/io/file_io.h"
+#include "core/io/file_watch.h"
+#include "launch/options/flags.h"
+#include "launch/options/options.h"
+#include "launch/runtime/agreement.h"
+#include "launch/runtime/log.h"
+
+#ifdef DRRL_WITH_MPI
 #include <mpi.h>
+
+#include "distributed/mpi/mpi_communicator.h"
 #endif
 
 namespace drrl {
@@ -41,14 +41,16 @@ std::mutex last_file_mutex;
 std::string last_file;  // that was opened, read or written, or is being
 
 constexpr int64_t kSameRequestNs = 2'000'000'000;
-std::atomic<int> insisted{0};            // SIGTERM and SIGINT, those apart
+std::atomic<int> insisted{0};           // SIGTERM and SIGINT, those apart
 std::atomic<int64_t> insisted_last{0};  // when [ns]
 
 std::atomic<bool> speaks{false};  // world rank 0
 
 void on_stop_signal(int signal) {
   if (!stop_asked.exchange(true) && speaks) {
-    constexpr std::string_view kHeard = "drrl: a signal was heard: this ends after the step under way, and saves if there is an --output\n";
+    constexpr std::string_view kHeard =
+        "drrl: a signal was heard: this ends after the step under way, and saves if there is an "
+        "--output\n";
     [[maybe_unused]] const ssize_t written = write(STDERR_FILENO, kHeard.data(), kHeard.size());
   }
   if (signal != SIGTERM && signal != SIGINT) {
@@ -75,7 +77,8 @@ void on_file(const std::filesystem::path& file) {
   sign_of_life();
 }
 
-/// Keeps big tensors on the heap: by default glibc maps and unmaps each one, and the kernel clears every page anew.
+/// Keeps big tensors on the heap: by default glibc maps and unmaps each one, and the kernel clears
+/// every page anew.
 void keep_big_blocks() {
   mallopt(M_MMAP_THRESHOLD, 1 << 30);  // the largest glibc takes is about 2 GiB
   mallopt(M_TRIM_THRESHOLD, 2147483647);
@@ -93,27 +96,30 @@ int64_t usable_cores() {
 
 void set_threads(const Environment& environment) {
   constexpr int64_t kMostThreads = 65536;
-  check(ErrorKind::kUsage, FLAGS_threads >= 0 && FLAGS_threads <= kMostThreads, "--threads must lie in [0, ", kMostThreads, "], got ", FLAGS_threads);
+  check(ErrorKind::kUsage, FLAGS_threads >= 0 && FLAGS_threads <= kMostThreads,
+        "--threads must lie in [0, ", kMostThreads, "], got ", FLAGS_threads);
   if (FLAGS_threads == 0 && std::getenv("OMP_NUM_THREADS") != nullptr) {
     return;  // the user, or torchrun, has decided
   }
   const int64_t cores = usable_cores();
-  // mpirun may have bound each process to its own cores already; then they need not be shared out again.
+  // mpirun may have bound each process to its own cores already; then they need not be shared out
+  // again.
   const bool bound = cores < static_cast<int64_t>(std::thread::hardware_concurrency());
   const int64_t share = bound ? cores : std::max<int64_t>(1, cores / environment.local_size);
   at::set_num_threads(static_cast<int>(FLAGS_threads > 0 ? FLAGS_threads : share));
 }
 
 bool needs_mpi(const Environment& environment) {
-  return environment.launcher == Launcher::kMpirun || (environment.launcher == Launcher::kSrun && environment.world_size > 1);
+  return environment.launcher == Launcher::kMpirun ||
+         (environment.launcher == Launcher::kSrun && environment.world_size > 1);
 }
 
 #ifdef DRRL_WITH_MPI
 void start_mpi(int* argc, char*** argv) {
   int provided = 0;
   MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &provided);
-  check(ErrorKind::kCommunication, provided == MPI_THREAD_MULTIPLE, "this MPI gives thread level ", provided,
-        ", but drrl needs MPI_THREAD_MULTIPLE (", MPI_THREAD_MULTIPLE, ")");
+  check(ErrorKind::kCommunication, provided == MPI_THREAD_MULTIPLE, "this MPI gives thread level ",
+        provided, ", but drrl needs MPI_THREAD_MULTIPLE (", MPI_THREAD_MULTIPLE, ")");
 }
 
 void end_mpi() {
@@ -136,14 +142,18 @@ std::string mpi_version() {
   return mpi.substr(0, mpi.find(','));
 }
 #else
-// Who needs MPI and does not have it is told so by Mesh::create, which every program of several processes calls.
+// Who needs MPI and does not have it is told so by Mesh::create, which every program of several
+// processes calls.
 void start_mpi(int* /*argc*/, char*** /*argv*/) {}
 void end_mpi() {}
 void abort_mpi(ExitCode /*code*/) {}
-std::string mpi_version() { return "no MPI"; }
+std::string mpi_version() {
+  return "no MPI";
+}
 #endif
 
-/// Ends this process with `code` after a while, whatever hangs meanwhile: MPI_Abort, or a message to a reader who has stopped.
+/// Ends this process with `code` after a while, whatever hangs meanwhile: MPI_Abort, or a message
+/// to a reader who has stopped.
 void end_within(unsigned seconds, ExitCode code) {
   last_exit_code = static_cast<int>(code);
   std::signal(SIGALRM, [](int) { _exit(last_exit_code); });
@@ -163,14 +173,16 @@ void on_hung(const std::string& report) {
 }
 
 void start_watchdog(const Environment& environment) {
-  check(ErrorKind::kUsage, FLAGS_timeout_s >= 1, "--timeout_s must be at least 1, got ", FLAGS_timeout_s);
-  check(ErrorKind::kUsage, FLAGS_watchdog_timeout_s >= -1, "--watchdog_timeout_s must be -1 or more, got ",
-        FLAGS_watchdog_timeout_s);
-  const int64_t limit = FLAGS_watchdog_timeout_s >= 0 ? FLAGS_watchdog_timeout_s : 3 * FLAGS_timeout_s;
+  check(ErrorKind::kUsage, FLAGS_timeout_s >= 1, "--timeout_s must be at least 1, got ",
+        FLAGS_timeout_s);
+  check(ErrorKind::kUsage, FLAGS_watchdog_timeout_s >= -1,
+        "--watchdog_timeout_s must be -1 or more, got ", FLAGS_watchdog_timeout_s);
+  const int64_t limit = FLAGS_watchdog_timeout_s >= 0 ? FLAGS_watchdog_timeout_s
+                                                      : 3 * FLAGS_timeout_s;
   if (limit > 0) {
     watch_files(&on_file);
-    process_watchdog = std::make_shared<Watchdog>(c10::str("world rank ", environment.world_rank), std::chrono::seconds(limit),
-                                                  &on_hung);
+    process_watchdog = std::make_shared<Watchdog>(c10::str("world rank ", environment.world_rank),
+                                                  std::chrono::seconds(limit), &on_hung);
   }
 }
 
@@ -178,10 +190,13 @@ void start_watchdog(const Environment& environment) {
   std::cout.flush();
   if (environment.world_rank != 0) {
     std::signal(SIGTERM, SIG_DFL);  // the end of the job is no crash, of which glog would tell
-    std::this_thread::sleep_for(std::chrono::milliseconds(1000 + 50 * std::min<int64_t>(environment.world_rank, 40)));
+    std::this_thread::sleep_for(
+        std::chrono::milliseconds(1000 + 50 * std::min<int64_t>(environment.world_rank, 40)));
   }
   end_within(60, code);
-  log_error(environment.world_size > 1 ? "rank " + std::to_string(environment.world_rank) + ": " + message : message);
+  log_error(environment.world_size > 1
+                ? "rank " + std::to_string(environment.world_rank) + ": " + message
+                : message);
   if (code == ExitCode::kCommunication && watchdog()) {
     std::cerr << watchdog()->recorded() << std::flush;
   }
@@ -205,7 +220,8 @@ void sign_of_life() {
 Mesh create_mesh(const Environment& environment, MeshShape shape, at::Device device) {
   const char* tasks = std::getenv("SLURM_NTASKS");
   if (environment.launcher == Launcher::kSingle && tasks != nullptr && std::string(tasks) != "1") {
-    log_warning(c10::str("this process works alone, though SLURM_NTASKS=", tasks, ": to start that many, use srun --mpi=pmix or mpirun"));
+    log_warning(c10::str("this process works alone, though SLURM_NTASKS=", tasks,
+                         ": to start that many, use srun --mpi=pmix or mpirun"));
   }
   const auto watched = watch(watchdog(), "making groups");
   Mesh mesh = Mesh::create(environment, shape, device, std::chrono::seconds(FLAGS_timeout_s));
@@ -225,7 +241,9 @@ bool stdout_is_terminal(const Environment& environment) {
     return true;
   }
   std::error_code unreadable;
-  const auto target = std::filesystem::read_symlink("/proc/" + std::to_string(getppid()) + "/fd/1", unreadable).string();
+  const auto target = std::filesystem::read_symlink("/proc/" + std::to_string(getppid()) + "/fd/1",
+                                                    unreadable)
+                          .string();
   return target.starts_with("/dev/pts/") || target.starts_with("/dev/tty");
 }
 
@@ -234,8 +252,9 @@ void watch_stop_signals() noexcept {
   sigset_t watched;
   sigemptyset(&watched);
   for (const int signal : {SIGTERM, SIGINT, SIGHUP, SIGUSR1}) {
-    struct sigaction action {};
-    if (signal == SIGHUP && sigaction(signal, nullptr, &action) == 0 && action.sa_handler == SIG_IGN) {
+    struct sigaction action{};
+    if (signal == SIGHUP && sigaction(signal, nullptr, &action) == 0 &&
+        action.sa_handler == SIG_IGN) {
       continue;
     }
     action = {};
@@ -247,23 +266,31 @@ void watch_stop_signals() noexcept {
   pthread_sigmask(SIG_UNBLOCK, &watched, nullptr);
 }
 
-bool stop_requested() noexcept { return stop_asked; }
+bool stop_requested() noexcept {
+  return stop_asked;
+}
 
-int run_program(int argc, char** argv, const std::string& command, const std::string& summary, const std::function<ExitCode(const Environment&)>& body) {
+int run_program(int argc, char** argv, const std::string& command, const std::string& summary,
+                const std::function<ExitCode(const Environment&)>& body) {
   keep_big_blocks();
   Environment environment;
   ExitCode code = ExitCode::kUnexpected;
   guarded(environment, [&] {
     environment = Environment::detect();
     speaks = environment.world_rank == 0;
-    std::signal(SIGXFSZ, SIG_IGN);  // a write beyond the file size limit is an error like a full disk, not a death
-    std::signal(SIGPIPE, SIG_IGN);  // nor is a reader of the output that has gone: what it would have read is dropped
+    std::signal(
+        SIGXFSZ,
+        SIG_IGN);  // a write beyond the file size limit is an error like a full disk, not a death
+    std::signal(SIGPIPE, SIG_IGN);  // nor is a reader of the output that has gone: what it would
+                                    // have read is dropped
     parse_options(argc, argv, command, summary);
     start_logging(argv[0]);
     if (stops_by_signal) {
       watch_stop_signals();  // glog has taken SIGTERM
     } else {
-      std::signal(SIGTERM, SIG_DFL);  // a program that is told to end has not crashed, of which glog would tell
+      std::signal(
+          SIGTERM,
+          SIG_DFL);  // a program that is told to end has not crashed, of which glog would tell
     }
     set_threads(environment);
     start_watchdog(environment);
@@ -285,7 +312,8 @@ void guarded(const Environment& environment, const std::function<void()>& work) 
   try {
     work();
   } catch (const Error& error) {
-    fail(environment, exit_code(error.kind()), std::string(name(error.kind())) + " error: " + error.what());
+    fail(environment, exit_code(error.kind()),
+         std::string(name(error.kind())) + " error: " + error.what());
   } catch (const c10::Error& error) {
     fail(environment, ExitCode::kUnexpected, error.what_without_backtrace());
   } catch (const std::bad_alloc&) {

@@ -28,7 +28,6 @@ import pathlib
 import sys
 
 import numpy
-
 import study
 
 
@@ -38,16 +37,26 @@ def variants(arguments, policy_of):
     no_gates = ["--rank_policy=dp", *spend]
     gates = study.has_gates(arguments.policy)
     dp = [*no_gates, "--gates"] if gates else no_gates
-    result = {"dp": dp, "fixed ranks": ["--rank_policy=fixed", f"--rank={arguments.rank}"], "random": ["--rank_policy=random", *spend],
-              "greedy": ["--rank_policy=greedy", *spend], **({"no gates": no_gates} if gates else {}), "no updates": [*dp, "--basis_updates=0"],
-              "decompositions": [*dp, "--basis_updates=-1"],
-              "no residual factors": [*dp, "--ablate=residual"], "unweighted Grams": [*dp, "--ablate=mass"],
-              "guard": [*dp, f"--guard_eps={arguments.guard_eps}"]}
+    result = {
+        "dp": dp,
+        "fixed ranks": ["--rank_policy=fixed", f"--rank={arguments.rank}"],
+        "random": ["--rank_policy=random", *spend],
+        "greedy": ["--rank_policy=greedy", *spend],
+        **({"no gates": no_gates} if gates else {}),
+        "no updates": [*dp, "--basis_updates=0"],
+        "decompositions": [*dp, "--basis_updates=-1"],
+        "no residual factors": [*dp, "--ablate=residual"],
+        "unweighted Grams": [*dp, "--ablate=mass"],
+        "guard": [*dp, f"--guard_eps={arguments.guard_eps}"],
+    }
     if study.has_agent(arguments.policy):
         result["rl"] = [*study.agent_flags(arguments.policy), *spend]
     result = {name: [*flags, "--policy", arguments.policy] for name, flags in result.items()}
     if arguments.calibration_data:
-        for name, shape in {"no sinks": "--sink_tokens=0", **{f"near {block}": f"--near_block={block}" for block in arguments.near_blocks}}.items():
+        for name, shape in {
+            "no sinks": "--sink_tokens=0",
+            **{f"near {block}": f"--near_block={block}" for block in arguments.near_blocks},
+        }.items():
             result[name] = [*dp, shape, "--policy", policy_of(shape)]
     return result
 
@@ -59,21 +68,44 @@ def main():
     parser.add_argument("--rank", type=int, default=32, help="of fixed ranks")
     parser.add_argument("--guard_eps", type=float, default=0.3)
     parser.add_argument("--near_blocks", type=int, nargs="*", default=[128, 512])
-    parser.add_argument("--calibration_data", help="prefix of .bin and .idx, to calibrate other geometries on")
+    parser.add_argument(
+        "--calibration_data", help="prefix of .bin and .idx, to calibrate other geometries on"
+    )
     parser.add_argument("--calibration_tokens", type=int, default=4096)
     parser.add_argument("--calibration_seq_len", type=int, default=2048)
-    parser.add_argument("--calibrations", type=pathlib.Path, help="folder for their files, which are used again")
-    parser.add_argument("--time", action="store_true", help="measure time, too: exact attention runs beside every variant")
+    parser.add_argument(
+        "--calibrations", type=pathlib.Path, help="folder for their files, which are used again"
+    )
+    parser.add_argument(
+        "--time",
+        action="store_true",
+        help="measure time, too: exact attention runs beside every variant",
+    )
     arguments = parser.parse_args()
     runs = study.Study(arguments)
 
     with study.kept_or_temporary(arguments.calibrations) as folder:
+
         def policy_of(shape):
             file = folder / f"{shape.strip('-')}.safetensors"
             if not file.exists():
-                study.run([arguments.build / "bin/drrl-policy", "calibrate", "--model", arguments.model, "--data", arguments.calibration_data,
-                           f"--seq_len={arguments.calibration_seq_len}", f"--calibration_tokens={arguments.calibration_tokens}", f"--threads={arguments.threads}",
-                           study.flagfile(folder, arguments.flag), shape, "--policy", file])
+                study.run(
+                    [
+                        arguments.build / "bin/drrl-policy",
+                        "calibrate",
+                        "--model",
+                        arguments.model,
+                        "--data",
+                        arguments.calibration_data,
+                        f"--seq_len={arguments.calibration_seq_len}",
+                        f"--calibration_tokens={arguments.calibration_tokens}",
+                        f"--threads={arguments.threads}",
+                        study.flagfile(folder, arguments.flag),
+                        shape,
+                        "--policy",
+                        file,
+                    ]
+                )
             return file
 
         base = None
@@ -83,14 +115,21 @@ def main():
             if not base:
                 sys.exit(runs.rows[0]["reason"])
             if row:
-                row["over_dp_percent"] = [100 * (numpy.exp(x) - 1) for x in study.interval(numpy.array(row["sequence_nll"]) - numpy.array(base["sequence_nll"]))]
+                row["over_dp_percent"] = [
+                    100 * (numpy.exp(x) - 1)
+                    for x in study.interval(
+                        numpy.array(row["sequence_nll"]) - numpy.array(base["sequence_nll"])
+                    )
+                ]
             runs.save("ablations")
 
     print(f"{'variant':20} {'operations':>10} {'perplexity over dp':>20}  95 % interval")
     for row in runs.rows:
         if row["met"]:
             mean, low, high = row["over_dp_percent"]
-            print(f"{row['policy']:20} {row['operations']:10.4f} {mean:+18.2f} %  {low:+.2f} .. {high:+.2f} %")
+            print(
+                f"{row['policy']:20} {row['operations']:10.4f} {mean:+18.2f} %  {low:+.2f} .. {high:+.2f} %"
+            )
 
 
 if __name__ == "__main__":

@@ -19,28 +19,47 @@ Exit status: 0 measured, 1 a run failed.
 import pathlib
 
 import numpy
-
 import study
 from prepare import write_atomically
 
 # As the paper calls them.
-TITLES = {"fixed": "fixed rank {}", "energy": "adaptive SVD (energy {})", "random": "random ranks, {}", "greedy": "greedy, {}", "dp": "dp, {}",
-          "gates": "dp with gates, {}", "rl": "DR-RL (rl), {}"}
+TITLES = {
+    "fixed": "fixed rank {}",
+    "energy": "adaptive SVD (energy {})",
+    "random": "random ranks, {}",
+    "greedy": "greedy, {}",
+    "dp": "dp, {}",
+    "gates": "dp with gates, {}",
+    "rl": "DR-RL (rl), {}",
+}
 
 
 def compare(rows, exact, unit, against):
     """What policies save of the damage of others at the same cost, at one length; against: name -> name of the other."""
     for row in rows:
-        static = sorted((other for other in rows if other["policy"] == against.get(row["policy"])), key=lambda other: other[unit])
+        static = sorted(
+            (other for other in rows if other["policy"] == against.get(row["policy"])),
+            key=lambda other: other[unit],
+        )
         between = [(a, b) for a, b in zip(static, static[1:]) if a[unit] <= row[unit] <= b[unit]]
         if not between:
             continue
         a, b = between[0]
         share = (row[unit] - a[unit]) / (b[unit] - a[unit])
-        other = (1 - share) * numpy.array(a["sequence_nll"]) + share * numpy.array(b["sequence_nll"])
+        other = (1 - share) * numpy.array(a["sequence_nll"]) + share * numpy.array(
+            b["sequence_nll"]
+        )
         mean, low, high = study.interval(numpy.array(row["sequence_nll"]) - other)
-        yield {"policy": row["policy"], "against": against[row["policy"]], "value": row["value"], "seq_len": row["seq_len"], "unit": unit, "cost": row[unit],
-               "saved": -mean / (other - exact).mean(), "nats": [mean, low, high]}
+        yield {
+            "policy": row["policy"],
+            "against": against[row["policy"]],
+            "value": row["value"],
+            "seq_len": row["seq_len"],
+            "unit": unit,
+            "cost": row[unit],
+            "saved": -mean / (other - exact).mean(),
+            "nats": [mean, low, high],
+        }
 
 
 def markdown(study_of, seq_lens):
@@ -48,9 +67,14 @@ def markdown(study_of, seq_lens):
     lines = []
     for seq_len in seq_lens:
         exact = study_of.exact(seq_len)
-        lines += ["", f"L = {seq_len}, {len(exact['sequence_nll'])} sequences", "",
-                  "| policy | perplexity | increase (95 %) | operations | attention time | mean rank of scores / values | decompositions |", "|---|---|---|---|---|---|---|",
-                  f"| full rank | {exact['perplexity']:.3f} | | 1 | {'1' if any(row.get('time') for row in study_of.rows) else ''} | | 0 |"]
+        lines += [
+            "",
+            f"L = {seq_len}, {len(exact['sequence_nll'])} sequences",
+            "",
+            "| policy | perplexity | increase (95 %) | operations | attention time | mean rank of scores / values | decompositions |",
+            "|---|---|---|---|---|---|---|",
+            f"| full rank | {exact['perplexity']:.3f} | | 1 | {'1' if any(row.get('time') for row in study_of.rows) else ''} | | 0 |",
+        ]
         for row in study_of.rows:
             if row["seq_len"] != seq_len:
                 continue
@@ -60,8 +84,10 @@ def markdown(study_of, seq_lens):
                 continue
             mean, low, high = row["increase_percent"]
             time = f"{row['time']:.2f}" if row["time"] else ""
-            lines.append(f"| {title} | {row['perplexity']:.3f} | {mean:+.2f} % ({low:+.2f} .. {high:+.2f}) | {row['operations']:.3f} | {time} | "
-                         f"{row['mean_rank_qk']:.1f} / {row['mean_rank_v']:.1f} | {row['refreshes']} |")
+            lines.append(
+                f"| {title} | {row['perplexity']:.3f} | {mean:+.2f} % ({low:+.2f} .. {high:+.2f}) | {row['operations']:.3f} | {time} | "
+                f"{row['mean_rank_qk']:.1f} / {row['mean_rank_v']:.1f} | {row['refreshes']} |"
+            )
     return "\n".join(lines[1:]) + "\n"
 
 
@@ -71,8 +97,17 @@ def main():
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.4, 0.5, 0.585, 0.7])
     parser.add_argument("--ranks", type=int, nargs="*", default=[16, 32, 48], help="of `fixed`")
     parser.add_argument("--energies", type=float, nargs="*", default=[0.99], help="of `energy`")
-    parser.add_argument("--baselines", nargs="*", default=["random", "greedy"], help="that spend the budgets beside dp")
-    parser.add_argument("--time", action="store_true", help="measure time, too: exact attention runs beside every policy")
+    parser.add_argument(
+        "--baselines",
+        nargs="*",
+        default=["random", "greedy"],
+        help="that spend the budgets beside dp",
+    )
+    parser.add_argument(
+        "--time",
+        action="store_true",
+        help="measure time, too: exact attention runs beside every policy",
+    )
     parser.add_argument("--markdown", type=pathlib.Path, help="file for the comparison as tables")
     arguments = parser.parse_args()
     runs = study.Study(arguments)
@@ -81,8 +116,11 @@ def main():
 
     comparisons = []
     for seq_len in arguments.seq_len:
+
         def report(name, value, *flags):
-            row = runs.row(name, value, seq_len, "--policy", arguments.policy, *flags, time=arguments.time)
+            row = runs.row(
+                name, value, seq_len, "--policy", arguments.policy, *flags, time=arguments.time
+            )
             runs.save("policies", comparisons=comparisons)
             return row
 
@@ -96,16 +134,26 @@ def main():
             for baseline in (*arguments.baselines, "dp"):
                 report(baseline, budget, f"--rank_policy={baseline}", spend)
             if study.has_gates(arguments.policy):
-                report("gates", budget, "--rank_policy=dp", "--gates", f"--rank_budget={budget}" if against["rl"] == "gates" else spend)
+                report(
+                    "gates",
+                    budget,
+                    "--rank_policy=dp",
+                    "--gates",
+                    f"--rank_budget={budget}" if against["rl"] == "gates" else spend,
+                )
 
-        print("against another policy at the same cost, interpolated between its budgets: damage saved, and difference of loss in 1e-3 nats per token")
+        print(
+            "against another policy at the same cost, interpolated between its budgets: damage saved, and difference of loss in 1e-3 nats per token"
+        )
         met = [row for row in runs.rows if row["met"] and row["seq_len"] == seq_len]
         for unit in ("operations", "time") if arguments.time else ("operations",):
             for c in compare(met, numpy.array(runs.exact(seq_len)["sequence_nll"]), unit, against):
                 comparisons.append(c)
                 mean, low, high = (1e3 * x for x in c["nats"])
-                print(f"{c['policy'] + ' ' + str(c['value']):14} against {c['against']:5} {unit:10} {c['cost']:.3f} {100 * c['saved']:+6.1f} %  "
-                      f"{mean:+.3f} ({low:+.3f} .. {high:+.3f})")
+                print(
+                    f"{c['policy'] + ' ' + str(c['value']):14} against {c['against']:5} {unit:10} {c['cost']:.3f} {100 * c['saved']:+6.1f} %  "
+                    f"{mean:+.3f} ({low:+.3f} .. {high:+.3f})"
+                )
     runs.save("policies", comparisons=comparisons)
     if arguments.markdown:
         write_atomically(arguments.markdown, markdown(runs, arguments.seq_len))

@@ -11,19 +11,36 @@ KINDS = {"full": "full rank", "lowrank": "low rank"}
 
 def main():
     out = Path(sys.argv[1])
-    before, after = json.loads((out / "before.json").read_text()), {k: json.loads((out / f"after-{k}.json").read_text()) for k in KINDS}
-    perplexity = {"full": (before["full_perplexity"], after["full"]["perplexity"]),
-                  "lowrank": (before["perplexity"], after["lowrank"]["perplexity"])}
-    steps = {kind: [json.loads(line) for line in (out / kind / "metrics/metrics.jsonl").read_text().splitlines()] for kind in KINDS}
+    before, after = (
+        json.loads((out / "before.json").read_text()),
+        {k: json.loads((out / f"after-{k}.json").read_text()) for k in KINDS},
+    )
+    perplexity = {
+        "full": (before["full_perplexity"], after["full"]["perplexity"]),
+        "lowrank": (before["perplexity"], after["lowrank"]["perplexity"]),
+    }
+    steps = {
+        kind: [
+            json.loads(line)
+            for line in (out / kind / "metrics/metrics.jsonl").read_text().splitlines()
+        ]
+        for kind in KINDS
+    }
 
     measured = after["lowrank"]  # both kinds of attention, sequence by sequence
     attention_ms = {"full": measured["full_attention_ms"], "lowrank": measured["attention_ms"]}
     fraction = {"full": 1.0, "lowrank": measured["attention_flops_fraction"]}
-    print(f"held-out text: {measured['tokens']:,} tokens in sequences of {measured['seq_len']:,}; attention measured in one run on the same "
-          f"tokens, forward only, bases and ranks included")
+    print(
+        f"held-out text: {measured['tokens']:,} tokens in sequences of {measured['seq_len']:,}; attention measured in one run on the same "
+        f"tokens, forward only, bases and ranks included"
+    )
     print()
-    print(f"{'':10} {'held-out perplexity':>21} {'attention FLOPs':>16} {'attention':>13} {'training':>14} {'training loss':>16}")
-    print(f"{'':10} {'before':>10} {'after':>10} {'of exact':>16} {'ms':>13} {'tokens/s':>14} {'first -> last':>16}")
+    print(
+        f"{'':10} {'held-out perplexity':>21} {'attention FLOPs':>16} {'attention':>13} {'training':>14} {'training loss':>16}"
+    )
+    print(
+        f"{'':10} {'before':>10} {'after':>10} {'of exact':>16} {'ms':>13} {'tokens/s':>14} {'first -> last':>16}"
+    )
     problems = []
     for kind, title in KINDS.items():
         earlier, later = perplexity[kind]
@@ -31,16 +48,26 @@ def main():
         few = max(1, len(losses) // 4)  # single batches are noisy
         first, last = statistics.mean(losses[:few]), statistics.mean(losses[-few:])
         speed = statistics.median(s["tokens_per_second"] for s in steps[kind][1:] or steps[kind])
-        print(f"{title:10} {earlier:>10.3f} {later:>10.3f} {fraction[kind]:>16.3f} {attention_ms[kind]:>13.0f} {speed:>14.0f} {f'{first:.3f} -> {last:.3f}':>16}")
+        print(
+            f"{title:10} {earlier:>10.3f} {later:>10.3f} {fraction[kind]:>16.3f} {attention_ms[kind]:>13.0f} {speed:>14.0f} {f'{first:.3f} -> {last:.3f}':>16}"
+        )
         if not last < first:
-            problems.append(f"{title}: the training loss did not fall ({first:.4f} -> {last:.4f}, means over {few} steps)")
+            problems.append(
+                f"{title}: the training loss did not fall ({first:.4f} -> {last:.4f}, means over {few} steps)"
+            )
         if not later < earlier:
-            problems.append(f"{title}: the held-out perplexity did not fall ({earlier:.4f} -> {later:.4f})")
+            problems.append(
+                f"{title}: the held-out perplexity did not fall ({earlier:.4f} -> {later:.4f})"
+            )
     full, low = (perplexity[kind][1] for kind in KINDS)
     print()
-    print(f"low rank against full rank: perplexity {100 * (low / full - 1):+.2f} %, attention FLOPs {100 * (fraction['lowrank'] - 1):+.1f} %, "
-          f"attention time {100 * (attention_ms['lowrank'] / attention_ms['full'] - 1):+.1f} %")
-    print(f"fine-tuned models: {out}/full/hf, {out}/lowrank/hf (Hugging Face directories); curves for TensorBoard: {out}/*/metrics")
+    print(
+        f"low rank against full rank: perplexity {100 * (low / full - 1):+.2f} %, attention FLOPs {100 * (fraction['lowrank'] - 1):+.1f} %, "
+        f"attention time {100 * (attention_ms['lowrank'] / attention_ms['full'] - 1):+.1f} %"
+    )
+    print(
+        f"fine-tuned models: {out}/full/hf, {out}/lowrank/hf (Hugging Face directories); curves for TensorBoard: {out}/*/metrics"
+    )
     for problem in problems:
         print(f"quickstart: error: {problem}", file=sys.stderr)
     return 1 if problems else 0

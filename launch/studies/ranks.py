@@ -12,7 +12,6 @@ import json
 import pathlib
 
 import numpy
-
 import study
 
 
@@ -24,15 +23,36 @@ def summary(lines):
     begin, rows, level = (numpy.array(first[key]) for key in ("query_begin", "query_rows", "level"))
     levels = 1 + level.max()
     edges = numpy.unique([*begin, *(begin + rows)])
-    sees = numpy.array([(begin <= at) & (at < begin + rows) for at in edges[:-1]], dtype=float)  # [stretches, pairs]
+    sees = numpy.array(
+        [(begin <= at) & (at < begin + rows) for at in edges[:-1]], dtype=float
+    )  # [stretches, pairs]
     result = {"map": {}, "along": {"begin": edges[:-1].tolist(), "end": edges[1:].tolist()}}
     for kind in kinds:
-        exact = numpy.zeros((len(first["rank_qk"]), len(level)))  # of "exact": a layer without gates makes none exact
-        mean = numpy.array([numpy.mean([exact if line[kind] is None else line[kind] for line in lines if line["layer"] == layer], axis=0)
-                            for layer in range(layers)])  # [layers, groups, pairs]
-        weight = numpy.array([(level == i) * rows for i in range(levels)], dtype=float)  # a level's pairs by their queries
-        result["map"][kind] = numpy.einsum("lgp,np->lgn", mean, weight / weight.sum(axis=1, keepdims=True)).tolist()
-        result["along"][kind] = numpy.einsum("lp,sp->ls", mean.mean(axis=1), sees / sees.sum(axis=1, keepdims=True)).tolist()
+        exact = numpy.zeros(
+            (len(first["rank_qk"]), len(level))
+        )  # of "exact": a layer without gates makes none exact
+        mean = numpy.array(
+            [
+                numpy.mean(
+                    [
+                        exact if line[kind] is None else line[kind]
+                        for line in lines
+                        if line["layer"] == layer
+                    ],
+                    axis=0,
+                )
+                for layer in range(layers)
+            ]
+        )  # [layers, groups, pairs]
+        weight = numpy.array(
+            [(level == i) * rows for i in range(levels)], dtype=float
+        )  # a level's pairs by their queries
+        result["map"][kind] = numpy.einsum(
+            "lgp,np->lgn", mean, weight / weight.sum(axis=1, keepdims=True)
+        ).tolist()
+        result["along"][kind] = numpy.einsum(
+            "lp,sp->ls", mean.mean(axis=1), sees / sees.sum(axis=1, keepdims=True)
+        ).tolist()
     return result
 
 
@@ -47,7 +67,15 @@ def main():
     runs = study.Study(arguments)
 
     budget = ["--policy", arguments.policy, f"--rank_budget={arguments.budget}"]
-    policies = {"dp": ["--rank_policy=dp", *budget], "energy": ["--rank_policy=energy", "--policy", arguments.policy, f"--energy={arguments.energy}"]}
+    policies = {
+        "dp": ["--rank_policy=dp", *budget],
+        "energy": [
+            "--rank_policy=energy",
+            "--policy",
+            arguments.policy,
+            f"--energy={arguments.energy}",
+        ],
+    }
     if study.has_gates(arguments.policy):
         policies["gates"] = ["--rank_policy=dp", "--gates", *budget]
     if study.has_agent(arguments.policy):
@@ -57,7 +85,14 @@ def main():
     decisions = {}
     for name, flags in policies.items():
         file = arguments.out / f"{name}.jsonl"
-        row = runs.row(name, arguments.energy if name == "energy" else arguments.budget, arguments.seq_len, *flags, "--decisions", file)
+        row = runs.row(
+            name,
+            arguments.energy if name == "energy" else arguments.budget,
+            arguments.seq_len,
+            *flags,
+            "--decisions",
+            file,
+        )
         if row:
             decisions[name] = summary([json.loads(line) for line in file.read_text().splitlines()])
     runs.save("ranks", decisions=decisions)

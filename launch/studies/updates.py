@@ -21,19 +21,37 @@ def main():
     runs = study.Study(arguments)
 
     policies = {"dp": [], **({"gates": ["--gates"]} if study.has_gates(arguments.policy) else {})}
-    series = {f"{name} {budget}": ["--rank_policy=dp", *flags, f"--rank_budget={budget}", "--policy", arguments.policy]
-              for name, flags in policies.items() for budget in arguments.budgets}
-    series[f"fixed {arguments.rank}, from the first block"] = ["--rank_policy=fixed", f"--rank={arguments.rank}"]
+    series = {
+        f"{name} {budget}": [
+            "--rank_policy=dp",
+            *flags,
+            f"--rank_budget={budget}",
+            "--policy",
+            arguments.policy,
+        ]
+        for name, flags in policies.items()
+        for budget in arguments.budgets
+    }
+    series[f"fixed {arguments.rank}, from the first block"] = [
+        "--rank_policy=fixed",
+        f"--rank={arguments.rank}",
+    ]
     for name, flags in series.items():
         for updates in arguments.updates:
-            runs.row(name, updates, arguments.seq_len, *flags, f"--basis_updates={updates}", time=True)
+            runs.row(
+                name, updates, arguments.seq_len, *flags, f"--basis_updates={updates}", time=True
+            )
             runs.save("updates")
 
-    print(f"{'policy, rounds of updates':40} {'decompositions':>14} {'per 1000 tokens':>15} {'Grams and bases ms':>18} {'of the attention':>16} {'perplexity':>11}")
+    print(
+        f"{'policy, rounds of updates':40} {'decompositions':>14} {'per 1000 tokens':>15} {'Grams and bases ms':>18} {'of the attention':>16} {'perplexity':>11}"
+    )
     for row in runs.rows:
         if row["met"]:
-            print(f"{row['policy'] + ', ' + str(row['value']):40} {row['refreshes']:14} {1e3 * row['refreshes'] / row['tokens']:15.2f} {row['solves_ms']:18.0f} "
-                  f"{row['solves_ms'] / row['attention_ms']:16.3f} {row['increase_percent'][0]:+9.2f} %")
+            print(
+                f"{row['policy'] + ', ' + str(row['value']):40} {row['refreshes']:14} {1e3 * row['refreshes'] / row['tokens']:15.2f} {row['solves_ms']:18.0f} "
+                f"{row['solves_ms'] / row['attention_ms']:16.3f} {row['increase_percent'][0]:+9.2f} %"
+            )
 
 
 if __name__ == "__main__":

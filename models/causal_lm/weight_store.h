@@ -1,19 +1,21 @@
 #pragma once
 
-#include "core/io/safetensors.h"
-
 #include <utility>
+
+#include "core/io/safetensors.h"
 
 namespace drrl {
 
-/// The weights of a Hugging Face model directory: `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
-/// Errors: Error(kModel).
+/// The weights of a Hugging Face model directory: `model.safetensors`, or the shards that
+/// `model.safetensors.index.json` lists. Errors: Error(kModel).
 class WeightStore {
  public:
   static WeightStore open(const std::filesystem::path& directory);
 
-  const std::filesystem::path& path() const { return path_; }  ///< of the only file, or of the index of several
-  std::vector<std::string> names() const;                      ///< sorted
+  const std::filesystem::path& path() const {
+    return path_;
+  }  ///< of the only file, or of the index of several
+  std::vector<std::string> names() const;  ///< sorted
   bool contains(const std::string& name) const { return owner_.contains(name); }
   const std::vector<int64_t>& shape(const std::string& name) const;
   at::ScalarType dtype(const std::string& name) const;

@@ -1,8 +1,8 @@
 #include "models/causal_lm/weights.h"
 
-#include "core/error.h"
-
 #include <utility>
+
+#include "core/error.h"
 
 namespace drrl {
 namespace {
@@ -40,8 +40,9 @@ class Layouts {
     layouts.push_back({name, shape, false, {{name, shape, 0, 0, first, 0}}});
   }
 
-  // Several matrices (or biases) of which a rank holds the rows of `share` in units of `unit` rows, stacked; `inner` are the other dimensions. A matrix
-  // is `all` rows of a tensor in the file, or a part of one, from row `first` on.
+  // Several matrices (or biases) of which a rank holds the rows of `share` in units of `unit` rows,
+  // stacked; `inner` are the other dimensions. A matrix is `all` rows of a tensor in the file, or a
+  // part of one, from row `first` on.
   struct Rows {
     std::string name;
     Share share;
@@ -49,22 +50,27 @@ class Layouts {
     int64_t first = 0;
   };
   // Cut evenly.
-  Rows even(const std::string& name, int64_t rows) const { return {name, partition(rows, size_, rank_), 1, rows}; }
-  void rows(const std::string& name, const std::vector<Rows>& stack, const std::vector<int64_t>& inner, bool transposed = false) {
+  Rows even(const std::string& name, int64_t rows) const {
+    return {name, partition(rows, size_, rank_), 1, rows};
+  }
+  void rows(const std::string& name, const std::vector<Rows>& stack,
+            const std::vector<int64_t>& inner, bool transposed = false) {
     ParameterLayout layout{name, {0}, true, {}};
     layout.shape.insert(layout.shape.end(), inner.begin(), inner.end());
     const bool swap = transposed && !inner.empty();
     for (const Rows& matrix : stack) {
       std::vector<int64_t> shape = {matrix.all};
       shape.insert(swap ? shape.begin() : shape.end(), inner.begin(), inner.end());
-      layout.parts.push_back({matrix.name, shape, swap ? 1 : 0, matrix.first + matrix.share.begin * matrix.unit, matrix.share.count * matrix.unit,
-                              layout.shape[0], swap});
+      layout.parts.push_back({matrix.name, shape, swap ? 1 : 0,
+                              matrix.first + matrix.share.begin * matrix.unit,
+                              matrix.share.count * matrix.unit, layout.shape[0], swap});
       layout.shape[0] += matrix.share.count * matrix.unit;
     }
     layouts.push_back(std::move(layout));
   }
 
-  void columns(const std::string& name, int64_t out, const Share& share, int64_t unit, int64_t all, bool transposed) {
+  void columns(const std::string& name, int64_t out, const Share& share, int64_t unit, int64_t all,
+               bool transposed) {
     std::vector<int64_t> shape = {out, all};
     if (transposed) {
       std::swap(shape[0], shape[1]);
@@ -72,7 +78,8 @@ class Layouts {
     layouts.push_back({name,
                        {out, share.count * unit},
                        true,
-                       {{name, shape, transposed ? 0 : 1, share.begin * unit, share.count * unit, 0, transposed}}});
+                       {{name, shape, transposed ? 0 : 1, share.begin * unit, share.count * unit, 0,
+                         transposed}}});
   }
 
   std::vector<ParameterLayout> layouts;
@@ -83,13 +90,17 @@ class Layouts {
 
 }  // namespace
 
-const ParameterNames& parameter_names(const ModelConfig& config) { return config.is_gpt2() ? kGpt2Names : kLlamaNames; }
+const ParameterNames& parameter_names(const ModelConfig& config) {
+  return config.is_gpt2() ? kGpt2Names : kLlamaNames;
+}
 
 HeadShare head_share(const ModelConfig& config, int64_t tp, int64_t rank) {
-  check(ErrorKind::kUsage, tp <= config.num_attention_heads, "tensor-parallel size ", tp, " is greater than the model's ", config.num_attention_heads,
-        " attention heads");
+  check(ErrorKind::kUsage, tp <= config.num_attention_heads, "tensor-parallel size ", tp,
+        " is greater than the model's ", config.num_attention_heads, " attention heads");
   const int64_t per_group = config.heads_per_group();
-  HeadShare share{kv_heads_of(config.num_key_value_heads, tp, rank), {}, kv_sharers_of(config.num_key_value_heads, tp, rank)};
+  HeadShare share{kv_heads_of(config.num_key_value_heads, tp, rank),
+                  {},
+                  kv_sharers_of(config.num_key_value_heads, tp, rank)};
   share.query_heads = {share.kv_heads.begin * per_group, share.kv_heads.count * per_group};
   if (share.sharers.count > 1) {
     const Share own = partition(per_group, share.sharers.count, rank - share.sharers.begin);
@@ -98,15 +109,18 @@ HeadShare head_share(const ModelConfig& config, int64_t tp, int64_t rank) {
   return share;
 }
 
-std::vector<ParameterLayout> parameter_layouts(const ModelConfig& config, int64_t tp_size, int64_t tp_rank) {
-  check(ErrorKind::kUsage, tp_size <= config.intermediate_size && tp_size <= config.vocab_size, "tensor-parallel size ",
-        tp_size, " is greater than intermediate_size ", config.intermediate_size, " or vocab_size ", config.vocab_size);
+std::vector<ParameterLayout> parameter_layouts(const ModelConfig& config, int64_t tp_size,
+                                               int64_t tp_rank) {
+  check(ErrorKind::kUsage, tp_size <= config.intermediate_size && tp_size <= config.vocab_size,
+        "tensor-parallel size ", tp_size, " is greater than intermediate_size ",
+        config.intermediate_size, " or vocab_size ", config.vocab_size);
   const ParameterNames& names = parameter_names(config);
   const bool gpt2 = config.is_gpt2();
   const int64_t hidden = config.hidden_size;
   const HeadShare heads = head_share(config, tp_size, tp_rank);
   const int64_t d = config.head_dim;
-  const int64_t query_rows = config.num_attention_heads * d, kv_rows = config.num_key_value_heads * d;
+  const int64_t query_rows = config.num_attention_heads * d,
+                kv_rows = config.num_key_value_heads * d;
   const int64_t columns = config.intermediate_size;
   const std::string weight = ".weight";
   const std::string bias = ".bias";
@@ -118,7 +132,8 @@ std::vector<ParameterLayout> parameter_layouts(const ModelConfig& config, int64_
       build.whole(name + bias, {hidden});
     }
   };
-  build.rows(names.embedding + weight, {build.even(names.embedding + weight, config.vocab_size)}, {hidden});
+  build.rows(names.embedding + weight, {build.even(names.embedding + weight, config.vocab_size)},
+             {hidden});
   if (gpt2) {
     build.whole(names.positions + weight, {config.max_position_embeddings, hidden});
   }
@@ -127,7 +142,9 @@ std::vector<ParameterLayout> parameter_layouts(const ModelConfig& config, int64_
     const auto qkv = [&](const std::string& what) -> std::vector<Layouts::Rows> {
       if (gpt2) {
         const std::string name = layer + names.qkv + what;
-        return {{name, heads.query_heads, d, 3 * hidden, 0}, {name, heads.kv_heads, d, 3 * hidden, hidden}, {name, heads.kv_heads, d, 3 * hidden, 2 * hidden}};
+        return {{name, heads.query_heads, d, 3 * hidden, 0},
+                {name, heads.kv_heads, d, 3 * hidden, hidden},
+                {name, heads.kv_heads, d, 3 * hidden, 2 * hidden}};
       }
       const std::string attention = layer + "self_attn.";
       return {{attention + "q_proj" + what, heads.query_heads, d, query_rows},
@@ -138,7 +155,8 @@ std::vector<ParameterLayout> parameter_layouts(const ModelConfig& config, int64_
       if (gpt2) {
         return {build.even(layer + names.into_mlp + what, columns)};
       }
-      return {build.even(layer + "mlp.gate_proj" + what, columns), build.even(layer + "mlp.up_proj" + what, columns)};
+      return {build.even(layer + "mlp.gate_proj" + what, columns),
+              build.even(layer + "mlp.up_proj" + what, columns)};
     };
     norm(layer + names.input_norm);
     const int64_t shared_rows = heads.sharers.count > 1 ? 2 * d : 0;
@@ -157,7 +175,8 @@ std::vector<ParameterLayout> parameter_layouts(const ModelConfig& config, int64_
     if (config.mlp_bias) {
       build.rows(layer + names.into_mlp + bias, into_mlp(bias), {});
     }
-    build.columns(layer + names.down + weight, hidden, partition(columns, tp_size, tp_rank), 1, columns, gpt2);
+    build.columns(layer + names.down + weight, hidden, partition(columns, tp_size, tp_rank), 1,
+                  columns, gpt2);
     if (config.mlp_bias) {
       build.whole(layer + names.down + bias, {hidden});
     }

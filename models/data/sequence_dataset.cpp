@@ -1,10 +1,10 @@
 #include "models/data/sequence_dataset.h"
 
-#include "core/error.h"
-
 #include <algorithm>
 #include <array>
 #include <bit>
+
+#include "core/error.h"
 
 namespace drrl {
 namespace {
@@ -22,7 +22,8 @@ uint64_t mix(uint64_t x) {
 int64_t permuted_index(int64_t index, int64_t n, uint64_t key) {
   constexpr uint64_t kRounds = 6;
   const auto size = static_cast<uint64_t>(n);
-  // Two halves of `half` bits each; the domain is at most 4 n, so the walk takes fewer than 4 steps on average.
+  // Two halves of `half` bits each; the domain is at most 4 n, so the walk takes fewer than 4 steps
+  // on average.
   const int half = std::max(1, (static_cast<int>(std::bit_width(size - 1)) + 1) / 2);
   const uint64_t mask = (uint64_t{1} << half) - 1;
   auto x = static_cast<uint64_t>(index);
@@ -39,15 +40,20 @@ int64_t permuted_index(int64_t index, int64_t n, uint64_t key) {
   return static_cast<int64_t>(x);
 }
 
-SequenceDataset::SequenceDataset(std::shared_ptr<const TokenFile> file, int64_t begin, int64_t end, int64_t seq_len,
-                                 uint64_t seed)
-    : file_(std::move(file)), begin_(begin), end_(end), seq_len_(seq_len), windows_(0), seed_(seed) {
+SequenceDataset::SequenceDataset(std::shared_ptr<const TokenFile> file, int64_t begin, int64_t end,
+                                 int64_t seq_len, uint64_t seed)
+    : file_(std::move(file)),
+      begin_(begin),
+      end_(end),
+      seq_len_(seq_len),
+      windows_(0),
+      seed_(seed) {
   check(ErrorKind::kUsage, seq_len >= 1, "seq_len must be at least 1, got ", seq_len);
-  check(ErrorKind::kInternal, begin >= 0 && begin <= end && end <= file_->tokens(), "token range [", begin, ", ", end,
-        ") does not lie in a file of ", file_->tokens(), " tokens");
+  check(ErrorKind::kInternal, begin >= 0 && begin <= end && end <= file_->tokens(), "token range [",
+        begin, ", ", end, ") does not lie in a file of ", file_->tokens(), " tokens");
   windows_ = end - begin > seq_len ? (end - begin - 1) / seq_len : 0;
-  check(ErrorKind::kData, windows_ > 0, file_->bin_path().string(), ": the range [", begin, ", ", end, ") has ", end - begin,
-        " tokens, but one sequence needs seq_len + 1 = ", seq_len + 1);
+  check(ErrorKind::kData, windows_ > 0, file_->bin_path().string(), ": the range [", begin, ", ",
+        end, ") has ", end - begin, " tokens, but one sequence needs seq_len + 1 = ", seq_len + 1);
 }
 
 int64_t SequenceDataset::window_of(int64_t sample) const {
@@ -69,8 +75,8 @@ Batch SequenceDataset::samples(int64_t first, int64_t count) const {
 }
 
 Batch SequenceDataset::ordered(int64_t first, int64_t count) const {
-  check(ErrorKind::kInternal, first >= 0 && first + count <= windows_, "windows [", first, ", ", first + count, ") of ",
-        windows_);
+  check(ErrorKind::kInternal, first >= 0 && first + count <= windows_, "windows [", first, ", ",
+        first + count, ") of ", windows_);
   return gather(count, [&](int64_t i) { return first + i; });
 }
 

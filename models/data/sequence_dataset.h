@@ -1,11 +1,11 @@
 #pragma once
 
-#include "models/data/token_file.h"
+#include <cstdint>
+#include <memory>
 
 #include <ATen/ATen.h>
 
-#include <cstdint>
-#include <memory>
+#include "models/data/token_file.h"
 
 namespace drrl {
 
@@ -17,17 +17,21 @@ struct Batch {
 
 /// Fixed-length training sequences from a range of a token stream.
 ///
-/// Window w of the range [begin, end) holds its tokens begin + w L ... begin + (w + 1) L inclusive: L inputs and, one further,
-/// L labels; neighbours share one token, so every token but the first is a label exactly once an epoch. Documents follow
-/// each other without masking, as in Megatron's GPT data set.
+/// Window w of the range [begin, end) holds its tokens begin + w L ... begin + (w + 1) L inclusive:
+/// L inputs and, one further, L labels; neighbours share one token, so every token but the first is
+/// a label exactly once an epoch. Documents follow each other without masking, as in Megatron's GPT
+/// data set.
 ///
-/// Global sample g (0, 1, 2, ... over the whole run) is window permutation(seed, g / windows)(g % windows): a new order in each
-/// epoch, and nothing but (seed, g) decides it. Which rank reads g, in which microbatch, never changes what is trained on:
-/// a run is resumed by its number of consumed samples, on any layout.
+/// Global sample g (0, 1, 2, ... over the whole run) is window permutation(seed, g / windows)(g %
+/// windows): a new order in each epoch, and nothing but (seed, g) decides it. Which rank reads g,
+/// in which microbatch, never changes what is trained on: a run is resumed by its number of
+/// consumed samples, on any layout.
 class SequenceDataset {
  public:
-  /// Errors: Error(kUsage) seq_len < 1; Error(kData) naming the file when the range holds no window of seq_len + 1 tokens.
-  SequenceDataset(std::shared_ptr<const TokenFile> file, int64_t begin, int64_t end, int64_t seq_len, uint64_t seed);
+  /// Errors: Error(kUsage) seq_len < 1; Error(kData) naming the file when the range holds no window
+  /// of seq_len + 1 tokens.
+  SequenceDataset(std::shared_ptr<const TokenFile> file, int64_t begin, int64_t end,
+                  int64_t seq_len, uint64_t seed);
 
   int64_t windows() const noexcept { return windows_; }
   int64_t seq_len() const noexcept { return seq_len_; }
@@ -37,7 +41,8 @@ class SequenceDataset {
   /// Global samples [first, first + count), shuffled.
   Batch samples(int64_t first, int64_t count) const;
 
-  /// Windows [first, first + count) in the order of the file, for evaluation. first + count <= windows().
+  /// Windows [first, first + count) in the order of the file, for evaluation. first + count <=
+  /// windows().
   Batch ordered(int64_t first, int64_t count) const;
 
   /// The window behind global sample g.
@@ -52,8 +57,9 @@ class SequenceDataset {
   uint64_t seed_;
 };
 
-/// A pseudo-random permutation of [0, n) keyed by `key`, evaluated at one point in O(1) time and memory: a Feistel network
-/// on the next even power of two, walked until it lands inside [0, n) (Black & Rogaway, CT-RSA 2002, cycle walking).
+/// A pseudo-random permutation of [0, n) keyed by `key`, evaluated at one point in O(1) time and
+/// memory: a Feistel network on the next even power of two, walked until it lands inside [0, n)
+/// (Black & Rogaway, CT-RSA 2002, cycle walking).
 int64_t permuted_index(int64_t index, int64_t n, uint64_t key);
 
 }  // namespace drrl

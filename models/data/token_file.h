@@ -1,23 +1,24 @@
 #pragma once
 
-#include "core/io/file_io.h"
-
-#include <ATen/ATen.h>
-
 #include <cstdint>
 #include <filesystem>
 #include <optional>
 #include <vector>
 
+#include <ATen/ATen.h>
+
+#include "core/io/file_io.h"
+
 namespace drrl {
 
-/// Megatron-LM's indexed token data set: PREFIX.bin holds the tokens of all sequences one after the other, PREFIX.idx says
-/// where each sequence and document starts. Little endian:
-///   "MMIDIDX\0\0", u64 version 1, u8 dtype code, u64 sequences S, u64 D, i32 sizes[S] (tokens), i64 pointers[S] (bytes), i64
-///   documents[D]
-/// where documents[] are sequence indices from 0 to S and D is one more than the number of documents.
-/// Source: megatron/core/datasets/indexed_dataset.py. Opening checks every field of the .idx against the .bin.
-/// Errors: Error(kData) that names the file, the value and what was expected.
+/// Megatron-LM's indexed token data set: PREFIX.bin holds the tokens of all sequences one after the
+/// other, PREFIX.idx says where each sequence and document starts. Little endian:
+///   "MMIDIDX\0\0", u64 version 1, u8 dtype code, u64 sequences S, u64 D, i32 sizes[S] (tokens),
+///   i64 pointers[S] (bytes), i64 documents[D]
+/// where documents[] are sequence indices from 0 to S and D is one more than the number of
+/// documents. Source: megatron/core/datasets/indexed_dataset.py. Opening checks every field of the
+/// .idx against the .bin. Errors: Error(kData) that names the file, the value and what was
+/// expected.
 class TokenFile {
  public:
   /// `prefix` without extension; a path that ends in .bin or .idx is taken as its prefix.
@@ -29,7 +30,8 @@ class TokenFile {
   int64_t documents() const noexcept { return documents_; }
   at::ScalarType dtype() const noexcept { return dtype_; }  ///< as stored
 
-  /// Tokens [start, start + length) of the concatenated stream, int64 [length] on the CPU. Thread safe.
+  /// Tokens [start, start + length) of the concatenated stream, int64 [length] on the CPU. Thread
+  /// safe.
   at::Tensor read(int64_t start, int64_t length) const;
 
   struct OutOfVocabulary {
@@ -57,9 +59,10 @@ class TokenFile {
 /// PREFIX.bin or PREFIX.idx, as `extension` says, of a prefix that may end in either.
 std::filesystem::path token_path(const std::filesystem::path& prefix, const char* extension);
 
-/// Writes PREFIX.bin and PREFIX.idx, one sequence per document. `dtype`: kByte, kChar, kShort, kUInt16, kInt or kLong;
-/// Error(kData) if a token does not fit.
-void write_token_file(const std::filesystem::path& prefix, const std::vector<std::vector<int64_t>>& documents,
+/// Writes PREFIX.bin and PREFIX.idx, one sequence per document. `dtype`: kByte, kChar, kShort,
+/// kUInt16, kInt or kLong; Error(kData) if a token does not fit.
+void write_token_file(const std::filesystem::path& prefix,
+                      const std::vector<std::vector<int64_t>>& documents,
                       at::ScalarType dtype = at::kUInt16);
 
 }  // namespace drrl

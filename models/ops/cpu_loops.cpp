@@ -5,8 +5,8 @@
 #include <initializer_list>
 #include <limits>
 
-// Every loop here is written so that the compiler vectorizes it: `omp simd` (compiled with -fopenmp-simd) permits the
-// reordering of sums that this takes, and nothing else of -ffast-math.
+// Every loop here is written so that the compiler vectorizes it: `omp simd` (compiled with
+// -fopenmp-simd) permits the reordering of sums that this takes, and nothing else of -ffast-math.
 
 namespace drrl::loops {
 namespace {
@@ -33,10 +33,11 @@ inline void store(Bf16& to, float x) {  // round to nearest, ties to even
   to.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
 }
 
-// Cephes' expf: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial for e^r, 2^n by its bits. Relative error below 2e-7. Saturates at
-// 2^127.4 and 2^-126 instead of overflowing; NaN stays NaN.
+// Cephes' expf: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial for e^r, 2^n by its bits. Relative
+// error below 2e-7. Saturates at 2^127.4 and 2^-126 instead of overflowing; NaN stays NaN.
 inline float exponential(float x) {
-  constexpr float kLow = -87.33654f, kHigh = 88.3f, kRound = 12582912.0f;  // 1.5 2^23: adding it rounds to an integer
+  constexpr float kLow = -87.33654f, kHigh = 88.3f,
+                  kRound = 12582912.0f;  // 1.5 2^23: adding it rounds to an integer
   x = x < kLow ? kLow : x;
   x = x > kHigh ? kHigh : x;
   const float shifted = x * 1.44269504088896341f + kRound;
@@ -67,7 +68,8 @@ bool supported() {
 }
 
 template <typename T>
-void rms_norm_forward(const T* x, const Acc<T>* weight, T* y, Acc<T>* rstd, int64_t rows, int64_t n, double eps) {
+void rms_norm_forward(const T* x, const Acc<T>* weight, T* y, Acc<T>* rstd, int64_t rows, int64_t n,
+                      double eps) {
   for (int64_t row = 0; row < rows; ++row, x += n, y += n) {
     Acc<T> squares = 0;
 #pragma omp simd reduction(+ : squares)
@@ -84,8 +86,8 @@ void rms_norm_forward(const T* x, const Acc<T>* weight, T* y, Acc<T>* rstd, int6
 }
 
 template <typename T>
-void rms_norm_backward(const T* dy, const T* dh, const T* x, const Acc<T>* weight, const Acc<T>* rstd, T* dx, Acc<T>* d_weight,
-                       int64_t rows, int64_t n) {
+void rms_norm_backward(const T* dy, const T* dh, const T* x, const Acc<T>* weight,
+                       const Acc<T>* rstd, T* dx, Acc<T>* d_weight, int64_t rows, int64_t n) {
   for (int64_t row = 0; row < rows; ++row, dy += n, x += n, dx += n) {
     const Acc<T> scale = rstd[row];
     Acc<T> dot = 0;
@@ -114,8 +116,8 @@ void rms_norm_backward(const T* dy, const T* dh, const T* x, const Acc<T>* weigh
 }
 
 template <typename T>
-void rope_split_forward(const T* qkv, const float* cos, const float* sin, Heads<T> q, Heads<T> k, Heads<T> v, int64_t length,
-                        int64_t d, int64_t begin, int64_t end) {
+void rope_split_forward(const T* qkv, const float* cos, const float* sin, Heads<T> q, Heads<T> k,
+                        Heads<T> v, int64_t length, int64_t d, int64_t begin, int64_t end) {
   const int64_t half = d / 2;
   const int64_t width = (q.heads + k.heads + v.heads) * d;
   for (int64_t token = begin; token < end; ++token) {
@@ -146,8 +148,9 @@ void rope_split_forward(const T* qkv, const float* cos, const float* sin, Heads<
 }
 
 template <typename T>
-void rope_split_backward(T* d_qkv, const float* cos, const float* sin, Heads<const T> dq, Heads<const T> dk, Heads<const T> dv,
-                         int64_t length, int64_t d, int64_t begin, int64_t end) {
+void rope_split_backward(T* d_qkv, const float* cos, const float* sin, Heads<const T> dq,
+                         Heads<const T> dk, Heads<const T> dv, int64_t length, int64_t d,
+                         int64_t begin, int64_t end) {
   const int64_t half = d / 2;
   const int64_t width = (dq.heads + dk.heads + dv.heads) * d;
   for (int64_t token = begin; token < end; ++token) {
@@ -235,8 +238,8 @@ void scale_row(T* row, int64_t n, Acc<T> factor) {
 }
 
 template <typename T>
-void scatter_add(const T* x, const int64_t* ids, int64_t tokens, Acc<T>* table, int64_t first, int64_t rows, int64_t n,
-                 int64_t begin, int64_t end) {
+void scatter_add(const T* x, const int64_t* ids, int64_t tokens, Acc<T>* table, int64_t first,
+                 int64_t rows, int64_t n, int64_t begin, int64_t end) {
   for (int64_t token = 0; token < tokens; ++token) {
     const int64_t id = ids[token] - first;
     if (id < 0 || id >= rows) {
@@ -251,19 +254,22 @@ void scatter_add(const T* x, const int64_t* ids, int64_t tokens, Acc<T>* table, 
   }
 }
 
-#define DRRL_INSTANTIATE_LOOPS(T)                                                                                           \
-  template void rms_norm_forward<T>(const T*, const Acc<T>*, T*, Acc<T>*, int64_t, int64_t, double);                        \
-  template void rms_norm_backward<T>(const T*, const T*, const T*, const Acc<T>*, const Acc<T>*, T*, Acc<T>*, int64_t,      \
-                                     int64_t);                                                                              \
-  template void rope_split_forward<T>(const T*, const float*, const float*, Heads<T>, Heads<T>, Heads<T>, int64_t, int64_t, \
-                                      int64_t, int64_t);                                                                    \
-  template void rope_split_backward<T>(T*, const float*, const float*, Heads<const T>, Heads<const T>, Heads<const T>,      \
-                                       int64_t, int64_t, int64_t, int64_t);                                                 \
-  template void swiglu_forward<T>(const T*, T*, int64_t, int64_t);                                                          \
-  template void swiglu_backward<T>(const T*, const T*, T*, T*, int64_t, int64_t);                                           \
-  template void exp_row<T>(T*, int64_t, Acc<T>*, Acc<T>*);                                                                  \
-  template void scale_row<T>(T*, int64_t, Acc<T>);                                                                          \
-  template void scatter_add<T>(const T*, const int64_t*, int64_t, Acc<T>*, int64_t, int64_t, int64_t, int64_t, int64_t)
+#define DRRL_INSTANTIATE_LOOPS(T)                                                                 \
+  template void rms_norm_forward<T>(const T*, const Acc<T>*, T*, Acc<T>*, int64_t, int64_t,       \
+                                    double);                                                      \
+  template void rms_norm_backward<T>(const T*, const T*, const T*, const Acc<T>*, const Acc<T>*,  \
+                                     T*, Acc<T>*, int64_t, int64_t);                              \
+  template void rope_split_forward<T>(const T*, const float*, const float*, Heads<T>, Heads<T>,   \
+                                      Heads<T>, int64_t, int64_t, int64_t, int64_t);              \
+  template void rope_split_backward<T>(T*, const float*, const float*, Heads<const T>,            \
+                                       Heads<const T>, Heads<const T>, int64_t, int64_t, int64_t, \
+                                       int64_t);                                                  \
+  template void swiglu_forward<T>(const T*, T*, int64_t, int64_t);                                \
+  template void swiglu_backward<T>(const T*, const T*, T*, T*, int64_t, int64_t);                 \
+  template void exp_row<T>(T*, int64_t, Acc<T>*, Acc<T>*);                                        \
+  template void scale_row<T>(T*, int64_t, Acc<T>);                                                \
+  template void scatter_add<T>(const T*, const int64_t*, int64_t, Acc<T>*, int64_t, int64_t,      \
+                               int64_t, int64_t, int64_t)
 
 DRRL_INSTANTIATE_LOOPS(float);
 DRRL_INSTANTIATE_LOOPS(double);

@@ -1,13 +1,13 @@
 #include "models/ops/cross_entropy.h"
 
-#include "core/error.h"
-#include "models/ops/fused_ops.h"
-#include "models/ops/gradients.h"
+#include <algorithm>
+#include <utility>
 
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <algorithm>
-#include <utility>
+#include "core/error.h"
+#include "models/ops/fused_ops.h"
+#include "models/ops/gradients.h"
 
 namespace drrl {
 namespace {
@@ -22,8 +22,9 @@ struct Sweep {
 };
 
 // labels are all counted here. Gradients of scale * sum(rows) if `with_gradients`.
-Sweep sweep(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& labels, int64_t first_row, double scale,
-            int64_t chunk_rows, const Group& tp, bool with_gradients) {
+Sweep sweep(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& labels,
+            int64_t first_row, double scale, int64_t chunk_rows, const Group& tp,
+            bool with_gradients) {
   const Implementation how = implementation_for(x);
   const int64_t n = x.size(0);
   const int64_t vocabulary = weight.size(0);
@@ -35,9 +36,10 @@ Sweep sweep(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lab
     result.d_x = at::empty_like(x);
     result.d_weight = n > 0 ? at::Tensor() : at::zeros_like(weight);
   }
-  // Rows a power of two apart compete for the same cache sets, and vocabularies are round numbers: rows are padded. Matrix
-  // products on the buffer are 10 to 20 % faster.
-  const at::Tensor buffer = at::empty({std::min(n, chunk_rows), vocabulary + 16}, x.options()).narrow(1, 0, vocabulary);
+  // Rows a power of two apart compete for the same cache sets, and vocabularies are round numbers:
+  // rows are padded. Matrix products on the buffer are 10 to 20 % faster.
+  const at::Tensor buffer = at::empty({std::min(n, chunk_rows), vocabulary + 16}, x.options())
+                                .narrow(1, 0, vocabulary);
 
   for (int64_t begin = 0; begin < n; begin += chunk_rows) {
     const int64_t count = std::min(chunk_rows, n - begin);
@@ -98,10 +100,12 @@ Counted counted_rows(const at::Tensor& x, const at::Tensor& labels) {
 }
 
 struct FusedLinearCrossEntropy : torch::autograd::Function<FusedLinearCrossEntropy> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& labels,
-                            int64_t first_row, double loss_scale, int64_t chunk_rows, const Group& tp, bool with_gradients) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+                            const at::Tensor& labels, int64_t first_row, double loss_scale,
+                            int64_t chunk_rows, const Group& tp, bool with_gradients) {
     const Counted counted = counted_rows(x, labels);
-    Sweep result = sweep(counted.x, weight, counted.labels, first_row, loss_scale, chunk_rows, tp, with_gradients);
+    Sweep result = sweep(counted.x, weight, counted.labels, first_row, loss_scale, chunk_rows, tp,
+                         with_gradients);
     if (with_gradients) {
       if (counted.index.defined()) {
         at::Tensor all = at::zeros_like(x);
@@ -118,7 +122,8 @@ struct FusedLinearCrossEntropy : torch::autograd::Function<FusedLinearCrossEntro
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const at::Tensor weight = ctx->get_saved_variables()[0];
-    TORCH_CHECK(ctx->saved_data.count("d_x") == 1, "fused_linear_cross_entropy: backward runs once");
+    TORCH_CHECK(ctx->saved_data.count("d_x") == 1,
+                "fused_linear_cross_entropy: backward runs once");
     at::Tensor d_x = ctx->saved_data["d_x"].toTensor();
     at::Tensor d_weight = ctx->saved_data["d_weight"].toTensor();
     ctx->saved_data.clear();
@@ -131,30 +136,39 @@ struct FusedLinearCrossEntropy : torch::autograd::Function<FusedLinearCrossEntro
   }
 };
 
-void check_arguments(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& labels, int64_t chunk_rows) {
-  TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), "linear cross entropy: x ", x.sizes(),
-              " and weight ", weight.sizes(), " must be [N, hidden] and [vocabulary, hidden]");
+void check_arguments(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& labels,
+                     int64_t chunk_rows) {
+  TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1),
+              "linear cross entropy: x ", x.sizes(), " and weight ", weight.sizes(),
+              " must be [N, hidden] and [vocabulary, hidden]");
   TORCH_CHECK(labels.dim() == 1 && labels.size(0) == x.size(0) && labels.scalar_type() == at::kLong,
-              "linear cross entropy: labels must be [", x.size(0), "] int64, not ", labels.sizes(), " ", labels.scalar_type());
-  TORCH_CHECK(chunk_rows >= 1, "linear cross entropy: chunk_rows must be at least 1, not ", chunk_rows);
+              "linear cross entropy: labels must be [", x.size(0), "] int64, not ", labels.sizes(),
+              " ", labels.scalar_type());
+  TORCH_CHECK(chunk_rows >= 1, "linear cross entropy: chunk_rows must be at least 1, not ",
+              chunk_rows);
 }
 
 }  // namespace
 
-at::Tensor fused_linear_cross_entropy(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& labels,
-                                      int64_t first_row, double loss_scale, int64_t chunk_rows, const Group& tp) {
+at::Tensor fused_linear_cross_entropy(const at::Tensor& x, const at::Tensor& weight,
+                                      const at::Tensor& labels, int64_t first_row,
+                                      double loss_scale, int64_t chunk_rows, const Group& tp) {
   check_arguments(x, weight, labels, chunk_rows);
-  const bool with_gradients = at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad());
-  return FusedLinearCrossEntropy::apply(x, weight, labels, first_row, loss_scale, chunk_rows, tp, with_gradients);
+  const bool with_gradients = at::GradMode::is_enabled() &&
+                              (x.requires_grad() || weight.requires_grad());
+  return FusedLinearCrossEntropy::apply(x, weight, labels, first_row, loss_scale, chunk_rows, tp,
+                                        with_gradients);
 }
 
-at::Tensor linear_cross_entropy_rows(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& labels, int64_t first_row,
+at::Tensor linear_cross_entropy_rows(const at::Tensor& x, const at::Tensor& weight,
+                                     const at::Tensor& labels, int64_t first_row,
                                      int64_t chunk_rows, const Group& tp) {
   check_arguments(x, weight, labels, chunk_rows);
   at::NoGradGuard no_grad;
   const Counted counted = counted_rows(x, labels);
-  const at::Tensor rows =
-      sweep(counted.x, weight, counted.labels, first_row, 1.0, chunk_rows, tp, /*with_gradients=*/false).rows;
+  const at::Tensor rows = sweep(counted.x, weight, counted.labels, first_row, 1.0, chunk_rows, tp,
+                                /*with_gradients=*/false)
+                              .rows;
   if (!counted.index.defined()) {
     return rows;
   }

@@ -1,14 +1,14 @@
 #include "models/ops/fused_ops.h"
 
-#include "core/error.h"
-#include "models/ops/cpu_loops.h"
-#include "models/ops/cuda/fused_ops.h"
-#include "models/ops/gradients.h"
+#include <algorithm>
 
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <algorithm>
+#include "core/error.h"
+#include "models/ops/cpu_loops.h"
+#include "models/ops/cuda/fused_ops.h"
+#include "models/ops/gradients.h"
 
 namespace drrl {
 namespace {
@@ -31,7 +31,9 @@ void dispatch(at::ScalarType dtype, Body&& body) {
     case at::kFloat: body(float{}); break;
     case at::kDouble: body(double{}); break;
     case at::kBFloat16: body(loops::Bf16{}); break;
-    default: raise(ErrorKind::kInternal, "drrl's operators work on float32, bfloat16 and float64, not on ", dtype);
+    default:
+      raise(ErrorKind::kInternal, "drrl's operators work on float32, bfloat16 and float64, not on ",
+            dtype);
   }
 }
 
@@ -73,7 +75,8 @@ Implementation implementation_for(const at::Tensor& x) {
 
 namespace raw {
 
-NormResult rms_norm_forward(const at::Tensor& x, const at::Tensor& weight, double eps, Implementation how) {
+NormResult rms_norm_forward(const at::Tensor& x, const at::Tensor& weight, double eps,
+                            Implementation how) {
   if constexpr (kWithCuda) {
     if (how == Implementation::kKernels) {
       return cuda::rms_norm_forward(x, weight, eps);
@@ -92,15 +95,17 @@ NormResult rms_norm_forward(const at::Tensor& x, const at::Tensor& weight, doubl
     using T = decltype(element);
     using A = loops::Acc<T>;
     at::parallel_for(0, rows, grain(n), [&](int64_t begin, int64_t end) {
-      loops::rms_norm_forward<T>(data<T>(x) + begin * n, data<A>(weight), data<T>(result.y) + begin * n,
-                                 data<A>(result.rstd) + begin, end - begin, n, eps);
+      loops::rms_norm_forward<T>(data<T>(x) + begin * n, data<A>(weight),
+                                 data<T>(result.y) + begin * n, data<A>(result.rstd) + begin,
+                                 end - begin, n, eps);
     });
   });
   return result;
 }
 
-NormGradients rms_norm_backward(const at::Tensor& dy, const at::Tensor& dh, const at::Tensor& x, const at::Tensor& weight,
-                                const at::Tensor& rstd, Implementation how) {
+NormGradients rms_norm_backward(const at::Tensor& dy, const at::Tensor& dh, const at::Tensor& x,
+                                const at::Tensor& weight, const at::Tensor& rstd,
+                                Implementation how) {
   if constexpr (kWithCuda) {
     if (how == Implementation::kKernels && cuda::rms_norm_backward_fits(x)) {
       return cuda::rms_norm_backward(dy, dh, x, weight, rstd);
@@ -120,7 +125,8 @@ NormGradients rms_norm_backward(const at::Tensor& dy, const at::Tensor& dh, cons
     }
     return {dx.to(x.scalar_type()), (wide_dy * wide * r).sum(0)};
   }
-  // The sum over rows goes by fixed stripes of rows, so that it does not depend on how threads share them.
+  // The sum over rows goes by fixed stripes of rows, so that it does not depend on how threads
+  // share them.
   constexpr int64_t kMostStripes = 32;
   const int64_t stripe = std::max(grain(n), (rows + kMostStripes - 1) / kMostStripes);
   const int64_t stripes = (rows + stripe - 1) / stripe;
@@ -132,18 +138,19 @@ NormGradients rms_norm_backward(const at::Tensor& dy, const at::Tensor& dh, cons
     at::parallel_for(0, stripes, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i * stripe;
-        loops::rms_norm_backward<T>(data<T>(dy) + first * n, dh.defined() ? data<T>(dh) + first * n : nullptr,
-                                    data<T>(x) + first * n, data<A>(weight), data<A>(rstd) + first, data<T>(dx) + first * n,
-                                    data<A>(partial) + i * n, std::min(stripe, rows - first), n);
+        loops::rms_norm_backward<T>(
+            data<T>(dy) + first * n, dh.defined() ? data<T>(dh) + first * n : nullptr,
+            data<T>(x) + first * n, data<A>(weight), data<A>(rstd) + first, data<T>(dx) + first * n,
+            data<A>(partial) + i * n, std::min(stripe, rows - first), n);
       }
     });
   });
   return {dx, partial.sum(0)};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_split_forward(const at::Tensor& qkv, const at::Tensor& cos,
-                                                                  const at::Tensor& sin, int64_t batch, int64_t heads,
-                                                                  int64_t groups, Implementation how) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_split_forward(
+    const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin, int64_t batch,
+    int64_t heads, int64_t groups, Implementation how) {
   if constexpr (kWithCuda) {
     if (how == Implementation::kKernels) {
       return cuda::rope_split_forward(qkv, cos, sin, batch, heads, groups);
@@ -153,7 +160,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_split_forward(const at::Tens
   const int64_t d = qkv.size(1) / (heads + 2 * groups);
   if (how != Implementation::kLoops) {
     const at::Tensor all = qkv.view({batch, length, heads + 2 * groups, d}).transpose(1, 2);
-    return {rotate(all.narrow(1, 0, heads), cos, sin), rotate(all.narrow(1, heads, groups), cos, sin),
+    return {rotate(all.narrow(1, 0, heads), cos, sin),
+            rotate(all.narrow(1, heads, groups), cos, sin),
             all.narrow(1, heads + groups, groups).contiguous()};
   }
   at::Tensor q = at::empty({batch, heads, length, d}, qkv.options());
@@ -162,18 +170,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_split_forward(const at::Tens
   dispatch(qkv.scalar_type(), [&](auto element) {
     using T = decltype(element);
     at::parallel_for(0, batch * length, grain(qkv.size(1)), [&](int64_t begin, int64_t end) {
-      loops::rope_split_forward<T>(data<T>(qkv), data<float>(cos), data<float>(sin), heads_of<T>(q), heads_of<T>(k),
-                                   heads_of<T>(v), length, d, begin, end);
+      loops::rope_split_forward<T>(data<T>(qkv), data<float>(cos), data<float>(sin), heads_of<T>(q),
+                                   heads_of<T>(k), heads_of<T>(v), length, d, begin, end);
     });
   });
   return {q, k, v};
 }
 
-at::Tensor rope_split_backward(const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv, const at::Tensor& cos,
-                               const at::Tensor& sin, Implementation how) {
+at::Tensor rope_split_backward(const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv,
+                               const at::Tensor& cos, const at::Tensor& sin, Implementation how) {
   if constexpr (kWithCuda) {
     if (how == Implementation::kKernels) {
-      return cuda::rope_split_backward(unit_inner_stride(dq), unit_inner_stride(dk), unit_inner_stride(dv), cos, sin);
+      return cuda::rope_split_backward(unit_inner_stride(dq), unit_inner_stride(dk),
+                                       unit_inner_stride(dv), cos, sin);
     }
   }
   const int64_t batch = dq.size(0);
@@ -182,7 +191,9 @@ at::Tensor rope_split_backward(const at::Tensor& dq, const at::Tensor& dk, const
   const int64_t width = (dq.size(1) + dk.size(1) + dv.size(1)) * d;
   if (how != Implementation::kLoops) {
     const at::Tensor back = -sin;
-    return at::cat({rotate(dq, cos, back), rotate(dk, cos, back), dv}, 1).transpose(1, 2).reshape({batch * length, width});
+    return at::cat({rotate(dq, cos, back), rotate(dk, cos, back), dv}, 1)
+        .transpose(1, 2)
+        .reshape({batch * length, width});
   }
   at::Tensor d_qkv = at::empty({batch * length, width}, dq.options());
   const at::Tensor q = unit_inner_stride(dq);
@@ -191,8 +202,9 @@ at::Tensor rope_split_backward(const at::Tensor& dq, const at::Tensor& dk, const
   dispatch(dq.scalar_type(), [&](auto element) {
     using T = decltype(element);
     at::parallel_for(0, batch * length, grain(width), [&](int64_t begin, int64_t end) {
-      loops::rope_split_backward<T>(data<T>(d_qkv), data<float>(cos), data<float>(sin), heads_of<const T>(q),
-                                    heads_of<const T>(k), heads_of<const T>(v), length, d, begin, end);
+      loops::rope_split_backward<T>(data<T>(d_qkv), data<float>(cos), data<float>(sin),
+                                    heads_of<const T>(q), heads_of<const T>(k),
+                                    heads_of<const T>(v), length, d, begin, end);
     });
   });
   return d_qkv;
@@ -214,13 +226,15 @@ at::Tensor swiglu_forward(const at::Tensor& gate_up, Implementation how) {
   dispatch(gate_up.scalar_type(), [&](auto element) {
     using T = decltype(element);
     at::parallel_for(0, rows, grain(2 * n), [&](int64_t begin, int64_t end) {
-      loops::swiglu_forward<T>(data<T>(gate_up) + begin * 2 * n, data<T>(y) + begin * n, end - begin, n);
+      loops::swiglu_forward<T>(data<T>(gate_up) + begin * 2 * n, data<T>(y) + begin * n,
+                               end - begin, n);
     });
   });
   return y;
 }
 
-SwigluGradients swiglu_backward(const at::Tensor& gate_up, const at::Tensor& dy, Implementation how) {
+SwigluGradients swiglu_backward(const at::Tensor& gate_up, const at::Tensor& dy,
+                                Implementation how) {
   if constexpr (kWithCuda) {
     if (how == Implementation::kKernels) {
       return cuda::swiglu_backward(gate_up, dy);
@@ -234,14 +248,16 @@ SwigluGradients swiglu_backward(const at::Tensor& gate_up, const at::Tensor& dy,
     const at::Tensor sigmoid = at::sigmoid(wide.narrow(1, 0, n));
     const at::Tensor silu = wide.narrow(1, 0, n) * sigmoid;
     const at::Tensor d_gate = dy * up * (sigmoid + silu * (1.0 - sigmoid));
-    return {at::cat({d_gate, dy * silu}, 1).to(gate_up.scalar_type()), (silu * up).to(gate_up.scalar_type())};
+    return {at::cat({d_gate, dy * silu}, 1).to(gate_up.scalar_type()),
+            (silu * up).to(gate_up.scalar_type())};
   }
   SwigluGradients result{at::empty_like(gate_up), at::empty({rows, n}, gate_up.options())};
   dispatch(gate_up.scalar_type(), [&](auto element) {
     using T = decltype(element);
     at::parallel_for(0, rows, grain(2 * n), [&](int64_t begin, int64_t end) {
       loops::swiglu_backward<T>(data<T>(gate_up) + begin * 2 * n, data<T>(dy) + begin * n,
-                                data<T>(result.gate_up) + begin * 2 * n, data<T>(result.y) + begin * n, end - begin, n);
+                                data<T>(result.gate_up) + begin * 2 * n,
+                                data<T>(result.y) + begin * n, end - begin, n);
     });
   });
   return result;
@@ -270,7 +286,8 @@ std::pair<at::Tensor, at::Tensor> exp_rows_(at::Tensor& logits, Implementation h
     using A = loops::Acc<T>;
     at::parallel_for(0, rows, grain(n), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        loops::exp_row<T>(data<T>(logits) + row * logits.stride(0), n, data<A>(max) + row, data<A>(sum) + row);
+        loops::exp_row<T>(data<T>(logits) + row * logits.stride(0), n, data<A>(max) + row,
+                          data<A>(sum) + row);
       }
     });
   });
@@ -299,23 +316,27 @@ void scale_rows_(at::Tensor& logits, const at::Tensor& factor, Implementation ho
   });
 }
 
-void scatter_add_(at::Tensor& table, const at::Tensor& ids, const at::Tensor& x, int64_t first, Implementation how) {
+void scatter_add_(at::Tensor& table, const at::Tensor& ids, const at::Tensor& x, int64_t first,
+                  Implementation how) {
   const int64_t rows = table.size(0);
   const int64_t n = table.size(1);
   if (how != Implementation::kLoops) {
     // index_put_ sorts the indices: deterministic, unlike index_add_ on CUDA.
     const at::Tensor local = ids - first;
     const at::Tensor mine = at::nonzero((local >= 0).logical_and_(local < rows)).squeeze(1);
-    table.index_put_({local.index_select(0, mine)}, x.index_select(0, mine).to(table.scalar_type()), /*accumulate=*/true);
+    table.index_put_({local.index_select(0, mine)}, x.index_select(0, mine).to(table.scalar_type()),
+                     /*accumulate=*/true);
     return;
   }
   dispatch(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = loops::Acc<T>;
     // Threads share out columns, not tokens: a token may occur more than once.
-    at::parallel_for(0, n, std::max<int64_t>(16, grain(ids.numel())), [&](int64_t begin, int64_t end) {
-      loops::scatter_add<T>(data<T>(x), data<int64_t>(ids), ids.numel(), data<A>(table), first, rows, n, begin, end);
-    });
+    at::parallel_for(0, n, std::max<int64_t>(16, grain(ids.numel())),
+                     [&](int64_t begin, int64_t end) {
+                       loops::scatter_add<T>(data<T>(x), data<int64_t>(ids), ids.numel(),
+                                             data<A>(table), first, rows, n, begin, end);
+                     });
   });
 }
 
@@ -327,7 +348,8 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 struct RmsNorm : torch::autograd::Function<RmsNorm> {
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& h, const at::Tensor& weight, double eps) {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& h, const at::Tensor& weight,
+                               double eps) {
     const auto result = raw::rms_norm_forward(h, weight, eps, implementation_for(h));
     ctx->save_for_backward({h, weight, result.rstd});
     ctx->set_materialize_grads(false);
@@ -341,16 +363,18 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
       return {grads[0], {}, {}};
     }
     const at::Tensor dh = grads[0].defined() ? grads[0].contiguous() : at::Tensor();
-    auto gradients =
-        raw::rms_norm_backward(grads[1].contiguous(), dh, saved[0], weight, saved[2], implementation_for(saved[0]));
+    auto gradients = raw::rms_norm_backward(grads[1].contiguous(), dh, saved[0], weight, saved[2],
+                                            implementation_for(saved[0]));
     add_gradient(weight, std::move(gradients.weight));
     return {gradients.x, {}, {}};
   }
 };
 
 struct LayerNorm : torch::autograd::Function<LayerNorm> {
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, double eps) {
-    auto [y, mean, rstd] = at::native_layer_norm(h.to(weight.scalar_type()), {h.size(1)}, weight, bias, eps);
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& h, const at::Tensor& weight,
+                               const at::Tensor& bias, double eps) {
+    auto [y, mean, rstd] = at::native_layer_norm(h.to(weight.scalar_type()), {h.size(1)}, weight,
+                                                 bias, eps);
     ctx->save_for_backward({h, weight, bias, mean, rstd});
     ctx->set_materialize_grads(false);
     return {h, y.to(h.scalar_type())};
@@ -363,9 +387,9 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
       return {grads[0], {}, {}, {}};
     }
     const auto wide = weight.scalar_type();
-    auto [dx, d_weight, d_bias] =
-        at::native_layer_norm_backward(grads[1].contiguous().to(wide), h.to(wide), {h.size(1)}, saved[3], saved[4], weight, bias,
-                                       {true, weight.requires_grad(), bias.requires_grad()});
+    auto [dx, d_weight, d_bias] = at::native_layer_norm_backward(
+        grads[1].contiguous().to(wide), h.to(wide), {h.size(1)}, saved[3], saved[4], weight, bias,
+        {true, weight.requires_grad(), bias.requires_grad()});
     add_gradient(weight, std::move(d_weight));
     add_gradient(bias, std::move(d_bias));
     if (grads[0].defined()) {
@@ -376,10 +400,14 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
 };
 
 struct AddPositions : torch::autograd::Function<AddPositions> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& h, const at::Tensor& weight, const at::Tensor& positions, int64_t batch) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& h, const at::Tensor& weight,
+                            const at::Tensor& positions, int64_t batch) {
     ctx->save_for_backward({weight, positions});
     ctx->saved_data["batch"] = batch;
-    return h.view({batch, positions.size(0), h.size(1)}).add(weight.index_select(0, positions)).to(h.scalar_type()).view(h.sizes());
+    return h.view({batch, positions.size(0), h.size(1)})
+        .add(weight.index_select(0, positions))
+        .to(h.scalar_type())
+        .view(h.sizes());
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -387,7 +415,9 @@ struct AddPositions : torch::autograd::Function<AddPositions> {
     const at::Tensor& weight = saved[0];
     if (weight.requires_grad()) {
       const int64_t batch = ctx->saved_data["batch"].toInt();
-      const at::Tensor dy = grads[0].reshape({batch, -1, weight.size(1)}).sum(0, /*keepdim=*/false, weight.scalar_type());
+      const at::Tensor dy = grads[0]
+                                .reshape({batch, -1, weight.size(1)})
+                                .sum(0, /*keepdim=*/false, weight.scalar_type());
       at::Tensor& grad = weight.mutable_grad();
       if (!grad.defined()) {
         grad = at::zeros_like(weight);
@@ -399,16 +429,19 @@ struct AddPositions : torch::autograd::Function<AddPositions> {
 };
 
 struct RopeSplit : torch::autograd::Function<RopeSplit> {
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin,
-                               int64_t batch, int64_t heads, int64_t groups) {
-    auto [q, k, v] = raw::rope_split_forward(qkv, cos, sin, batch, heads, groups, implementation_for(qkv));
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& qkv, const at::Tensor& cos,
+                               const at::Tensor& sin, int64_t batch, int64_t heads,
+                               int64_t groups) {
+    auto [q, k, v] = raw::rope_split_forward(qkv, cos, sin, batch, heads, groups,
+                                             implementation_for(qkv));
     ctx->save_for_backward({cos, sin});
     return {q, k, v};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    return {raw::rope_split_backward(grads[0], grads[1], grads[2], saved[0], saved[1], implementation_for(grads[0])),
+    return {raw::rope_split_backward(grads[0], grads[1], grads[2], saved[0], saved[1],
+                                     implementation_for(grads[0])),
             {},
             {},
             {},
@@ -419,43 +452,55 @@ struct RopeSplit : torch::autograd::Function<RopeSplit> {
 
 }  // namespace
 
-std::pair<at::Tensor, at::Tensor> rms_norm(const at::Tensor& h, const at::Tensor& weight, double eps) {
-  TORCH_CHECK(h.dim() == 2 && h.is_contiguous(), "rms_norm: h must be a contiguous [N, n], not ", h.sizes());
-  TORCH_CHECK(weight.dim() == 1 && weight.size(0) == h.size(1) && weight.scalar_type() == accumulate_dtype(h.scalar_type()),
-              "rms_norm: weight must be [", h.size(1), "] in fp32 (fp64 with fp64), not ", weight.sizes(), " in ",
-              weight.scalar_type());
+std::pair<at::Tensor, at::Tensor> rms_norm(const at::Tensor& h, const at::Tensor& weight,
+                                           double eps) {
+  TORCH_CHECK(h.dim() == 2 && h.is_contiguous(), "rms_norm: h must be a contiguous [N, n], not ",
+              h.sizes());
+  TORCH_CHECK(weight.dim() == 1 && weight.size(0) == h.size(1) &&
+                  weight.scalar_type() == accumulate_dtype(h.scalar_type()),
+              "rms_norm: weight must be [", h.size(1), "] in fp32 (fp64 with fp64), not ",
+              weight.sizes(), " in ", weight.scalar_type());
   const auto out = RmsNorm::apply(h, weight, eps);
   return {out[0], out[1]};
 }
 
-std::pair<at::Tensor, at::Tensor> layer_norm(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, double eps) {
+std::pair<at::Tensor, at::Tensor> layer_norm(const at::Tensor& h, const at::Tensor& weight,
+                                             const at::Tensor& bias, double eps) {
   const auto wide = accumulate_dtype(h.scalar_type());
-  TORCH_CHECK(h.dim() == 2 && h.is_contiguous(), "layer_norm: h must be a contiguous [N, n], not ", h.sizes());
-  TORCH_CHECK(weight.dim() == 1 && weight.size(0) == h.size(1) && weight.sizes() == bias.sizes() && weight.scalar_type() == wide &&
-                  bias.scalar_type() == wide,
-              "layer_norm: weight and bias must be [", h.size(1), "] in fp32 (fp64 with fp64), not ", weight.sizes(), " in ",
-              weight.scalar_type(), " and ", bias.sizes(), " in ", bias.scalar_type());
+  TORCH_CHECK(h.dim() == 2 && h.is_contiguous(), "layer_norm: h must be a contiguous [N, n], not ",
+              h.sizes());
+  TORCH_CHECK(weight.dim() == 1 && weight.size(0) == h.size(1) && weight.sizes() == bias.sizes() &&
+                  weight.scalar_type() == wide && bias.scalar_type() == wide,
+              "layer_norm: weight and bias must be [", h.size(1),
+              "] in fp32 (fp64 with fp64), not ", weight.sizes(), " in ", weight.scalar_type(),
+              " and ", bias.sizes(), " in ", bias.scalar_type());
   const auto out = LayerNorm::apply(h, weight, bias, eps);
   return {out[0], out[1]};
 }
 
-at::Tensor add_positions(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& positions, int64_t batch) {
-  TORCH_CHECK(h.dim() == 2 && weight.dim() == 2 && h.size(1) == weight.size(1) && positions.dim() == 1 && h.size(0) == batch * positions.size(0),
-              "add_positions: h ", h.sizes(), " of ", batch, " sequences, weight ", weight.sizes(), ", positions ", positions.sizes(),
-              ", expected [B L, n], rows of n and [L]");
+at::Tensor add_positions(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& positions,
+                         int64_t batch) {
+  TORCH_CHECK(h.dim() == 2 && weight.dim() == 2 && h.size(1) == weight.size(1) &&
+                  positions.dim() == 1 && h.size(0) == batch * positions.size(0),
+              "add_positions: h ", h.sizes(), " of ", batch, " sequences, weight ", weight.sizes(),
+              ", positions ", positions.sizes(), ", expected [B L, n], rows of n and [L]");
   return AddPositions::apply(h, weight, positions, batch);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_split(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin,
-                                                          int64_t batch, int64_t heads, int64_t groups) {
-  TORCH_CHECK(
-      qkv.dim() == 2 && qkv.is_contiguous() && qkv.size(0) % batch == 0 && qkv.size(1) % (2 * (heads + 2 * groups)) == 0,
-      "rope_split: qkv must be a contiguous [", batch, " L, (", heads, " + 2 * ", groups, ") d] with even d, not ",
-      qkv.sizes());
+std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_split(const at::Tensor& qkv,
+                                                          const at::Tensor& cos,
+                                                          const at::Tensor& sin, int64_t batch,
+                                                          int64_t heads, int64_t groups) {
+  TORCH_CHECK(qkv.dim() == 2 && qkv.is_contiguous() && qkv.size(0) % batch == 0 &&
+                  qkv.size(1) % (2 * (heads + 2 * groups)) == 0,
+              "rope_split: qkv must be a contiguous [", batch, " L, (", heads, " + 2 * ", groups,
+              ") d] with even d, not ", qkv.sizes());
   const std::vector<int64_t> table = {qkv.size(0) / batch, qkv.size(1) / (heads + 2 * groups) / 2};
-  TORCH_CHECK(cos.sizes().equals(table) && sin.sizes().equals(table) && cos.is_contiguous() && sin.is_contiguous() &&
-                  cos.scalar_type() == at::kFloat && sin.scalar_type() == at::kFloat,
-              "rope_split: cos and sin must be contiguous fp32 ", table, ", not ", cos.sizes(), " and ", sin.sizes());
+  TORCH_CHECK(cos.sizes().equals(table) && sin.sizes().equals(table) && cos.is_contiguous() &&
+                  sin.is_contiguous() && cos.scalar_type() == at::kFloat &&
+                  sin.scalar_type() == at::kFloat,
+              "rope_split: cos and sin must be contiguous fp32 ", table, ", not ", cos.sizes(),
+              " and ", sin.sizes());
   const auto out = RopeSplit::apply(qkv, cos, sin, batch, heads, groups);
   return {out[0], out[1], out[2]};
 }

@@ -6,8 +6,8 @@ namespace drrl {
 namespace {
 
 bool wants_gradient(const at::Tensor& parameter) {
-  check(ErrorKind::kInternal, parameter.is_leaf(), "the weight of a drrl operator, of shape ", parameter.sizes(),
-        ", is not a leaf");
+  check(ErrorKind::kInternal, parameter.is_leaf(), "the weight of a drrl operator, of shape ",
+        parameter.sizes(), ", is not a leaf");
   return parameter.requires_grad();
 }
 
@@ -28,7 +28,8 @@ void add_gradient(const at::Tensor& parameter, at::Tensor gradient, double scale
 }
 
 void add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype) {
-  if (a.is_cuda() && a.scalar_type() == at::kBFloat16 && dtype == at::kFloat) {  // added up in float from the first product on
+  if (a.is_cuda() && a.scalar_type() == at::kBFloat16 &&
+      dtype == at::kFloat) {  // added up in float from the first product on
     if (sum.defined()) {
       at::addmm_out(sum, sum, a, b, dtype);
     } else {

@@ -8,8 +8,9 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
-#include <nlohmann/json.hpp>
 #include <utility>
+
+#include <nlohmann/json.hpp>
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
@@ -48,21 +49,24 @@ std::optional<int64_t> step_of(const std::string& name) {
 }
 
 bool is_file_name(const std::string& name) {
-  constexpr const char* kAllowed = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-";
-  return !name.empty() && name.size() <= 200 && name.front() != '.' && name.find_first_not_of(kAllowed) == std::string::npos &&
-         name != kManifest;
+  constexpr const char*
+      kAllowed = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-";
+  return !name.empty() && name.size() <= 200 && name.front() != '.' &&
+         name.find_first_not_of(kAllowed) == std::string::npos && name != kManifest;
 }
 
 // The steps of the checkpoint folders in `root`, the highest first. No folder: none.
 std::vector<int64_t> steps_in(const fs::path& root) {
   std::vector<int64_t> steps;
   std::error_code error;
-  for (fs::directory_iterator item(root, error), end; !error && item != end; item.increment(error)) {
+  for (fs::directory_iterator item(root, error), end; !error && item != end;
+       item.increment(error)) {
     if (const auto step = step_of(item->path().filename().string())) {
       steps.push_back(*step);
     }
   }
-  check(kKind, !error || error == std::errc::no_such_file_or_directory, "cannot list ", root, ": ", error.message());
+  check(kKind, !error || error == std::errc::no_such_file_or_directory, "cannot list ", root, ": ",
+        error.message());
   std::sort(steps.rbegin(), steps.rend());
   return steps;
 }
@@ -78,26 +82,28 @@ std::string self_checksum(Json manifest) {
 Json read_manifest(const fs::path& directory) {
   const fs::path path = directory / kManifest;
   check(kKind, is_folder(directory, kKind), directory, " does not exist");
-  check(kKind, path_exists(path, kKind), directory, " has no ", kManifest, ": it is not a complete checkpoint");
+  check(kKind, path_exists(path, kKind), directory, " has no ", kManifest,
+        ": it is not a complete checkpoint");
   try {
     const std::string text = read_text(path, kKind);
     check_nesting(text, path.string(), kKind);
     const Json manifest = Json::parse(text);
     check(kKind, manifest.is_object() && manifest.value("format", "") == kFormat, path,
           " is not the manifest of a drrl checkpoint");
-    check(kKind, manifest.value("version", 0) == kVersion, path, " has version ", manifest.value("version", 0), "; version ",
-          kVersion, " is supported");
+    check(kKind, manifest.value("version", 0) == kVersion, path, " has version ",
+          manifest.value("version", 0), "; version ", kVersion, " is supported");
     const auto stated = manifest.at("manifest_xxh3").get<std::string>();
     const std::string actual = self_checksum(manifest);
-    check(kKind, stated == actual, path, " is damaged: its checksum is ", actual, ", and it says ", stated);
+    check(kKind, stated == actual, path, " is damaged: its checksum is ", actual, ", and it says ",
+          stated);
     return manifest;
   } catch (const Json::exception& error) {
     raise(kKind, path, " is damaged: ", error.what());
   }
 }
 
-// A checkpoint folder, and the how many-th save of its root it is: steps begin again when a run goes back, saves do not. 0: of a version that did not
-// count; -1: its manifest cannot be read.
+// A checkpoint folder, and the how many-th save of its root it is: steps begin again when a run
+// goes back, saves do not. 0: of a version that did not count; -1: its manifest cannot be read.
 struct Saved {
   int64_t save;
   bool is_latest;  // named by the file "latest", which counts among those of the same save
@@ -122,8 +128,8 @@ std::vector<Saved> saved_in(const fs::path& root, const std::optional<fs::path>&
   return all;
 }
 
-// Puts the folder `from` in the place of `to`. An older folder there is swapped out in one step, so that a complete one is
-// there at any time.
+// Puts the folder `from` in the place of `to`. An older folder there is swapped out in one step, so
+// that a complete one is there at any time.
 void replace_folder(const fs::path& from, const fs::path& to) {
   if (::rename(from.c_str(), to.c_str()) == 0) {
     return;
@@ -161,13 +167,19 @@ std::string failure_of(const Action& action) {
 
 }  // namespace
 
-CheckpointWriter::CheckpointWriter(fs::path root, int64_t step, int64_t world_rank, int64_t world_size, TextExchange exchange)
-    : root_(std::move(root)), step_(step), world_rank_(world_rank), world_size_(world_size), exchange_(std::move(exchange)) {
+CheckpointWriter::CheckpointWriter(fs::path root, int64_t step, int64_t world_rank,
+                                   int64_t world_size, TextExchange exchange)
+    : root_(std::move(root)),
+      step_(step),
+      world_rank_(world_rank),
+      world_size_(world_size),
+      exchange_(std::move(exchange)) {
   check(ErrorKind::kInternal,
-        step >= 0 && step < 1'000'000'000'000'000'000 && world_size >= 1 && world_rank >= 0 && world_rank < world_size,
+        step >= 0 && step < 1'000'000'000'000'000'000 && world_size >= 1 && world_rank >= 0 &&
+            world_rank < world_size,
         "checkpoint of step ", step, " by rank ", world_rank, " of ", world_size);
-  check(ErrorKind::kInternal, exchange_ != nullptr || world_size == 1, "a checkpoint by ", world_size,
-        " ranks needs an exchange");
+  check(ErrorKind::kInternal, exchange_ != nullptr || world_size == 1, "a checkpoint by ",
+        world_size, " ranks needs an exchange");
   if (!exchange_) {
     exchange_ = [](const std::string& mine) { return std::vector<std::string>{mine}; };
   }
@@ -183,7 +195,8 @@ CheckpointWriter::CheckpointWriter(fs::path root, int64_t step, int64_t world_ra
   }
   // All ranks wait here for the folder, and leave together if there is none.
   const std::string of_rank_0 = exchange_(failure).front();
-  check(ErrorKind::kStorage, of_rank_0.empty(), "cannot begin checkpoint ", root_ / folder_name(step_), ": ", of_rank_0);
+  check(ErrorKind::kStorage, of_rank_0.empty(), "cannot begin checkpoint ",
+        root_ / folder_name(step_), ": ", of_rank_0);
 }
 
 CheckpointWriter::~CheckpointWriter() {
@@ -192,21 +205,26 @@ CheckpointWriter::~CheckpointWriter() {
   }
 }
 
-void CheckpointWriter::record(const std::string& file, const std::function<FileDigest(const fs::path&)>& write) {
-  check(ErrorKind::kInternal, is_file_name(file), "\"", file, "\" cannot be the name of a file in a checkpoint");
+void CheckpointWriter::record(const std::string& file,
+                              const std::function<FileDigest(const fs::path&)>& write) {
+  check(ErrorKind::kInternal, is_file_name(file), "\"", file,
+        "\" cannot be the name of a file in a checkpoint");
   check(ErrorKind::kInternal,
-        std::none_of(written_.begin(), written_.end(), [&](const Written& other) { return other.file == file; }), "\"", file,
-        "\" is written twice into one checkpoint");
+        std::none_of(written_.begin(), written_.end(),
+                     [&](const Written& other) { return other.file == file; }),
+        "\"", file, "\" is written twice into one checkpoint");
   if (!failure_.empty()) {
     return;  // this checkpoint is lost already
   }
   failure_ = failure_of([&] { written_.push_back({file, write(temporary_ / file)}); });
 }
 
-void CheckpointWriter::write_tensors(const std::string& file, const std::vector<NamedTensor>& tensors,
+void CheckpointWriter::write_tensors(const std::string& file,
+                                     const std::vector<NamedTensor>& tensors,
                                      const std::map<std::string, std::string>& metadata) {
   record(file, [&](const fs::path& path) {
-    return write_safetensors(path, tensors, metadata, [](const fs::path& written) { SafetensorsFile(written, kKind); });
+    return write_safetensors(path, tensors, metadata,
+                             [](const fs::path& written) { SafetensorsFile(written, kKind); });
   });
 }
 
@@ -217,25 +235,29 @@ void CheckpointWriter::write_text(const std::string& file, std::string_view text
 fs::path CheckpointWriter::commit(int64_t keep_last) {
   Json report = {{"failure", failure_}, {"files", Json::array()}};
   for (const Written& item : written_) {
-    report["files"].push_back({{"file", item.file}, {"bytes", item.digest.bytes}, {"xxh3", to_hex(item.digest.xxh3)}});
+    report["files"].push_back(
+        {{"file", item.file}, {"bytes", item.digest.bytes}, {"xxh3", to_hex(item.digest.xxh3)}});
   }
   // Messages of the system may hold bytes of any encoding.
-  const std::vector<std::string> reports = exchange_(report.dump(-1, ' ', true, Json::error_handler_t::replace));
+  const std::vector<std::string> reports = exchange_(
+      report.dump(-1, ' ', true, Json::error_handler_t::replace));
 
   std::string failure;
   if (world_rank_ == 0) {
     failure = failure_of([&] { publish(reports, keep_last); });
-    remove_quietly(temporary_);  // what was not renamed away: the failed one, or the one that was replaced
+    remove_quietly(
+        temporary_);  // what was not renamed away: the failed one, or the one that was replaced
   }
   temporary_.clear();
   const std::string of_rank_0 = exchange_(failure).front();
-  check(ErrorKind::kStorage, of_rank_0.empty(), "checkpoint ", root_ / folder_name(step_), " was not written: ", of_rank_0);
+  check(ErrorKind::kStorage, of_rank_0.empty(), "checkpoint ", root_ / folder_name(step_),
+        " was not written: ", of_rank_0);
   return root_ / folder_name(step_);
 }
 
 void CheckpointWriter::publish(const std::vector<std::string>& reports, int64_t keep_last) {
-  check(ErrorKind::kInternal, static_cast<int64_t>(reports.size()) == world_size_, "the exchange returned ", reports.size(),
-        " texts of ", world_size_, " ranks");
+  check(ErrorKind::kInternal, static_cast<int64_t>(reports.size()) == world_size_,
+        "the exchange returned ", reports.size(), " texts of ", world_size_, " ranks");
   Json files = Json::object();
   for (size_t rank = 0; rank < reports.size(); ++rank) {
     const Json report = Json::parse(reports[rank]);
@@ -243,17 +265,21 @@ void CheckpointWriter::publish(const std::vector<std::string>& reports, int64_t 
     check(ErrorKind::kStorage, failure.empty(), "rank ", rank, ": ", failure);
     for (const Json& item : report.at("files")) {
       const auto file = item.at("file").get<std::string>();
-      check(ErrorKind::kInternal, !files.contains(file), "rank ", rank, " and another rank both wrote \"", file, "\"");
+      check(ErrorKind::kInternal, !files.contains(file), "rank ", rank,
+            " and another rank both wrote \"", file, "\"");
       files[file] = {{"bytes", item.at("bytes")}, {"xxh3", item.at("xxh3")}, {"rank", rank}};
-      // On a shared file system that rank 0 does not see (a local folder on each node) the checkpoint would be in pieces.
+      // On a shared file system that rank 0 does not see (a local folder on each node) the
+      // checkpoint would be in pieces.
       const FileReader seen(temporary_ / file, ErrorKind::kStorage);
-      check(ErrorKind::kStorage, seen.size() == item.at("bytes").get<uint64_t>(), "rank ", rank, " wrote ", item.at("bytes"),
-            " bytes of ", seen.path(), ", but rank 0 sees ", seen.size());
+      check(ErrorKind::kStorage, seen.size() == item.at("bytes").get<uint64_t>(), "rank ", rank,
+            " wrote ", item.at("bytes"), " bytes of ", seen.path(), ", but rank 0 sees ",
+            seen.size());
     }
   }
   const std::vector<Saved> before = saved_in(root_);
   const int64_t save = before.empty() ? 1 : std::max<int64_t>(before.front().save, 0) + 1;
-  Json manifest = {{"format", kFormat}, {"version", kVersion}, {"step", step_}, {"save", save}, {"world_size", world_size_}, {"files", files}};
+  Json manifest = {{"format", kFormat}, {"version", kVersion},       {"step", step_},
+                   {"save", save},      {"world_size", world_size_}, {"files", files}};
   manifest["manifest_xxh3"] = self_checksum(manifest);
   drrl::write_text(temporary_ / kManifest, manifest.dump(2) + "\n");
   sync_directory(temporary_);
@@ -268,7 +294,8 @@ void CheckpointWriter::publish(const std::vector<std::string>& reports, int64_t 
 }
 
 void CheckpointWriter::prune(int64_t keep_last) const {
-  // In the order of saving: the new one is the newest even if later steps of an abandoned run are still there.
+  // In the order of saving: the new one is the newest even if later steps of an abandoned run are
+  // still there.
   int64_t kept = 1;
   for (const auto& [save, is_latest, step] : saved_in(root_)) {
     if (step == step_ || keep_last <= 0 || kept++ < keep_last) {
@@ -276,13 +303,15 @@ void CheckpointWriter::prune(int64_t keep_last) const {
     }
     // Renamed first, so that a folder that is half removed no longer looks like a checkpoint.
     const fs::path folder = root_ / folder_name(step);
-    const fs::path doomed = root_ / (std::string(kTemporaryPrefix) + "removed-" + folder_name(step));
+    const fs::path doomed = root_ /
+                            (std::string(kTemporaryPrefix) + "removed-" + folder_name(step));
     std::error_code error;
     fs::rename(folder, doomed, error);
   }
   std::error_code error;
   std::vector<fs::path> leftovers;
-  for (fs::directory_iterator item(root_, error), end; !error && item != end; item.increment(error)) {
+  for (fs::directory_iterator item(root_, error), end; !error && item != end;
+       item.increment(error)) {
     if (item->path().filename().string().starts_with(kTemporaryPrefix)) {
       leftovers.push_back(item->path());
     }
@@ -311,7 +340,8 @@ std::optional<fs::path> CheckpointReader::latest(const fs::path& root) {
 }
 
 CheckpointReader CheckpointReader::open(const fs::path& path, const Options& options) {
-  check(kKind, is_folder(path, kKind), path, " is not a folder; expected a checkpoint, or a folder of checkpoints");
+  check(kKind, is_folder(path, kKind), path,
+        " is not a folder; expected a checkpoint, or a folder of checkpoints");
   const std::string own_name = fs::absolute(path).lexically_normal().filename().string();
   check(kKind, !own_name.starts_with(kTemporaryPrefix), path, " is an unfinished checkpoint");
   const bool is_checkpoint = path_exists(path / kManifest, kKind) || step_of(own_name).has_value();
@@ -322,8 +352,8 @@ CheckpointReader CheckpointReader::open(const fs::path& path, const Options& opt
   std::optional<fs::path> named;
   std::string failure = failure_of([&] {
     named = latest(path);
-    check(kKind, named.has_value(), path, " has neither a file \"", kLatest, "\" nor a file \"", kManifest,
-          "\": there is no checkpoint");
+    check(kKind, named.has_value(), path, " has neither a file \"", kLatest, "\" nor a file \"",
+          kManifest, "\": there is no checkpoint");
     read_manifest(*named);
   });
   const bool damaged = !failure.empty();  // and said so below
@@ -337,11 +367,14 @@ CheckpointReader CheckpointReader::open(const fs::path& path, const Options& opt
     }
     const fs::path folder = path / folder_name(step);
     std::optional<CheckpointReader> result;
-    const std::string wrong = failure_of([&] { result.emplace(open_directory(folder, options.verify_all)); });
+    const std::string wrong = failure_of(
+        [&] { result.emplace(open_directory(folder, options.verify_all)); });
     if (result) {
       if (!is_latest && options.on_fallback != nullptr) {
-        options.on_fallback(failure.empty() ? c10::str("using ", folder, ", which was saved after ", *named, ", the one that \"", kLatest, "\" names")
-                                            : c10::str("using ", folder, " instead"));
+        options.on_fallback(failure.empty()
+                                ? c10::str("using ", folder, ", which was saved after ", *named,
+                                           ", the one that \"", kLatest, "\" names")
+                                : c10::str("using ", folder, " instead"));
       }
       return std::move(*result);
     }
@@ -361,24 +394,31 @@ CheckpointReader CheckpointReader::open_directory(const fs::path& directory, boo
     reader.step_ = manifest.at("step").get<int64_t>();
     reader.world_size_ = manifest.at("world_size").get<int64_t>();
     for (const auto& [file, item] : manifest.at("files").items()) {
-      check(kKind, is_file_name(file), path, " lists ", Json(file).dump(-1, ' ', true, Json::error_handler_t::replace),
+      check(kKind, is_file_name(file), path, " lists ",
+            Json(file).dump(-1, ' ', true, Json::error_handler_t::replace),
             ", which cannot be a file of a checkpoint");
       const auto checksum = item.at("xxh3").get<std::string>();
-      check(kKind, checksum.size() == 16 && checksum.find_first_not_of("0123456789abcdef") == std::string::npos, path, ": \"",
-            file, "\" has checksum \"", checksum, "\"; expected 16 hexadecimal digits");
+      check(kKind,
+            checksum.size() == 16 &&
+                checksum.find_first_not_of("0123456789abcdef") == std::string::npos,
+            path, ": \"", file, "\" has checksum \"", checksum,
+            "\"; expected 16 hexadecimal digits");
       reader.files_[file] = {item.at("bytes").get<uint64_t>(), std::stoull(checksum, nullptr, 16)};
     }
   } catch (const Json::exception& error) {
     raise(kKind, path, " is damaged: ", error.what());
   }
   const auto named = step_of(fs::absolute(directory).lexically_normal().filename().string());
-  check(kKind, !named || *named == reader.step_, path, " is of step ", reader.step_, ", unlike its folder");
+  check(kKind, !named || *named == reader.step_, path, " is of step ", reader.step_,
+        ", unlike its folder");
 
   for (const auto& [file, digest] : reader.files_) {
     const fs::path item = directory / file;
-    check(kKind, path_exists(item, kKind), item, " is missing; ", kManifest, " lists it with ", digest.bytes, " bytes");
+    check(kKind, path_exists(item, kKind), item, " is missing; ", kManifest, " lists it with ",
+          digest.bytes, " bytes");
     const FileReader opened(item, kKind);
-    check(kKind, opened.size() == digest.bytes, item, " has ", opened.size(), " bytes; ", kManifest, " says ", digest.bytes);
+    check(kKind, opened.size() == digest.bytes, item, " has ", opened.size(), " bytes; ", kManifest,
+          " says ", digest.bytes);
     if (verify_all) {
       reader.verify(file);
     }
@@ -395,9 +435,9 @@ void CheckpointReader::verify(const std::string& file) const {
   const fs::path path = directory_ / file;
   const FileDigest actual = FileReader(path, kKind).digest();
   const FileDigest& expected = found->second;
-  check(kKind, actual.bytes == expected.bytes && actual.xxh3 == expected.xxh3, path, " is damaged: its checksum is ",
-        to_hex(actual.xxh3), " over ", actual.bytes, " bytes; ", kManifest, " says ", to_hex(expected.xxh3), " over ",
-        expected.bytes);
+  check(kKind, actual.bytes == expected.bytes && actual.xxh3 == expected.xxh3, path,
+        " is damaged: its checksum is ", to_hex(actual.xxh3), " over ", actual.bytes, " bytes; ",
+        kManifest, " says ", to_hex(expected.xxh3), " over ", expected.bytes);
   verified_[file] = true;
 }
 

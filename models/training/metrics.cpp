@@ -1,10 +1,5 @@
 #include "models/training/metrics.h"
 
-#include "core/error.h"
-#include "core/io/file_io.h"
-
-#include <nlohmann/json.hpp>
-
 #include <unistd.h>
 
 #include <algorithm>
@@ -14,6 +9,11 @@
 #include <cmath>
 #include <cstring>
 #include <sstream>
+
+#include <nlohmann/json.hpp>
+
+#include "core/error.h"
+#include "core/io/file_io.h"
 
 namespace drrl {
 namespace {
@@ -30,8 +30,8 @@ std::array<uint32_t, 256> make_crc_table() {
   return table;
 }
 
-// Protocol buffer wire format: a field is (number << 3 | type), then a varint (0), 8 bytes (1), length + bytes (2) or 4 bytes
-// (5).
+// Protocol buffer wire format: a field is (number << 3 | type), then a varint (0), 8 bytes (1),
+// length + bytes (2) or 4 bytes (5).
 void put_varint(std::string& out, uint64_t value) {
   for (; value >= 0x80; value >>= 7) {
     out.push_back(static_cast<char>((value & 0x7f) | 0x80));
@@ -81,15 +81,18 @@ std::string event_header(int64_t step) {
 
 void open(std::ofstream& file, const std::filesystem::path& path, std::ios::openmode mode) {
   file.open(path, mode);
-  check(ErrorKind::kStorage, file.good(), "cannot open ", path.string(), " for writing: ", std::strerror(errno));
+  check(ErrorKind::kStorage, file.good(), "cannot open ", path.string(),
+        " for writing: ", std::strerror(errno));
 }
 
 void flush(std::ofstream& file, const std::filesystem::path& path) {
   file.flush();
-  check(ErrorKind::kStorage, file.good(), "cannot write ", path.string(), ": ", std::strerror(errno));
+  check(ErrorKind::kStorage, file.good(), "cannot write ", path.string(), ": ",
+        std::strerror(errno));
 }
 
-/// Makes a log of `header` and those of its lines for which `keep` holds, in one step; a torn last line (no newline) goes, too.
+/// Makes a log of `header` and those of its lines for which `keep` holds, in one step; a torn last
+/// line (no newline) goes, too.
 template <typename Keep>
 void filter_lines(const std::filesystem::path& path, const std::string& header, Keep keep) {
   std::string kept = header;
@@ -133,7 +136,8 @@ EventWriter::EventWriter(const std::filesystem::path& directory, int64_t first_s
   char host[256] = "host";
   gethostname(host, sizeof(host) - 1);
   const auto stamp = static_cast<int64_t>(seconds_since_epoch());
-  const std::string base = "events.out.tfevents." + std::to_string(stamp) + "." + host + "." + std::to_string(getpid());
+  const std::string base = "events.out.tfevents." + std::to_string(stamp) + "." + host + "." +
+                           std::to_string(getpid());
   path_ = directory / (base + ".0");
   for (int i = 1; std::filesystem::exists(path_); ++i) {
     path_ = directory / (base + "." + std::to_string(i));
@@ -152,7 +156,8 @@ EventWriter::EventWriter(const std::filesystem::path& directory, int64_t first_s
   flush(file_, path_);
 }
 
-void EventWriter::scalars(int64_t step, const std::vector<std::pair<std::string, double>>& tagged_values) {
+void EventWriter::scalars(int64_t step,
+                          const std::vector<std::pair<std::string, double>>& tagged_values) {
   std::string summary;
   for (const auto& [tag, value] : tagged_values) {
     std::string entry;  // Summary.Value { string tag = 1; float simple_value = 2 }
@@ -167,7 +172,8 @@ void EventWriter::scalars(int64_t step, const std::vector<std::pair<std::string,
 }
 
 void EventWriter::record(const std::string& event) {
-  // TFRecord: uint64 length, uint32 masked crc of the length, the bytes, uint32 masked crc of the bytes.
+  // TFRecord: uint64 length, uint32 masked crc of the length, the bytes, uint32 masked crc of the
+  // bytes.
   std::string framed;
   put_little_endian<uint64_t>(framed, event.size());
   put_little_endian<uint32_t>(framed, masked_crc32c(framed.data(), 8));
@@ -178,28 +184,43 @@ void EventWriter::record(const std::string& event) {
 
 const std::vector<MetricField>& metric_fields() {
   static const std::vector<MetricField> fields = {
-      {"loss", "loss_metrics/global_avg_loss", "nats/token", "mean over the counted tokens of the global batch"},
+      {"loss", "loss_metrics/global_avg_loss", "nats/token",
+       "mean over the counted tokens of the global batch"},
       {"grad_norm", "grad_norm", "", "global norm of the gradient before clipping"},
       {"lr", "lr", "", "learning rate of the update"},
       {"tokens", "n_tokens_seen", "tokens", "tokens consumed since the start of training"},
-      {"tokens_per_second", "throughput(tps)", "tokens/s", "global throughput, over the steps since the last logged one"},
-      {"ms_per_step", "time_metrics/end_to_end(ms)", "ms", "wall time of a step, over the steps since the last logged one"},
+      {"tokens_per_second", "throughput(tps)", "tokens/s",
+       "global throughput, over the steps since the last logged one"},
+      {"ms_per_step", "time_metrics/end_to_end(ms)", "ms",
+       "wall time of a step, over the steps since the last logged one"},
       {"mean_rank_qk", "drrl/mean_rank_qk", "", "mean rank of attention scores on far tokens"},
       {"mean_rank_v", "drrl/mean_rank_v", "", "mean rank of attention values on far tokens"},
       {"attention_flops_fraction", "drrl/attention_flops_fraction", "",
        "all attention FLOPs over those of exact causal attention"},
-      {"exact_pairs", "drrl/exact_pairs", "", "share of far pairs with exact scores or values because no low rank serves them"},
+      {"exact_pairs", "drrl/exact_pairs", "",
+       "share of far pairs with exact scores or values because no low rank serves them"},
       {"policy_updates", "drrl/policy_updates", "", "online updates of the rank policy in effect"},
-      {"policy_distance", "drrl/policy_distance", "", "root mean square of the logarithm of learned over calibrated damage, each kind's mean left out"},
-      {"policy_damage", "drrl/policy_damage", "nats/token", "expected damage of the ranks that the learned damages lead to"},
-      {"policy_damage_calibrated", "drrl/policy_damage_calibrated", "nats/token", "expected damage, by the learned damages, of the ranks that the calibration leads to"},
-      {"policy_attention_ms", "drrl/policy_attention_ms", "ms", "forward attention of a process in a step, mean over processes"},
-      {"policy_slowest", "drrl/policy_slowest", "", "the slowest process' attention time over that mean"},
+      {"policy_distance", "drrl/policy_distance", "",
+       "root mean square of the logarithm of learned over calibrated damage, each kind's mean left "
+       "out"},
+      {"policy_damage", "drrl/policy_damage", "nats/token",
+       "expected damage of the ranks that the learned damages lead to"},
+      {"policy_damage_calibrated", "drrl/policy_damage_calibrated", "nats/token",
+       "expected damage, by the learned damages, of the ranks that the calibration leads to"},
+      {"policy_attention_ms", "drrl/policy_attention_ms", "ms",
+       "forward attention of a process in a step, mean over processes"},
+      {"policy_slowest", "drrl/policy_slowest", "",
+       "the slowest process' attention time over that mean"},
       {"policy_guarded", "drrl/policy_guarded", "", "share of decisions that the guard raised"},
-      {"policy_sample_ms", "drrl/policy_sample_ms", "ms", "time spent on measuring damages since the last logged row, world rank 0"},
-      {"policy_wait_ms", "drrl/policy_wait_ms", "ms", "time waited for an update of the policy since the last logged row, world rank 0"},
-      {"balance_slowest", "drrl/balance_slowest", "", "speed of the slowest tensor-parallel process over that of the fastest, as last measured"},
-      {"balance_time", "drrl/balance_time", "", "time that attention should take at these speeds over that with ranks that are not balanced"},
+      {"policy_sample_ms", "drrl/policy_sample_ms", "ms",
+       "time spent on measuring damages since the last logged row, world rank 0"},
+      {"policy_wait_ms", "drrl/policy_wait_ms", "ms",
+       "time waited for an update of the policy since the last logged row, world rank 0"},
+      {"balance_slowest", "drrl/balance_slowest", "",
+       "speed of the slowest tensor-parallel process over that of the fastest, as last measured"},
+      {"balance_time", "drrl/balance_time", "",
+       "time that attention should take at these speeds over that with ranks that are not "
+       "balanced"},
       {"balance_damage", "drrl/balance_damage", "nats/token", "expected damage that balance adds"},
       {"valid_loss", "validation_metrics/loss", "nats/token", "mean over the validation tokens"},
       {"valid_ppl", "lm loss validation ppl", "", "exp(valid_loss)"},
@@ -209,7 +230,8 @@ const std::vector<MetricField>& metric_fields() {
   return fields;
 }
 
-MetricsWriter::MetricsWriter(const std::filesystem::path& directory, int64_t first_step) : directory_(directory) {
+MetricsWriter::MetricsWriter(const std::filesystem::path& directory, int64_t first_step)
+    : directory_(directory) {
   make_directories(directory);
   const auto jsonl = directory / "metrics.jsonl";
   const auto csv = directory / "metrics.csv";
@@ -239,8 +261,10 @@ void MetricsWriter::write(const MetricRow& row) {
   std::vector<std::string> cells(fields.size());
   std::vector<std::pair<std::string, double>> scalars;
   for (const auto& [key, value] : row.values) {
-    const auto field = std::find_if(fields.begin(), fields.end(), [&key = key](const MetricField& f) { return key == f.key; });
-    check(ErrorKind::kInternal, field != fields.end(), "metric ", key, " is not in the table of metrics");
+    const auto field = std::find_if(fields.begin(), fields.end(),
+                                    [&key = key](const MetricField& f) { return key == f.key; });
+    check(ErrorKind::kInternal, field != fields.end(), "metric ", key,
+          " is not in the table of metrics");
     if (!std::isfinite(value)) {
       continue;  // JSON has no NaN: absent means "not measured"
     }

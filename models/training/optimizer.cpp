@@ -1,9 +1,9 @@
 #include "models/training/optimizer.h"
 
+#include <ATen/core/grad_mode.h>
+
 #include "core/error.h"
 #include "models/causal_lm/causal_lm.h"
-
-#include <ATen/core/grad_mode.h>
 
 namespace drrl {
 
@@ -11,21 +11,25 @@ void AdamW::Options::validate() const {
   check(ErrorKind::kUsage, beta1 >= 0 && beta1 < 1, "beta1 must lie in [0, 1), got ", beta1);
   check(ErrorKind::kUsage, beta2 >= 0 && beta2 < 1, "beta2 must lie in [0, 1), got ", beta2);
   check(ErrorKind::kUsage, eps >= 0, "eps must not be negative, got ", eps);
-  check(ErrorKind::kUsage, weight_decay >= 0, "weight_decay must not be negative, got ", weight_decay);
+  check(ErrorKind::kUsage, weight_decay >= 0, "weight_decay must not be negative, got ",
+        weight_decay);
 }
 
-AdamW::AdamW(std::vector<Parameter>& parameters, const Options& options) : parameters_(parameters), options_(options) {
+AdamW::AdamW(std::vector<Parameter>& parameters, const Options& options)
+    : parameters_(parameters), options_(options) {
   options_.validate();
   check(ErrorKind::kInternal, !parameters.empty(), "an optimizer needs at least one parameter");
   step_ = at::zeros({}, parameters.front().value.options().dtype(at::kFloat).requires_grad(false));
   decayed_.weight_decay = options_.weight_decay;
   for (const Parameter& parameter : parameters_) {
-    check(ErrorKind::kInternal, parameter.value.scalar_type() == at::kFloat, "parameter ", parameter.name,
-          " must be an fp32 master, got ", parameter.value.scalar_type());
+    check(ErrorKind::kInternal, parameter.value.scalar_type() == at::kFloat, "parameter ",
+          parameter.name, " must be an fp32 master, got ", parameter.value.scalar_type());
     Group& group = parameter.decay ? decayed_ : plain_;
     group.values.push_back(parameter.value);
-    group.exp_avgs.push_back(at::zeros_like(parameter.value.detach(), at::MemoryFormat::Contiguous));
-    group.exp_avg_sqs.push_back(at::zeros_like(parameter.value.detach(), at::MemoryFormat::Contiguous));
+    group.exp_avgs.push_back(
+        at::zeros_like(parameter.value.detach(), at::MemoryFormat::Contiguous));
+    group.exp_avg_sqs.push_back(
+        at::zeros_like(parameter.value.detach(), at::MemoryFormat::Contiguous));
     group.steps.push_back(step_);
   }
 }
@@ -45,12 +49,14 @@ void AdamW::step(double lr, double gradient_scale) {
     std::vector<at::Tensor> gradients;
     gradients.reserve(group->values.size());
     for (const at::Tensor& value : group->values) {
-      check(ErrorKind::kInternal, value.grad().defined() && value.grad().is_contiguous(), "a parameter of shape ",
-            value.sizes(), " has no gradient, or one that the fused kernel cannot walk");
+      check(ErrorKind::kInternal, value.grad().defined() && value.grad().is_contiguous(),
+            "a parameter of shape ", value.sizes(),
+            " has no gradient, or one that the fused kernel cannot walk");
       gradients.push_back(value.grad());
     }
-    at::_fused_adamw_(group->values, gradients, group->exp_avgs, group->exp_avg_sqs, {}, group->steps, lr, options_.beta1,
-                      options_.beta2, group->weight_decay, options_.eps, /*amsgrad=*/false, /*maximize=*/false, divisor);
+    at::_fused_adamw_(group->values, gradients, group->exp_avgs, group->exp_avg_sqs, {},
+                      group->steps, lr, options_.beta1, options_.beta2, group->weight_decay,
+                      options_.eps, /*amsgrad=*/false, /*maximize=*/false, divisor);
   }
 }
 

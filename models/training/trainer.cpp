@@ -1,19 +1,19 @@
 #include "models/training/trainer.h"
 
-#include "core/error.h"
-#include "models/training/checkpoint.h"
-#include "models/training/gradient_reducer.h"
-#include "models/training/metrics.h"
-#include "models/causal_lm/model_folder.h"
-#include "models/causal_lm/tensor_parallel.h"
-#include "models/training/training_state.h"
-
-#include <ATen/core/grad_mode.h>
-
 #include <sys/resource.h>
 
 #include <chrono>
 #include <cmath>
+
+#include <ATen/core/grad_mode.h>
+
+#include "core/error.h"
+#include "models/causal_lm/model_folder.h"
+#include "models/causal_lm/tensor_parallel.h"
+#include "models/training/checkpoint.h"
+#include "models/training/gradient_reducer.h"
+#include "models/training/metrics.h"
+#include "models/training/training_state.h"
 
 namespace drrl {
 namespace {
@@ -32,8 +32,17 @@ struct Totals {
   AttentionStatistics attention;    // counted once per rank; only what a report shows
 
   std::vector<double> pack() const {
-    return {loss_sum,          tokens,           squared_norm,       bad_ranks, stops, attention.flops, attention.exact_flops,
-            attention.rank_qk, attention.rank_v, static_cast<double>(attention.decisions), static_cast<double>(attention.exact_pairs)};
+    return {loss_sum,
+            tokens,
+            squared_norm,
+            bad_ranks,
+            stops,
+            attention.flops,
+            attention.exact_flops,
+            attention.rank_qk,
+            attention.rank_v,
+            static_cast<double>(attention.decisions),
+            static_cast<double>(attention.exact_pairs)};
   }
   static Totals unpack(const double* v) {
     Totals t{v[0], v[1], v[2], v[3], v[4], {}};
@@ -56,8 +65,10 @@ double peak_memory_gib() {
 }  // namespace
 
 struct Trainer::Impl {
-  Impl(TrainerOptions options_in, CausalLM& model_in, const Mesh& mesh_in, std::shared_ptr<const SequenceDataset> train_in,
-       std::shared_ptr<const SequenceDataset> validation_in, PolicyHooks policy_in, TrainerCallbacks callbacks_in)
+  Impl(TrainerOptions options_in, CausalLM& model_in, const Mesh& mesh_in,
+       std::shared_ptr<const SequenceDataset> train_in,
+       std::shared_ptr<const SequenceDataset> validation_in, PolicyHooks policy_in,
+       TrainerCallbacks callbacks_in)
       : options(std::move(options_in)),
         model(model_in),
         mesh(mesh_in),
@@ -73,23 +84,33 @@ struct Trainer::Impl {
       for (const Parameter& parameter : model.parameters()) {
         weights += parameter.value.numel();
       }
-      check_memory(3.0 * static_cast<double>(weights) * static_cast<double>(model.parameters().front().value.element_size()), c10::str("gradients and both moments of ", weights, " weights"));
+      check_memory(3.0 * static_cast<double>(weights) *
+                       static_cast<double>(model.parameters().front().value.element_size()),
+                   c10::str("gradients and both moments of ", weights, " weights"));
     }
-    check(ErrorKind::kUsage, options.micro_batch >= 1, "micro_batch must be at least 1, got ", options.micro_batch);
-    check(ErrorKind::kUsage, options.global_batch >= 1, "global_batch must be at least 1, got ", options.global_batch);
-    check(ErrorKind::kUsage, options.global_batch >= mesh.dp().size(), "global_batch = ", options.global_batch,
-          " sequences cannot be shared out to ", mesh.dp().size(), " data-parallel ranks");
-    check(ErrorKind::kUsage, model.context().size() == mesh.cp().size(), "the model's attention splits sequences over ", model.context().size(),
+    check(ErrorKind::kUsage, options.micro_batch >= 1, "micro_batch must be at least 1, got ",
+          options.micro_batch);
+    check(ErrorKind::kUsage, options.global_batch >= 1, "global_batch must be at least 1, got ",
+          options.global_batch);
+    check(ErrorKind::kUsage, options.global_batch >= mesh.dp().size(),
+          "global_batch = ", options.global_batch, " sequences cannot be shared out to ",
+          mesh.dp().size(), " data-parallel ranks");
+    check(ErrorKind::kUsage, model.context().size() == mesh.cp().size(),
+          "the model's attention splits sequences over ", model.context().size(),
           " processes, the mesh over ", mesh.cp().size());
-    check(ErrorKind::kUsage, model.kv_sharers().count == mesh.kv().size(), model.kv_sharers().count, " tensor-parallel ranks hold this one's KV heads, the mesh has ",
-          mesh.kv().size(), " of them (MeshShape::kv_heads)");
+    check(ErrorKind::kUsage, model.kv_sharers().count == mesh.kv().size(), model.kv_sharers().count,
+          " tensor-parallel ranks hold this one's KV heads, the mesh has ", mesh.kv().size(),
+          " of them (MeshShape::kv_heads)");
     check(ErrorKind::kUsage, options.steps >= 1, "steps must be at least 1, got ", options.steps);
     check(ErrorKind::kUsage, options.clip >= 0, "clip must not be negative, got ", options.clip);
-    check(ErrorKind::kUsage, options.log_every >= 1, "log_every must be at least 1, got ", options.log_every);
+    check(ErrorKind::kUsage, options.log_every >= 1, "log_every must be at least 1, got ",
+          options.log_every);
     check(ErrorKind::kUsage,
-          options.save_every >= 0 && options.eval_every >= 0 && options.eval_tokens >= 0 && options.keep >= 0,
-          "save_every, eval_every, eval_tokens and keep must not be negative, got ", options.save_every, ", ",
-          options.eval_every, ", ", options.eval_tokens, ", ", options.keep);
+          options.save_every >= 0 && options.eval_every >= 0 && options.eval_tokens >= 0 &&
+              options.keep >= 0,
+          "save_every, eval_every, eval_tokens and keep must not be negative, got ",
+          options.save_every, ", ", options.eval_every, ", ", options.eval_tokens, ", ",
+          options.keep);
     options.schedule.validate();
   }
 
@@ -131,18 +152,22 @@ struct Trainer::Impl {
   }
 
   /// Every rank throws, naming the first rank that saw something wrong itself.
-  [[noreturn]] void stop_not_finite(int64_t step, bool bad_loss, bool bad_gradient, double norm) const {
+  [[noreturn]] void stop_not_finite(int64_t step, bool bad_loss, bool bad_gradient,
+                                    double norm) const {
     constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
-    const int64_t mine = bad_loss ? 2 * mesh.world().rank() : bad_gradient ? 2 * mesh.world().rank() + 1 : kNone;
+    const int64_t mine = bad_loss       ? 2 * mesh.world().rank()
+                         : bad_gradient ? 2 * mesh.world().rank() + 1
+                                        : kNone;
     at::Tensor first = at::full({1}, mine, at::TensorOptions(device).dtype(at::kLong));
     mesh.tp().all_reduce(first, ReduceOp::kMin);
     mesh.data().all_reduce(first, ReduceOp::kMin);
     const int64_t code = first.item<int64_t>();
     if (code == kNone) {
-      raise(ErrorKind::kNumerics, "step ", step, ": the gradient norm over all ranks is ", norm, "; stopped before the update");
+      raise(ErrorKind::kNumerics, "step ", step, ": the gradient norm over all ranks is ", norm,
+            "; stopped before the update");
     }
-    raise(ErrorKind::kNumerics, "step ", step, ": the ", code % 2 == 0 ? "loss" : "gradient", " of world rank ", code / 2,
-          " is not finite; stopped before the update");
+    raise(ErrorKind::kNumerics, "step ", step, ": the ", code % 2 == 0 ? "loss" : "gradient",
+          " of world rank ", code / 2, " is not finite; stopped before the update");
   }
 
   /// One update. Fills loss, norm, rate and attention figures of `report`.
@@ -154,19 +179,23 @@ struct Trainer::Impl {
     }
     const Share share = partition(options.global_batch, mesh.dp().size(), mesh.dp().rank());
     const int64_t microbatches = (share.count + options.micro_batch - 1) / options.micro_batch;
-    // Gradients are taken of loss_sum / (all positions of the global batch); should fewer labels count, the rest of the factor
-    // is known after the step's one message and goes into the optimizer's gradient scale.
+    // Gradients are taken of loss_sum / (all positions of the global batch); should fewer labels
+    // count, the rest of the factor is known after the step's one message and goes into the
+    // optimizer's gradient scale.
     const double positions = static_cast<double>(options.global_batch * train->seq_len());
     Totals mine;
     reducer.begin();
     for (int64_t m = 0; m < microbatches; ++m) {
       const int64_t first = share.begin + m * options.micro_batch;
-      const Batch batch =
-          train->samples(position.samples + first, std::min(options.micro_batch, share.begin + share.count - first));
+      const Batch batch = train->samples(
+          position.samples + first,
+          std::min(options.micro_batch, share.begin + share.count - first));
       // During the last backward pass, gradients travel as soon as they are final.
-      model.on_gradients_complete(m + 1 == microbatches ? [this](int64_t from) { reducer.complete_from(from); }
-                                                        : std::function<void(int64_t)>());
-      const LossResult loss = model.loss(batch.tokens.to(device), batch.labels.to(device), 1.0 / positions);
+      model.on_gradients_complete(m + 1 == microbatches
+                                      ? [this](int64_t from) { reducer.complete_from(from); }
+                                      : std::function<void(int64_t)>());
+      const LossResult loss = model.loss(batch.tokens.to(device), batch.labels.to(device),
+                                         1.0 / positions);
       loss.loss_sum.backward();
       mine.loss_sum += loss.loss_sum.item<double>();
       mine.tokens += static_cast<double>(loss.tokens);
@@ -176,10 +205,13 @@ struct Trainer::Impl {
       }
     }
     const bool own_gradient_finite = reducer.finish();
-    const double own_squared_norm = squared_gradient_norm(model.parameters(), mesh.tp(), mesh.kv()).item<double>();
+    const double own_squared_norm = squared_gradient_norm(model.parameters(), mesh.tp(), mesh.kv())
+                                        .item<double>();
 
     const bool bad_loss = !std::isfinite(mine.loss_sum);
-    const bool bad_gradient = !own_gradient_finite || (mesh.data().size() == 1 && mesh.kv().size() == 1 && !std::isfinite(own_squared_norm));
+    const bool bad_gradient = !own_gradient_finite ||
+                              (mesh.data().size() == 1 && mesh.kv().size() == 1 &&
+                               !std::isfinite(own_squared_norm));
     mine.bad_ranks = bad_loss || bad_gradient ? 1 : 0;
     mine.stops = callbacks.stop_requested && callbacks.stop_requested() ? 1 : 0;
     mine.squared_norm = mesh.data().rank() == 0 ? own_squared_norm : 0;
@@ -193,7 +225,8 @@ struct Trainer::Impl {
     const std::vector<double> sums = sum_over_world(mine.pack());
     const Totals all = Totals::unpack(sums.data());
 
-    check(ErrorKind::kData, all.tokens > 0, "step ", number, ": no label of the global batch counts");
+    check(ErrorKind::kData, all.tokens > 0, "step ", number,
+          ": no label of the global batch counts");
     const double rescale = positions / all.tokens;
     const double norm = std::sqrt(all.squared_norm) * rescale;
     if (all.bad_ranks > 0 || !std::isfinite(norm) || !std::isfinite(all.loss_sum)) {
@@ -211,7 +244,8 @@ struct Trainer::Impl {
     if (all.attention.decisions > 0) {
       report.mean_rank_qk = all.attention.rank_qk / static_cast<double>(all.attention.decisions);
       report.mean_rank_v = all.attention.rank_v / static_cast<double>(all.attention.decisions);
-      report.exact_pairs = static_cast<double>(all.attention.exact_pairs) / static_cast<double>(all.attention.decisions);
+      report.exact_pairs = static_cast<double>(all.attention.exact_pairs) /
+                           static_cast<double>(all.attention.decisions);
     }
     if (all.attention.exact_flops > 0) {
       report.attention_flops_fraction = all.attention.flops / all.attention.exact_flops;
@@ -232,40 +266,52 @@ struct Trainer::Impl {
     const Share share = partition(windows, mesh.dp().size(), mesh.dp().rank());
     double nll = 0;
     double tokens = 0;
-    for (int64_t first = share.begin; first < share.begin + share.count; first += options.micro_batch) {
-      const Batch batch = validation->ordered(first, std::min(options.micro_batch, share.begin + share.count - first));
-      nll += model.token_nll(batch.tokens.to(device), batch.labels.to(device)).sum(at::kDouble).item<double>();
+    for (int64_t first = share.begin; first < share.begin + share.count;
+         first += options.micro_batch) {
+      const Batch batch = validation->ordered(
+          first, std::min(options.micro_batch, share.begin + share.count - first));
+      nll += model.token_nll(batch.tokens.to(device), batch.labels.to(device))
+                 .sum(at::kDouble)
+                 .item<double>();
       tokens += static_cast<double>((batch.labels != kIgnoredLabel).sum().item<int64_t>());
       sign_of_life();
     }
     if (policy.evaluation) {
       policy.evaluation(false);
     }
-    const bool counts = mesh.tp().rank() == 0 && mesh.cp().rank() == 0;  // every one of them has the loss of the whole sequences
+    const bool counts = mesh.tp().rank() == 0 &&
+                        mesh.cp().rank() ==
+                            0;  // every one of them has the loss of the whole sequences
     const auto sums = sum_over_world({counts ? nll : 0.0, counts ? tokens : 0.0});
     return sums[0] / sums[1];
   }
 
-  /// A weight that memory or the last update broke after the step's checks must not replace a sound checkpoint.
+  /// A weight that memory or the last update broke after the step's checks must not replace a sound
+  /// checkpoint.
   void check_finite_weights() const {
     const at::NoGradGuard no_grad;
     at::Tensor sum = at::zeros({}, at::TensorOptions(device).dtype(at::kDouble));
     for (const Parameter& parameter : model.parameters()) {
       sum += parameter.value.sum(at::kDouble);  // not finite as soon as one of them is not
     }
-    const double bad = std::isfinite(sum.item<double>()) ? 0.0 : static_cast<double>(mesh.world().rank() + 1);
+    const double bad = std::isfinite(sum.item<double>())
+                           ? 0.0
+                           : static_cast<double>(mesh.world().rank() + 1);
     at::Tensor worst = at::full({1}, bad, at::TensorOptions(device).dtype(at::kDouble));
     mesh.world().all_reduce(worst, ReduceOp::kMax);
-    check(ErrorKind::kNumerics, worst.item<double>() == 0.0, "step ", position.step, ": weights of world rank ",
-          static_cast<int64_t>(worst.item<double>()) - 1, " are not finite; no checkpoint was written");
+    check(ErrorKind::kNumerics, worst.item<double>() == 0.0, "step ", position.step,
+          ": weights of world rank ", static_cast<int64_t>(worst.item<double>()) - 1,
+          " are not finite; no checkpoint was written");
   }
 
   std::filesystem::path save() {
     const auto watched = watch(mesh.world().watchdog(), "checkpoint");
     const auto start = Clock::now();
     check_finite_weights();
-    const auto folder = save_training_state(options.output / "checkpoints", state(), position, options.keep);
-    note(c10::str("saved ", folder.string(), " in ", static_cast<int64_t>(seconds_since(start) * 1000), " ms"));
+    const auto folder = save_training_state(options.output / "checkpoints", state(), position,
+                                            options.keep);
+    note(c10::str("saved ", folder.string(), " in ",
+                  static_cast<int64_t>(seconds_since(start) * 1000), " ms"));
     return folder;
   }
 
@@ -273,13 +319,16 @@ struct Trainer::Impl {
     const bool has_output = !options.output.empty();
     if (has_output) {
       const auto watched = watch(mesh.world().watchdog(), "restoring");
-      // World rank 0 looks, all of them hear: a shared file system may show the folder late to some.
+      // World rank 0 looks, all of them hear: a shared file system may show the folder late to
+      // some.
       const bool exists = leader() && CheckpointReader::any(options.output / "checkpoints");
       const bool any = sum_over_world({exists ? 1.0 : 0.0})[0] > 0;
       check(ErrorKind::kUsage, options.resume || !any, options.output.string(),
-            " already holds checkpoints: resume that run (--resume), or choose another folder (--output)");
+            " already holds checkpoints: resume that run (--resume), or choose another folder "
+            "(--output)");
       if (options.resume) {
-        const auto restored = restore_training_state(options.output / "checkpoints", state(), options.resume_override,
+        const auto restored = restore_training_state(options.output / "checkpoints", state(),
+                                                     options.resume_override,
                                                      [&](const std::string& text) {
                                                        if (callbacks.on_warning) {
                                                          callbacks.on_warning(text);
@@ -337,26 +386,30 @@ struct Trainer::Impl {
 
       const bool last = position.step == options.steps;
       // Whoever asked to stop may kill the process soon: save first, evaluate never.
-      const bool evaluates =
-          validation && !(stop && !last) && (last || (options.eval_every > 0 && position.step % options.eval_every == 0));
+      const bool evaluates = validation && !(stop && !last) &&
+                             (last ||
+                              (options.eval_every > 0 && position.step % options.eval_every == 0));
       if (evaluates) {
         report.valid_loss = evaluate();
         if (last) {
           result.valid_loss_after = report.valid_loss;
         }
       }
-      if (position.step % options.log_every == 0 || last || stop || evaluates || result.steps_this_run == 1) {
+      if (position.step % options.log_every == 0 || last || stop || evaluates ||
+          result.steps_this_run == 1) {
         report.step = position.step;
         report.steps = options.steps;
         report.tokens = position.tokens;
-        report.tokens_per_second =
-            static_cast<double>(unlogged_steps * options.global_batch * train->seq_len()) / unlogged_seconds;
+        report.tokens_per_second = static_cast<double>(unlogged_steps * options.global_batch *
+                                                       train->seq_len()) /
+                                   unlogged_seconds;
         report.ms_per_step = unlogged_seconds * 1000.0 / static_cast<double>(unlogged_steps);
         report.eta_seconds = result.step_seconds / static_cast<double>(result.steps_this_run) *
                              static_cast<double>(options.steps - position.step);
         unlogged_seconds = 0;
         unlogged_steps = 0;
-        const auto figures = policy.figures ? policy.figures() : std::vector<std::pair<std::string, double>>();
+        const auto figures = policy.figures ? policy.figures()
+                                            : std::vector<std::pair<std::string, double>>();
         MetricRow row = to_row(report);
         row.values.insert(row.values.end(), figures.begin(), figures.end());
         log(row);
@@ -364,7 +417,8 @@ struct Trainer::Impl {
           callbacks.on_step(report);
         }
       }
-      if (has_output && (last || stop || (options.save_every > 0 && position.step % options.save_every == 0))) {
+      if (has_output &&
+          (last || stop || (options.save_every > 0 && position.step % options.save_every == 0))) {
         result.checkpoint = save();
       }
     }
@@ -393,9 +447,12 @@ struct Trainer::Impl {
   }
 };
 
-Trainer::Trainer(TrainerOptions options, CausalLM& model, const Mesh& mesh, std::shared_ptr<const SequenceDataset> train,
-                 std::shared_ptr<const SequenceDataset> validation, PolicyHooks policy, TrainerCallbacks callbacks)
-    : impl_(std::make_unique<Impl>(std::move(options), model, mesh, std::move(train), std::move(validation), std::move(policy),
+Trainer::Trainer(TrainerOptions options, CausalLM& model, const Mesh& mesh,
+                 std::shared_ptr<const SequenceDataset> train,
+                 std::shared_ptr<const SequenceDataset> validation, PolicyHooks policy,
+                 TrainerCallbacks callbacks)
+    : impl_(std::make_unique<Impl>(std::move(options), model, mesh, std::move(train),
+                                   std::move(validation), std::move(policy),
                                    std::move(callbacks))) {}
 
 Trainer::~Trainer() = default;

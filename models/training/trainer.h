@@ -1,12 +1,5 @@
 #pragma once
 
-#include "distributed/topology/mesh.h"
-#include "models/data/sequence_dataset.h"
-#include "models/causal_lm/causal_lm.h"
-#include "models/training/optimizer.h"
-#include "models/training/schedule.h"
-#include "policy/attention/attention_statistics.h"
-
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -17,16 +10,28 @@
 #include <utility>
 #include <vector>
 
+#include "distributed/topology/mesh.h"
+#include "models/causal_lm/causal_lm.h"
+#include "models/data/sequence_dataset.h"
+#include "models/training/optimizer.h"
+#include "models/training/schedule.h"
+#include "policy/attention/attention_statistics.h"
+
 namespace drrl {
 
-/// How the trainer talks to a rank policy that wants to know about steps. Every member may be empty.
+/// How the trainer talks to a rank policy that wants to know about steps. Every member may be
+/// empty.
 struct PolicyHooks {
-  std::function<void(int64_t step)> begin_step;        ///< before the first microbatch of update `step` (1, 2, ...)
-  std::function<AttentionStatistics()> end_step;       ///< after the last one: what this rank spent in it
-  std::function<void(bool evaluating)> evaluation;     ///< around validation: do not learn from it
-  /// Quantities for logged rows, by the keys of metric_fields(), since the last call; every rank calls, rank 0's are logged.
+  std::function<void(int64_t step)>
+      begin_step;  ///< before the first microbatch of update `step` (1, 2, ...)
+  std::function<AttentionStatistics()>
+      end_step;  ///< after the last one: what this rank spent in it
+  std::function<void(bool evaluating)> evaluation;  ///< around validation: do not learn from it
+  /// Quantities for logged rows, by the keys of metric_fields(), since the last call; every rank
+  /// calls, rank 0's are logged.
   std::function<std::vector<std::pair<std::string, double>>()> figures;
-  std::function<std::string()> save;                   ///< state for a checkpoint, any bytes; collective over the world
+  std::function<std::string()>
+      save;  ///< state for a checkpoint, any bytes; collective over the world
   std::function<void(const std::string& state)> load;  ///< what save returned on the same rank
 };
 
@@ -39,12 +44,14 @@ struct TrainerOptions {
   AdamW::Options optimizer;
 
   std::filesystem::path output;  ///< metrics/ and checkpoints/ go here; empty: neither is written
-  int64_t save_every = 0;        ///< steps between checkpoints; the last step and an interruption save anyway. 0: only those
-  int64_t keep = 2;              ///< newest checkpoints to keep, 0: all
-  int64_t log_every = 1;         ///< steps between logged rows
-  int64_t eval_every = 0;        ///< steps between evaluations; 0: only before the first and after the last step
-  int64_t eval_tokens =
-      0;                ///< tokens of one evaluation, rounded up to whole batches of sequences; 0: all of the validation range
+  int64_t save_every = 0;   ///< steps between checkpoints; the last step and an interruption save
+                            ///< anyway. 0: only those
+  int64_t keep = 2;         ///< newest checkpoints to keep, 0: all
+  int64_t log_every = 1;    ///< steps between logged rows
+  int64_t eval_every = 0;   ///< steps between evaluations; 0: only before the first and after the
+                            ///< last step
+  int64_t eval_tokens = 0;  ///< tokens of one evaluation, rounded up to whole batches of sequences;
+                            ///< 0: all of the validation range
   bool resume = false;  ///< continue from the newest sound checkpoint in `output`, if there is one
   bool resume_override = false;  ///< also when options that shape the run have changed
 
@@ -72,47 +79,54 @@ struct StepReport {
 
 /// What the surrounding program wants to hear and may ask. Every member may be empty.
 struct TrainerCallbacks {
-  std::function<void(const StepReport&)> on_step;                                ///< world rank 0, every logged step
+  std::function<void(const StepReport&)> on_step;  ///< world rank 0, every logged step
   std::function<void(int64_t step, int64_t done, int64_t total)> on_microbatch;  ///< every rank
-  std::function<void(const std::string&)> on_note;     ///< world rank 0: one sentence, e.g. "saved ..."
+  std::function<void(const std::string&)>
+      on_note;  ///< world rank 0: one sentence, e.g. "saved ..."
   std::function<void(const std::string&)> on_warning;  ///< world rank 0
-  std::function<bool()> stop_requested;  ///< asked after each step; true on any rank stops all of them after a checkpoint
+  std::function<bool()> stop_requested;  ///< asked after each step; true on any rank stops all of
+                                         ///< them after a checkpoint
 };
 
 struct TrainResult {
   int64_t steps = 0;  ///< updates made, resumed parts included
   int64_t tokens = 0;
   int64_t steps_this_run = 0;
-  double first_loss = kNotMeasured, last_loss = kNotMeasured;                ///< of this run's steps
-  double valid_loss_before = kNotMeasured, valid_loss_after = kNotMeasured;  ///< before: as this run found the model
-  double step_seconds = 0;                                                   ///< in steps alone: no evaluation, no checkpoints
+  double first_loss = kNotMeasured, last_loss = kNotMeasured;  ///< of this run's steps
+  double valid_loss_before = kNotMeasured,
+         valid_loss_after = kNotMeasured;  ///< before: as this run found the model
+  double step_seconds = 0;                 ///< in steps alone: no evaluation, no checkpoints
   bool interrupted = false;
   std::filesystem::path checkpoint;  ///< newest one of this run, empty if none was written
 };
 
-/// Trains a causal language model: per update, the global batch's microbatches forward and backward, data-parallel sum, checks,
-/// clip, AdamW. The gradient is that of the mean loss over all counted tokens of the global batch, whatever share each rank
-/// had.
+/// Trains a causal language model: per update, the global batch's microbatches forward and
+/// backward, data-parallel sum, checks, clip, AdamW. The gradient is that of the mean loss over all
+/// counted tokens of the global batch, whatever share each rank had.
 ///
-/// A loss or gradient that is not finite on any rank stops all ranks before the update: Error(kNumerics) naming the rank and
-/// the step.
+/// A loss or gradient that is not finite on any rank stops all ranks before the update:
+/// Error(kNumerics) naming the rank and the step.
 ///
-/// Checkpoints hold weights, moments, random generators of every rank, consumed samples, the policy's state and the
-/// options; a run resumed on the same layout (and thread count) continues bit for bit, on another one equal up to rounding. What
-/// would be saved is checked first: weights that are not finite are an Error(kNumerics), and the older checkpoints stay.
+/// Checkpoints hold weights, moments, random generators of every rank, consumed samples, the
+/// policy's state and the options; a run resumed on the same layout (and thread count) continues
+/// bit for bit, on another one equal up to rounding. What would be saved is checked first: weights
+/// that are not finite are an Error(kNumerics), and the older checkpoints stay.
 class Trainer {
  public:
-  /// Collective over the world. `model` and `mesh` must outlive the trainer; `validation` may be null.
-  /// Errors: Error(kUsage) for options that contradict each other.
-  Trainer(TrainerOptions options, CausalLM& model, const Mesh& mesh, std::shared_ptr<const SequenceDataset> train,
+  /// Collective over the world. `model` and `mesh` must outlive the trainer; `validation` may be
+  /// null. Errors: Error(kUsage) for options that contradict each other.
+  Trainer(TrainerOptions options, CausalLM& model, const Mesh& mesh,
+          std::shared_ptr<const SequenceDataset> train,
           std::shared_ptr<const SequenceDataset> validation = nullptr, PolicyHooks policy = {},
           TrainerCallbacks callbacks = {});
   ~Trainer();
 
-  /// Resumes if asked to, trains to the last step or until stopped, and saves. Collective over the world.
+  /// Resumes if asked to, trains to the last step or until stopped, and saves. Collective over the
+  /// world.
   TrainResult run();
 
-  /// Mean loss over the validation sequences (nats per token), the same on every rank. Collective over the world.
+  /// Mean loss over the validation sequences (nats per token), the same on every rank. Collective
+  /// over the world.
   double evaluate();
 
  private:

@@ -1,16 +1,15 @@
 #include "models/training/training_state.h"
 
-#include "core/error.h"
-#include "models/training/checkpoint.h"
-#include "models/causal_lm/weights.h"
+#include <algorithm>
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
 #include <ATen/core/grad_mode.h>
-
 #include <nlohmann/json.hpp>
 
-#include <algorithm>
+#include "core/error.h"
+#include "models/causal_lm/weights.h"
+#include "models/training/checkpoint.h"
 
 namespace drrl {
 namespace {
@@ -51,17 +50,19 @@ std::map<std::string, at::Generator> generators(at::Device device) {
 }
 
 /// The tensor `name` of a shard, which must have that shape and dtype.
-at::Tensor read_tensor(const SafetensorsFile& file, const std::string& name, at::IntArrayRef shape, at::ScalarType dtype) {
+at::Tensor read_tensor(const SafetensorsFile& file, const std::string& name, at::IntArrayRef shape,
+                       at::ScalarType dtype) {
   check(ErrorKind::kCheckpoint, file.contains(name), file.path().string(), " lacks tensor ", name,
         ": it is a checkpoint of another model");
   const auto& entry = file.entry(name);
-  check(ErrorKind::kCheckpoint, shape == entry.shape && entry.dtype == dtype, file.path().string(), ": tensor ", name, " is ",
-        entry.dtype, at::IntArrayRef(entry.shape), ", expected ", dtype, shape);
+  check(ErrorKind::kCheckpoint, shape == entry.shape && entry.dtype == dtype, file.path().string(),
+        ": tensor ", name, " is ", entry.dtype, at::IntArrayRef(entry.shape), ", expected ", dtype,
+        shape);
   return file.tensor(name);
 }
 
-/// The shards of a checkpoint, which `size` tensor-parallel ranks wrote, as tensor-parallel rank `rank` of `state` reads them: its own
-/// one first, which on the same layout is all that it needs.
+/// The shards of a checkpoint, which `size` tensor-parallel ranks wrote, as tensor-parallel rank
+/// `rank` of `state` reads them: its own one first, which on the same layout is all that it needs.
 class Shards {
  public:
   Shards(const CheckpointReader& reader, const TrainingState& state, int64_t size) : state_(state) {
@@ -70,7 +71,9 @@ class Shards {
     wanted_ = parameter_layouts(config, tp.size(), tp.rank());
     for (int64_t i = 0; i < size; ++i) {
       const int64_t rank = (tp.rank() + i) % size;
-      shards_.push_back({parameter_layouts(config, size, rank), [&reader, rank] { return reader.tensors(shard_file(rank)); }, {}});
+      shards_.push_back({parameter_layouts(config, size, rank),
+                         [&reader, rank] { return reader.tensors(shard_file(rank)); },
+                         {}});
     }
   }
 
@@ -80,18 +83,21 @@ class Shards {
     for (size_t i = 0; i < wanted_.size(); ++i) {
       const Parameter& parameter = state_.model.parameters()[i];
       restore(i, "model." + parameter.name, parameter.value.detach());
-      for (const std::string& moment : {"exp_avg." + parameter.name, "exp_avg_sq." + parameter.name}) {
+      for (const std::string& moment :
+           {"exp_avg." + parameter.name, "exp_avg_sq." + parameter.name}) {
         restore(i, "optimizer." + moment, moments.at(moment));
       }
     }
     const at::Tensor& step = moments.at("step");
-    step.copy_(read_tensor(file(shards_.front()), "optimizer.step", step.sizes(), step.scalar_type()));
+    step.copy_(
+        read_tensor(file(shards_.front()), "optimizer.step", step.sizes(), step.scalar_type()));
   }
 
  private:
   struct Shard {
     std::vector<ParameterLayout> layouts;
-    std::function<SafetensorsFile()> open;  // when first needed: that is when its checksum is verified
+    std::function<SafetensorsFile()>
+        open;  // when first needed: that is when its checksum is verified
     std::optional<SafetensorsFile> file;
   };
 
@@ -99,7 +105,8 @@ class Shards {
     return shard.file ? *shard.file : shard.file.emplace(shard.open());
   }
 
-  /// target, which is laid out as parameter `index`, <- the overlaps of its parts with those of the shards.
+  /// target, which is laid out as parameter `index`, <- the overlaps of its parts with those of the
+  /// shards.
   void restore(size_t index, const std::string& name, const at::Tensor& target) {
     const ParameterLayout& to = wanted_[index];
     for (Shard& shard : shards_) {
@@ -116,7 +123,8 @@ class Shards {
         if (!tensor.defined()) {
           tensor = read_tensor(file(shard), name, from.shape, target.scalar_type());
         }
-        region(target, want).narrow(want.dim, begin - want.start, count)
+        region(target, want)
+            .narrow(want.dim, begin - want.start, count)
             .copy_(region(tensor, have).narrow(have.dim, begin - have.start, count));
       }
       if (!to.sharded) {
@@ -131,9 +139,11 @@ class Shards {
 };
 
 /// "lr: 0.001 -> 0.0003, seed: 1 -> 2"; empty if all are equal.
-std::string differences(const std::map<std::string, std::string>& saved, const std::map<std::string, std::string>& now) {
+std::string differences(const std::map<std::string, std::string>& saved,
+                        const std::map<std::string, std::string>& now) {
   std::string text;
-  const auto note = [&](const std::string& name, const std::string& before, const std::string& after) {
+  const auto note = [&](const std::string& name, const std::string& before,
+                        const std::string& after) {
     text += (text.empty() ? "" : ", ") + name + ": " + before + " -> " + after;
   };
   for (const auto& [name, value] : now) {
@@ -154,13 +164,15 @@ std::string differences(const std::map<std::string, std::string>& saved, const s
 
 }  // namespace
 
-std::filesystem::path save_training_state(const std::filesystem::path& root, const TrainingState& state,
+std::filesystem::path save_training_state(const std::filesystem::path& root,
+                                          const TrainingState& state,
                                           const TrainingPosition& position, int64_t keep) {
   const Group& world = state.mesh.world();
   const int64_t tp = state.mesh.tp().rank();
   const int64_t dp = state.mesh.data().rank();
   const at::Device device = device_of(state.model);
-  CheckpointWriter writer(root, position.step, world.rank(), world.size(), exchange_over(world, device));
+  CheckpointWriter writer(root, position.step, world.rank(), world.size(),
+                          exchange_over(world, device));
   if (dp == 0) {
     writer.write_tensors(shard_file(tp), shard_tensors(state));
   }
@@ -185,12 +197,13 @@ std::filesystem::path save_training_state(const std::filesystem::path& root, con
   return writer.commit(keep);
 }
 
-std::optional<TrainingPosition> restore_training_state(const std::filesystem::path& root, const TrainingState& state,
-                                                       bool allow_changes,
-                                                       const std::function<void(const std::string&)>& warn) {
+std::optional<TrainingPosition> restore_training_state(
+    const std::filesystem::path& root, const TrainingState& state, bool allow_changes,
+    const std::function<void(const std::string&)>& warn) {
   const Group& world = state.mesh.world();
   const at::Device device = device_of(state.model);
-  // World rank 0 chooses and verifies; the others take its word, so that all resume from the same folder.
+  // World rank 0 chooses and verifies; the others take its word, so that all resume from the same
+  // folder.
   std::string chosen;
   std::string failure;
   if (world.rank() == 0) {
@@ -218,36 +231,47 @@ std::optional<TrainingPosition> restore_training_state(const std::filesystem::pa
   options.verify_all = false;
   const CheckpointReader reader = CheckpointReader::open(chosen, options);
   // Folders of one name on several machines need not be one folder.
-  check_agreement(exchange_over(world, device), {{"its manifest's checksum", reader.checksum(), chosen}}, ErrorKind::kCheckpoint, "checkpoint");
-  const auto run = nlohmann::json::parse(reader.text(kRunFile), nullptr, /*allow_exceptions=*/false);
+  check_agreement(exchange_over(world, device),
+                  {{"its manifest's checksum", reader.checksum(), chosen}}, ErrorKind::kCheckpoint,
+                  "checkpoint");
+  const auto run = nlohmann::json::parse(reader.text(kRunFile), nullptr,
+                                         /*allow_exceptions=*/false);
   TrainingPosition position;
   int64_t tensor_parallel = 0;
   int64_t data_parallel = 0;
   int64_t context_parallel = 1;
   std::map<std::string, std::string> saved;
   try {
-    position = {run.at("step").get<int64_t>(), run.at("samples").get<int64_t>(), run.at("tokens").get<int64_t>()};
+    position = {run.at("step").get<int64_t>(), run.at("samples").get<int64_t>(),
+                run.at("tokens").get<int64_t>()};
     tensor_parallel = run.at("tensor_parallel").get<int64_t>();
     data_parallel = run.at("data_parallel").get<int64_t>();
     context_parallel = run.value("context_parallel", int64_t{1});
     saved = run.at("options").get<std::map<std::string, std::string>>();
   } catch (const nlohmann::json::exception& error) {
-    raise(ErrorKind::kCheckpoint, chosen, "/", kRunFile, " is not what drrl writes: ", error.what());
+    raise(ErrorKind::kCheckpoint, chosen, "/", kRunFile,
+          " is not what drrl writes: ", error.what());
   }
-  check(ErrorKind::kCheckpoint, tensor_parallel >= 1 && data_parallel >= 1 && context_parallel >= 1, chosen, "/", kRunFile, " says tensor_parallel = ",
-        tensor_parallel, ", data_parallel = ", data_parallel, " and context_parallel = ", context_parallel, "; expected at least 1");
+  check(ErrorKind::kCheckpoint, tensor_parallel >= 1 && data_parallel >= 1 && context_parallel >= 1,
+        chosen, "/", kRunFile, " says tensor_parallel = ", tensor_parallel,
+        ", data_parallel = ", data_parallel, " and context_parallel = ", context_parallel,
+        "; expected at least 1");
   const std::string changed = differences(saved, state.fingerprint);
-  check(ErrorKind::kCheckpoint, changed.empty() || allow_changes, chosen, " belongs to a run with other options (", changed,
-        "); choose another folder (--output), or if the change is meant override the check (--resume_override)");
+  check(ErrorKind::kCheckpoint, changed.empty() || allow_changes, chosen,
+        " belongs to a run with other options (", changed,
+        "); choose another folder (--output), or if the change is meant override the check "
+        "(--resume_override)");
   if (!changed.empty() && warn && world.rank() == 0) {
     warn("resuming with changed options: " + changed);
   }
 
   const MeshShape& shape = state.mesh.shape();
-  const bool same_layout = tensor_parallel == shape.tp && data_parallel == shape.dp && context_parallel == shape.cp;
+  const bool same_layout = tensor_parallel == shape.tp && data_parallel == shape.dp &&
+                           context_parallel == shape.cp;
   if (!same_layout && warn && world.rank() == 0) {
-    warn(c10::str("resuming a run of tensor ", tensor_parallel, " x context ", context_parallel, " x data ", data_parallel, " processes on tensor ",
-                  shape.tp, " x context ", shape.cp, " x data ", shape.dp, ": equal up to rounding, not bit for bit"));
+    warn(c10::str("resuming a run of tensor ", tensor_parallel, " x context ", context_parallel,
+                  " x data ", data_parallel, " processes on tensor ", shape.tp, " x context ",
+                  shape.cp, " x data ", shape.dp, ": equal up to rounding, not bit for bit"));
   }
   Shards(reader, state, tensor_parallel).restore();
   // Whose generators and policy this rank takes over: on the same layout its own.

@@ -3,16 +3,21 @@
 #include <algorithm>
 
 #include "core/error.h"
-#include "policy/calibration/policy_file.h"
 #include "policy/calibration/pair_features.h"
+#include "policy/calibration/policy_file.h"
 
 namespace drrl {
 namespace {
 constexpr const char* kFormat = "drrl-traces-4";
 }  // namespace
 
-Traces::Traces(int64_t sequences, int64_t layers, int64_t groups, int64_t seq_len_in, Geometry geometry_in, std::vector<int64_t> ranks_in, at::Tensor gates_in)
-    : seq_len(seq_len_in), geometry(geometry_in), ranks(std::move(ranks_in)), tokens(at::zeros({sequences, seq_len}, at::kLong)), gates(std::move(gates_in)) {
+Traces::Traces(int64_t sequences, int64_t layers, int64_t groups, int64_t seq_len_in,
+               Geometry geometry_in, std::vector<int64_t> ranks_in, at::Tensor gates_in)
+    : seq_len(seq_len_in),
+      geometry(geometry_in),
+      ranks(std::move(ranks_in)),
+      tokens(at::zeros({sequences, seq_len}, at::kLong)),
+      gates(std::move(gates_in)) {
   const int64_t pairs = BlockTree(seq_len, geometry).num_pairs();
   state = at::zeros({sequences, layers, groups, pairs, pair_features(ranks)});
   const auto choices = static_cast<int64_t>(ranks.size());
@@ -30,9 +35,13 @@ Traces Traces::first(int64_t count) const {
   return some;
 }
 
-void Traces::put(int64_t sequence, int64_t draw, int64_t first_group, const CalibrationController::PairRecord& pairs) {
-  TORCH_CHECK(pairs.state.defined() && pairs.state.size(1) == 1, "Traces: states ", pairs.state.sizes(), ", expected those of one sequence");
-  const auto copy = [&](const at::Tensor& to, const at::Tensor& from) { to.narrow(1, first_group, from.size(2)).copy_(from.squeeze(1)); };
+void Traces::put(int64_t sequence, int64_t draw, int64_t first_group,
+                 const CalibrationController::PairRecord& pairs) {
+  TORCH_CHECK(pairs.state.defined() && pairs.state.size(1) == 1, "Traces: states ",
+              pairs.state.sizes(), ", expected those of one sequence");
+  const auto copy = [&](const at::Tensor& to, const at::Tensor& from) {
+    to.narrow(1, first_group, from.size(2)).copy_(from.squeeze(1));
+  };
   copy(state[sequence], pairs.state);
   copy(damage[sequence][draw], pairs.damage);
   copy(gated_damage[sequence][draw], pairs.gated_damage);
@@ -40,7 +49,13 @@ void Traces::put(int64_t sequence, int64_t draw, int64_t first_group, const Cali
 }
 
 void Traces::save(const std::filesystem::path& file) const {
-  write_safetensors(file, {{"tokens", tokens}, {"state", state}, {"gates", gates}, {"damage", damage}, {"gated_damage", gated_damage}, {"exact_entries", exact_entries}},
+  write_safetensors(file,
+                    {{"tokens", tokens},
+                     {"state", state},
+                     {"gates", gates},
+                     {"damage", damage},
+                     {"gated_damage", gated_damage},
+                     {"exact_entries", exact_entries}},
                     {{"format", kFormat},
                      {"seq_len", std::to_string(seq_len)},
                      {"near_block", std::to_string(geometry.near_block)},
@@ -68,13 +83,16 @@ Traces Traces::load(const std::filesystem::path& path) {
   t.gated_damage = file.tensor("gated_damage", at::kFloat, 8);
   t.exact_entries = file.tensor("exact_entries", at::kFloat, 6);
   const auto s = t.state.sizes();
-  check(ErrorKind::kModel, t.tokens.sizes() == at::IntArrayRef({s[0], t.seq_len}), path, ": \"tokens\" is ", t.tokens.sizes(), ", expected [", s[0], ", ",
-        t.seq_len, "]");
-  check(ErrorKind::kModel, (t.tokens >= 0).all().item<bool>(), path, ": \"tokens\" holds a negative one, ", t.tokens.min().item<int64_t>());
+  check(ErrorKind::kModel, t.tokens.sizes() == at::IntArrayRef({s[0], t.seq_len}), path,
+        ": \"tokens\" is ", t.tokens.sizes(), ", expected [", s[0], ", ", t.seq_len, "]");
+  check(ErrorKind::kModel, (t.tokens >= 0).all().item<bool>(), path,
+        ": \"tokens\" holds a negative one, ", t.tokens.min().item<int64_t>());
   const Traces expected(s[0], s[1], s[2], t.seq_len, t.geometry, t.ranks, t.gates);
-  const auto fits = [&](at::Tensor Traces::*x) { return (t.*x).sizes() == (expected.*x).sizes(); };
-  check(ErrorKind::kModel, std::all_of(kMeasured.begin(), kMeasured.end(), fits), path, ": state ", s, ", damage ", t.damage.sizes(),
-        ", gated_damage ", t.gated_damage.sizes(), " and exact_entries ", t.exact_entries.sizes(), " do not fit each other, the ranks ", at::IntArrayRef(t.ranks), ", ", t.gates.size(0), " gates or ", t.seq_len, " tokens");
+  const auto fits = [&](at::Tensor Traces::* x) { return (t.*x).sizes() == (expected.*x).sizes(); };
+  check(ErrorKind::kModel, std::all_of(kMeasured.begin(), kMeasured.end(), fits), path, ": state ",
+        s, ", damage ", t.damage.sizes(), ", gated_damage ", t.gated_damage.sizes(),
+        " and exact_entries ", t.exact_entries.sizes(), " do not fit each other, the ranks ",
+        at::IntArrayRef(t.ranks), ", ", t.gates.size(0), " gates or ", t.seq_len, " tokens");
   return t;
 }
 

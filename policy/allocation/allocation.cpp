@@ -4,16 +4,18 @@
 #include <utility>
 
 #include "core/error.h"
-#include "policy/calibration/calibration.h"
-#include "policy/allocation/latency_table.h"
 #include "policy/allocation/cost_model.h"
+#include "policy/allocation/latency_table.h"
 #include "policy/allocation/rank_options.h"
+#include "policy/calibration/calibration.h"
 
 namespace drrl {
 
-Choices::Choices(const Calibration& calibration, const BlockTree& tree, const std::vector<int64_t>& buckets, const Prices& prices, bool with_gates)
+Choices::Choices(const Calibration& calibration, const BlockTree& tree,
+                 const std::vector<int64_t>& buckets, const Prices& prices, bool with_gates)
     : damage_(calibration.damage.contiguous()) {
-  check(ErrorKind::kUsage, !with_gates || calibration.gates.defined(), "the calibration has no gates; make it again with this version");
+  check(ErrorKind::kUsage, !with_gates || calibration.gates.defined(),
+        "the calibration has no gates; make it again with this version");
   if (with_gates) {
     const auto all = calibration.gates.to(at::kFloat).contiguous();
     gates.assign(all.const_data_ptr<float>(), all.const_data_ptr<float>() + all.numel());
@@ -44,32 +46,47 @@ Choices::Choices(const Calibration& calibration, const BlockTree& tree, const st
     const PairRun& run = tree.runs()[r];
     run_of.insert(run_of.end(), static_cast<size_t>(run.count), static_cast<int64_t>(r));
     level_of.insert(level_of.end(), static_cast<size_t>(run.count), run.level);
-    share_of.insert(share_of.end(), static_cast<size_t>(run.count), static_cast<double>(run.query_rows) / queries[static_cast<size_t>(run.level)]);
+    share_of.insert(share_of.end(), static_cast<size_t>(run.count),
+                    static_cast<double>(run.query_rows) / queries[static_cast<size_t>(run.level)]);
   }
 }
 
-int64_t Choices::calibrated_level(int64_t pair) const { return std::min(level_of[static_cast<size_t>(pair)], damage_.size(3) - 1); }
-
-double Choices::gate_cost(int64_t layer, int64_t group, int64_t pair, size_t i, int64_t gate, double entries) const {
-  const auto run = static_cast<size_t>(run_of[static_cast<size_t>(pair)]);
-  const int64_t column = i < columns.size() ? columns[i] : exact_entries_.size(3) - 1;
-  return gated_costs[run] + entries * exact_entries_.accessor<double, 5>()[layer][group][calibrated_level(pair)][column][gate] * exact_costs[run];
+int64_t Choices::calibrated_level(int64_t pair) const {
+  return std::min(level_of[static_cast<size_t>(pair)], damage_.size(3) - 1);
 }
 
-double Choices::damage(int64_t layer, int64_t group, int64_t kind, int64_t pair, size_t i, int64_t gate) const {
+double Choices::gate_cost(int64_t layer, int64_t group, int64_t pair, size_t i, int64_t gate,
+                          double entries) const {
+  const auto run = static_cast<size_t>(run_of[static_cast<size_t>(pair)]);
+  const int64_t column = i < columns.size() ? columns[i] : exact_entries_.size(3) - 1;
+  return gated_costs[run] +
+         entries *
+             exact_entries_
+                 .accessor<double, 5>()[layer][group][calibrated_level(pair)][column][gate] *
+             exact_costs[run];
+}
+
+double Choices::damage(int64_t layer, int64_t group, int64_t kind, int64_t pair, size_t i,
+                       int64_t gate) const {
   if (i == columns.size()) {
     return 0;
   }
   const int64_t level = calibrated_level(pair), column = columns[i];
-  const double of_level = gate < 0 ? damage_.accessor<double, 5>()[layer][group][kind][level][column]
-                                   : gated_damage_.accessor<double, 6>()[layer][group][kind][level][column][gate];
+  const double of_level = gate < 0
+                              ? damage_.accessor<double, 5>()[layer][group][kind][level][column]
+                              : gated_damage_
+                                    .accessor<double, 6>()[layer][group][kind][level][column][gate];
   return of_level * share_of[static_cast<size_t>(pair)];
 }
 
-Allocation allocate(const Calibration& calibration, double budget, const BlockTree& tree, int64_t heads_per_group, const std::vector<int64_t>& buckets,
-                    int64_t update_steps, Spending how, uint64_t seed, bool with_gates, const LatencyTable* latency) {
-  check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget, ", expected more than 0 and at most 1");
-  const int64_t layers = calibration.layers(), groups = calibration.groups(), levels = tree.num_levels(), d = calibration.head_dim();
+Allocation allocate(const Calibration& calibration, double budget, const BlockTree& tree,
+                    int64_t heads_per_group, const std::vector<int64_t>& buckets,
+                    int64_t update_steps, Spending how, uint64_t seed, bool with_gates,
+                    const LatencyTable* latency) {
+  check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget,
+        ", expected more than 0 and at most 1");
+  const int64_t layers = calibration.layers(), groups = calibration.groups(),
+                levels = tree.num_levels(), d = calibration.head_dim();
   if (levels == 0 || budget == 1) {
     return {RankTable(layers, groups, levels, {d, d}), 0, 1};
   }
@@ -83,18 +100,26 @@ Allocation allocate(const Calibration& calibration, double budget, const BlockTr
   const auto choose_least = [&](const auto& value) {
     double used = 0;
     for (RankItem& item : items) {
-      const auto less = [&](const RankItem::Option& a, const RankItem::Option& b) { return value(a) < value(b); };
-      item.chosen = static_cast<size_t>(std::min_element(item.options.begin(), item.options.end(), less) - item.options.begin());
+      const auto less = [&](const RankItem::Option& a, const RankItem::Option& b) {
+        return value(a) < value(b);
+      };
+      item.chosen = static_cast<size_t>(
+          std::min_element(item.options.begin(), item.options.end(), less) - item.options.begin());
       used += item.now().cost;
     }
     return used;
   };
-  const auto choose = [&](double price) { return choose_least([&](const RankItem::Option& o) { return o.damage + price * o.cost; }); };
+  const auto choose = [&](double price) {
+    return choose_least([&](const RankItem::Option& o) { return o.damage + price * o.cost; });
+  };
   const double least = choose_least([](const RankItem::Option& o) { return o.cost; });
-  check(ErrorKind::kUsage, least <= allowed, "rank budget ", budget, " cannot be met at ", tree.sequence_length(), " tokens: blocks of ",
-        tree.geometry().near_block, ", sinks, Grams and ",
-        latency != nullptr ? std::string("the fastest ranks") : c10::str("the smallest rank ", items.front().options.front().ranks.qk), " everywhere take ", (fixed + least) / exact,
-        " of exact attention", latency != nullptr ? "'s time" : "");
+  check(ErrorKind::kUsage, least <= allowed, "rank budget ", budget, " cannot be met at ",
+        tree.sequence_length(), " tokens: blocks of ", tree.geometry().near_block,
+        ", sinks, Grams and ",
+        latency != nullptr ? std::string("the fastest ranks")
+                           : c10::str("the smallest rank ", items.front().options.front().ranks.qk),
+        " everywhere take ", (fixed + least) / exact, " of exact attention",
+        latency != nullptr ? "'s time" : "");
   double price = 0;
   double left = allowed - least;
   if (how == Spending::kBest) {

@@ -1,13 +1,13 @@
 #include "policy/allocation/latency_table.h"
 
-#include <nlohmann/json.hpp>
-
 #include <algorithm>
 #include <cmath>
 
+#include <nlohmann/json.hpp>
+
 #include "core/error.h"
-#include "core/linalg/least_squares.h"
 #include "core/io/file_io.h"
+#include "core/linalg/least_squares.h"
 #include "distributed/collectives/agreement.h"
 #include "policy/rank_policy.h"
 
@@ -19,7 +19,8 @@ using Json = nlohmann::ordered_json;
 constexpr const char* kFormat = "drrl-latency-2";
 constexpr double kNanoseconds = 1e6;  // of a ms
 
-// Where each unknown of the fit stands. What grows with the rank is fitted as steps from rank to rank.
+// Where each unknown of the fit stands. What grows with the rank is fitted as steps from rank to
+// rank.
 struct Columns {
   explicit Columns(size_t low_ranks_in) : low_ranks(low_ranks_in) {}
 
@@ -29,7 +30,9 @@ struct Columns {
   size_t setup(size_t kind) const { return 2 + kind * per_kind(); }
   size_t pair(size_t kind, size_t rank) const { return setup(kind) + 1 + rank; }
   size_t row(size_t kind, size_t rank) const { return setup(kind) + 1 + low_ranks + rank; }
-  size_t area(size_t kind, size_t rank) const { return setup(kind) + 1 + 2 * low_ranks + rank; }  // head_dim's too
+  size_t area(size_t kind, size_t rank) const {
+    return setup(kind) + 1 + 2 * low_ranks + rank;
+  }  // head_dim's too
   size_t gated(bool area) const { return 2 + 2 * per_kind() + (area ? 1 : 0); }
   size_t entry() const { return 4 + 2 * per_kind(); }
   size_t count() const { return 5 + 2 * per_kind(); }
@@ -37,20 +40,25 @@ struct Columns {
 
 size_t index_of(const std::vector<int64_t>& ranks, int64_t rank) {
   const auto found = std::find(ranks.begin(), ranks.end(), rank);
-  check(ErrorKind::kUsage, found != ranks.end(), "rank ", rank, " has no latency, expected one of ", at::IntArrayRef(ranks));
+  check(ErrorKind::kUsage, found != ranks.end(), "rank ", rank, " has no latency, expected one of ",
+        at::IntArrayRef(ranks));
   return static_cast<size_t>(found - ranks.begin());
 }
 
 // How often each unknown is spent in a point of low-rank attention, for one of `groups` KV groups.
-std::vector<double> spent_by(const LatencyPoint& point, const LatencyTable& table, const Columns& columns) {
+std::vector<double> spent_by(const LatencyPoint& point, const LatencyTable& table,
+                             const Columns& columns) {
   std::vector<double> spent(columns.count(), 0.0);
   const BlockTree tree(point.seq_len, {table.key.near_block, table.sink_tokens});
   spent[columns.fixed(false)] = 1;
   spent[columns.fixed(true)] = static_cast<double>(point.seq_len);
-  const size_t chosen[] = {index_of(table.ranks, point.ranks->qk), index_of(table.ranks, point.ranks->v)};
+  const size_t chosen[] = {index_of(table.ranks, point.ranks->qk),
+                           index_of(table.ranks, point.ranks->v)};
   for (const PairRun& run : tree.runs()) {
-    const double count = static_cast<double>(run.count), rows = count * static_cast<double>(run.query_rows + run.key_rows) / 2;
-    const double area = count * static_cast<double>(run.query_rows) * static_cast<double>(run.key_rows);
+    const double count = static_cast<double>(run.count),
+                 rows = count * static_cast<double>(run.query_rows + run.key_rows) / 2;
+    const double area = count * static_cast<double>(run.query_rows) *
+                        static_cast<double>(run.key_rows);
     for (size_t kind = 0; kind < 2; ++kind) {
       for (size_t rank = 0; rank <= chosen[kind]; ++rank) {
         spent[columns.area(kind, rank)] += area;
@@ -66,9 +74,12 @@ std::vector<double> spent_by(const LatencyPoint& point, const LatencyTable& tabl
     }
   }
   for (size_t kind = 0; kind < 2; ++kind) {
-    spent[columns.setup(kind)] = chosen[kind] < columns.low_ranks ? static_cast<double>(tree.num_levels()) : 0;
+    spent[columns.setup(kind)] = chosen[kind] < columns.low_ranks
+                                     ? static_cast<double>(tree.num_levels())
+                                     : 0;
   }
-  spent[columns.entry()] = static_cast<double>(point.exact_entries.value_or(0)) / static_cast<double>(table.groups);
+  spent[columns.entry()] = static_cast<double>(point.exact_entries.value_or(0)) /
+                           static_cast<double>(table.groups);
   return spent;
 }
 
@@ -85,7 +96,9 @@ LatencyCurve fit_exact(const std::vector<LatencyPoint>& points, double groups) {
   return {0, x[0], x[1], x[2]};
 }
 
-Json to_json(const LatencyCurve& c) { return {{"setup", c.setup}, {"pair", c.pair}, {"row", c.row}, {"area", c.area}}; }
+Json to_json(const LatencyCurve& c) {
+  return {{"setup", c.setup}, {"pair", c.pair}, {"row", c.row}, {"area", c.area}};
+}
 
 // Checked reads of one file.
 class Reader {
@@ -94,14 +107,17 @@ class Reader {
     const std::string content = read_text(path, ErrorKind::kModel);
     check_nesting(content, path.string(), ErrorKind::kModel);
     root_ = Json::parse(content, nullptr, /*allow_exceptions=*/false);
-    check(ErrorKind::kModel, root_.is_object(), path, " is not a JSON object: make the latency table with drrl-bench latency");
+    check(ErrorKind::kModel, root_.is_object(), path,
+          " is not a JSON object: make the latency table with drrl-bench latency");
     const std::string format = text(root_, "format");
-    check(ErrorKind::kModel, format == kFormat, path, ": \"format\" is ", quoted(format), ", expected \"", kFormat, "\"; make the latency table again");
+    check(ErrorKind::kModel, format == kFormat, path, ": \"format\" is ", quoted(format),
+          ", expected \"", kFormat, "\"; make the latency table again");
   }
 
   const Json& root() const { return root_; }
   const Json& field(const Json& of, const std::string& name) const {
-    check(ErrorKind::kModel, of.is_object() && of.contains(name), path_, ": the latency table has no \"", name, "\"");
+    check(ErrorKind::kModel, of.is_object() && of.contains(name), path_,
+          ": the latency table has no \"", name, "\"");
     return of[name];
   }
   std::string text(const Json& of, const std::string& name) const {
@@ -116,20 +132,24 @@ class Reader {
   }
   int64_t integer(const Json& of, const std::string& name, int64_t least) const {
     const Json& value = field(of, name);
-    expect(value.is_number_integer() && value.get<int64_t>() >= least, name, value, c10::str("an integer from ", least));
+    expect(value.is_number_integer() && value.get<int64_t>() >= least, name, value,
+           c10::str("an integer from ", least));
     return value.get<int64_t>();
   }
   double ms(const Json& of, const std::string& which, const std::string& name) const {
     const Json& value = field(of, which);
-    expect(value.is_number() && value.get<double>() >= 0 && std::isfinite(value.get<double>()), name, value, "a number of ms, not negative");
+    expect(value.is_number() && value.get<double>() >= 0 && std::isfinite(value.get<double>()),
+           name, value, "a number of ms, not negative");
     return value.get<double>();
   }
   LatencyCurve curve(const Json& of, const std::string& name) const {
     const auto part = [&](const char* which) { return ms(of, which, name + "." + which); };
     return {part("setup"), part("pair"), part("row"), part("area")};
   }
-  void expect(bool condition, const std::string& name, const Json& value, const std::string& expected) const {
-    check(ErrorKind::kModel, condition, path_, ": \"", name, "\" is ", quoted(value.dump()), ", expected ", expected);
+  void expect(bool condition, const std::string& name, const Json& value,
+              const std::string& expected) const {
+    check(ErrorKind::kModel, condition, path_, ": \"", name, "\" is ", quoted(value.dump()),
+          ", expected ", expected);
   }
 
  private:
@@ -155,7 +175,8 @@ LatencyTable LatencyTable::fit(LatencyTable table, const std::vector<LatencyPoin
       }
     }
   }
-  check(ErrorKind::kUsage, !rows.empty(), "no measurement of low-rank attention to fit latencies to");
+  check(ErrorKind::kUsage, !rows.empty(),
+        "no measurement of low-rank attention to fit latencies to");
   const auto x = nonnegative_least_squares(rows, std::vector<double>(rows.size(), 1.0));
   table.fixed = {0, x[columns.fixed(false)], x[columns.fixed(true)], 0};
   for (size_t kind = 0; kind < 2; ++kind) {
@@ -176,10 +197,14 @@ LatencyTable LatencyTable::fit(LatencyTable table, const std::vector<LatencyPoin
   return table;
 }
 
-Prices LatencyTable::prices(const BlockTree& tree, int64_t layer_groups, int64_t heads_per_group, int64_t head_dim) const {
-  check(ErrorKind::kUsage, tree.geometry().near_block == key.near_block && heads_per_group == key.heads_per_group && head_dim == key.head_dim, file_,
-        " holds latencies of near_block ", key.near_block, ", ", key.heads_per_group, " heads a KV group and head_dim ", key.head_dim, ", not of ",
-        tree.geometry().near_block, ", ", heads_per_group, " and ", head_dim);
+Prices LatencyTable::prices(const BlockTree& tree, int64_t layer_groups, int64_t heads_per_group,
+                            int64_t head_dim) const {
+  check(ErrorKind::kUsage,
+        tree.geometry().near_block == key.near_block && heads_per_group == key.heads_per_group &&
+            head_dim == key.head_dim,
+        file_, " holds latencies of near_block ", key.near_block, ", ", key.heads_per_group,
+        " heads a KV group and head_dim ", key.head_dim, ", not of ", tree.geometry().near_block,
+        ", ", heads_per_group, " and ", head_dim);
   std::vector<double> pairs(static_cast<size_t>(tree.num_levels()), 0.0);
   for (const PairRun& run : tree.runs()) {
     pairs[static_cast<size_t>(run.level)] += static_cast<double>(run.count);
@@ -190,10 +215,12 @@ Prices LatencyTable::prices(const BlockTree& tree, int64_t layer_groups, int64_t
   prices.fixed = ns * fixed.of_pair(tree.sequence_length(), tree.sequence_length());
   prices.pair = [*this, pairs](const PairRun& run, FarKind kind, int64_t rank) {
     const LatencyCurve& curve = (kind == FarKind::kScores ? scores : values)[index_of(ranks, rank)];
-    return kNanoseconds * (curve.setup / pairs[static_cast<size_t>(run.level)] + curve.of_pair(run.query_rows, run.key_rows));
+    return kNanoseconds * (curve.setup / pairs[static_cast<size_t>(run.level)] +
+                           curve.of_pair(run.query_rows, run.key_rows));
   };
   prices.gated = [file = file_, curve = gated](const PairRun& run) {
-    check(ErrorKind::kUsage, curve.has_value(), file, " holds no latencies of gates; measure them with drrl-bench latency --gates");
+    check(ErrorKind::kUsage, curve.has_value(), file,
+          " holds no latencies of gates; measure them with drrl-bench latency --gates");
     return kNanoseconds * curve->of_pair(run.query_rows, run.key_rows);
   };
   prices.exact_entries = [ms = exact_entry, heads_per_group](const PairRun& run) {
@@ -204,7 +231,8 @@ Prices LatencyTable::prices(const BlockTree& tree, int64_t layer_groups, int64_t
 
 void LatencyTable::check_key(const LatencyKey& expected) const {
   const auto same = [&](const char* field, const auto& mine, const auto& other) {
-    check(ErrorKind::kUsage, mine == other, file_, ": \"", field, "\" is ", mine, ", expected ", other, "; measure this case with drrl-bench latency");
+    check(ErrorKind::kUsage, mine == other, file_, ": \"", field, "\" is ", mine, ", expected ",
+          other, "; measure this case with drrl-bench latency");
   };
   same("device", key.device, expected.device);
   same("dtype", key.dtype, expected.dtype);
@@ -217,24 +245,44 @@ void LatencyTable::check_key(const LatencyKey& expected) const {
 }
 
 std::string LatencyTable::describe() const {
-  return c10::str(backward ? "forward and backward" : "forward", " ms of ", key.device, " (", key.threads > 0 ? c10::str(key.threads, " threads, ") : "", key.dtype,
-                  "; ", to_hex(hash_bytes(text({}))), ")");
+  return c10::str(backward ? "forward and backward" : "forward", " ms of ", key.device, " (",
+                  key.threads > 0 ? c10::str(key.threads, " threads, ") : "", key.dtype, "; ",
+                  to_hex(hash_bytes(text({}))), ")");
 }
 
 std::string LatencyTable::text(const std::vector<LatencyPoint>& points) const {
   Json json = {{"format", kFormat},
                {"key",
-                {{"device", key.device}, {"dtype", key.dtype}, {"threads", key.threads}, {"head_dim", key.head_dim}, {"heads_per_group", key.heads_per_group},
-                 {"near_block", key.near_block}, {"update_steps", key.update_steps}, {"versions", key.versions}}},
-               {"backward", backward}, {"kv_groups", groups}, {"sink_tokens", sink_tokens}, {"seq_len", seq_len}, {"ranks", ranks},
-               {"exact", to_json(exact)}, {"fixed", to_json(fixed)}, {"scores", Json::array()}, {"values", Json::array()},
-               {"gated", gated ? to_json(*gated) : Json()}, {"exact_entry", gated ? Json(exact_entry) : Json()}, {"measured", Json::array()}};
+                {{"device", key.device},
+                 {"dtype", key.dtype},
+                 {"threads", key.threads},
+                 {"head_dim", key.head_dim},
+                 {"heads_per_group", key.heads_per_group},
+                 {"near_block", key.near_block},
+                 {"update_steps", key.update_steps},
+                 {"versions", key.versions}}},
+               {"backward", backward},
+               {"kv_groups", groups},
+               {"sink_tokens", sink_tokens},
+               {"seq_len", seq_len},
+               {"ranks", ranks},
+               {"exact", to_json(exact)},
+               {"fixed", to_json(fixed)},
+               {"scores", Json::array()},
+               {"values", Json::array()},
+               {"gated", gated ? to_json(*gated) : Json()},
+               {"exact_entry", gated ? Json(exact_entry) : Json()},
+               {"measured", Json::array()}};
   for (size_t i = 0; i < ranks.size(); ++i) {
     json["scores"].push_back(to_json(scores[i]));
     json["values"].push_back(to_json(values[i]));
   }
   for (const LatencyPoint& p : points) {
-    Json row = {{"seq_len", p.seq_len}, {"rank_qk", nullptr}, {"rank_v", nullptr}, {"exact_entries", p.exact_entries ? Json(*p.exact_entries) : Json()}, {"ms", p.ms}};
+    Json row = {{"seq_len", p.seq_len},
+                {"rank_qk", nullptr},
+                {"rank_v", nullptr},
+                {"exact_entries", p.exact_entries ? Json(*p.exact_entries) : Json()},
+                {"ms", p.ms}};
     if (p.ranks) {
       row["rank_qk"] = p.ranks->qk;
       row["rank_v"] = p.ranks->v;
@@ -244,7 +292,8 @@ std::string LatencyTable::text(const std::vector<LatencyPoint>& points) const {
   return json.dump(1) + "\n";
 }
 
-void LatencyTable::save(const std::filesystem::path& file, const std::vector<LatencyPoint>& points) const {
+void LatencyTable::save(const std::filesystem::path& file,
+                        const std::vector<LatencyPoint>& points) const {
   write_text(file, text(points), [](const std::filesystem::path& written) { load(written); });
 }
 
@@ -254,8 +303,13 @@ LatencyTable LatencyTable::load(const std::filesystem::path& file) {
   const Json& key = reader.field(root, "key");
   LatencyTable table;
   table.file_ = file.string();
-  table.key = {reader.text(key, "device"), reader.text(key, "dtype"), reader.integer(key, "threads", 0), reader.integer(key, "head_dim", 1),
-               reader.integer(key, "heads_per_group", 1), reader.integer(key, "near_block", 1), reader.integer(key, "update_steps", -1),
+  table.key = {reader.text(key, "device"),
+               reader.text(key, "dtype"),
+               reader.integer(key, "threads", 0),
+               reader.integer(key, "head_dim", 1),
+               reader.integer(key, "heads_per_group", 1),
+               reader.integer(key, "near_block", 1),
+               reader.integer(key, "update_steps", -1),
                reader.text(key, "versions")};
   table.backward = reader.flag(root, "backward");
   table.groups = reader.integer(root, "kv_groups", 1);
@@ -265,16 +319,20 @@ LatencyTable LatencyTable::load(const std::filesystem::path& file) {
   reader.expect(ranks.is_array() && !ranks.empty(), "ranks", ranks, "a list");
   for (const Json& rank : ranks) {
     const int64_t least = table.ranks.empty() ? 1 : table.ranks.back() + 1;
-    reader.expect(rank.is_number_integer() && rank.get<int64_t>() >= least, "ranks", rank, c10::str("ascending integers from ", least));
+    reader.expect(rank.is_number_integer() && rank.get<int64_t>() >= least, "ranks", rank,
+                  c10::str("ascending integers from ", least));
     table.ranks.push_back(rank.get<int64_t>());
   }
-  reader.expect(table.ranks.back() == table.key.head_dim, "ranks", ranks, c10::str("ranks up to the head_dim ", table.key.head_dim));
+  reader.expect(table.ranks.back() == table.key.head_dim, "ranks", ranks,
+                c10::str("ranks up to the head_dim ", table.key.head_dim));
   table.exact = reader.curve(reader.field(root, "exact"), "exact");
   reader.expect(table.exact.of_pair(1, 1) > 0, "exact", root["exact"], "some time");
   table.fixed = reader.curve(reader.field(root, "fixed"), "fixed");
-  for (const auto& [name, curves] : {std::pair("scores", &table.scores), std::pair("values", &table.values)}) {
+  for (const auto& [name, curves] :
+       {std::pair("scores", &table.scores), std::pair("values", &table.values)}) {
     const Json& list = reader.field(root, name);
-    reader.expect(list.is_array() && list.size() == table.ranks.size(), name, list, c10::str("a list of ", table.ranks.size(), ", one for each rank"));
+    reader.expect(list.is_array() && list.size() == table.ranks.size(), name, list,
+                  c10::str("a list of ", table.ranks.size(), ", one for each rank"));
     for (const Json& item : list) {
       curves->push_back(reader.curve(item, name));
     }
@@ -286,16 +344,21 @@ LatencyTable LatencyTable::load(const std::filesystem::path& file) {
   return table;
 }
 
-Prices prices_of(const LatencyTable* latency, const BlockTree& tree, int64_t groups, int64_t heads_per_group, int64_t head_dim, int64_t update_steps) {
-  return latency != nullptr ? latency->prices(tree, groups, heads_per_group, head_dim) : operation_prices(tree, groups, heads_per_group, head_dim, update_steps);
+Prices prices_of(const LatencyTable* latency, const BlockTree& tree, int64_t groups,
+                 int64_t heads_per_group, int64_t head_dim, int64_t update_steps) {
+  return latency != nullptr
+             ? latency->prices(tree, groups, heads_per_group, head_dim)
+             : operation_prices(tree, groups, heads_per_group, head_dim, update_steps);
 }
 
-double price_of(const Prices& prices, const BlockTree& tree, const RankTable& table, int64_t layer) {
+double price_of(const Prices& prices, const BlockTree& tree, const RankTable& table,
+                int64_t layer) {
   double sum = prices.fixed;
   for (int64_t group = 0; group < table.groups(); ++group) {
     for (const PairRun& run : tree.runs()) {
       const Ranks& ranks = table.at(layer, group, run.level);
-      sum += static_cast<double>(run.count) * (prices.pair(run, FarKind::kScores, ranks.qk) + prices.pair(run, FarKind::kValues, ranks.v));
+      sum += static_cast<double>(run.count) * (prices.pair(run, FarKind::kScores, ranks.qk) +
+                                               prices.pair(run, FarKind::kValues, ranks.v));
     }
   }
   return sum;

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "core/types/block_tree.h"
 #include "core/attention/lowrank_attention.h"
+#include "core/types/block_tree.h"
 #include "policy/allocation/cost_model.h"
 
 namespace drrl {
@@ -34,47 +34,57 @@ struct LatencyCurve {
   double area = 0;   ///< for each query and key
 
   double of_pair(int64_t queries, int64_t keys) const {
-    return pair + row * static_cast<double>(queries + keys) / 2 + area * static_cast<double>(queries) * static_cast<double>(keys);
+    return pair + row * static_cast<double>(queries + keys) / 2 +
+           area * static_cast<double>(queries) * static_cast<double>(keys);
   }
 };
 
 /// One measured call of one layer's attention over one sequence.
 struct LatencyPoint {
   int64_t seq_len = 0;
-  std::optional<Ranks> ranks;  ///< of every far pair; none: exact attention. {d, d}: exact pairs, but within low-rank attention
-  std::optional<int64_t> exact_entries;  ///< those that gates made exact, of all heads, if the ranks have a gate
+  std::optional<Ranks> ranks;  ///< of every far pair; none: exact attention. {d, d}: exact pairs,
+                               ///< but within low-rank attention
+  std::optional<int64_t>
+      exact_entries;  ///< those that gates made exact, of all heads, if the ranks have a gate
   double ms = 0;
 };
 
-/// How long attention takes on one device, by ranks: measured by `drrl-bench latency`, kept as a JSON file. All curves are of one KV group of one sequence,
-/// setups shared out to the KV groups that were measured together; scores and values add up.
+/// How long attention takes on one device, by ranks: measured by `drrl-bench latency`, kept as a
+/// JSON file. All curves are of one KV group of one sequence, setups shared out to the KV groups
+/// that were measured together; scores and values add up.
 class LatencyTable {
  public:
   LatencyKey key;
   bool backward = false;  ///< whether the times are of forward and backward passes together
   int64_t groups = 0;     ///< KV groups measured
   int64_t sink_tokens = 0;
-  int64_t seq_len = 0;         ///< the longest sequence measured
-  std::vector<int64_t> ranks;  ///< ascending, head_dim the last
-  LatencyCurve exact;          ///< exact attention of L tokens: of_pair(L, L)
-  LatencyCurve fixed;          ///< what no rank changes, likewise
+  int64_t seq_len = 0;                       ///< the longest sequence measured
+  std::vector<int64_t> ranks;                ///< ascending, head_dim the last
+  LatencyCurve exact;                        ///< exact attention of L tokens: of_pair(L, L)
+  LatencyCurve fixed;                        ///< what no rank changes, likewise
   std::vector<LatencyCurve> scores, values;  ///< of a far pair, by rank
-  std::optional<LatencyCurve> gated;         ///< what a gate adds to a far pair; none: gates were not measured, none can be chosen
-  double exact_entry = 0;                    ///< what an entry (of one head) that a gate makes exact adds [ms]
+  std::optional<LatencyCurve>
+      gated;  ///< what a gate adds to a far pair; none: gates were not measured, none can be chosen
+  double exact_entry = 0;  ///< what an entry (of one head) that a gate makes exact adds [ms]
 
-  /// Fits the curves to measurements of `key.head_dim` and `groups` KV groups by least squares of relative errors. No part of a curve is negative, and a
-  /// higher rank below head_dim is nowhere cheaper; nor is an exact product than one at a lower rank, though it may save basis and projections.
-  /// `table` has key, backward, groups, sink_tokens and ranks.
-  /// Errors: Error(kUsage) if a point's ranks are not the table's.
+  /// Fits the curves to measurements of `key.head_dim` and `groups` KV groups by least squares of
+  /// relative errors. No part of a curve is negative, and a higher rank below head_dim is nowhere
+  /// cheaper; nor is an exact product than one at a lower rank, though it may save basis and
+  /// projections. `table` has key, backward, groups, sink_tokens and ranks. Errors: Error(kUsage)
+  /// if a point's ranks are not the table's.
   static LatencyTable fit(LatencyTable table, const std::vector<LatencyPoint>& points);
 
-  /// In ns, for a layer of `layer_groups` KV groups. Errors: Error(kUsage) if tree or shape are not those of the key.
-  Prices prices(const BlockTree& tree, int64_t layer_groups, int64_t heads_per_group, int64_t head_dim) const;
+  /// In ns, for a layer of `layer_groups` KV groups. Errors: Error(kUsage) if tree or shape are not
+  /// those of the key.
+  Prices prices(const BlockTree& tree, int64_t layer_groups, int64_t heads_per_group,
+                int64_t head_dim) const;
 
-  /// Errors: Error(kUsage) naming the file, the first field that differs, its value and the expected one.
+  /// Errors: Error(kUsage) naming the file, the first field that differs, its value and the
+  /// expected one.
   void check_key(const LatencyKey& expected) const;
 
-  /// "forward ms of AMD EPYC (2 threads, fp32; 0123456789abcdef)", the last a digest of all latencies.
+  /// "forward ms of AMD EPYC (2 threads, fp32; 0123456789abcdef)", the last a digest of all
+  /// latencies.
   std::string describe() const;
 
   /// Writes atomically, with what it was fitted to. Errors: Error(kStorage).
@@ -89,8 +99,10 @@ class LatencyTable {
   std::string file_ = "the latency table";  // for messages
 };
 
-/// What an allocation spends: the table's time, or operations where there is none. Errors: as LatencyTable::prices.
-Prices prices_of(const LatencyTable* latency, const BlockTree& tree, int64_t groups, int64_t heads_per_group, int64_t head_dim, int64_t update_steps);
+/// What an allocation spends: the table's time, or operations where there is none. Errors: as
+/// LatencyTable::prices.
+Prices prices_of(const LatencyTable* latency, const BlockTree& tree, int64_t groups,
+                 int64_t heads_per_group, int64_t head_dim, int64_t update_steps);
 
 /// The prices of one layer of a table of ranks, its gates left out: what attention should take.
 class RankTable;

@@ -4,7 +4,9 @@
 
 namespace drrl {
 
-std::vector<RankItem> rank_items(const Calibration& calibration, const BlockTree& tree, const std::vector<int64_t>& buckets, const Prices& prices, bool with_gates) {
+std::vector<RankItem> rank_items(const Calibration& calibration, const BlockTree& tree,
+                                 const std::vector<int64_t>& buckets, const Prices& prices,
+                                 bool with_gates) {
   const Choices all(calibration, tree, buckets, prices, with_gates);
   const size_t choices = all.ranks.size();
   const auto gates = static_cast<int64_t>(all.gates.size());
@@ -12,32 +14,48 @@ std::vector<RankItem> rank_items(const Calibration& calibration, const BlockTree
   for (int64_t layer = 0; layer < calibration.layers(); ++layer) {
     for (int64_t group = 0; group < calibration.groups(); ++group) {
       for (int64_t level = 0; level < tree.num_levels(); ++level) {
-        // Sums over the level's pairs, those of a run being alike: [choice][1 + gate], without a gate first.
+        // Sums over the level's pairs, those of a run being alike: [choice][1 + gate], without a
+        // gate first.
         const auto sums = [&](const auto& of_pair) {
-          std::vector<std::vector<double>> table(choices, std::vector<double>(static_cast<size_t>(1 + gates)));
+          std::vector<std::vector<double>> table(
+              choices, std::vector<double>(static_cast<size_t>(1 + gates)));
           for (size_t i = 0; i < choices; ++i) {
             for (int64_t gate = -1; gate < gates; ++gate) {
               for (const PairRun& run : tree.runs()) {
-                table[i][static_cast<size_t>(1 + gate)] += run.level == level ? of_pair(run.first_pair, i, gate) * static_cast<double>(run.count) : 0;
+                table[i][static_cast<size_t>(1 + gate)] += run.level == level
+                                                               ? of_pair(run.first_pair, i, gate) *
+                                                                     static_cast<double>(run.count)
+                                                               : 0;
               }
             }
           }
           return table;
         };
         const auto costs = [&](int64_t kind) {  // gates are on the account of scores
-          return sums([&](int64_t pair, size_t i, int64_t gate) { return all.cost(pair, kind, i) + (kind == 0 && gate >= 0 ? all.gate_cost(layer, group, pair, i, gate) : 0); });
+          return sums([&](int64_t pair, size_t i, int64_t gate) {
+            return all.cost(pair, kind, i) +
+                   (kind == 0 && gate >= 0 ? all.gate_cost(layer, group, pair, i, gate) : 0);
+          });
         };
-        const auto damages = [&](int64_t kind) { return sums([&](int64_t pair, size_t i, int64_t gate) { return all.damage(layer, group, kind, pair, i, gate); }); };
-        const auto score_costs = costs(0), value_costs = costs(1), score_damages = damages(0), value_damages = damages(1);
+        const auto damages = [&](int64_t kind) {
+          return sums([&](int64_t pair, size_t i, int64_t gate) {
+            return all.damage(layer, group, kind, pair, i, gate);
+          });
+        };
+        const auto score_costs = costs(0), value_costs = costs(1), score_damages = damages(0),
+                   value_damages = damages(1);
         RankItem& item = items.emplace_back();
         for (size_t qk = 0; qk < choices; ++qk) {
           for (size_t v = 0; v < choices; ++v) {
-            const int64_t some = qk + 1 < choices || v + 1 < choices ? gates : 0;  // what is exact needs no gate
+            const int64_t some = qk + 1 < choices || v + 1 < choices
+                                     ? gates
+                                     : 0;  // what is exact needs no gate
             for (int64_t gate = -1; gate < some; ++gate) {
               const auto g = static_cast<size_t>(1 + gate);
               Ranks ranks{all.ranks[qk], all.ranks[v]};
               ranks.gate = gate < 0 ? ranks.gate : all.gates[static_cast<size_t>(gate)];
-              item.options.push_back({score_damages[qk][g] + value_damages[v][g], score_costs[qk][g] + value_costs[v][g], ranks});
+              item.options.push_back({score_damages[qk][g] + value_damages[v][g],
+                                      score_costs[qk][g] + value_costs[v][g], ranks});
             }
           }
         }

@@ -20,10 +20,13 @@ std::vector<size_t> lower_hull(const std::vector<Point>& points) {
   std::vector<size_t> order(points.size());
   std::iota(order.begin(), order.end(), size_t{0});
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
-    return std::pair(points[a].cost, points[a].damage) < std::pair(points[b].cost, points[b].damage);
+    return std::pair(points[a].cost, points[a].damage) <
+           std::pair(points[b].cost, points[b].damage);
   });
   // What going from a to b saves for its cost.
-  const auto slope = [&](size_t a, size_t b) { return (points[a].damage - points[b].damage) / (points[b].cost - points[a].cost); };
+  const auto slope = [&](size_t a, size_t b) {
+    return (points[a].damage - points[b].damage) / (points[b].cost - points[a].cost);
+  };
   std::vector<size_t> hull;
   for (const size_t i : order) {
     if (!hull.empty() && points[i].damage >= points[hull.back()].damage) {
@@ -40,7 +43,8 @@ std::vector<size_t> lower_hull(const std::vector<Point>& points) {
 }  // namespace
 
 double BalancedRanks::cost(size_t process) const {
-  return std::accumulate(costs.begin(), costs.end(), 0.0, [&](double sum, const auto& layer) { return sum + layer[process]; });
+  return std::accumulate(costs.begin(), costs.end(), 0.0,
+                         [&](double sum, const auto& layer) { return sum + layer[process]; });
 }
 
 double BalancedRanks::time(const std::vector<double>& speeds) const {
@@ -55,25 +59,44 @@ double BalancedRanks::time(const std::vector<double>& speeds) const {
   return sum;
 }
 
-RankBalance::RankBalance(const Calibration& calibration, const BlockTree& tree, int64_t heads_per_group, std::vector<int64_t> groups, const Options& options)
-    : layers_(calibration.layers()), groups_of_model_(calibration.groups()), levels_(tree.num_levels()), groups_(std::move(groups)),
-      plain_{allocate(calibration, options.budget, tree, heads_per_group, options.buckets, options.update_steps, Spending::kBest, 0, options.with_gates,
-                      options.latency.get()).table, 0, {}} {
-  check(ErrorKind::kUsage, std::accumulate(groups_.begin(), groups_.end(), int64_t{0}) == groups_of_model_ && std::all_of(groups_.begin(), groups_.end(), [](int64_t n) { return n >= 0; }),
+RankBalance::RankBalance(const Calibration& calibration, const BlockTree& tree,
+                         int64_t heads_per_group, std::vector<int64_t> groups,
+                         const Options& options)
+    : layers_(calibration.layers()),
+      groups_of_model_(calibration.groups()),
+      levels_(tree.num_levels()),
+      groups_(std::move(groups)),
+      plain_{allocate(calibration, options.budget, tree, heads_per_group, options.buckets,
+                      options.update_steps, Spending::kBest, 0, options.with_gates,
+                      options.latency.get())
+                 .table,
+             0,
+             {}} {
+  check(ErrorKind::kUsage,
+        std::accumulate(groups_.begin(), groups_.end(), int64_t{0}) == groups_of_model_ &&
+            std::all_of(groups_.begin(), groups_.end(), [](int64_t n) { return n >= 0; }),
         "processes of ", groups_, " KV groups, expected ", groups_of_model_, " in all");
-  check(ErrorKind::kUsage, options.damage >= 0, "damage that balance may add is ", options.damage, ", expected at least 0");
+  check(ErrorKind::kUsage, options.damage >= 0, "damage that balance may add is ", options.damage,
+        ", expected at least 0");
   const int64_t d = calibration.head_dim();
-  const Prices prices = prices_of(options.latency.get(), tree, groups_of_model_, heads_per_group, d, options.update_steps);
+  const Prices prices = prices_of(options.latency.get(), tree, groups_of_model_, heads_per_group, d,
+                                  options.update_steps);
   fixed_ = prices.fixed / static_cast<double>(groups_of_model_);
   items_ = rank_items(calibration, tree, options.buckets, prices, options.with_gates);
   std::vector<RankItem> items = items_;
   for (size_t i = 0; i < items.size(); ++i) {
     const auto at = static_cast<int64_t>(i);
-    const Ranks& ranks = plain_.table.at(at / levels_ / groups_of_model_, at / levels_ % groups_of_model_, at % levels_);
-    const auto found = std::find_if(items[i].options.begin(), items[i].options.end(), [&](const RankItem::Option& o) { return o.ranks == ranks; });
+    const Ranks& ranks = plain_.table.at(at / levels_ / groups_of_model_,
+                                         at / levels_ % groups_of_model_, at % levels_);
+    const auto found = std::find_if(items[i].options.begin(), items[i].options.end(),
+                                    [&](const RankItem::Option& o) { return o.ranks == ranks; });
     items[i].chosen = static_cast<size_t>(found - items[i].options.begin());
-    const auto cheaper = [](const RankItem::Option& a, const RankItem::Option& b) { return std::pair(a.cost, a.damage) < std::pair(b.cost, b.damage); };
-    items_[i].chosen = static_cast<size_t>(std::min_element(items_[i].options.begin(), items_[i].options.end(), cheaper) - items_[i].options.begin());
+    const auto cheaper = [](const RankItem::Option& a, const RankItem::Option& b) {
+      return std::pair(a.cost, a.damage) < std::pair(b.cost, b.damage);
+    };
+    items_[i].chosen = static_cast<size_t>(
+        std::min_element(items_[i].options.begin(), items_[i].options.end(), cheaper) -
+        items_[i].options.begin());
   }
   plain_ = balanced(items);
   allowed_ = plain_.damage + options.damage;
@@ -86,8 +109,14 @@ RankBalance::RankBalance(const Calibration& calibration, const BlockTree& tree, 
 }
 
 RankBalance::Part RankBalance::part(int64_t layer, size_t process) const {
-  const int64_t first = std::accumulate(groups_.begin(), groups_.begin() + static_cast<std::ptrdiff_t>(process), layer * groups_of_model_);
-  Part part{static_cast<size_t>(first * levels_), static_cast<size_t>((first + groups_[process]) * levels_), fixed_ * static_cast<double>(groups_[process]), 0, {}};
+  const int64_t first = std::accumulate(groups_.begin(),
+                                        groups_.begin() + static_cast<std::ptrdiff_t>(process),
+                                        layer * groups_of_model_);
+  Part part{static_cast<size_t>(first * levels_),
+            static_cast<size_t>((first + groups_[process]) * levels_),
+            fixed_ * static_cast<double>(groups_[process]),
+            0,
+            {}};
   for (size_t i = part.begin; i < part.end; ++i) {
     const RankItem& item = items_[i];
     part.cost += item.now().cost;
@@ -102,7 +131,9 @@ RankBalance::Part RankBalance::part(int64_t layer, size_t process) const {
       part.steps.push_back({i, hull[h], to.cost - from.cost, from.damage - to.damage});
     }
   }
-  std::stable_sort(part.steps.begin(), part.steps.end(), [](const Step& a, const Step& b) { return a.saved * b.cost > b.saved * a.cost; });
+  std::stable_sort(part.steps.begin(), part.steps.end(), [](const Step& a, const Step& b) {
+    return a.saved * b.cost > b.saved * a.cost;
+  });
   return part;
 }
 
@@ -123,9 +154,12 @@ BalancedRanks RankBalance::balanced(const std::vector<RankItem>& items) const {
 }
 
 BalancedRanks RankBalance::ranks(const std::vector<double>& speeds) const {
-  check(ErrorKind::kUsage, speeds.size() == groups_.size() && std::all_of(speeds.begin(), speeds.end(), [](double s) { return s > 0; }), "speeds ", speeds,
-        ", expected ", groups_.size(), " positive ones");
-  // Each layer at first: as fast as its slowest process can be, everybody at the best that fits. Then the ways to give it more time.
+  check(ErrorKind::kUsage,
+        speeds.size() == groups_.size() &&
+            std::all_of(speeds.begin(), speeds.end(), [](double s) { return s > 0; }),
+        "speeds ", speeds, ", expected ", groups_.size(), " positive ones");
+  // Each layer at first: as fast as its slowest process can be, everybody at the best that fits.
+  // Then the ways to give it more time.
   struct Move {
     size_t layer;
     double time, saved, until;
@@ -135,7 +169,8 @@ BalancedRanks RankBalance::ranks(const std::vector<double>& speeds) const {
   double damage = 0, total = 0;
   for (size_t layer = 0; layer < parts_.size(); ++layer) {
     double least = 0, left = 0;
-    std::vector<Point> steps;  // time at which a process can take its next step, and what that saves
+    std::vector<Point>
+        steps;  // time at which a process can take its next step, and what that saves
     for (size_t p = 0; p < groups_.size(); ++p) {
       const Part& part = parts_[layer][p];
       least = std::max(least, part.cost / speeds[p]);
@@ -145,7 +180,8 @@ BalancedRanks RankBalance::ranks(const std::vector<double>& speeds) const {
         steps.push_back({(cost += step.cost) / speeds[p], step.saved});
       }
     }
-    std::stable_sort(steps.begin(), steps.end(), [](const Point& a, const Point& b) { return a.cost < b.cost; });
+    std::stable_sort(steps.begin(), steps.end(),
+                     [](const Point& a, const Point& b) { return a.cost < b.cost; });
     std::vector<Point> points{{least, left}};
     for (const Point& step : steps) {
       left -= step.damage;
@@ -164,7 +200,9 @@ BalancedRanks RankBalance::ranks(const std::vector<double>& speeds) const {
   for (size_t p = 0; p < groups_.size(); ++p) {
     fastest = groups_[p] > 0 ? std::min(fastest, plain_.cost(p) / speeds[p]) : fastest;
   }
-  std::stable_sort(moves.begin(), moves.end(), [](const Move& a, const Move& b) { return a.saved * b.time > b.saved * a.time; });
+  std::stable_sort(moves.begin(), moves.end(), [](const Move& a, const Move& b) {
+    return a.saved * b.time > b.saved * a.time;
+  });
   for (const Move& move : moves) {
     if (damage <= allowed_ && total >= fastest * (1 - 1e-9)) {
       break;
@@ -186,7 +224,8 @@ BalancedRanks RankBalance::ranks(const std::vector<double>& speeds) const {
         cost += step.cost;
         items[step.item].chosen = step.to;
       }
-      spend_left(std::span(items).subspan(part.begin, part.end - part.begin), times[layer] * speeds[p] - cost);
+      spend_left(std::span(items).subspan(part.begin, part.end - part.begin),
+                 times[layer] * speeds[p] - cost);
     }
   }
   return balanced(items);

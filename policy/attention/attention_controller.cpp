@@ -1,6 +1,7 @@
 
-#include "core/attention/exact_attention.h"
 #include "policy/attention/attention_controller.h"
+
+#include "core/attention/exact_attention.h"
 #include "core/attention/kv_cache.h"
 
 namespace drrl {
@@ -8,7 +9,8 @@ namespace {
 
 class FullAttention final : public AttentionController {
  public:
-  at::Tensor attend(int64_t /*layer*/, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& /*w_o*/,
+  at::Tensor attend(int64_t /*layer*/, const at::Tensor& q, const at::Tensor& k,
+                    const at::Tensor& v, const at::Tensor& /*w_o*/,
                     std::shared_ptr<LayerPlan>& /*plan*/) override {
     return exact_attention(q, k, v);
   }
@@ -25,11 +27,14 @@ std::unique_ptr<KvCache> AttentionController::make_cache(int64_t layers, int64_t
   return std::make_unique<KvCache>(layers, horizon, Geometry{horizon, 0});
 }
 
-at::Tensor AttentionController::extend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& /*w_o*/,
+at::Tensor AttentionController::extend(int64_t layer, const at::Tensor& q, const at::Tensor& k,
+                                       const at::Tensor& v, const at::Tensor& /*w_o*/,
                                        KvCache& cache) {
   return cache.layer(layer).extend(q, k, v, /*decide=*/nullptr);
 }
 
-std::shared_ptr<AttentionController> make_full_attention() { return std::make_shared<FullAttention>(); }
+std::shared_ptr<AttentionController> make_full_attention() {
+  return std::make_shared<FullAttention>();
+}
 
 }  // namespace drrl

@@ -1,18 +1,19 @@
 #pragma once
 
-#include "core/io/safetensors.h"
-
-#include <ATen/ATen.h>
-
 #include <cstdint>
 #include <filesystem>
 #include <string>
 #include <vector>
 
+#include <ATen/ATen.h>
+
+#include "core/io/safetensors.h"
+
 namespace drrl {
 
-/// A safetensors file of this folder (calibrations, traces, agents) with checked reads. Errors of everything: Error(kModel) that names the file, the
-/// field or tensor, what it is and what was expected.
+/// A safetensors file of this folder (calibrations, traces, agents) with checked reads. Errors of
+/// everything: Error(kModel) that names the file, the field or tensor, what it is and what was
+/// expected.
 class PolicyFile {
  public:
   /// `what` names the kind of file in messages; `format` is what its metadata must say.

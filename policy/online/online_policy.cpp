@@ -11,15 +11,44 @@ namespace drrl {
 namespace {
 
 // A record: these, then ms of each layer, then the sampler's sums.
-enum Header : int64_t { kFirstGroup, kGroups, kFactorsHigh, kFactorsLow, kGuardRaises, kDecisions, kTimedSteps, kHeader };
+enum Header : int64_t {
+  kFirstGroup,
+  kGroups,
+  kFactorsHigh,
+  kFactorsLow,
+  kGuardRaises,
+  kDecisions,
+  kTimedSteps,
+  kHeader
+};
 
 // What follows the factors in the message that comes back.
-enum Figure : int64_t { kUpdates, kDistance, kDamage, kCalibratedDamage, kAttentionMs, kSlowest, kGuarded, kFigures };
-constexpr const char* kFigureKeys[kFigures] = {"policy_updates",      "policy_distance", "policy_damage", "policy_damage_calibrated",
-                                               "policy_attention_ms", "policy_slowest",  "policy_guarded"};
+enum Figure : int64_t {
+  kUpdates,
+  kDistance,
+  kDamage,
+  kCalibratedDamage,
+  kAttentionMs,
+  kSlowest,
+  kGuarded,
+  kFigures
+};
+constexpr const char* kFigureKeys[kFigures] = {
+    "policy_updates",      "policy_distance", "policy_damage", "policy_damage_calibrated",
+    "policy_attention_ms", "policy_slowest",  "policy_guarded"};
 
-// A saved state: these, then factors, figures, a message that is not in effect yet, sums and counters, and rank 0's trainer.
-enum Saved : int64_t { kSavedWorld, kSavedFirstGroup, kSavedGroups, kSavedReceived, kSavedSteps, kSavedGuardRaises, kSavedDecisions, kSaved };
+// A saved state: these, then factors, figures, a message that is not in effect yet, sums and
+// counters, and rank 0's trainer.
+enum Saved : int64_t {
+  kSavedWorld,
+  kSavedFirstGroup,
+  kSavedGroups,
+  kSavedReceived,
+  kSavedSteps,
+  kSavedGuardRaises,
+  kSavedDecisions,
+  kSaved
+};
 
 std::vector<double> padded(std::vector<double> values, int64_t size) {
   values.resize(static_cast<size_t>(size), 0.0);
@@ -28,18 +57,33 @@ std::vector<double> padded(std::vector<double> values, int64_t size) {
 
 }  // namespace
 
-OnlinePolicy::OnlinePolicy(std::shared_ptr<LowRankController> controller, Calibration calibration, int64_t first_group, int64_t groups, at::Device device,
-                           Group channel, Options options)
-    : controller_(std::move(controller)), calibration_(std::move(calibration)), first_group_(first_group), groups_(groups), options_(std::move(options)),
-      on_cpu_(device.is_cpu()), sampler_(std::make_shared<DamageSampler>(calibration_, first_group, groups, device, options_.sampling)),
-      trainer_(calibration_), factors_(at::zeros_like(calibration_.damage)), figures_(at::zeros({kFigures}, at::kDouble)), world_rank_(channel.rank()),
+OnlinePolicy::OnlinePolicy(std::shared_ptr<LowRankController> controller, Calibration calibration,
+                           int64_t first_group, int64_t groups, at::Device device, Group channel,
+                           Options options)
+    : controller_(std::move(controller)),
+      calibration_(std::move(calibration)),
+      first_group_(first_group),
+      groups_(groups),
+      options_(std::move(options)),
+      on_cpu_(device.is_cpu()),
+      sampler_(std::make_shared<DamageSampler>(calibration_, first_group, groups, device,
+                                               options_.sampling)),
+      trainer_(calibration_),
+      factors_(at::zeros_like(calibration_.damage)),
+      figures_(at::zeros({kFigures}, at::kDouble)),
+      world_rank_(channel.rank()),
       world_size_(channel.size()),
-      channel_(std::move(channel), kHeader + calibration_.layers() + sampler_->sums().numel(), factors_.numel() + kFigures,
+      channel_(std::move(channel), kHeader + calibration_.layers() + sampler_->sums().numel(),
+               factors_.numel() + kFigures,
                [this](const std::vector<at::Tensor>& records) { return train(records); }) {
-  check(ErrorKind::kUsage, options_.update_every >= 1, "a policy that is updated every ", options_.update_every, " steps, expected at least 1");
-  check(ErrorKind::kUsage, controller_->context().size() == 1, "online training of the rank policy does not go with sequences split over ",
+  check(ErrorKind::kUsage, options_.update_every >= 1, "a policy that is updated every ",
+        options_.update_every, " steps, expected at least 1");
+  check(ErrorKind::kUsage, controller_->context().size() == 1,
+        "online training of the rank policy does not go with sequences split over ",
         controller_->context().size(), " processes");
-  check(ErrorKind::kUsage, !controller_->shares_kv_head(), "online training of the rank policy does not go with tensor-parallel processes that share a KV head");
+  check(ErrorKind::kUsage, !controller_->shares_kv_head(),
+        "online training of the rank policy does not go with tensor-parallel processes that share "
+        "a KV head");
   controller_->policy()->set_calibration(calibration_);  // refuses if it decides by none
   controller_->set_sampler(sampler_);
 }
@@ -47,7 +91,8 @@ OnlinePolicy::OnlinePolicy(std::shared_ptr<LowRankController> controller, Calibr
 void OnlinePolicy::begin_step(int64_t step) {
   step_ = step;
   sampler_->begin(step);
-  controller_->set_timing(on_cpu_ || step % options_.update_every == 0);  // on CUDA a clock costs a synchronization
+  controller_->set_timing(on_cpu_ || step % options_.update_every ==
+                                         0);  // on CUDA a clock costs a synchronization
 }
 
 void OnlinePolicy::end_step(const AttentionStatistics& spent) {
@@ -88,11 +133,16 @@ void OnlinePolicy::finish() {
 
 at::Tensor OnlinePolicy::record() const {
   const uint64_t hash = hash_bytes(factors_.const_data_ptr(), factors_.nbytes());
-  const std::vector<double> head = {static_cast<double>(first_group_), static_cast<double>(groups_), static_cast<double>(hash >> 32),
-                                    static_cast<double>(hash & 0xffffffffU), static_cast<double>(spent_.guard_raises),
-                                    static_cast<double>(spent_.decisions), steps_};
+  const std::vector<double> head = {static_cast<double>(first_group_),
+                                    static_cast<double>(groups_),
+                                    static_cast<double>(hash >> 32),
+                                    static_cast<double>(hash & 0xffffffffU),
+                                    static_cast<double>(spent_.guard_raises),
+                                    static_cast<double>(spent_.decisions),
+                                    steps_};
   const auto ms = padded(spent_.layer_ms, calibration_.layers());
-  return at::cat({at::tensor(head, at::kDouble), at::tensor(ms, at::kDouble), sampler_->sums().flatten().cpu()});
+  return at::cat({at::tensor(head, at::kDouble), at::tensor(ms, at::kDouble),
+                  sampler_->sums().flatten().cpu()});
 }
 
 at::Tensor OnlinePolicy::train(const std::vector<at::Tensor>& records) {
@@ -104,13 +154,19 @@ at::Tensor OnlinePolicy::train(const std::vector<at::Tensor>& records) {
   for (size_t i = 0; i < records.size(); ++i) {
     const double* head = records[i].const_data_ptr<double>();
     const double* first = records[0].const_data_ptr<double>();
-    const bool agrees = head[kFactorsHigh] == first[kFactorsHigh] && head[kFactorsLow] == first[kFactorsLow];
-    check(ErrorKind::kCommunication, agrees, "update ", trainer_.updates() + 1, " of the rank policy: world rank ", i,
+    const bool agrees = head[kFactorsHigh] == first[kFactorsHigh] &&
+                        head[kFactorsLow] == first[kFactorsLow];
+    check(ErrorKind::kCommunication, agrees, "update ", trainer_.updates() + 1,
+          " of the rank policy: world rank ", i,
           " decides ranks by other damages than world rank 0");
-    const auto begin = static_cast<int64_t>(head[kFirstGroup]), count = static_cast<int64_t>(head[kGroups]);
+    const auto begin = static_cast<int64_t>(head[kFirstGroup]),
+               count = static_cast<int64_t>(head[kGroups]);
     sizes[2] = count;
-    sums.narrow(2, begin, count) += records[i].narrow(0, kHeader + layers, c10::multiply_integers(sizes)).view(sizes);
-    const double ms = records[i].narrow(0, kHeader, layers).sum().item<double>() / std::max(head[kTimedSteps], 1.0);
+    sums.narrow(
+        2, begin,
+        count) += records[i].narrow(0, kHeader + layers, c10::multiply_integers(sizes)).view(sizes);
+    const double ms = records[i].narrow(0, kHeader, layers).sum().item<double>() /
+                      std::max(head[kTimedSteps], 1.0);
     raises += head[kGuardRaises];
     decisions += head[kDecisions];
     all_ms += ms;
@@ -121,7 +177,11 @@ at::Tensor OnlinePolicy::train(const std::vector<at::Tensor>& records) {
   auto figures = at::zeros({kFigures}, at::kDouble);
   double* of = figures.data_ptr<double>();
   of[kUpdates] = static_cast<double>(trainer_.updates());
-  of[kDistance] = (factors - factors.mean(at::IntArrayRef{0, 1, 3, 4}, /*keepdim=*/true)).pow(2).mean().sqrt().item<double>();
+  of[kDistance] = (factors - factors.mean(at::IntArrayRef{0, 1, 3, 4}, /*keepdim=*/true))
+                      .pow(2)
+                      .mean()
+                      .sqrt()
+                      .item<double>();
   of[kDamage] = of[kCalibratedDamage] = std::nan("");
   if (options_.allocate) {
     const Calibration learned = scaled(calibration_, factors);
@@ -140,23 +200,29 @@ std::vector<std::pair<std::string, double>> OnlinePolicy::figures() {
     result.emplace_back(kFigureKeys[i], figures_[i].item<double>());
   }
   result.emplace_back("policy_sample_ms", sampler_->take_ms());
-  result.emplace_back("policy_wait_ms", channel_.waited_ms() - std::exchange(waited_ms_, channel_.waited_ms()));
+  result.emplace_back("policy_wait_ms",
+                      channel_.waited_ms() - std::exchange(waited_ms_, channel_.waited_ms()));
   return result;
 }
 
-int64_t OnlinePolicy::updates() const { return figures_[kUpdates].item<int64_t>(); }
+int64_t OnlinePolicy::updates() const {
+  return figures_[kUpdates].item<int64_t>();
+}
 
 std::string OnlinePolicy::save() {
   receive();
-  const auto head = at::tensor({static_cast<double>(world_size_), static_cast<double>(first_group_), static_cast<double>(groups_),
-                                received_ ? 1.0 : 0.0, steps_, static_cast<double>(spent_.guard_raises), static_cast<double>(spent_.decisions)},
-                               at::kDouble);
-  std::vector<at::Tensor> all = {head,
-                                 factors_.flatten(),
-                                 figures_,
-                                 received_ ? *received_ : at::zeros({factors_.numel() + kFigures}, at::kDouble),
-                                 at::tensor(padded(spent_.layer_ms, calibration_.layers()), at::kDouble),
-                                 sampler_->sums().flatten().cpu()};
+  const auto head = at::tensor(
+      {static_cast<double>(world_size_), static_cast<double>(first_group_),
+       static_cast<double>(groups_), received_ ? 1.0 : 0.0, steps_,
+       static_cast<double>(spent_.guard_raises), static_cast<double>(spent_.decisions)},
+      at::kDouble);
+  std::vector<at::Tensor> all = {
+      head,
+      factors_.flatten(),
+      figures_,
+      received_ ? *received_ : at::zeros({factors_.numel() + kFigures}, at::kDouble),
+      at::tensor(padded(spent_.layer_ms, calibration_.layers()), at::kDouble),
+      sampler_->sums().flatten().cpu()};
   if (world_rank_ == 0) {
     all.push_back(trainer_.state());
   }
@@ -169,7 +235,8 @@ void OnlinePolicy::load(const std::string& state) {
   std::memcpy(flat.data_ptr<double>(), state.data(), flat.nbytes());
   int64_t at = 0;
   const auto take = [&](int64_t count) {
-    check(ErrorKind::kCheckpoint, at + count <= flat.numel(), "the rank policy's state has ", flat.numel(), " elements, expected at least ", at + count);
+    check(ErrorKind::kCheckpoint, at + count <= flat.numel(), "the rank policy's state has ",
+          flat.numel(), " elements, expected at least ", at + count);
     at += count;
     return flat.narrow(0, at - count, count);
   };
@@ -183,7 +250,8 @@ void OnlinePolicy::load(const std::string& state) {
   auto sizes = sampler_->sums().sizes().vec();
   sizes[2] = static_cast<int64_t>(saved[kSavedGroups]);
   const at::Tensor sums = take(c10::multiply_integers(sizes));
-  const bool same_layout = saved[kSavedWorld] == static_cast<double>(world_size_) && saved[kSavedFirstGroup] == static_cast<double>(first_group_) &&
+  const bool same_layout = saved[kSavedWorld] == static_cast<double>(world_size_) &&
+                           saved[kSavedFirstGroup] == static_cast<double>(first_group_) &&
                            saved[kSavedGroups] == static_cast<double>(groups_);
   spent_ = {};
   sampler_->reset();

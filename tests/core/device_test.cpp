@@ -1,7 +1,7 @@
+#include "core/device.h"
+
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <gtest/gtest.h>
-
-#include "core/device.h"
 
 namespace drrl {
 namespace {
@@ -14,8 +14,9 @@ struct FakeCuda : at::CUDAHooksInterface {
   c10::DeviceIndex getCurrentDevice() const override { return 5; }
   void deviceSynchronize(c10::DeviceIndex index) const override { waited_for.push_back(index); }
 };
-const at::RegistererCUDAHooksRegistry registered("CUDAHooks", c10::REGISTRY_PREFERRED, at::CUDAHooksRegistry(),
-                                                   at::RegistererCUDAHooksRegistry::DefaultCreator<FakeCuda>);
+const at::RegistererCUDAHooksRegistry registered(
+    "CUDAHooks", c10::REGISTRY_PREFERRED, at::CUDAHooksRegistry(),
+    at::RegistererCUDAHooksRegistry::DefaultCreator<FakeCuda>);
 
 TEST(Synchronize, WaitsForTheDeviceThatItIsGiven) {
   synchronize(at::Device(at::kCUDA, 3));

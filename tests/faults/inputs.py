@@ -28,12 +28,39 @@ from study import write_model, write_tokens
 
 USAGE, MODEL, DATA, CHECKPOINT, NUMERICS = 2, 3, 4, 5, 8  # launch/runtime/exit_codes.h
 SECONDS, BYTES = 60, 8 << 30
-VALUES = [None, True, -1, 0, 1, 3, 0.5, 1e30, 2**31, 2**63, 2**64, float("nan"), "", "drrl", "F64", [], [1], [0, 1], {}, {"a": 1}]
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    0.5,
+    1e30,
+    2**31,
+    2**63,
+    2**64,
+    float("nan"),
+    "",
+    "drrl",
+    "F64",
+    [],
+    [1],
+    [0, 1],
+    {},
+    {"a": 1},
+]
 
 
 def places(value, path=()):
     """Paths to all members of a JSON value."""
-    members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    members = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, member in members:
         yield (*path, key)
         yield from places(member, (*path, key))
@@ -63,12 +90,14 @@ def damage_bytes(data, rng):
     if kind == 1:
         return data + bytes(rng.randrange(1, 100)), "zeros added"
     at = rng.randrange(min(len(data), 4000) if kind == 2 else len(data))
-    return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1:], f"a bit of byte {at} flipped"
+    return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[
+        at + 1 :
+    ], f"a bit of byte {at} flipped"
 
 
 def damage_safetensors(data, rng):
     size = int.from_bytes(data[:8], "little")
-    header, body = data[8:8 + size], data[8 + size:]
+    header, body = data[8 : 8 + size], data[8 + size :]
     if rng.random() < 0.6:
         text, what = damage_json(header.decode(), rng)
         return len(text.encode()).to_bytes(8, "little") + text.encode() + body, what
@@ -78,7 +107,9 @@ def damage_safetensors(data, rng):
     if begin == end:
         return damage_bytes(data, rng)
     fill = rng.choice([b"\x00", b"\xff", b"\x7f", b"\x80", b"\x3f"])
-    return data[:8 + size] + body[:begin] + fill * (end - begin) + body[end:], f"all bytes of {name} are {fill.hex()}"
+    return data[: 8 + size] + body[:begin] + fill * (end - begin) + body[
+        end:
+    ], f"all bytes of {name} are {fill.hex()}"
 
 
 def damage(file, rng):
@@ -110,8 +141,10 @@ def write_shards(model, folder):
     shutil.copy(model / "config.json", folder)
     shard, data = "model-00001-of-00001.safetensors", (model / "model.safetensors").read_bytes()
     (folder / shard).write_bytes(data)
-    names = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, shard)}))
+    names = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, shard)})
+    )
 
 
 def change_json(file, **values):
@@ -128,8 +161,18 @@ def run(binaries, command, folder):
     environment = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
     program, *flags = command
     try:
-        ended = subprocess.run([binaries / program, *(flag.format(folder=folder) for flag in flags)], cwd=folder, env=environment, stdin=subprocess.DEVNULL,
-                               capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False, preexec_fn=limit)
+        ended = subprocess.run(
+            [binaries / program, *(flag.format(folder=folder) for flag in flags)],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS,
+            check=False,
+            preexec_fn=limit,
+        )
     except subprocess.TimeoutExpired:
         return None, ""
     return ended.returncode, ended.stderr
@@ -138,19 +181,80 @@ def run(binaries, command, folder):
 SHAPE = ["--near_block=8", "--seq_len=512", "--basis_updates=1", "--sink_tokens=4", "--threads=1"]
 INPUT = ["--model={folder}/model", "--data={folder}/text"]
 POLICY, TRACES = "--policy={folder}/policy.safetensors", "--traces={folder}/traces.safetensors"
-EVAL = ["drrl-eval", *INPUT, "--seq_len=64", "--max_tokens=64", "--threads=1", "--json={folder}/result.json"]
-ANSWER = ["drrl-eval", INPUT[0], "--examples={folder}/questions.jsonl", "--threads=1", "--json={folder}/result.json"]
-LOW_RANK = ["drrl-eval", *INPUT, *SHAPE, POLICY, "--attention=lowrank", "--rank_budget=0.95", "--max_tokens=512", "--json={folder}/result.json"]
-TRAIN = ["drrl-train", *INPUT, "--seq_len=24", "--micro_batch=1", "--global_batch=2", "--save_every=2", "--threads=1", "--valid_fraction=0",
-         "--output={folder}/run"]
-AGENT = ["drrl-policy", "train", "--basis_updates=1", POLICY, TRACES, "--fit_steps=2", "--reward_steps=2"]
+EVAL = [
+    "drrl-eval",
+    *INPUT,
+    "--seq_len=64",
+    "--max_tokens=64",
+    "--threads=1",
+    "--json={folder}/result.json",
+]
+ANSWER = [
+    "drrl-eval",
+    INPUT[0],
+    "--examples={folder}/questions.jsonl",
+    "--threads=1",
+    "--json={folder}/result.json",
+]
+LOW_RANK = [
+    "drrl-eval",
+    *INPUT,
+    *SHAPE,
+    POLICY,
+    "--attention=lowrank",
+    "--rank_budget=0.95",
+    "--max_tokens=512",
+    "--json={folder}/result.json",
+]
+TRAIN = [
+    "drrl-train",
+    *INPUT,
+    "--seq_len=24",
+    "--micro_batch=1",
+    "--global_batch=2",
+    "--save_every=2",
+    "--threads=1",
+    "--valid_fraction=0",
+    "--output={folder}/run",
+]
+AGENT = [
+    "drrl-policy",
+    "train",
+    "--basis_updates=1",
+    POLICY,
+    TRACES,
+    "--fit_steps=2",
+    "--reward_steps=2",
+]
 
-QUESTION = {"id": "one", "context": list(range(40)), "questions": [{"at": 20, "targets": [[3], [4, 5]], "answer": 1}, {"at": 40, "targets": [[7]], "answer": 0}]}
+QUESTION = {
+    "id": "one",
+    "context": list(range(40)),
+    "questions": [
+        {"at": 20, "targets": [[3], [4, 5]], "answer": 1},
+        {"at": 40, "targets": [[7]], "answer": 0},
+    ],
+}
 
 SETUP = [
     ["drrl-policy", "calibrate", *INPUT, *SHAPE, POLICY, "--calibration_tokens=1024"],
-    ["drrl-policy", "record", *INPUT, *(flag for flag in SHAPE if flag != "--basis_updates=1"), POLICY, "--calibration_tokens=2048", TRACES],
-    ["drrl-bench", "latency", "--gates", "--model={folder}/model", *SHAPE, "--latency={folder}/latency.json"],
+    [
+        "drrl-policy",
+        "record",
+        *INPUT,
+        *(flag for flag in SHAPE if flag != "--basis_updates=1"),
+        POLICY,
+        "--calibration_tokens=2048",
+        TRACES,
+    ],
+    [
+        "drrl-bench",
+        "latency",
+        "--gates",
+        "--model={folder}/model",
+        *SHAPE,
+        "--latency={folder}/latency.json",
+    ],
     [*AGENT, "--gates"],
     [*TRAIN, "--steps=2"],
 ]
@@ -169,10 +273,22 @@ FILES = {
     "text.idx": (EVAL, DATA),
     "questions.jsonl": (ANSWER, DATA),
     "policy.safetensors": ([*LOW_RANK, "--rank_policy=rl", "--gates"], MODEL),
-    "latency.json": ([*LOW_RANK, "--rank_policy=dp", "--gates", "--latency={folder}/latency.json"], MODEL),
+    "latency.json": (
+        [*LOW_RANK, "--rank_policy=dp", "--gates", "--latency={folder}/latency.json"],
+        MODEL,
+    ),
     "traces.safetensors": (AGENT, MODEL),
     CHECKPOINTS + "latest": (RESUME, CHECKPOINT),
-    **{STEP + name: (RESUME, CHECKPOINT) for name in ("manifest.json", "run.json", "shard-tp0.safetensors", "rank-tp0-dp0.safetensors", "rank-tp0-dp0.policy")},
+    **{
+        STEP + name: (RESUME, CHECKPOINT)
+        for name in (
+            "manifest.json",
+            "run.json",
+            "shard-tp0.safetensors",
+            "rank-tp0-dp0.safetensors",
+            "rank-tp0-dp0.policy",
+        )
+    },
 }
 # exit codes for files that are sound, but of another case than the text and the options
 OTHER = {"config.json": (USAGE, DATA), "latency.json": (USAGE,), "tokenizer.json": (DATA,)}
@@ -186,13 +302,27 @@ def prepare(binaries, whole, rng):
     write_shards(whole / "model", whole / "sharded")
     write_tokens(whole / "text", rng)
     (whole / "questions.jsonl").write_text(json.dumps(QUESTION) + "\n")
-    (whole / "model/tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}}}))
-    (whole / "text.json").write_text(json.dumps({"vocabulary": {"tokenizer": "tokenizer.json", "size": 2, "sha1": hashlib.sha1(b"0\ta\n1\tb\n").hexdigest()}}))
+    (whole / "model/tokenizer.json").write_text(
+        json.dumps({"added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}}})
+    )
+    (whole / "text.json").write_text(
+        json.dumps(
+            {
+                "vocabulary": {
+                    "tokenizer": "tokenizer.json",
+                    "size": 2,
+                    "sha1": hashlib.sha1(b"0\ta\n1\tb\n").hexdigest(),
+                }
+            }
+        )
+    )
     for command in SETUP:
         code, messages = run(binaries, command, whole)
         if code != 0:
             sys.exit(f"inputs.py: error: {command[0]} {command[1]} ended by {code}:\n{messages}")
-    change_json(whole / "latency.json", exact={"setup": 0, "pair": 0, "row": 1, "area": 1})  # so slow that low rank meets any budget
+    change_json(
+        whole / "latency.json", exact={"setup": 0, "pair": 0, "row": 1, "area": 1}
+    )  # so slow that low rank meets any budget
 
 
 def broken_promise(name, documented, code, messages, result):
@@ -210,9 +340,13 @@ def broken_promise(name, documented, code, messages, result):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=100, help="of each file")
-    parser.add_argument("--only", default="", help="files whose name has a match of this expression")
+    parser.add_argument(
+        "--only", default="", help="files whose name has a match of this expression"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -229,14 +363,36 @@ def main():
             for trial in range(arguments.trials + 1):
                 shutil.rmtree(tried, ignore_errors=True)
                 shutil.copytree(whole, tried)
-                what = damage(tried / name, random.Random(f"{arguments.seed} {name} {trial}")) if trial else "none"
+                what = (
+                    damage(tried / name, random.Random(f"{arguments.seed} {name} {trial}"))
+                    if trial
+                    else "none"
+                )
                 code, messages = run(binaries, command, tried)
                 codes[str(code)] += 1
-                broken = broken_promise(name, documented if trial else 0, code, messages, tried / "result.json")
-                rows.append({"file": name, "trial": trial, "damage": what, "exit_code": code, "broken": broken, "messages": messages.strip()[-1000:]})
+                broken = broken_promise(
+                    name, documented if trial else 0, code, messages, tried / "result.json"
+                )
+                rows.append(
+                    {
+                        "file": name,
+                        "trial": trial,
+                        "damage": what,
+                        "exit_code": code,
+                        "broken": broken,
+                        "messages": messages.strip()[-1000:],
+                    }
+                )
                 if broken:
-                    print(f"BROKEN {name}, trial {trial}: {what}: {broken}\n    " + messages.strip()[-600:].replace("\n", "\n    "))
-            print(f"{name}: " + ", ".join(f"{count} ended by {code}" for code, count in sorted(codes.items())), flush=True)
+                    print(
+                        f"BROKEN {name}, trial {trial}: {what}: {broken}\n    "
+                        + messages.strip()[-600:].replace("\n", "\n    ")
+                    )
+            print(
+                f"{name}: "
+                + ", ".join(f"{count} ended by {code}" for code, count in sorted(codes.items())),
+                flush=True,
+            )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     broken = sum(row["broken"] is not None for row in rows)

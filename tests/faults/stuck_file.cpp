@@ -1,5 +1,6 @@
-// LD_PRELOAD: a file system that does not answer. pread of a file whose path ends in $DRRL_STUCK_FILE never returns; with $DRRL_SLOW_MS it returns so much later, with at
-// most a hundredth of a megabyte. In the process of rank $DRRL_STUCK_RANK alone, if that is set.
+// LD_PRELOAD: a file system that does not answer. pread of a file whose path ends in
+// $DRRL_STUCK_FILE never returns; with $DRRL_SLOW_MS it returns so much later, with at most a
+// hundredth of a megabyte. In the process of rank $DRRL_STUCK_RANK alone, if that is set.
 
 #include <dlfcn.h>
 #include <sys/types.h>
@@ -20,7 +21,8 @@ bool is_stuck(int descriptor) {
     return false;
   }
   char path[4096];
-  const ssize_t length = readlink(("/proc/self/fd/" + std::to_string(descriptor)).c_str(), path, sizeof(path));
+  const ssize_t length = readlink(("/proc/self/fd/" + std::to_string(descriptor)).c_str(), path,
+                                  sizeof(path));
   return length > 0 && std::string_view(path, static_cast<size_t>(length)).ends_with(name);
 }
 
@@ -40,4 +42,6 @@ extern "C" ssize_t pread(int descriptor, void* to, size_t bytes, off_t offset) {
   return next(descriptor, to, bytes, offset);
 }
 
-extern "C" ssize_t pread64(int descriptor, void* to, size_t bytes, off_t offset) { return pread(descriptor, to, bytes, offset); }
+extern "C" ssize_t pread64(int descriptor, void* to, size_t bytes, off_t offset) {
+  return pread(descriptor, to, bytes, offset);
+}

@@ -33,13 +33,35 @@ import uuid
 from pathlib import Path
 
 RESTARTS = Path(__file__).resolve().parents[2] / "launch" / "run_with_restarts.sh"
-COMMUNICATION, NUMERICS, STORAGE, HUNG, KILLED = 7, 8, 6, 11, 137  # launch/runtime/exit_codes.h; mpirun's for a process that SIGKILL ended
-TIMEOUT, WATCHDOG, PATIENCE = 2, 5, 15  # --timeout_s, --watchdog_timeout_s, and what a job may take beyond them to end, in seconds
+COMMUNICATION, NUMERICS, STORAGE, HUNG, KILLED = (
+    7,
+    8,
+    6,
+    11,
+    137,
+)  # launch/runtime/exit_codes.h; mpirun's for a process that SIGKILL ended
+TIMEOUT, WATCHDOG, PATIENCE = (
+    2,
+    5,
+    15,
+)  # --timeout_s, --watchdog_timeout_s, and what a job may take beyond them to end, in seconds
 HANG = 4  # --hang_s of run_with_restarts.sh
 STEPS, SAVE_EVERY = 300, 20
-CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 61, "hidden_size": 48, "intermediate_size": 56,
-          "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 64,
-          "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "hidden_act": "silu"}
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
 
 
 def send(pid, number):
@@ -70,21 +92,33 @@ def expect(condition, text):
 
 def write_model(folder, rng):
     """A Hugging Face directory of random weights."""
-    hidden, inner, vocabulary, groups = (CONFIG[k] for k in ("hidden_size", "intermediate_size", "vocab_size", "num_key_value_heads"))
+    hidden, inner, vocabulary, groups = (
+        CONFIG[k] for k in ("hidden_size", "intermediate_size", "vocab_size", "num_key_value_heads")
+    )
     head = hidden // CONFIG["num_attention_heads"]
     shapes = {"model.embed_tokens.weight": [vocabulary, hidden], "model.norm.weight": [hidden]}
     for i in range(CONFIG["num_hidden_layers"]):
         layer = f"model.layers.{i}."
-        shapes |= {layer + "input_layernorm.weight": [hidden], layer + "post_attention_layernorm.weight": [hidden],
-                   layer + "self_attn.q_proj.weight": [hidden, hidden], layer + "self_attn.o_proj.weight": [hidden, hidden],
-                   layer + "self_attn.k_proj.weight": [groups * head, hidden], layer + "self_attn.v_proj.weight": [groups * head, hidden],
-                   layer + "mlp.gate_proj.weight": [inner, hidden], layer + "mlp.up_proj.weight": [inner, hidden],
-                   layer + "mlp.down_proj.weight": [hidden, inner]}
+        shapes |= {
+            layer + "input_layernorm.weight": [hidden],
+            layer + "post_attention_layernorm.weight": [hidden],
+            layer + "self_attn.q_proj.weight": [hidden, hidden],
+            layer + "self_attn.o_proj.weight": [hidden, hidden],
+            layer + "self_attn.k_proj.weight": [groups * head, hidden],
+            layer + "self_attn.v_proj.weight": [groups * head, hidden],
+            layer + "mlp.gate_proj.weight": [inner, hidden],
+            layer + "mlp.up_proj.weight": [inner, hidden],
+            layer + "mlp.down_proj.weight": [hidden, inner],
+        }
     header, data = {}, b""
     for name, shape in shapes.items():
         size = shape[0] * (shape[1] if len(shape) > 1 else 1)
         values = [rng.gauss(0, 0.05) for _ in range(size)] if len(shape) > 1 else [1.0] * size
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + 4 * size]}
+        header[name] = {
+            "dtype": "F32",
+            "shape": shape,
+            "data_offsets": [len(data), len(data) + 4 * size],
+        }
         data += struct.pack(f"<{size}f", *values)
     text = json.dumps(header).encode()
     folder.mkdir()
@@ -96,7 +130,9 @@ def write_tokens(prefix, rng):
     """One document in Megatron's format."""
     tokens = [(i * i + rng.randrange(3)) % 61 for i in range(20000)]
     Path(f"{prefix}.bin").write_bytes(struct.pack(f"<{len(tokens)}H", *tokens))
-    Path(f"{prefix}.idx").write_bytes(b"MMIDIDX\x00\x00" + struct.pack("<QBQQiqqq", 1, 8, 1, 2, len(tokens), 0, 0, 1))
+    Path(f"{prefix}.idx").write_bytes(
+        b"MMIDIDX\x00\x00" + struct.pack("<QBQQiqqq", 1, 8, 1, 2, len(tokens), 0, 0, 1)
+    )
 
 
 class Run:
@@ -105,17 +141,56 @@ class Run:
     def __init__(self, study, output, tp, dp, *flags, prefix=(), hosts=(), supervised=False):
         self.mark = f"DRRL_FAULTS={uuid.uuid4()}"
         self.output, self.lines, self.seen = output, [], threading.Condition()
-        environment = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", DRRL_FAULTS=self.mark.split("=")[1],
-                           OMPI_MCA_btl_vader_single_copy_mechanism="none", OMPI_MCA_mpi_yield_when_idle="1")
-        self.command = [*prefix, "mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", *hosts, "-x", "DRRL_FAULTS",
-                        "-np", str(tp * dp), study.bin / "drrl-train", f"--model={study.folder}/model", f"--data={study.folder}/text",
-                        f"--output={output}", f"--tp={tp}", "--seq_len=24", "--micro_batch=2", "--global_batch=8", f"--steps={STEPS}",
-                        f"--save_every={SAVE_EVERY}", "--lr=1e-3", "--threads=1", "--valid_fraction=0", f"--timeout_s={TIMEOUT}",
-                        f"--watchdog_timeout_s={WATCHDOG}", "--resume", *flags]
+        environment = dict(
+            os.environ,
+            OMP_NUM_THREADS="1",
+            OMP_WAIT_POLICY="passive",
+            DRRL_FAULTS=self.mark.split("=")[1],
+            OMPI_MCA_btl_vader_single_copy_mechanism="none",
+            OMPI_MCA_mpi_yield_when_idle="1",
+        )
+        self.command = [
+            *prefix,
+            "mpirun",
+            "--allow-run-as-root",
+            "--oversubscribe",
+            "--bind-to",
+            "none",
+            *hosts,
+            "-x",
+            "DRRL_FAULTS",
+            "-np",
+            str(tp * dp),
+            study.bin / "drrl-train",
+            f"--model={study.folder}/model",
+            f"--data={study.folder}/text",
+            f"--output={output}",
+            f"--tp={tp}",
+            "--seq_len=24",
+            "--micro_batch=2",
+            "--global_batch=8",
+            f"--steps={STEPS}",
+            f"--save_every={SAVE_EVERY}",
+            "--lr=1e-3",
+            "--threads=1",
+            "--valid_fraction=0",
+            f"--timeout_s={TIMEOUT}",
+            f"--watchdog_timeout_s={WATCHDOG}",
+            "--resume",
+            *flags,
+        ]
         if supervised:
             self.command = [RESTARTS, "--hang_s", str(HANG), "--pause_s", "3", "--", *self.command]
-        self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                        errors="replace", env=environment, start_new_session=True)
+        self.process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=environment,
+            start_new_session=True,
+        )
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
 
@@ -138,7 +213,10 @@ class Run:
             while not any(re.search(pattern, line) for line in self.lines):
                 if self.process.poll() is not None:
                     return False
-                expect(time.monotonic() < deadline, f"nothing like '{pattern}' within {seconds} s:\n" + "".join(self.lines)[-2000:])
+                expect(
+                    time.monotonic() < deadline,
+                    f"nothing like '{pattern}' within {seconds} s:\n" + "".join(self.lines)[-2000:],
+                )
                 self.seen.wait(0.05)
         return True
 
@@ -148,9 +226,18 @@ class Run:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with contextlib.suppress(OSError):
-                    variables = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
-                    if self.mark in variables and (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX":
-                        rank = [v.split("=")[1] for v in variables if v.startswith("OMPI_COMM_WORLD_RANK=")]
+                    variables = (
+                        (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+                    )
+                    if (
+                        self.mark in variables
+                        and (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+                    ):
+                        rank = [
+                            v.split("=")[1]
+                            for v in variables
+                            if v.startswith("OMPI_COMM_WORLD_RANK=")
+                        ]
                         found.append((int(entry.name), int(rank[0]) if rank else None))
         return found
 
@@ -176,7 +263,9 @@ class Run:
 
 
 def losses(output):
-    rows = [json.loads(line) for line in (output / "metrics" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (output / "metrics" / "metrics.jsonl").read_text().splitlines()
+    ]
     return {row["step"]: (row["loss"], row["grad_norm"]) for row in rows}
 
 
@@ -195,11 +284,15 @@ def random_moment(trial):
 
 def checkpoint_moment(trial):
     """While a checkpoint is being written."""
-    if not trial.run.wait_for(rf"^step +{trial.rng.randrange(STEPS // SAVE_EVERY - 1) * SAVE_EVERY + 1}/"):
+    if not trial.run.wait_for(
+        rf"^step +{trial.rng.randrange(STEPS // SAVE_EVERY - 1) * SAVE_EVERY + 1}/"
+    ):
         return False
     folder = trial.run.output / "checkpoints"
     while trial.run.process.poll() is None:
-        if any(name.startswith(".tmp-step") for name in (os.listdir(folder) if folder.exists() else [])):
+        if any(
+            name.startswith(".tmp-step") for name in (os.listdir(folder) if folder.exists() else [])
+        ):
             time.sleep(trial.rng.random() * 0.002)
             return True
     return False
@@ -262,7 +355,10 @@ def broken_memory(trial):
     pid = random_moment(trial) and trial.run.pid(rank)
     if not pid:
         return None
-    name, shards = "model.model.layers.1.post_attention_layernorm.weight", trial.run.output / "checkpoints"
+    name, shards = (
+        "model.model.layers.1.post_attention_layernorm.weight",
+        trial.run.output / "checkpoints",
+    )
     searched = newest = None
     while trial.run.process.poll() is None:
         with contextlib.suppress(OSError):
@@ -279,8 +375,10 @@ def broken_memory(trial):
             with contextlib.suppress(OSError):
                 raw = (shards / newest / "shard-tp0.safetensors").read_bytes()
                 size = struct.unpack("<Q", raw[:8])[0]
-                begin, end = json.loads(raw[8:8 + size])[name]["data_offsets"]
-                hits = poke(pid, raw[8 + size + begin:8 + size + end], struct.pack("<f", float("nan")))
+                begin, end = json.loads(raw[8 : 8 + size])[name]["data_offsets"]
+                hits = poke(
+                    pid, raw[8 + size + begin : 8 + size + end], struct.pack("<f", float("nan"))
+                )
         finally:
             send(pid, signal.SIGCONT)
         if hits:
@@ -294,8 +392,11 @@ def broken_memory(trial):
 def poke(pid, pattern, value):
     """Overwrites the start of each occurrence of `pattern` in writable anonymous memory; returns how many there were."""
     hits = 0
-    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory, \
-            open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pages:
+    with (
+        open(f"/proc/{pid}/maps") as maps,
+        open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory,
+        open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pages,
+    ):
         for line in maps:
             span, rights, _, _, inode, *_ = line.split()
             if rights[:2] != "rw" or inode != "0":
@@ -379,7 +480,11 @@ def lossy_link(trial):
         return None
     trial.network.shape("20mbit", limit="32k")
     give_up = time.monotonic() + PATIENCE
-    while (lost := trial.network.dropped()) == 0 and trial.run.process.poll() is None and time.monotonic() < give_up:
+    while (
+        (lost := trial.network.dropped()) == 0
+        and trial.run.process.poll() is None
+        and time.monotonic() < give_up
+    ):
         time.sleep(0.05)
     if lost == 0 and trial.run.process.poll() is not None:
         return None  # too late
@@ -393,7 +498,10 @@ def clock_jump(trial):
     if not pid:
         return None
     with contextlib.suppress(FileNotFoundError):  # it has ended
-        expect("libfaults_wall_clock" in Path(f"/proc/{pid}/maps").read_text(), "the run has its own wall clock")
+        expect(
+            "libfaults_wall_clock" in Path(f"/proc/{pid}/maps").read_text(),
+            "the run has its own wall clock",
+        )
     seconds = trial.rng.choice((-1, 1)) * 10 ** trial.rng.uniform(0, 4.94)
     trial.note = f"{seconds:+.0f} s"
     trial.set_clock(seconds)
@@ -418,7 +526,12 @@ FAULTS = {
     "lossy network": lossy_link,
     "clock jump": clock_jump,
 }
-SUPERVISED = {"SIGSTOP at a random moment", "SIGSTOP in a checkpoint", "SIGSTOP at the end", "network partition"}
+SUPERVISED = {
+    "SIGSTOP at a random moment",
+    "SIGSTOP in a checkpoint",
+    "SIGSTOP at the end",
+    "network partition",
+}
 NETWORKED = {"network partition", "short network outage", "slow network", "lossy network"}
 GOES_ON = SUPERVISED | NETWORKED | {"clock jump"}  # and so may take as long as a whole run
 FIXED_LAYOUTS = {kind: [(1, 2)] for kind in NETWORKED} | {"hung write": [(1, 1), (1, 2)]}
@@ -435,21 +548,63 @@ class Network:
         try:
             for name in self.names:
                 self.ip("netns", "add", name)
-            self.ip("link", "add", self.devices[0], "netns", a, "type", "veth", "peer", "name", self.devices[1], "netns", b)
+            self.ip(
+                "link",
+                "add",
+                self.devices[0],
+                "netns",
+                a,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                self.devices[1],
+                "netns",
+                b,
+            )
             for name, device, number in zip(self.names, self.devices, (1, 2)):
                 self.ip("-n", name, "link", "set", "lo", "up")
                 self.ip("-n", name, "addr", "add", f"10.213.7.{number}/24", "dev", device)
                 self.ip("-n", name, "link", "set", device, "up")
         except (OSError, subprocess.CalledProcessError) as error:
             self.close()
-            raise Skip(f"no network namespaces here: {getattr(error, 'stderr', '') or error}") from error
+            raise Skip(
+                f"no network namespaces here: {getattr(error, 'stderr', '') or error}"
+            ) from error
         # What mpirun calls in place of ssh: HOST COMMAND.
         agent = folder / "agent.sh"
-        agent.write_text(f"#!/bin/sh\nshift\nexec ip netns exec {b} unshare -u sh -c 'hostname hostb; exec \"$@\"' - sh -c \"$*\"\n")
+        agent.write_text(
+            f'#!/bin/sh\nshift\nexec ip netns exec {b} unshare -u sh -c \'hostname hostb; exec "$@"\' - sh -c "$*"\n'
+        )
         agent.chmod(0o755)
-        self.prefix = ["ip", "netns", "exec", a, "unshare", "-u", "sh", "-c", 'hostname hosta; exec "$@"', "-"]
-        self.hosts = ["--host", "10.213.7.1:1,10.213.7.2:1", "--mca", "plm_rsh_agent", agent, "--mca", "btl", "tcp,self", "--mca", "btl_tcp_if_include",
-                      "10.213.7.0/24", "--mca", "oob_tcp_if_include", "10.213.7.0/24"]
+        self.prefix = [
+            "ip",
+            "netns",
+            "exec",
+            a,
+            "unshare",
+            "-u",
+            "sh",
+            "-c",
+            'hostname hosta; exec "$@"',
+            "-",
+        ]
+        self.hosts = [
+            "--host",
+            "10.213.7.1:1,10.213.7.2:1",
+            "--mca",
+            "plm_rsh_agent",
+            agent,
+            "--mca",
+            "btl",
+            "tcp,self",
+            "--mca",
+            "btl_tcp_if_include",
+            "10.213.7.0/24",
+            "--mca",
+            "oob_tcp_if_include",
+            "10.213.7.0/24",
+        ]
 
     @staticmethod
     def ip(*arguments):
@@ -459,15 +614,36 @@ class Network:
         self.ip("-n", self.names[0], "link", "set", self.devices[0], state)
 
     def tc(self, *arguments):
-        return subprocess.run(["ip", "netns", "exec", self.names[0], "tc", *arguments], check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            ["ip", "netns", "exec", self.names[0], "tc", *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
 
     def shape(self, rate, **queue):
         """From now on so many bits a second one way, and no more waiting than queue says (of tc-tbf: latency or limit); what does not fit is lost."""
-        self.tc("qdisc", "add", "dev", self.devices[0], "root", "tbf", "rate", rate, "burst", "10k", *itertools.chain(*queue.items()))
+        self.tc(
+            "qdisc",
+            "add",
+            "dev",
+            self.devices[0],
+            "root",
+            "tbf",
+            "rate",
+            rate,
+            "burst",
+            "10k",
+            *itertools.chain(*queue.items()),
+        )
 
     def dropped(self):
         """Packets lost so far."""
-        return int(re.search(r"dropped (\d+)", self.tc("-s", "qdisc", "show", "dev", self.devices[0], "root"))[1])
+        return int(
+            re.search(
+                r"dropped (\d+)", self.tc("-s", "qdisc", "show", "dev", self.devices[0], "root")
+            )[1]
+        )
 
     def close(self):
         for name in self.names:
@@ -488,14 +664,33 @@ class Trial:
     def start(self, output, *flags, supervised=False):
         prefix, hosts = (self.network.prefix, self.network.hosts) if self.network else ((), ())
         if self.clock:
-            prefix = ["env", f"LD_PRELOAD={self.study.bin.parent / 'lib/libfaults_wall_clock.so'}", f"DRRL_WALL_CLOCK={self.clock}"]
-        return Run(self.study, output, *self.layout, *flags, prefix=prefix, hosts=hosts, supervised=supervised)
+            prefix = [
+                "env",
+                f"LD_PRELOAD={self.study.bin.parent / 'lib/libfaults_wall_clock.so'}",
+                f"DRRL_WALL_CLOCK={self.clock}",
+            ]
+        return Run(
+            self.study,
+            output,
+            *self.layout,
+            *flags,
+            prefix=prefix,
+            hosts=hosts,
+            supervised=supervised,
+        )
 
     def attempt(self, folder):
         """A result, or None when the fault came too late."""
         output = folder / "out"
         if self.kind == "full disk":
-            if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, check=False).returncode != 0:
+            if (
+                subprocess.run(
+                    ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder],
+                    capture_output=True,
+                    check=False,
+                ).returncode
+                != 0
+            ):
                 raise Skip("cannot mount a small file system here")
             self.cleanup.append(lambda: subprocess.run(["umount", folder], check=True))
         if self.kind in NETWORKED:
@@ -521,16 +716,30 @@ class Trial:
                 return None
             injected = time.monotonic()
             code = self.run.end((90 if self.kind in GOES_ON else max(TIMEOUT, WATCHDOG)) + PATIENCE)
-            expect(code is not None, f"the job has not ended after the fault; left: {self.run.processes()}\n{self.run.text()[-3000:]}")
+            expect(
+                code is not None,
+                f"the job has not ended after the fault; left: {self.run.processes()}\n{self.run.text()[-3000:]}",
+            )
             left = self.leftovers()
             took = self.took or time.monotonic() - injected
-            expect(code in codes, f"exit code {code}, expected {sorted(codes)}\n{self.run.text()[-3000:]}")
+            expect(
+                code in codes,
+                f"exit code {code}, expected {sorted(codes)}\n{self.run.text()[-3000:]}",
+            )
             expect(not left, f"processes are left: {left}\n{self.run.text()[-3000:]}")
         finally:
             self.run.remove()
         text = self.run.text()
-        ends = [int(c) for c in re.findall(r"^run_with_restarts: exit code (\d+);", text, re.MULTILINE)] + [code]
-        result = {"kind": self.kind, "layout": self.layout, "note": self.note, "codes": ends, "end_seconds": round(took, 2)}
+        ends = [
+            int(c) for c in re.findall(r"^run_with_restarts: exit code (\d+);", text, re.MULTILINE)
+        ] + [code]
+        result = {
+            "kind": self.kind,
+            "layout": self.layout,
+            "note": self.note,
+            "codes": ends,
+            "end_seconds": round(took, 2),
+        }
         broken, restarted = text, ""
         if code != 0:
             restarted = self.restart(output)
@@ -541,9 +750,14 @@ class Trial:
             done = [int(m) for m in re.findall(r"^step +(\d+)/", broken, re.MULTILINE)]
             result |= {"step": max(done, default=0), "resumed": int(resumed[1]) if resumed else 0}
             # The step of a checkpoint is logged before it is written.
-            expect(result["step"] - result["resumed"] <= SAVE_EVERY, f"too many steps lost: {result}")
+            expect(
+                result["step"] - result["resumed"] <= SAVE_EVERY, f"too many steps lost: {result}"
+            )
         text = broken + restarted
-        expect("damaged" not in text and "instead" not in text, f"a restart found a checkpoint that is not sound:\n{text[-3000:]}")
+        expect(
+            "damaged" not in text and "instead" not in text,
+            f"a restart found a checkpoint that is not sound:\n{text[-3000:]}",
+        )
         self.compare(output)
         return result
 
@@ -571,7 +785,10 @@ class Trial:
     def compare(self, output):
         expected, got = self.study.reference[self.layout], losses(output)
         differing = [step for step in expected if got.get(step) != expected[step]]
-        expect(not differing and len(got) == len(expected), f"losses differ at {len(differing)} steps, first at {differing[:1]}")
+        expect(
+            not differing and len(got) == len(expected),
+            f"losses differ at {len(differing)} steps, first at {differing[:1]}",
+        )
 
     def run_once(self):
         for _ in range(20):
@@ -623,14 +840,18 @@ class Study:
                 layout = rng.choice(self.options.layouts)
                 if kind in FIXED_LAYOUTS:
                     layout = FIXED_LAYOUTS[kind][repeat % len(FIXED_LAYOUTS[kind])]
-                trial = Trial(self, kind, layout, random.Random(f"{self.options.seed} {kind} {repeat}"))
+                trial = Trial(
+                    self, kind, layout, random.Random(f"{self.options.seed} {kind} {repeat}")
+                )
                 try:
                     self.measure(layout)
                     results.append(trial.run_once())
                 except Skip as reason:
                     results.append({"kind": kind, "skipped": str(reason)})
                 except Broken as reason:
-                    results.append({"kind": kind, "layout": layout, "note": trial.note, "broken": str(reason)})
+                    results.append(
+                        {"kind": kind, "layout": layout, "note": trial.note, "broken": str(reason)}
+                    )
                 print(json.dumps(results[-1]), file=sys.stderr, flush=True)
                 if "skipped" in results[-1]:
                     break
@@ -638,7 +859,10 @@ class Study:
 
 
 def table(results):
-    lines = ["| fault | trials | kept | exit codes of the broken job | seconds to the end: median, most | steps lost: most |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| fault | trials | kept | exit codes of the broken job | seconds to the end: median, most | steps lost: most |",
+        "|---|---|---|---|---|---|",
+    ]
     for kind in FAULTS:
         mine = [r for r in results if r["kind"] == kind]
         good = [r for r in mine if "codes" in r]
@@ -648,7 +872,9 @@ def table(results):
             times = sorted(r["end_seconds"] for r in good) or [float("nan")]
             codes = ", ".join(str(c) for c in sorted({r["codes"][0] for r in good}))
             lost = max((max(r["step"] - r["resumed"], 0) for r in good if "step" in r), default="-")
-            lines.append(f"| {kind} | {len(mine)} | {len(good)} | {codes} | {times[len(times) // 2]:.1f}, {times[-1]:.1f} | {lost} |")
+            lines.append(
+                f"| {kind} | {len(mine)} | {len(good)} | {codes} | {times[len(times) // 2]:.1f}, {times[-1]:.1f} | {lost} |"
+            )
     return "\n".join(lines)
 
 
@@ -658,20 +884,42 @@ def layout_of(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=1, help="trials of each fault (default 1)")
-    parser.add_argument("--only", default="", help="regular expression that a fault's name must match")
-    parser.add_argument("--seed", type=int, default=1, help="of moments, ranks and layouts (default 1)")
-    parser.add_argument("--layouts", type=lambda t: [layout_of(x) for x in t.split(",")], default="1x2,2x1,2x2,1x3",
-                        help="TP x DP to draw from (default 1x2,2x1,2x2,1x3)")
+    parser.add_argument(
+        "--only", default="", help="regular expression that a fault's name must match"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1, help="of moments, ranks and layouts (default 1)"
+    )
+    parser.add_argument(
+        "--layouts",
+        type=lambda t: [layout_of(x) for x in t.split(",")],
+        default="1x2,2x1,2x2,1x3",
+        help="TP x DP to draw from (default 1x2,2x1,2x2,1x3)",
+    )
     parser.add_argument("--json", help="file for the results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="drrl-faults-") as folder:
         results = Study(options, Path(folder)).run()
     print(table(results))
     if options.json:
-        Path(options.json).write_text(json.dumps({"seed": options.seed, "timeout_s": TIMEOUT, "watchdog_timeout_s": WATCHDOG, "steps": STEPS,
-                                                  "save_every": SAVE_EVERY, "results": results}, indent=2) + "\n")
+        Path(options.json).write_text(
+            json.dumps(
+                {
+                    "seed": options.seed,
+                    "timeout_s": TIMEOUT,
+                    "watchdog_timeout_s": WATCHDOG,
+                    "steps": STEPS,
+                    "save_every": SAVE_EVERY,
+                    "results": results,
+                },
+                indent=2,
+            )
+            + "\n"
+        )
     if all("skipped" in r for r in results):
         return 77  # ctest: skipped
     return 1 if any("broken" in r for r in results) else 0

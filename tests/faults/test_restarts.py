@@ -33,13 +33,28 @@ save() {{ printf 'step-%08d\\n' "$run" > checkpoints/latest; }}
 {body}
 """)
         training.chmod(0o755)
-        return [SCRIPT, *options, "--pause_s", "0", "--", training, f"--output={self.folder}", "--steps=3"]
+        return [
+            SCRIPT,
+            *options,
+            "--pause_s",
+            "0",
+            "--",
+            training,
+            f"--output={self.folder}",
+            "--steps=3",
+        ]
 
     def run_it(self, body, *options):
         """(exit code, messages, the arguments of each run)"""
-        ended = subprocess.run(self.command(body, *options), capture_output=True, text=True, timeout=60, check=False)
+        ended = subprocess.run(
+            self.command(body, *options), capture_output=True, text=True, timeout=60, check=False
+        )
         calls = self.folder / "calls"
-        return ended.returncode, ended.stderr, calls.read_text().splitlines() if calls.exists() else []
+        return (
+            ended.returncode,
+            ended.stderr,
+            calls.read_text().splitlines() if calls.exists() else [],
+        )
 
     def test_success_needs_no_restart(self):
         code, _, calls = self.run_it("exit 0")
@@ -78,7 +93,11 @@ save() {{ printf 'step-%08d\\n' "$run" > checkpoints/latest; }}
         for number in (signal.SIGUSR1, signal.SIGTERM):
             with self.subTest(number):
                 (self.folder / "calls").unlink(missing_ok=True)
-                script = subprocess.Popen(self.command("trap 'sleep 0.3; exit 10' USR1; touch ready; while true; do sleep 0.05; done"))
+                script = subprocess.Popen(
+                    self.command(
+                        "trap 'sleep 0.3; exit 10' USR1; touch ready; while true; do sleep 0.05; done"
+                    )
+                )
                 while not (self.folder / "ready").exists():
                     time.sleep(0.02)
                 (self.folder / "ready").unlink()
@@ -107,20 +126,32 @@ save() {{ printf 'step-%08d\\n' "$run" > checkpoints/latest; }}
                 self.assertFalse((self.folder / "heard").exists())
 
     def test_output_that_nobody_reads(self):
-        with subprocess.Popen(self.command("[ $run = 3 ] && exit 0; save; exit 7"), stderr=subprocess.PIPE) as script:
+        with subprocess.Popen(
+            self.command("[ $run = 3 ] && exit 0; save; exit 7"), stderr=subprocess.PIPE
+        ) as script:
             script.stderr.close()
             self.assertEqual(script.wait(20), 0)
 
     def test_an_mpirun_that_outlives_its_job(self):
         shutil.copy("/bin/sleep", self.folder / "drrl-train")
-        code, messages, calls = self.run_it("[ $run = 2 ] && exit 0; ./drrl-train 1.5 & sleep 3600", "--hang_s", "2")
+        code, messages, calls = self.run_it(
+            "[ $run = 2 ] && exit 0; ./drrl-train 1.5 & sleep 3600", "--hang_s", "2"
+        )
         self.assertEqual((code, len(calls)), (0, 2), messages)
         self.assertIn("no drrl-train of this host has run for 2 s", messages)
 
     def test_usage(self):
-        for arguments in ([], ["--"], ["--max_restarts", "many", "--", "true"], ["--bogus", "1", "--", "true"], ["--", "true", "--steps=3"]):
+        for arguments in (
+            [],
+            ["--"],
+            ["--max_restarts", "many", "--", "true"],
+            ["--bogus", "1", "--", "true"],
+            ["--", "true", "--steps=3"],
+        ):
             with self.subTest(arguments):
-                ended = subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, timeout=60, check=False)
+                ended = subprocess.run(
+                    [SCRIPT, *arguments], capture_output=True, text=True, timeout=60, check=False
+                )
                 self.assertEqual(ended.returncode, 2)
                 self.assertIn("expected:" if arguments != ["--"] else "no command", ended.stderr)
 
@@ -128,12 +159,20 @@ save() {{ printf 'step-%08d\\n' "$run" > checkpoints/latest; }}
 class ClockTest(unittest.TestCase):
     def test_no_wait_looks_at_the_date(self):
         # Time stamps in logs and reports are all that the date may be used for.
-        allowed = {"core/io/file_io.cpp": 1, "models/training/metrics.cpp": 1, "launch/bench/bench.cpp": 1}
-        pattern = re.compile(r"system_clock|high_resolution_clock|std::time\(|gettimeofday|CLOCK_REALTIME|time\(nullptr\)")
+        allowed = {
+            "core/io/file_io.cpp": 1,
+            "models/training/metrics.cpp": 1,
+            "launch/bench/bench.cpp": 1,
+        }
+        pattern = re.compile(
+            r"system_clock|high_resolution_clock|std::time\(|gettimeofday|CLOCK_REALTIME|time\(nullptr\)"
+        )
         found = {}
         for area in ("core", "distributed", "policy", "models", "launch"):
             for file in (ROOT / area).rglob("*"):
-                if file.suffix in (".h", ".cpp", ".cu", ".cuh") and (hits := len(pattern.findall(file.read_text()))):
+                if file.suffix in (".h", ".cpp", ".cu", ".cuh") and (
+                    hits := len(pattern.findall(file.read_text()))
+                ):
                     found[str(file.relative_to(ROOT))] = hits
         self.assertEqual(found, allowed)
 

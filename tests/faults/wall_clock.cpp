@@ -1,5 +1,6 @@
-// LD_PRELOAD: a wall clock that is off by as many seconds as the file $DRRL_WALL_CLOCK holds, a double that tests/faults/study.py changes while processes run.
-// Only readings are off, so a wait until some time on the wall clock ends too early or too late for good, not only across the jump.
+// LD_PRELOAD: a wall clock that is off by as many seconds as the file $DRRL_WALL_CLOCK holds, a
+// double that tests/faults/study.py changes while processes run. Only readings are off, so a wait
+// until some time on the wall clock ends too early or too late for good, not only across the jump.
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -17,7 +18,8 @@ double offset() {
   static const volatile double* const seconds = [] {
     const char* path = std::getenv("DRRL_WALL_CLOCK");
     const int file = path != nullptr ? open(path, O_RDONLY | O_CLOEXEC) : -1;
-    void* mapped = file >= 0 ? mmap(nullptr, sizeof(double), PROT_READ, MAP_SHARED, file, 0) : MAP_FAILED;
+    void* mapped = file >= 0 ? mmap(nullptr, sizeof(double), PROT_READ, MAP_SHARED, file, 0)
+                             : MAP_FAILED;
     if (file >= 0) {
       close(file);
     }

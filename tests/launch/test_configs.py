@@ -9,14 +9,29 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(os.environ["DRRL_BIN"])
 MODEL_ERROR, USAGE_ERROR = 3, 2  # launch/runtime/exit_codes.h
-PROGRAMS = {"eval": "drrl-eval", "finetune": "drrl-train", "quickstart-train": "drrl-train", "quickstart-eval": "drrl-eval",
-            "quickstart-calibrate": "drrl-policy", "quickstart": "drrl-train"}
+PROGRAMS = {
+    "eval": "drrl-eval",
+    "finetune": "drrl-train",
+    "quickstart-train": "drrl-train",
+    "quickstart-eval": "drrl-eval",
+    "quickstart-calibrate": "drrl-policy",
+    "quickstart": "drrl-train",
+}
 
 
 def run(program, *flags):
-    command = [BIN / program, *(["calibrate", "--policy=/nonexistent"] if program == "drrl-policy" else []), "--model=/nonexistent",
-               "--data=/nonexistent", *flags, "--tp=1", "--device=cpu"]
-    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+    command = [
+        BIN / program,
+        *(["calibrate", "--policy=/nonexistent"] if program == "drrl-policy" else []),
+        "--model=/nonexistent",
+        "--data=/nonexistent",
+        *flags,
+        "--tp=1",
+        "--device=cpu",
+    ]
+    return subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60
+    )
 
 
 class ConfigTest(unittest.TestCase):

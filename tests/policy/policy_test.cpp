@@ -1,25 +1,26 @@
-#include <gtest/gtest.h>
-#include <torch/csrc/autograd/autograd.h>
-
 #include <cmath>
 #include <filesystem>
 #include <fstream>
 
-#include "core/error.h"
+#include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
+
 #include "core/attention/exact_attention.h"
 #include "core/attention/flops.h"
+#include "core/error.h"
 #include "core/io/safetensors.h"
-#include "policy/calibration/calibration.h"
 #include "policy/attention/lowrank_controller.h"
-#include "policy/rank_policy.h"
+#include "policy/calibration/calibration.h"
 #include "policy/calibration/pair_features.h"
+#include "policy/rank_policy.h"
 #include "tests/support/error_of.h"
 #include "tests/support/temporary.h"
 
 namespace drrl {
 namespace {
 
-Calibration make_calibration(int64_t layers, int64_t groups, int64_t levels, int64_t head_dim, std::vector<int64_t> ranks) {
+Calibration make_calibration(int64_t layers, int64_t groups, int64_t levels, int64_t head_dim,
+                             std::vector<int64_t> ranks) {
   Calibration c;
   c.geometry = {16, 4};
   c.seq_len = 128;
@@ -27,15 +28,19 @@ Calibration make_calibration(int64_t layers, int64_t groups, int64_t levels, int
   c.model = "model";
   c.data = "text";
   c.ranks = std::move(ranks);
-  // Layers differ by orders of magnitude, groups and levels less, and values matter less than scores.
-  c.damage = at::zeros({layers, groups, 2, levels, static_cast<int64_t>(c.ranks.size())}, at::kDouble);
+  // Layers differ by orders of magnitude, groups and levels less, and values matter less than
+  // scores.
+  c.damage = at::zeros({layers, groups, 2, levels, static_cast<int64_t>(c.ranks.size())},
+                       at::kDouble);
   auto table = c.damage.accessor<double, 5>();
   for (int64_t i = 0; i < layers; ++i) {
     for (int64_t j = 0; j < groups; ++j) {
       for (int64_t level = 0; level < levels; ++level) {
         for (size_t r = 0; r < c.ranks.size(); ++r) {
-          const double base = std::pow(10.0, static_cast<double>(i % 3)) * (1.0 + 0.7 * static_cast<double>(j)) *
-                              std::exp(-0.1 * static_cast<double>(c.ranks[r]) - 0.5 * static_cast<double>(level));
+          const double base = std::pow(10.0, static_cast<double>(i % 3)) *
+                              (1.0 + 0.7 * static_cast<double>(j)) *
+                              std::exp(-0.1 * static_cast<double>(c.ranks[r]) -
+                                       0.5 * static_cast<double>(level));
           table[i][j][0][level][static_cast<int64_t>(r)] = base;
           table[i][j][1][level][static_cast<int64_t>(r)] = 0.3 * base;
         }
@@ -62,7 +67,10 @@ double damage_of(const Calibration& c, const RankTable& table) {
       for (int64_t level = 0; level < table.levels(); ++level) {
         for (size_t i = 0; i < c.ranks.size(); ++i) {
           const auto at_rank = [&](int64_t kind) {
-            return c.damage[layer][group][kind][std::min(level, c.levels() - 1)][static_cast<int64_t>(i)].item<double>();
+            return c
+                .damage[layer][group][kind][std::min(level, c.levels() - 1)]
+                       [static_cast<int64_t>(i)]
+                .item<double>();
           };
           sum += table.at(layer, group, level).qk == c.ranks[i] ? at_rank(0) : 0;
           sum += table.at(layer, group, level).v == c.ranks[i] ? at_rank(1) : 0;
@@ -76,7 +84,8 @@ double damage_of(const Calibration& c, const RankTable& table) {
 constexpr int64_t kSteps = 2;
 
 // Operations of a table over those of exact attention, as the operator's own accounting sees them.
-double operations_of(const RankTable& table, const BlockTree& tree, int64_t heads_per_group, int64_t d) {
+double operations_of(const RankTable& table, const BlockTree& tree, int64_t heads_per_group,
+                     int64_t d) {
   const int64_t heads = table.groups() * heads_per_group;
   double sum = 0;
   for (int64_t layer = 0; layer < table.layers(); ++layer) {
@@ -88,14 +97,17 @@ double operations_of(const RankTable& table, const BlockTree& tree, int64_t head
         for (int64_t i = 0; i < run.count; ++i) {
           flops += far_pair_flops(run, FarKind::kScores, r.qk, heads_per_group, d, false);
           flops += far_pair_flops(run, FarKind::kValues, r.v, heads_per_group, d, false);
-          flops.solves += r.qk < d ? basis_update_flops(d, r.qk, kSteps) + residual_factor_flops(d, r.qk) : 0;
+          flops.solves += r.qk < d
+                              ? basis_update_flops(d, r.qk, kSteps) + residual_factor_flops(d, r.qk)
+                              : 0;
           flops.solves += r.v < d ? basis_update_flops(d, r.v, kSteps) : 0;
         }
       }
     }
     sum += flops.total();
   }
-  return sum / (static_cast<double>(table.layers()) * exact_attention_flops(1, heads, tree.sequence_length(), d, false));
+  return sum / (static_cast<double>(table.layers()) *
+                exact_attention_flops(1, heads, tree.sequence_length(), d, false));
 }
 
 TEST(RankBuckets, ComeFromTheDevice) {
@@ -104,7 +116,8 @@ TEST(RankBuckets, ComeFromTheDevice) {
   EXPECT_EQ(rank_buckets(at::kCPU, 16), (std::vector<int64_t>{4, 8, 12, 16}));
 }
 
-// Against exhaustive search. What the relaxation may miss is less than its last step, so that a budget one step smaller is a lower bound.
+// Against exhaustive search. What the relaxation may miss is less than its last step, so that a
+// budget one step smaller is a lower bound.
 TEST(Allocation, IsTheBestOfAllAllocationsUpToOneStep) {
   const Calibration c = make_calibration(3, 1, 1, 64, {16, 32, 48});
   const std::vector<int64_t> buckets{16, 32, 48, 64};
@@ -114,11 +127,13 @@ TEST(Allocation, IsTheBestOfAllAllocationsUpToOneStep) {
   for (int code = 0; code < 4096; ++code) {
     RankTable candidate(3, 1, 1, {64, 64});
     for (int layer = 0; layer < 3; ++layer) {
-      candidate.at(layer, 0, 0) = {buckets[code >> (4 * layer) & 3], buckets[code >> (4 * layer + 2) & 3]};
+      candidate.at(layer, 0, 0) = {buckets[code >> (4 * layer) & 3],
+                                   buckets[code >> (4 * layer + 2) & 3]};
     }
     all.emplace_back(operations_of(candidate, tree, 3, 64), damage_of(c, candidate));
   }
-  const double step = 0.03;  // 16 columns of one kind of one layer: half the tokens' square, a sixth of the kinds, a quarter of the width
+  const double step = 0.03;  // 16 columns of one kind of one layer: half the tokens' square, a
+                             // sixth of the kinds, a quarter of the width
   for (const double budget : {0.7, 0.75, 0.8, 0.85, 0.9, 0.95}) {
     const RankTable chosen = allocate(c, budget, tree, 3, buckets, kSteps).table;
     EXPECT_LE(operations_of(chosen, tree, 3, 64), budget + 1e-9);
@@ -153,8 +168,11 @@ TEST(Allocation, BaselinesKeepTheBudgetAndAreWorse) {
   const BlockTree tree(2048, {256, 4});
   const std::vector<int64_t> buckets = {16, 32, 48, 64};
   for (const double budget : {0.6, 0.8}) {
-    const auto table = [&](Spending how, uint64_t seed) { return allocate(c, budget, tree, 3, buckets, 2, how, seed).table; };
-    const RankTable best = table(Spending::kBest, 0), greedy = table(Spending::kGreedy, 0), random = table(Spending::kRandom, 1), other = table(Spending::kRandom, 2);
+    const auto table = [&](Spending how, uint64_t seed) {
+      return allocate(c, budget, tree, 3, buckets, 2, how, seed).table;
+    };
+    const RankTable best = table(Spending::kBest, 0), greedy = table(Spending::kGreedy, 0),
+                    random = table(Spending::kRandom, 1), other = table(Spending::kRandom, 2);
     for (const RankTable* t : {&greedy, &random, &other}) {
       EXPECT_LE(operations_of(*t, tree, 3, 64), budget + 1e-9);
     }
@@ -169,21 +187,31 @@ TEST(Allocation, TakesGatesWhereTheyAreCheaperThanRanks) {
   Calibration c = make_calibration(4, 2, 3, 64, {16, 32, 48});
   const BlockTree tree(2048, {256, 4});
   const std::vector<int64_t> buckets = {16, 32, 48, 64};
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { allocate(c, 0.6, tree, 3, buckets, 2, Spending::kBest, 0, /*with_gates=*/true); }).find("no gates"), std::string::npos);
+  EXPECT_NE(
+      error_of(
+          ErrorKind::kUsage,
+          [&] { allocate(c, 0.6, tree, 3, buckets, 2, Spending::kBest, 0, /*with_gates=*/true); })
+          .find("no gates"),
+      std::string::npos);
   add_gates(c);
   const RankTable plain = allocate(c, 0.6, tree, 3, buckets, 2).table;
-  const RankTable gated = allocate(c, 0.6, tree, 3, buckets, 2, Spending::kBest, 0, /*with_gates=*/true).table;
+  const RankTable
+      gated = allocate(c, 0.6, tree, 3, buckets, 2, Spending::kBest, 0, /*with_gates=*/true).table;
   const auto count = [&](const RankTable& table, auto&& is) {
     int64_t n = 0;
     for (int64_t i = 0; i < 4 * 2 * tree.num_levels(); ++i) {
-      n += is(table.at(i / (2 * tree.num_levels()), i / tree.num_levels() % 2, i % tree.num_levels())) ? 1 : 0;
+      n += is(table.at(i / (2 * tree.num_levels()), i / tree.num_levels() % 2,
+                       i % tree.num_levels()))
+               ? 1
+               : 0;
     }
     return n;
   };
   const auto is_gated = [](const Ranks& r) { return r.gated(64); };
   EXPECT_EQ(count(plain, is_gated), 0);
   EXPECT_GT(count(gated, is_gated), 0);
-  EXPECT_EQ(count(gated, [](const Ranks& r) { return r.gate == 0.1F && r.qk == 64 && r.v == 64; }), 0);  // nothing to make exact
+  EXPECT_EQ(count(gated, [](const Ranks& r) { return r.gate == 0.1F && r.qk == 64 && r.v == 64; }),
+            0);  // nothing to make exact
   // Expected damage and operations, with what the gates leave and what exact entries take.
   double damage = 0, exact = 0;
   for (int64_t layer = 0; layer < 4; ++layer) {
@@ -192,25 +220,42 @@ TEST(Allocation, TakesGatesWhereTheyAreCheaperThanRanks) {
         const Ranks& r = gated.at(layer, group, run.level);
         RankTable one(4, 2, tree.num_levels(), {64, 64});
         one.at(layer, group, run.level) = r;
-        damage += run.first_pair == tree.pair_index(run.level, 0) ? damage_of(c, one) * (r.gated(64) ? 0.1 : 1) : 0;
-        exact += r.gated(64) ? 0.02 * static_cast<double>(3 * run.count * run.query_rows * run.key_rows) * exact_entry_flops(64, false) : 0;
+        damage += run.first_pair == tree.pair_index(run.level, 0)
+                      ? damage_of(c, one) * (r.gated(64) ? 0.1 : 1)
+                      : 0;
+        exact += r.gated(64)
+                     ? 0.02 * static_cast<double>(3 * run.count * run.query_rows * run.key_rows) *
+                           exact_entry_flops(64, false)
+                     : 0;
       }
     }
   }
   EXPECT_LT(damage, 0.5 * damage_of(c, plain));
-  EXPECT_LE(operations_of(gated, tree, 3, 64) + 8 * exact / (4 * exact_attention_flops(1, 6, 2048, 64, false)), 0.6 + 1e-9);
+  EXPECT_LE(operations_of(gated, tree, 3, 64) +
+                8 * exact / (4 * exact_attention_flops(1, 6, 2048, 64, false)),
+            0.6 + 1e-9);
 }
 
 TEST(Allocation, RefusesWhatDoesNotFit) {
   const Calibration c = make_calibration(3, 1, 1, 64, {16, 32, 48});
   const std::vector<int64_t> buckets{16, 32, 48, 64};
   const BlockTree tree(2052, {256, 4});
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { allocate(c, 0.2, tree, 3, buckets, kSteps); }).find("0.2"), std::string::npos);
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { allocate(c, 1.5, tree, 3, buckets, kSteps); }).find("1.5"), std::string::npos);
+  EXPECT_NE(
+      error_of(ErrorKind::kUsage, [&] { allocate(c, 0.2, tree, 3, buckets, kSteps); }).find("0.2"),
+      std::string::npos);
+  EXPECT_NE(
+      error_of(ErrorKind::kUsage, [&] { allocate(c, 1.5, tree, 3, buckets, kSteps); }).find("1.5"),
+      std::string::npos);
   const auto policy = make_dp_policy(c, 0.8, buckets, kSteps);
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { policy->decide({3, 1, 3, 1, 0, 64, tree, {}, {}}); }).find("3 layers"), std::string::npos);
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { policy->decide({0, 1, 3, 1, 0, 128, tree, {}, {}}); }).find("128"), std::string::npos);
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { policy->decide({0, 1, 3, 1, 1, 64, tree, {}, {}}); }).find("1 KV groups"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { policy->decide({3, 1, 3, 1, 0, 64, tree, {}, {}}); })
+                .find("3 layers"),
+            std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { policy->decide({0, 1, 3, 1, 0, 128, tree, {}, {}}); })
+                .find("128"),
+            std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { policy->decide({0, 1, 3, 1, 1, 64, tree, {}, {}}); })
+                .find("1 KV groups"),
+            std::string::npos);
 }
 
 TEST(Calibration, SurvivesItsFile) {
@@ -229,13 +274,16 @@ TEST(Calibration, SurvivesItsFile) {
   EXPECT_NE(gated.digest(), c.digest());
   gated.save(temporary("gated.safetensors"));
   const Calibration read = Calibration::load(temporary("gated.safetensors"));
-  EXPECT_TRUE(read.gates.equal(gated.gates) && read.gated_damage.equal(gated.gated_damage) && read.exact_entries.equal(gated.exact_entries));
+  EXPECT_TRUE(read.gates.equal(gated.gates) && read.gated_damage.equal(gated.gated_damage) &&
+              read.exact_entries.equal(gated.exact_entries));
   EXPECT_EQ(read.digest(), gated.digest());
 }
 
 TEST(Calibration, NamesWhatIsWrongWithAFile) {
   const auto file = temporary("bad.safetensors");
-  EXPECT_NE(error_of(ErrorKind::kModel, [&] { Calibration::load(temporary("none.safetensors")); }).find("none.safetensors"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kModel, [&] { Calibration::load(temporary("none.safetensors")); })
+                .find("none.safetensors"),
+            std::string::npos);
   const auto expect = [&](const std::string& part) {
     const std::string message = error_of(ErrorKind::kModel, [&] { Calibration::load(file); });
     EXPECT_NE(message.find(part), std::string::npos) << message;
@@ -250,7 +298,8 @@ TEST(Calibration, NamesWhatIsWrongWithAFile) {
     change(c);
     const auto unwritten = temporary("unwritten.safetensors");
     const std::string message = error_of(ErrorKind::kModel, [&] { c.save(unwritten); });
-    EXPECT_NE(message.find("unwritten.safetensors\" was not written"), std::string::npos) << message;
+    EXPECT_NE(message.find("unwritten.safetensors\" was not written"), std::string::npos)
+        << message;
     EXPECT_FALSE(std::filesystem::exists(unwritten));
     write_safetensors(file, c.tensors(), c.metadata());
   };
@@ -262,7 +311,9 @@ TEST(Calibration, NamesWhatIsWrongWithAFile) {
   expect("negative");
   with([](Calibration& c) { c.damage[1][0][1][0][0] = std::nan(""); });
   expect("not finite");
-  with([](Calibration& c) { add_gates(c), c.exact_entries = c.exact_entries.narrow(3, 0, 1).contiguous(); });
+  with([](Calibration& c) {
+    add_gates(c), c.exact_entries = c.exact_entries.narrow(3, 0, 1).contiguous();
+  });
   expect("gates");
   with([](Calibration& c) { add_gates(c), c.exact_entries.fill_(1.5); });
   expect("exact_entries");
@@ -283,7 +334,8 @@ struct Rig {
   }
 
   std::vector<std::shared_ptr<RankPolicy>> policies() const {
-    return {make_full_policy(), make_fixed_policy(8, d), make_energy_policy(0.9, rank_buckets(at::kCPU, d)),
+    return {make_full_policy(), make_fixed_policy(8, d),
+            make_energy_policy(0.9, rank_buckets(at::kCPU, d)),
             make_table_policy(unequal_ranks(), "table")};
   }
 
@@ -315,7 +367,8 @@ TEST(Controller, FullPolicyIsExactAttention) {
   const Rig rig;
   LowRankController controller(make_full_policy(), rig.geometry);
   std::shared_ptr<LayerPlan> plan;
-  EXPECT_TRUE(at::equal(controller.attend(0, rig.q, rig.k, rig.v, rig.w_o, plan), exact_attention(rig.q, rig.k, rig.v)));
+  EXPECT_TRUE(at::equal(controller.attend(0, rig.q, rig.k, rig.v, rig.w_o, plan),
+                        exact_attention(rig.q, rig.k, rig.v)));
   const AttentionStatistics s = controller.take_statistics();
   EXPECT_EQ(s.flops, s.exact_flops);
   EXPECT_EQ(s.solves, 0);
@@ -336,7 +389,8 @@ TEST(Controller, EveryPolicyIsStrictlyCausal) {
         return copy;
       };
       plan.reset();
-      const auto after = controller.attend(0, changed(rig.q), changed(rig.k), changed(rig.v), rig.w_o, plan);
+      const auto after = controller.attend(0, changed(rig.q), changed(rig.k), changed(rig.v),
+                                           rig.w_o, plan);
       EXPECT_TRUE(at::equal(before.narrow(2, 0, t), after.narrow(2, 0, t))) << "from token " << t;
       EXPECT_FALSE(at::equal(before.narrow(2, t, 1), after.narrow(2, t, 1)));
     }
@@ -363,15 +417,19 @@ TEST(Controller, EnergyKeepsWhatItPromises) {
   const FarBases bases = solve_far_bases(far_grams(rig.q, rig.k, rig.v, tree), rig.w_o, true, true);
   const auto energy = bases.scores.singular_values.pow(2);
   for (const double keep : {0.5, 0.9, 0.999}) {
-    LowRankController controller(make_energy_policy(keep, rank_buckets(at::kCPU, rig.d)), rig.geometry);
+    LowRankController controller(make_energy_policy(keep, rank_buckets(at::kCPU, rig.d)),
+                                 rig.geometry);
     std::shared_ptr<LayerPlan> plan;
     controller.attend(0, rig.q, rig.k, rig.v, rig.w_o, plan);
     for (int64_t i = 0; i < energy.size(0); ++i) {
-      const int64_t rank = plan->lowrank == nullptr ? rig.d : plan->lowrank->ranks[static_cast<size_t>(i)].qk;
+      const int64_t rank = plan->lowrank == nullptr
+                               ? rig.d
+                               : plan->lowrank->ranks[static_cast<size_t>(i)].qk;
       const double kept = (energy[i].narrow(0, 0, rank).sum() / energy[i].sum()).item<double>();
       EXPECT_GE(kept, keep - 1e-9);
       if (rank > 8) {
-        EXPECT_LT((energy[i].narrow(0, 0, rank - 8).sum() / energy[i].sum()).item<double>(), keep) << "a smaller bucket would do";
+        EXPECT_LT((energy[i].narrow(0, 0, rank - 8).sum() / energy[i].sum()).item<double>(), keep)
+            << "a smaller bucket would do";
       }
     }
   }
@@ -383,7 +441,8 @@ TEST(Controller, TheGuardRaisesRanksUntilTheirCertificateHolds) {
   const PairGrams grams = far_grams(rig.q, rig.k, rig.v, tree);
   const BasisOptions bases{1, first_pair_bases(grams, rig.w_o).unsqueeze(0)};  // of one layer
   const auto run = [&](double eps, const at::Tensor& k) {
-    LowRankController controller(make_fixed_policy(8, rig.d), rig.geometry, bases, 0, {eps, rank_buckets(at::kCPU, rig.d)});
+    LowRankController controller(make_fixed_policy(8, rig.d), rig.geometry, bases, 0,
+                                 {eps, rank_buckets(at::kCPU, rig.d)});
     std::shared_ptr<LayerPlan> plan;
     const auto out = controller.attend(0, rig.q, k, rig.v, rig.w_o, plan);
     return std::tuple(out, plan->lowrank, controller.take_statistics().guard_raises);
@@ -397,8 +456,12 @@ TEST(Controller, TheGuardRaisesRanksUntilTheirCertificateHolds) {
   const StartLoss loss = start_loss(grams, rig.w_o, bases.start[0]);
   int64_t raised = 0, low = 0;
   for (size_t i = 0; i < plan->ranks.size(); ++i) {
-    for (const auto& [of_kind, rank] : {std::pair(loss.scores, plan->ranks[i].qk), std::pair(loss.values, plan->ranks[i].v)}) {
-      const auto norm = [&](int64_t r) { return std::sqrt((of_kind[static_cast<int64_t>(i)][r] / of_kind[static_cast<int64_t>(i)][0]).item<double>()); };
+    for (const auto& [of_kind, rank] :
+         {std::pair(loss.scores, plan->ranks[i].qk), std::pair(loss.values, plan->ranks[i].v)}) {
+      const auto norm = [&](int64_t r) {
+        return std::sqrt((of_kind[static_cast<int64_t>(i)][r] / of_kind[static_cast<int64_t>(i)][0])
+                             .item<double>());
+      };
       EXPECT_LE(norm(rank), kEps);
       if (rank > 8) {
         EXPECT_GT(norm(rank - 8), kEps) << "a smaller bucket would do";
@@ -425,7 +488,9 @@ TEST(Controller, ItsDigestTellsDecisionsApart) {
       controller.attend(layer, rig.q, rig.k, rig.v, rig.w_o, plan);
     }
     const uint64_t taken = controller.take_decisions_digest();
-    EXPECT_EQ(controller.take_decisions_digest(), LowRankController(make_table_policy(ranks, "table"), rig.geometry).take_decisions_digest());
+    EXPECT_EQ(
+        controller.take_decisions_digest(),
+        LowRankController(make_table_policy(ranks, "table"), rig.geometry).take_decisions_digest());
     return taken;
   };
   const uint64_t both = digest(table, {0, 1});
@@ -439,8 +504,10 @@ TEST(Controller, ItsDigestTellsDecisionsApart) {
 
 TEST(Controller, RefusesTensorsThatDisagree) {
   const Rig rig;
-  LowRankController controller(make_fixed_policy(8, rig.d), rig.geometry, {2, at::randn({2, rig.groups, 2, rig.d, rig.d})});
-  const auto refused = [&](int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o) {
+  LowRankController controller(make_fixed_policy(8, rig.d), rig.geometry,
+                               {2, at::randn({2, rig.groups, 2, rig.d, rig.d})});
+  const auto refused = [&](int64_t layer, const at::Tensor& q, const at::Tensor& k,
+                           const at::Tensor& v, const at::Tensor& w_o) {
     std::shared_ptr<LayerPlan> plan;
     EXPECT_THROW(controller.attend(layer, q, k, v, w_o, plan), c10::Error);
   };
@@ -457,13 +524,17 @@ TEST(Controller, AShortSequenceIsExact) {
   LowRankController controller(make_fixed_policy(8, rig.d), rig.geometry);
   std::shared_ptr<LayerPlan> plan;
   const auto cut = [](const at::Tensor& x) { return x.narrow(2, 0, 36); };
-  EXPECT_TRUE(at::equal(controller.attend(0, cut(rig.q), cut(rig.k), cut(rig.v), rig.w_o, plan), exact_attention(cut(rig.q), cut(rig.k), cut(rig.v))));
+  EXPECT_TRUE(at::equal(controller.attend(0, cut(rig.q), cut(rig.k), cut(rig.v), rig.w_o, plan),
+                        exact_attention(cut(rig.q), cut(rig.k), cut(rig.v))));
 }
 
 TEST(Policies, RefuseSenselessSettings) {
-  EXPECT_NE(error_of(ErrorKind::kUsage, [] { make_fixed_policy(65, 64); }).find("65"), std::string::npos);
-  EXPECT_NE(error_of(ErrorKind::kUsage, [] { make_fixed_policy(0, 64); }).find("0"), std::string::npos);
-  EXPECT_NE(error_of(ErrorKind::kUsage, [] { make_energy_policy(1.5, {16}); }).find("1.5"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [] { make_fixed_policy(65, 64); }).find("65"),
+            std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [] { make_fixed_policy(0, 64); }).find("0"),
+            std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [] { make_energy_policy(1.5, {16}); }).find("1.5"),
+            std::string::npos);
 }
 
 // Lets the controller measure one layer; returns the gradient of that layer's output.
@@ -475,7 +546,8 @@ at::Tensor measure(const Rig& rig, CalibrationController& controller, int64_t la
   return g;
 }
 
-// A two-layer toy whose "log-likelihood" is linear in the attention outputs, so that 1/2 (g . D)^2 per position can be computed by hand.
+// A two-layer toy whose "log-likelihood" is linear in the attention outputs, so that 1/2 (g . D)^2
+// per position can be computed by hand.
 TEST(CalibrationController, MeasuresHalfTheSquaredMovementOfEachPosition) {
   const Rig rig;
   CalibrationController controller(2, rig.geometry, {8, 16});
@@ -490,9 +562,16 @@ TEST(CalibrationController, MeasuresHalfTheSquaredMovementOfEachPosition) {
       for (int64_t group = 0; group < rig.groups; ++group) {
         (kind == 0 ? table.at(0, group, level).qk : table.at(0, group, level).v) = 16;
       }
-      auto ranks = make_table_policy(table, "one level")->decide({0, 1, rig.heads, rig.groups, 0, rig.d, tree, {}, {}});
-      const auto error = lowrank_attention(rig.q, rig.k, rig.v, make_plan(tree, std::move(ranks), grams, bases)) - exact_attention(rig.q, rig.k, rig.v);
-      const auto expected = 0.5 * (error * g).unflatten(1, {rig.groups, -1}).sum(at::IntArrayRef{2, 4}).pow(2).sum(at::IntArrayRef{0, 2});  // [G]
+      auto ranks = make_table_policy(table, "one level")
+                       ->decide({0, 1, rig.heads, rig.groups, 0, rig.d, tree, {}, {}});
+      const auto error = lowrank_attention(rig.q, rig.k, rig.v,
+                                           make_plan(tree, std::move(ranks), grams, bases)) -
+                         exact_attention(rig.q, rig.k, rig.v);
+      const auto expected = 0.5 * (error * g)
+                                      .unflatten(1, {rig.groups, -1})
+                                      .sum(at::IntArrayRef{2, 4})
+                                      .pow(2)
+                                      .sum(at::IntArrayRef{0, 2});  // [G]
       const auto got = controller.damage()[1].select(1, kind).select(1, level).select(1, 1);
       EXPECT_TRUE(at::allclose(got, expected.to(at::kDouble), 1e-3)) << got << expected;
       EXPECT_TRUE((got > 0).all().item<bool>());
@@ -501,7 +580,8 @@ TEST(CalibrationController, MeasuresHalfTheSquaredMovementOfEachPosition) {
   EXPECT_EQ(controller.damage()[0].abs().sum().item<double>(), 0);
 }
 
-// What a gate leaves is the damage of the operator with that gate, and the entries that it makes exact there are those counted.
+// What a gate leaves is the damage of the operator with that gate, and the entries that it makes
+// exact there are those counted.
 TEST(CalibrationController, MeasuresGates) {
   const Rig rig;
   CalibrationController controller(1, rig.geometry, {8, 16});
@@ -509,26 +589,46 @@ TEST(CalibrationController, MeasuresGates) {
   const BlockTree tree(rig.length, rig.geometry);
   const PairGrams grams = far_grams(rig.q, rig.k, rig.v, tree);
   FarBases bases = solve_far_bases(grams, rig.w_o, true, true);
-  const auto shares = controller.exact_entries() / controller.entries().view({1, 1, tree.num_levels(), 1, 1});
+  const auto shares = controller.exact_entries() /
+                      controller.entries().view({1, 1, tree.num_levels(), 1, 1});
   int64_t partly = 0;
   for (int64_t level = 0; level < tree.num_levels(); ++level) {
     for (int64_t kind = 0; kind < 2; ++kind) {
       for (int64_t gate = 0; gate < controller.default_gates().size(0); ++gate) {
         RankTable table(1, rig.groups, tree.num_levels(), {rig.d, rig.d});
         for (int64_t group = 0; group < rig.groups; ++group) {
-          table.at(0, group, level) = {kind == 0 ? 8 : rig.d, kind == 0 ? rig.d : 8, controller.default_gates()[gate].to(at::kFloat).item<float>()};
+          table.at(0, group, level) = {
+              kind == 0 ? 8 : rig.d, kind == 0 ? rig.d : 8,
+              controller.default_gates()[gate].to(at::kFloat).item<float>()};
         }
-        const auto low = make_plan(tree, make_table_policy(table, "one level")->decide({0, 1, rig.heads, rig.groups, 0, rig.d, tree, {}, {}}), grams, bases);
-        const auto error = lowrank_attention(rig.q, rig.k, rig.v, low) - exact_attention(rig.q, rig.k, rig.v);
-        const auto expected = 0.5 * (error * g).unflatten(1, {rig.groups, -1}).sum(at::IntArrayRef{2, 4}).pow(2).sum(at::IntArrayRef{0, 2});  // [G]
-        const auto got = controller.gated_damage()[0].select(1, kind).select(1, level).select(1, 0).select(1, gate);
-        const auto ungated = controller.damage()[0].select(1, kind).select(1, level).select(1, 0);  // little is left of it at the lowest gate
-        EXPECT_TRUE(((got - expected).abs() <= 1e-3 * expected + 1e-5 * ungated).all().item<bool>()) << got << expected << ungated;
+        const auto low = make_plan(
+            tree,
+            make_table_policy(table, "one level")
+                ->decide({0, 1, rig.heads, rig.groups, 0, rig.d, tree, {}, {}}),
+            grams, bases);
+        const auto error = lowrank_attention(rig.q, rig.k, rig.v, low) -
+                           exact_attention(rig.q, rig.k, rig.v);
+        const auto expected = 0.5 * (error * g)
+                                        .unflatten(1, {rig.groups, -1})
+                                        .sum(at::IntArrayRef{2, 4})
+                                        .pow(2)
+                                        .sum(at::IntArrayRef{0, 2});  // [G]
+        const auto
+            got = controller.gated_damage()[0].select(1, kind).select(1, level).select(1, 0).select(
+                1, gate);
+        const auto ungated = controller.damage()[0].select(1, kind).select(1, level).select(
+            1, 0);  // little is left of it at the lowest gate
+        EXPECT_TRUE(((got - expected).abs() <= 1e-3 * expected + 1e-5 * ungated).all().item<bool>())
+            << got << expected << ungated;
         const int64_t heads = rig.heads / rig.groups;
         for (int64_t group = 0; group < rig.groups; ++group) {
-          const int64_t exact = low->exact.count(group * heads * rig.length, heads * rig.length, 0, rig.length);
+          const int64_t exact = low->exact.count(group * heads * rig.length, heads * rig.length, 0,
+                                                 rig.length);
           const double share = shares[0][group][level][kind == 0 ? 0 : 2][gate].item<double>();
-          EXPECT_NEAR(share, static_cast<double>(exact) / static_cast<double>(heads) / controller.entries()[0][level].item<double>(), 1e-12);
+          EXPECT_NEAR(share,
+                      static_cast<double>(exact) / static_cast<double>(heads) /
+                          controller.entries()[0][level].item<double>(),
+                      1e-12);
           partly += share > 0 && share < 1 ? 1 : 0;
         }
       }
@@ -545,7 +645,10 @@ TEST(FarBases, UpdatesComeCloseToSolutions) {
   const std::vector<Ranks> ranks(static_cast<size_t>(items), Ranks{16, 16});
   const PairGrams grams = far_grams(rig.q, rig.k, rig.v, tree);
   const auto error_of_bases = [&](FarBases bases) {
-    return (lowrank_attention(rig.q, rig.k, rig.v, make_plan(tree, ranks, grams, bases)) - exact).norm().item<double>() / exact.norm().item<double>();
+    return (lowrank_attention(rig.q, rig.k, rig.v, make_plan(tree, ranks, grams, bases)) - exact)
+               .norm()
+               .item<double>() /
+           exact.norm().item<double>();
   };
   const FarBases solved = solve_far_bases(grams, rig.w_o, true, true);
   EXPECT_EQ(solved.solves, 2 * items);
@@ -556,7 +659,8 @@ TEST(FarBases, UpdatesComeCloseToSolutions) {
   EXPECT_EQ(from_noise.solves, 0);
   EXPECT_GT(error_of_bases(from_noise), 1.3 * best) << "a random start must leave something to do";
   EXPECT_LT(error_of_bases(update_far_bases(grams, rig.w_o, ranks, noise, 8)), 1.1 * best);
-  const FarBases from_first = update_far_bases(grams, rig.w_o, ranks, first_pair_bases(grams, rig.w_o), 2);
+  const FarBases from_first = update_far_bases(grams, rig.w_o, ranks,
+                                               first_pair_bases(grams, rig.w_o), 2);
   EXPECT_EQ(from_first.updates, 2 * 2 * items);
   EXPECT_LT(error_of_bases(from_first), 1.1 * best);
 }

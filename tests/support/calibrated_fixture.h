@@ -1,10 +1,10 @@
 #pragma once
 
+#include <ATen/CPUGeneratorImpl.h>
+
 #include "models/causal_lm/config.h"
 #include "policy/calibration/calibration.h"
 #include "tests/models/training/training_fixture.h"
-
-#include <ATen/CPUGeneratorImpl.h>
 
 namespace drrl {
 
@@ -27,8 +27,10 @@ inline Calibration calibration() {
   c.tokens = 1000;
   c.ranks = {2, 4, 6};
   auto generator = at::make_generator<at::CPUGeneratorImpl>(3);
-  c.damage = at::tensor({8.0, 2.0, 0.5}, at::kDouble) * (1 + at::rand({2, kGroups, 2, 3, 1}, generator, at::kDouble)) * 1e-4;
-  c.bases = std::get<0>(at::linalg_qr(at::randn({2, kGroups, 2, kHeadDim, kHeadDim}, generator, at::kFloat)));
+  c.damage = at::tensor({8.0, 2.0, 0.5}, at::kDouble) *
+             (1 + at::rand({2, kGroups, 2, 3, 1}, generator, at::kDouble)) * 1e-4;
+  c.bases = std::get<0>(
+      at::linalg_qr(at::randn({2, kGroups, 2, kHeadDim, kHeadDim}, generator, at::kFloat)));
   return c;
 }
 
@@ -42,7 +44,8 @@ class CalibratedTraining : public TrainingTest {
     }
     auto generator = at::make_generator<at::CPUGeneratorImpl>(3);
     const at::Tensor words = at::randint(61, {12000}, generator, at::kLong);
-    prepare({words.const_data_ptr<int64_t>(), words.const_data_ptr<int64_t>() + words.numel()}, 11000, kSeqLen);
+    prepare({words.const_data_ptr<int64_t>(), words.const_data_ptr<int64_t>() + words.numel()},
+            11000, kSeqLen);
   }
 };
 

@@ -1,14 +1,15 @@
 #pragma once
 
-#include <gtest/gtest.h>
-
 #include <string>
+
+#include <gtest/gtest.h>
 
 #include "core/error.h"
 
 namespace drrl {
 
-/// The message of the Error of `kind` that `action` throws; a failure when it throws none, or something else.
+/// The message of the Error of `kind` that `action` throws; a failure when it throws none, or
+/// something else.
 template <typename Action>
 std::string error_of(ErrorKind kind, const Action& action) {
   try {

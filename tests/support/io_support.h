@@ -1,6 +1,5 @@
 #pragma once
 
-#include <gtest/gtest.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -12,6 +11,8 @@
 #include <iterator>
 #include <string>
 #include <vector>
+
+#include <gtest/gtest.h>
 
 #include "core/error.h"
 
@@ -77,7 +78,8 @@ void expect_error(ErrorKind kind, const std::vector<std::string>& fragments, con
   FAIL() << "threw nothing";
 }
 
-/// While it lives, no file of this process may grow beyond `bytes`: write() then fails as it does on a full disk.
+/// While it lives, no file of this process may grow beyond `bytes`: write() then fails as it does
+/// on a full disk.
 class FileSizeLimit {
  public:
   explicit FileSizeLimit(rlim_t bytes) {
@@ -101,8 +103,8 @@ class FileSizeLimit {
 
 /// Runs format_oracle.py with the Python that has torch, transformers and safetensors.
 inline void run_oracle(const std::string& arguments) {
-  const std::string command =
-      std::string("'") + DRRL_PYTHON + "' '" + DRRL_SOURCE_DIR + "/tests/support/format_oracle.py' " + arguments;
+  const std::string command = std::string("'") + DRRL_PYTHON + "' '" + DRRL_SOURCE_DIR +
+                              "/tests/support/format_oracle.py' " + arguments;
   ASSERT_EQ(std::system(command.c_str()), 0) << command;
 }
 

@@ -1,14 +1,15 @@
-// The main function of tests that run under mpirun. Every rank runs the same tests. After each test the ranks exchange their
-// failures: rank 0 prints those of the others, and a test that failed anywhere has failed everywhere.
-#include <gtest/gtest.h>
-#include <mpi.h>
-
+// The main function of tests that run under mpirun. Every rank runs the same tests. After each test
+// the ranks exchange their failures: rank 0 prints those of the others, and a test that failed
+// anywhere has failed everywhere.
 #include <cstdio>
 #include <cstdlib>
 #include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include <gtest/gtest.h>
+#include <mpi.h>
 
 namespace {
 
@@ -29,7 +30,8 @@ class MpiListener : public testing::EmptyTestEventListener {
   void OnTestPartResult(const testing::TestPartResult& result) override {
     if (result.failed()) {
       std::ostringstream text;
-      text << (result.file_name() ? result.file_name() : "unknown file") << ":" << result.line_number() << ": Failure\n"
+      text << (result.file_name() ? result.file_name() : "unknown file") << ":"
+           << result.line_number() << ": Failure\n"
            << result.message() << "\n";
       failures_ += text.str();
     }
@@ -48,12 +50,15 @@ class MpiListener : public testing::EmptyTestEventListener {
       total += one;
     }
     std::string all(static_cast<std::size_t>(total), '\0');
-    MPI_Gatherv(failures.data(), length, MPI_CHAR, all.data(), lengths.data(), offsets.data(), MPI_CHAR, 0, MPI_COMM_WORLD);
+    MPI_Gatherv(failures.data(), length, MPI_CHAR, all.data(), lengths.data(), offsets.data(),
+                MPI_CHAR, 0, MPI_COMM_WORLD);
     if (world_rank() == 0) {
       for (std::size_t rank = 1; rank < lengths.size(); ++rank) {
         if (lengths[rank] > 0) {
           std::printf("[ rank %2zu  ] %s\n", rank,
-                      all.substr(static_cast<std::size_t>(offsets[rank]), static_cast<std::size_t>(lengths[rank])).c_str());
+                      all.substr(static_cast<std::size_t>(offsets[rank]),
+                                 static_cast<std::size_t>(lengths[rank]))
+                          .c_str());
         }
       }
       std::fflush(stdout);

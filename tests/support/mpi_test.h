@@ -1,17 +1,18 @@
 #pragma once
 
+#include <cstdlib>
+#include <string>
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <mpi.h>
-
-#include <cstdlib>
-#include <string>
 
 #include "tests/support/error_of.h"
 
 namespace drrl {
 
-/// Fixture of tests that run under mpirun: it fails unless the world has the size that the test was registered for.
+/// Fixture of tests that run under mpirun: it fails unless the world has the size that the test was
+/// registered for.
 class MpiTest : public testing::Test {
  protected:
   void SetUp() override {

@@ -1,10 +1,9 @@
-#include "models/ops/cuda/fused_ops_kernel.h"
-
 #include <algorithm>
 #include <initializer_list>
 
 #include "core/cuda/numbers.h"
 #include "models/ops/cpu_loops.h"
+#include "models/ops/cuda/fused_ops_kernel.h"
 
 namespace drrl::cuda {
 namespace {
@@ -12,7 +11,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kRowThreads = 1024;  // for rows as long as a vocabulary
 constexpr int64_t kMostStripes = 1024;
-constexpr int64_t kSharedBytes = 40 * 1024;  // of the 48 KiB that every device gives without being asked
+constexpr int64_t kSharedBytes = 40 *
+                                 1024;  // of the 48 KiB that every device gives without being asked
 
 using loops::Acc;  // what a dtype is computed in
 
@@ -30,7 +30,8 @@ __device__ void store(T* to, const Pack<T, N>& pack) {
   *reinterpret_cast<Pack<T, N>*>(to) = pack;
 }
 
-// The sum, or the largest, of one value a thread, known to all threads. `scratch` holds one value a warp.
+// The sum, or the largest, of one value a thread, known to all threads. `scratch` holds one value a
+// warp.
 struct Sum {
   template <typename A>
   __device__ A operator()(A a, A b) const {
@@ -61,8 +62,9 @@ __device__ A reduce(A value, A none, A* scratch, Combine combine) {
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) rms_norm(const T* __restrict__ x, const Acc<T>* __restrict__ weight, T* __restrict__ y, Acc<T>* __restrict__ rstd,
-                                                      int64_t n, double eps) {
+__global__ void __launch_bounds__(kThreads)
+    rms_norm(const T* __restrict__ x, const Acc<T>* __restrict__ weight, T* __restrict__ y,
+             Acc<T>* __restrict__ rstd, int64_t n, double eps) {
   using A = Acc<T>;
   __shared__ A scratch[32];
   const int64_t row = blockIdx.x;
@@ -74,7 +76,8 @@ __global__ void __launch_bounds__(kThreads) rms_norm(const T* __restrict__ x, co
       square += widen(a.at[j]) * widen(a.at[j]);
     }
   }
-  const A r = rsqrt(reduce<kThreads>(square, A(0), scratch, Sum()) / static_cast<A>(n) + static_cast<A>(eps));
+  const A r = rsqrt(reduce<kThreads>(square, A(0), scratch, Sum()) / static_cast<A>(n) +
+                    static_cast<A>(eps));
   if (threadIdx.x == 0) {
     rstd[row] = r;
   }
@@ -88,9 +91,10 @@ __global__ void __launch_bounds__(kThreads) rms_norm(const T* __restrict__ x, co
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) rms_norm_backward(const T* __restrict__ dy, const T* __restrict__ dh, const T* __restrict__ x,
-                                                               const Acc<T>* __restrict__ weight, const Acc<T>* __restrict__ rstd, T* __restrict__ dx,
-                                                               Acc<T>* __restrict__ d_weight, int64_t rows, int64_t n) {
+__global__ void __launch_bounds__(kThreads)
+    rms_norm_backward(const T* __restrict__ dy, const T* __restrict__ dh, const T* __restrict__ x,
+                      const Acc<T>* __restrict__ weight, const Acc<T>* __restrict__ rstd,
+                      T* __restrict__ dx, Acc<T>* __restrict__ d_weight, int64_t rows, int64_t n) {
   using A = Acc<T>;
   extern __shared__ __align__(16) unsigned char shared[];
   A* own = reinterpret_cast<A*>(shared);  // [n], each element of one thread
@@ -136,15 +140,18 @@ __global__ void __launch_bounds__(kThreads) rms_norm_backward(const T* __restric
 
 // One block a token.
 template <typename T, int N, bool Backward>
-__global__ void __launch_bounds__(kThreads) rope_split(T* __restrict__ qkv, const float* __restrict__ cos, const float* __restrict__ sin, OpHeads q, OpHeads k,
-                                                        OpHeads v, int64_t length, int64_t d) {
+__global__ void __launch_bounds__(kThreads)
+    rope_split(T* __restrict__ qkv, const float* __restrict__ cos, const float* __restrict__ sin,
+               OpHeads q, OpHeads k, OpHeads v, int64_t length, int64_t d) {
   const int64_t token = blockIdx.x, b = token / length, t = token % length;
   const int half = static_cast<int>(d / 2), packs = half / N;
   const int heads = static_cast<int>(q.heads + k.heads + v.heads);
   for (int item = static_cast<int>(threadIdx.x); item < heads * packs; item += kThreads) {
     const int head = item / packs, i = item % packs * N;
     const OpHeads& of = head < q.heads ? q : head < q.heads + k.heads ? k : v;
-    const int64_t own = head < q.heads ? head : head < q.heads + k.heads ? head - q.heads : head - q.heads - k.heads;
+    const int64_t own = head < q.heads             ? head
+                        : head < q.heads + k.heads ? head - q.heads
+                                                   : head - q.heads - k.heads;
     T* in_row = qkv + (token * heads + head) * d + i;
     T* in_head = static_cast<T*>(of.data) + b * of.batch + own * of.head + t * of.token + i;
     const T* from = Backward ? in_head : in_row;
@@ -153,7 +160,8 @@ __global__ void __launch_bounds__(kThreads) rope_split(T* __restrict__ qkv, cons
     if (head < q.heads + k.heads) {
       for (int j = 0; j < N; ++j) {
         using A = Acc<T>;
-        const A c = cos[t * half + i + j], s = Backward ? -sin[t * half + i + j] : sin[t * half + i + j];
+        const A c = cos[t * half + i + j],
+                s = Backward ? -sin[t * half + i + j] : sin[t * half + i + j];
         const A first = widen(x.at[j]), second = widen(y.at[j]);
         x.at[j] = narrow<T>(first * c - second * s);
         y.at[j] = narrow<T>(second * c + first * s);
@@ -165,9 +173,11 @@ __global__ void __launch_bounds__(kThreads) rope_split(T* __restrict__ qkv, cons
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) swiglu(const T* __restrict__ gate_up, T* __restrict__ y, int64_t packs, int64_t n) {
+__global__ void __launch_bounds__(kThreads)
+    swiglu(const T* __restrict__ gate_up, T* __restrict__ y, int64_t packs, int64_t n) {
   using A = Acc<T>;
-  for (int64_t p = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; p < packs; p += static_cast<int64_t>(gridDim.x) * kThreads) {
+  for (int64_t p = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; p < packs;
+       p += static_cast<int64_t>(gridDim.x) * kThreads) {
     const int64_t row = p * N / n, i = p * N % n;
     auto gate = load<T, N>(gate_up + row * 2 * n + i);
     const auto up = load<T, N>(gate_up + row * 2 * n + n + i);
@@ -180,12 +190,15 @@ __global__ void __launch_bounds__(kThreads) swiglu(const T* __restrict__ gate_up
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) swiglu_backward(const T* __restrict__ gate_up, const T* __restrict__ dy, T* __restrict__ d_gate_up, T* __restrict__ y,
-                                                             int64_t packs, int64_t n) {
+__global__ void __launch_bounds__(kThreads)
+    swiglu_backward(const T* __restrict__ gate_up, const T* __restrict__ dy,
+                    T* __restrict__ d_gate_up, T* __restrict__ y, int64_t packs, int64_t n) {
   using A = Acc<T>;
-  for (int64_t p = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; p < packs; p += static_cast<int64_t>(gridDim.x) * kThreads) {
+  for (int64_t p = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; p < packs;
+       p += static_cast<int64_t>(gridDim.x) * kThreads) {
     const int64_t row = p * N / n, i = p * N % n;
-    const auto gate = load<T, N>(gate_up + row * 2 * n + i), up = load<T, N>(gate_up + row * 2 * n + n + i), g = load<T, N>(dy + row * n + i);
+    const auto gate = load<T, N>(gate_up + row * 2 * n + i),
+               up = load<T, N>(gate_up + row * 2 * n + n + i), g = load<T, N>(dy + row * n + i);
     Pack<T, N> d_gate, d_up, out;
     for (int j = 0; j < N; ++j) {
       const A a = widen(gate.at[j]), u = widen(up.at[j]), dyj = widen(g.at[j]);
@@ -201,7 +214,9 @@ __global__ void __launch_bounds__(kThreads) swiglu_backward(const T* __restrict_
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kRowThreads) exp_rows(T* __restrict__ x, int64_t stride, Acc<T>* __restrict__ max, Acc<T>* __restrict__ sum, int64_t n) {
+__global__ void __launch_bounds__(kRowThreads)
+    exp_rows(T* __restrict__ x, int64_t stride, Acc<T>* __restrict__ max, Acc<T>* __restrict__ sum,
+             int64_t n) {
   using A = Acc<T>;
   __shared__ A scratch[32];
   T* row = x + blockIdx.x * stride;
@@ -230,7 +245,8 @@ __global__ void __launch_bounds__(kRowThreads) exp_rows(T* __restrict__ x, int64
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kRowThreads) scale_rows(T* __restrict__ x, int64_t stride, const Acc<T>* __restrict__ factor, int64_t n) {
+__global__ void __launch_bounds__(kRowThreads)
+    scale_rows(T* __restrict__ x, int64_t stride, const Acc<T>* __restrict__ factor, int64_t n) {
   T* row = x + blockIdx.x * stride;
   const Acc<T> f = factor[blockIdx.x];
   for (int64_t i = threadIdx.x * N; i < n; i += kRowThreads * N) {
@@ -242,14 +258,19 @@ __global__ void __launch_bounds__(kRowThreads) scale_rows(T* __restrict__ x, int
   }
 }
 
-// f<T, N>() for the element, with N neighbours in 16 bytes if all counts of elements are multiples of N and all pointers are at such bytes, else with N = 1.
+// f<T, N>() for the element, with N neighbours in 16 bytes if all counts of elements are multiples
+// of N and all pointers are at such bytes, else with N = 1.
 template <typename F>
-cudaError_t with_pack(OpElement element, std::initializer_list<int64_t> counts, std::initializer_list<const void*> pointers, F f) {
+cudaError_t with_pack(OpElement element, std::initializer_list<int64_t> counts,
+                      std::initializer_list<const void*> pointers, F f) {
   const auto typed = [&](auto zero) {
     using T = decltype(zero);
     constexpr int kNeighbours = 16 / sizeof(T);
-    const bool packed = std::all_of(counts.begin(), counts.end(), [](int64_t n) { return n % kNeighbours == 0; }) &&
-                        std::all_of(pointers.begin(), pointers.end(), [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
+    const bool packed = std::all_of(counts.begin(), counts.end(),
+                                    [](int64_t n) { return n % kNeighbours == 0; }) &&
+                        std::all_of(pointers.begin(), pointers.end(), [](const void* p) {
+                          return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+                        });
     if (packed) {
       f(zero, std::integral_constant<int, kNeighbours>());
     } else {
@@ -264,73 +285,100 @@ cudaError_t with_pack(OpElement element, std::initializer_list<int64_t> counts, 
   return cudaGetLastError();
 }
 
-int64_t accumulator_bytes(OpElement element) { return element == OpElement::kDouble ? 8 : 4; }
+int64_t accumulator_bytes(OpElement element) {
+  return element == OpElement::kDouble ? 8 : 4;
+}
 
-unsigned blocks_for(int64_t threads) { return static_cast<unsigned>(std::min<int64_t>((threads + kThreads - 1) / kThreads, 1 << 20)); }
+unsigned blocks_for(int64_t threads) {
+  return static_cast<unsigned>(std::min<int64_t>((threads + kThreads - 1) / kThreads, 1 << 20));
+}
 
 }  // namespace
 
-cudaError_t launch_rms_norm(OpElement element, const void* x, const void* weight, void* y, void* rstd, int64_t rows, int64_t n, double eps, cudaStream_t stream) {
+cudaError_t launch_rms_norm(OpElement element, const void* x, const void* weight, void* y,
+                            void* rstd, int64_t rows, int64_t n, double eps, cudaStream_t stream) {
   return with_pack(element, {n}, {x, y}, [&](auto zero, auto width) {
     using T = decltype(zero);
-    rms_norm<T, width.value><<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(static_cast<const T*>(x), static_cast<const Acc<T>*>(weight), static_cast<T*>(y),
-                                                                           static_cast<Acc<T>*>(rstd), n, eps);
+    rms_norm<T, width.value><<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(
+        static_cast<const T*>(x), static_cast<const Acc<T>*>(weight), static_cast<T*>(y),
+        static_cast<Acc<T>*>(rstd), n, eps);
   });
 }
 
-int64_t norm_stripes(int64_t rows) { return std::min(rows, kMostStripes); }
-int64_t longest_norm_row(OpElement element) { return kSharedBytes / accumulator_bytes(element); }
+int64_t norm_stripes(int64_t rows) {
+  return std::min(rows, kMostStripes);
+}
+int64_t longest_norm_row(OpElement element) {
+  return kSharedBytes / accumulator_bytes(element);
+}
 
-cudaError_t launch_rms_norm_backward(OpElement element, const void* dy, const void* dh, const void* x, const void* weight, const void* rstd, void* dx,
+cudaError_t launch_rms_norm_backward(OpElement element, const void* dy, const void* dh,
+                                     const void* x, const void* weight, const void* rstd, void* dx,
                                      void* d_weight, int64_t rows, int64_t n, cudaStream_t stream) {
   return with_pack(element, {n}, {dy, dh, x, dx}, [&](auto zero, auto width) {
     using T = decltype(zero);
     using A = Acc<T>;
-    rms_norm_backward<T, width.value><<<static_cast<unsigned>(norm_stripes(rows)), kThreads, static_cast<size_t>(n * accumulator_bytes(element)), stream>>>(
-        static_cast<const T*>(dy), static_cast<const T*>(dh), static_cast<const T*>(x), static_cast<const A*>(weight), static_cast<const A*>(rstd),
-        static_cast<T*>(dx), static_cast<A*>(d_weight), rows, n);
+    rms_norm_backward<T, width.value>
+        <<<static_cast<unsigned>(norm_stripes(rows)), kThreads,
+           static_cast<size_t>(n * accumulator_bytes(element)), stream>>>(
+            static_cast<const T*>(dy), static_cast<const T*>(dh), static_cast<const T*>(x),
+            static_cast<const A*>(weight), static_cast<const A*>(rstd), static_cast<T*>(dx),
+            static_cast<A*>(d_weight), rows, n);
   });
 }
 
-cudaError_t launch_rope_split(OpElement element, bool backward, void* qkv, const float* cos, const float* sin, OpHeads q, OpHeads k, OpHeads v, int64_t tokens,
+cudaError_t launch_rope_split(OpElement element, bool backward, void* qkv, const float* cos,
+                              const float* sin, OpHeads q, OpHeads k, OpHeads v, int64_t tokens,
                               int64_t length, int64_t d, cudaStream_t stream) {
-  return with_pack(element, {d / 2, q.batch, q.head, q.token, k.batch, k.head, k.token, v.batch, v.head, v.token}, {qkv, q.data, k.data, v.data},
-                   [&](auto zero, auto width) {
-                     using T = decltype(zero);
-                     const auto kernel = backward ? rope_split<T, width.value, true> : rope_split<T, width.value, false>;
-                     kernel<<<static_cast<unsigned>(tokens), kThreads, 0, stream>>>(static_cast<T*>(qkv), cos, sin, q, k, v, length, d);
-                   });
+  return with_pack(
+      element,
+      {d / 2, q.batch, q.head, q.token, k.batch, k.head, k.token, v.batch, v.head, v.token},
+      {qkv, q.data, k.data, v.data}, [&](auto zero, auto width) {
+        using T = decltype(zero);
+        const auto kernel = backward ? rope_split<T, width.value, true>
+                                     : rope_split<T, width.value, false>;
+        kernel<<<static_cast<unsigned>(tokens), kThreads, 0, stream>>>(static_cast<T*>(qkv), cos,
+                                                                       sin, q, k, v, length, d);
+      });
 }
 
-cudaError_t launch_swiglu(OpElement element, const void* gate_up, void* y, int64_t rows, int64_t n, cudaStream_t stream) {
+cudaError_t launch_swiglu(OpElement element, const void* gate_up, void* y, int64_t rows, int64_t n,
+                          cudaStream_t stream) {
   return with_pack(element, {n}, {gate_up, y}, [&](auto zero, auto width) {
     using T = decltype(zero);
     const int64_t packs = rows * n / width.value;
-    swiglu<T, width.value><<<blocks_for(packs), kThreads, 0, stream>>>(static_cast<const T*>(gate_up), static_cast<T*>(y), packs, n);
+    swiglu<T, width.value><<<blocks_for(packs), kThreads, 0, stream>>>(
+        static_cast<const T*>(gate_up), static_cast<T*>(y), packs, n);
   });
 }
 
-cudaError_t launch_swiglu_backward(OpElement element, const void* gate_up, const void* dy, void* d_gate_up, void* y, int64_t rows, int64_t n, cudaStream_t stream) {
+cudaError_t launch_swiglu_backward(OpElement element, const void* gate_up, const void* dy,
+                                   void* d_gate_up, void* y, int64_t rows, int64_t n,
+                                   cudaStream_t stream) {
   return with_pack(element, {n}, {gate_up, dy, d_gate_up, y}, [&](auto zero, auto width) {
     using T = decltype(zero);
     const int64_t packs = rows * n / width.value;
-    swiglu_backward<T, width.value><<<blocks_for(packs), kThreads, 0, stream>>>(static_cast<const T*>(gate_up), static_cast<const T*>(dy), static_cast<T*>(d_gate_up),
-                                                                        static_cast<T*>(y), packs, n);
+    swiglu_backward<T, width.value><<<blocks_for(packs), kThreads, 0, stream>>>(
+        static_cast<const T*>(gate_up), static_cast<const T*>(dy), static_cast<T*>(d_gate_up),
+        static_cast<T*>(y), packs, n);
   });
 }
 
-cudaError_t launch_exp_rows(OpElement element, void* x, int64_t stride, void* max, void* sum, int64_t rows, int64_t n, cudaStream_t stream) {
+cudaError_t launch_exp_rows(OpElement element, void* x, int64_t stride, void* max, void* sum,
+                            int64_t rows, int64_t n, cudaStream_t stream) {
   return with_pack(element, {n, stride}, {x}, [&](auto zero, auto width) {
     using T = decltype(zero);
-    exp_rows<T, width.value>
-        <<<static_cast<unsigned>(rows), kRowThreads, 0, stream>>>(static_cast<T*>(x), stride, static_cast<Acc<T>*>(max), static_cast<Acc<T>*>(sum), n);
+    exp_rows<T, width.value><<<static_cast<unsigned>(rows), kRowThreads, 0, stream>>>(
+        static_cast<T*>(x), stride, static_cast<Acc<T>*>(max), static_cast<Acc<T>*>(sum), n);
   });
 }
 
-cudaError_t launch_scale_rows(OpElement element, void* x, int64_t stride, const void* factor, int64_t rows, int64_t n, cudaStream_t stream) {
+cudaError_t launch_scale_rows(OpElement element, void* x, int64_t stride, const void* factor,
+                              int64_t rows, int64_t n, cudaStream_t stream) {
   return with_pack(element, {n, stride}, {x}, [&](auto zero, auto width) {
     using T = decltype(zero);
-    scale_rows<T, width.value><<<static_cast<unsigned>(rows), kRowThreads, 0, stream>>>(static_cast<T*>(x), stride, static_cast<const Acc<T>*>(factor), n);
+    scale_rows<T, width.value><<<static_cast<unsigned>(rows), kRowThreads, 0, stream>>>(
+        static_cast<T*>(x), stride, static_cast<const Acc<T>*>(factor), n);
   });
 }
 

@@ -1,4 +1,5 @@
-// Files and folders as core/io/file_io.h writes them: what is replaced, what is not, and who may write where.
+// Files and folders as core/io/file_io.h writes them: what is replaced, what is not, and who may
+// write where.
 #include "core/io/file_io.h"
 
 #include <fcntl.h>
@@ -42,14 +43,16 @@ TEST(FileWriter, FollowsLinks) {
   fs::create_symlink(folder / "far/new", folder / "to nothing yet");
   write_text(folder / "two", "new");
   write_text(folder / "to nothing yet", "made");
-  EXPECT_TRUE(fs::is_symlink(folder / "one") && fs::is_symlink(folder / "two") && fs::is_symlink(folder / "to nothing yet"));
+  EXPECT_TRUE(fs::is_symlink(folder / "one") && fs::is_symlink(folder / "two") &&
+              fs::is_symlink(folder / "to nothing yet"));
   EXPECT_EQ(read_bytes(folder / "far/real"), "new");
   EXPECT_EQ(read_bytes(folder / "far/new"), "made");
   EXPECT_EQ(listing(folder / "far"), (std::vector<std::string>{"new", "real"}));
   fs::create_symlink("loop", folder / "loop");
   expect_error(ErrorKind::kStorage, {"loop", "cannot write"}, [&] { FileWriter(folder / "loop"); });
   expect_error(ErrorKind::kStorage, {"far", "is a folder"}, [&] { FileWriter(folder / "far"); });
-  expect_error(ErrorKind::kStorage, {"expected the name of a file"}, [&] { FileWriter(folder.path() / ""); });
+  expect_error(ErrorKind::kStorage, {"expected the name of a file"},
+               [&] { FileWriter(folder.path() / ""); });
 }
 
 TEST(FileWriter, WritesIntoPipesAndDevices) {
@@ -66,7 +69,8 @@ TEST(FileWriter, WritesIntoPipesAndDevices) {
   EXPECT_STREQ(text, "through");
   ::close(reader);
   EXPECT_TRUE(fs::is_fifo(pipe));
-  expect_error(ErrorKind::kStorage, {"/dev/full", "No space left"}, [] { write_text("/dev/full", "x"); });
+  expect_error(ErrorKind::kStorage, {"/dev/full", "No space left"},
+               [] { write_text("/dev/full", "x"); });
   if (mknod((folder / "null").c_str(), S_IFCHR | 0666, makedev(1, 3)) == 0) {
     write_text(folder / "null", "x");
     EXPECT_TRUE(fs::is_character_file(folder / "null"));
@@ -97,7 +101,9 @@ TEST(FileWriter, WhatItsReaderRefusesReplacesNothing) {
     EXPECT_EQ(read_bytes(written), "new");
     raise(ErrorKind::kModel, written, " holds a new thing");
   };
-  expect_error(ErrorKind::kModel, {"was not written", "\"" + file.string() + "\" holds a new thing"}, [&] { write_text(file, "new", refuse); });
+  expect_error(ErrorKind::kModel,
+               {"was not written", "\"" + file.string() + "\" holds a new thing"},
+               [&] { write_text(file, "new", refuse); });
   EXPECT_EQ(read_bytes(file), "old");
   EXPECT_EQ(listing(folder.path()), std::vector<std::string>{"file"});
 }
@@ -128,11 +134,15 @@ TEST(CheckWritable, LeavesNoTrace) {
   check_writable(folder / "new");
   check_writable_folder(folder.path());
   check_writable_folder(folder / "new/deep/er/");
-  expect_error(ErrorKind::kStorage, {"No such file or directory"}, [&] { check_writable(folder / "no/file"); });
+  expect_error(ErrorKind::kStorage, {"No such file or directory"},
+               [&] { check_writable(folder / "no/file"); });
   expect_error(ErrorKind::kStorage, {"is a folder"}, [&] { check_writable(folder.path()); });
-  expect_error(ErrorKind::kStorage, {"file\" is not a folder"}, [&] { check_writable_folder(folder / "file/deep/er"); });
-  expect_error(ErrorKind::kStorage, {"link\" is a link to nothing"}, [&] { check_writable_folder(folder / "link/deep/er"); });
-  expect_error(ErrorKind::kStorage, {"cannot create"}, [&] { check_writable_folder("/proc/deep/er"); });
+  expect_error(ErrorKind::kStorage, {"file\" is not a folder"},
+               [&] { check_writable_folder(folder / "file/deep/er"); });
+  expect_error(ErrorKind::kStorage, {"link\" is a link to nothing"},
+               [&] { check_writable_folder(folder / "link/deep/er"); });
+  expect_error(ErrorKind::kStorage, {"cannot create"},
+               [&] { check_writable_folder("/proc/deep/er"); });
   EXPECT_EQ(listing(folder.path()), (std::vector<std::string>{"file", "link"}));
   EXPECT_EQ(read_bytes(folder / "file"), "kept");
 }
@@ -156,9 +166,11 @@ TEST(FolderLock, ASecondOneIsToldOfTheFirst) {
     const FolderLock lock(output, "--output", ignore);
     const std::string me = "process " + std::to_string(getpid()) + " on ";
     die_after([&] {
-      expect_error(ErrorKind::kStorage, {output.string(), me, " since 20", "--output"}, [&] { FolderLock(output, "--output", ignore); });
+      expect_error(ErrorKind::kStorage, {output.string(), me, " since 20", "--output"},
+                   [&] { FolderLock(output, "--output", ignore); });
     });
-    EXPECT_TRUE(read_bytes(output / ".lock").starts_with(me)) << "who was refused has changed nothing";
+    EXPECT_TRUE(read_bytes(output / ".lock").starts_with(me))
+        << "who was refused has changed nothing";
   }
   EXPECT_NO_THROW(FolderLock(output, "--output", ignore));
 }
@@ -182,7 +194,8 @@ TEST(FolderLock, WithoutLocksItWarnsAndGoesOn) {
   write_bytes(folder / ".file.tmp-1", "perhaps of a live writer");
   takes_locks = false;
   std::string said;
-  EXPECT_NO_THROW(FolderLock(folder.path(), "--output", [&](const std::string& text) { said = text; }));
+  EXPECT_NO_THROW(
+      FolderLock(folder.path(), "--output", [&](const std::string& text) { said = text; }));
   write_text(folder / "file", "x");
   takes_locks = true;
   EXPECT_NE(said.find("takes no locks (No locks available)"), std::string::npos) << said;

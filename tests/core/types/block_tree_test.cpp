@@ -1,15 +1,17 @@
 #include "core/types/block_tree.h"
 
-#include <gtest/gtest.h>
-
 #include <vector>
+
+#include <gtest/gtest.h>
 
 namespace drrl {
 namespace {
 
-// Every (query, key <= query) must be covered exactly once by sinks, own block or one far pair, and nothing else may be.
+// Every (query, key <= query) must be covered exactly once by sinks, own block or one far pair, and
+// nothing else may be.
 void expect_exact_cover(int64_t length, Geometry geometry) {
-  SCOPED_TRACE(::testing::Message() << "L = " << length << ", B = " << geometry.near_block << ", s = " << geometry.sink_tokens);
+  SCOPED_TRACE(::testing::Message() << "L = " << length << ", B = " << geometry.near_block
+                                    << ", s = " << geometry.sink_tokens);
   const BlockTree tree(length, geometry);
   std::vector<std::vector<int>> covered(length, std::vector<int>(length, 0));
   for (int64_t t = 0; t < length; ++t) {
@@ -17,7 +19,8 @@ void expect_exact_cover(int64_t length, Geometry geometry) {
       ++covered[t][j];
     }
     if (t >= tree.sinks()) {
-      const int64_t begin = tree.sinks() + (t - tree.sinks()) / geometry.near_block * geometry.near_block;
+      const int64_t begin = tree.sinks() +
+                            (t - tree.sinks()) / geometry.near_block * geometry.near_block;
       for (int64_t j = begin; j <= t; ++j) {
         ++covered[t][j];
       }
@@ -47,7 +50,8 @@ void expect_exact_cover(int64_t length, Geometry geometry) {
 TEST(BlockTree, CoversEveryVisiblePairOnce) {
   for (const int64_t block : {1, 3, 8, 16}) {
     for (const int64_t sinks : {0, 1, 4}) {
-      for (const int64_t length : {1, 2, 4, 5, 8, 9, 16, 17, 20, 21, 31, 32, 33, 63, 64, 65, 68, 69, 100, 128, 132}) {
+      for (const int64_t length :
+           {1, 2, 4, 5, 8, 9, 16, 17, 20, 21, 31, 32, 33, 63, 64, 65, 68, 69, 100, 128, 132}) {
         expect_exact_cover(length, {block, sinks});
       }
     }

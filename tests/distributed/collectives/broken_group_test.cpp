@@ -1,5 +1,6 @@
 // Groups that break: what their members are told, and that other groups still work.
 #include <chrono>
+
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include "distributed/mpi/mpi_group.h"
@@ -14,7 +15,9 @@ using testing::HasSubstr;
 
 class BrokenGroup : public MpiTest {
  protected:
-  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
+  double seconds() const {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
 
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
@@ -30,13 +33,16 @@ TEST_F(BrokenGroup, TimeoutNamesRankGroupOperationNumberAndAge) {
   Pending first = group.all_reduce_async(x);
   Pending second = group.all_reduce_async(y, ReduceOp::kMax);
   const std::string message = error_of(ErrorKind::kCommunication, [&] { first.wait(); });
-  EXPECT_THAT(message, AllOf(HasSubstr(c10::str("world rank ", rank_, ", group 'lonely' (rank ", rank_, " of ", size_)),
-                             HasSubstr("all_reduce(sum) of 1000 x Float #2"), HasSubstr("within 400 ms"), HasSubstr("age 4")));
+  EXPECT_THAT(message, AllOf(HasSubstr(c10::str("world rank ", rank_, ", group 'lonely' (rank ",
+                                                rank_, " of ", size_)),
+                             HasSubstr("all_reduce(sum) of 1000 x Float #2"),
+                             HasSubstr("within 400 ms"), HasSubstr("age 4")));
   EXPECT_GE(seconds(), 0.39);
   EXPECT_LT(seconds(), 5);
   // What was queued behind it, and what comes later, fails at once and says why.
-  EXPECT_THAT(error_of(ErrorKind::kCommunication, [&] { second.wait(); }),
-              AllOf(HasSubstr("all_reduce(max) of 7 x Float #3"), HasSubstr("#2 did not complete")));
+  EXPECT_THAT(
+      error_of(ErrorKind::kCommunication, [&] { second.wait(); }),
+      AllOf(HasSubstr("all_reduce(max) of 7 x Float #3"), HasSubstr("#2 did not complete")));
   const double before = seconds();
   EXPECT_THAT(error_of(ErrorKind::kCommunication, [&] { group.barrier(); }),
               AllOf(HasSubstr("barrier #4"), HasSubstr("is broken")));
@@ -55,7 +61,8 @@ TEST_F(BrokenGroup, AReceiveThatNobodyAnswersTimesOut) {
   at::Tensor x = at::empty({3}, at::kLong);
   EXPECT_THAT(
       error_of(ErrorKind::kCommunication, [&] { group.receive(x, (rank_ + 1) % size_); }),
-      AllOf(HasSubstr("group 'silent'"), HasSubstr(c10::str("receive of 3 x Long from rank ", (rank_ + 1) % size_, " #1"))));
+      AllOf(HasSubstr("group 'silent'"),
+            HasSubstr(c10::str("receive of 3 x Long from rank ", (rank_ + 1) % size_, " #1"))));
 }
 
 TEST_F(BrokenGroup, AShortMessageIsNoticed) {
@@ -64,7 +71,8 @@ TEST_F(BrokenGroup, AShortMessageIsNoticed) {
     group.send(at::ones({2}), 1);
   } else if (rank_ == 1) {
     at::Tensor x = at::zeros({5});
-    EXPECT_THAT(error_of(ErrorKind::kCommunication, [&] { group.receive(x, 0); }), HasSubstr("got only 2 elements"));
+    EXPECT_THAT(error_of(ErrorKind::kCommunication, [&] { group.receive(x, 0); }),
+                HasSubstr("got only 2 elements"));
   }
 }
 
@@ -91,8 +99,8 @@ TEST_F(BrokenGroup, TheIdleThreadBurnsNoCore) {
   clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &before);
   group.barrier();
   clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &after);
-  const double burnt =
-      static_cast<double>(after.tv_sec - before.tv_sec) + 1e-9 * static_cast<double>(after.tv_nsec - before.tv_nsec);
+  const double burnt = static_cast<double>(after.tv_sec - before.tv_sec) +
+                       1e-9 * static_cast<double>(after.tv_nsec - before.tv_nsec);
   EXPECT_LT(burnt, 0.2);
 }
 

@@ -1,5 +1,5 @@
-// Every collective of Group and of the Open MPI backend, on every dtype, against results worked out from the inputs of all
-// ranks.
+// Every collective of Group and of the Open MPI backend, on every dtype, against results worked out
+// from the inputs of all ranks.
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include "distributed/collectives/agreement.h"
@@ -16,7 +16,8 @@ using testing::HasSubstr;
 
 constexpr milliseconds kTimeout(20000);
 const auto kReducedTypes = {at::kFloat, at::kDouble, at::kBFloat16, at::kInt, at::kLong, at::kByte};
-const auto kMovedTypes = {at::kFloat, at::kDouble, at::kBFloat16, at::kInt, at::kLong, at::kByte, at::kHalf, at::kBool};
+const auto kMovedTypes = {at::kFloat, at::kDouble, at::kBFloat16, at::kInt,
+                          at::kLong,  at::kByte,   at::kHalf,     at::kBool};
 
 // Limits that force a path: messages split at 5 elements, rings from the first byte on.
 struct Limits {
@@ -46,7 +47,9 @@ class Collectives : public MpiTest, public testing::WithParamInterface<Limits> {
     const auto options = c10::make_intrusive<MpiOptions>(name, timeout);
     options->max_elements = GetParam().max_elements;
     options->ring_bytes = GetParam().ring_bytes;
-    return Group(name, make_process_group(c10::make_intrusive<MpiBackend>(MpiCommunicator::duplicate(MPI_COMM_WORLD), options)),
+    return Group(name,
+                 make_process_group(c10::make_intrusive<MpiBackend>(
+                     MpiCommunicator::duplicate(MPI_COMM_WORLD), options)),
                  timeout);
   }
 
@@ -55,7 +58,9 @@ class Collectives : public MpiTest, public testing::WithParamInterface<Limits> {
     const at::Tensor index = at::arange(elements, at::kLong);
     return ((index * 7 + rank * 3).remainder(11) + rank).to(dtype);
   }
-  at::Tensor input(int64_t elements, at::ScalarType dtype) const { return input(rank_, elements, dtype); }
+  at::Tensor input(int64_t elements, at::ScalarType dtype) const {
+    return input(rank_, elements, dtype);
+  }
 
   at::Tensor sum_of_inputs(int64_t elements, at::ScalarType dtype) const {
     at::Tensor sum = at::zeros({elements}, at::kLong);
@@ -65,8 +70,11 @@ class Collectives : public MpiTest, public testing::WithParamInterface<Limits> {
     return sum.to(dtype);
   }
 
-  // Fewer elements than ranks, odd counts, and one above the size from which an all-reduce is a ring (too many pieces of five).
-  static std::vector<int64_t> sizes() { return {1, 2, 7, 103, GetParam().max_elements > 5 ? 70001 : 201}; }
+  // Fewer elements than ranks, odd counts, and one above the size from which an all-reduce is a
+  // ring (too many pieces of five).
+  static std::vector<int64_t> sizes() {
+    return {1, 2, 7, 103, GetParam().max_elements > 5 ? 70001 : 201};
+  }
   static int64_t large() { return sizes().back(); }
 
   // Through c10d, beneath Group: what Group does not offer or leaves out.
@@ -110,7 +118,8 @@ TEST_P(Collectives, AllReduceIsAccurateAndBitEqualOnAllRanks) {
   at::Tensor exact = at::zeros({elements}, at::kDouble);
   at::Tensor x;
   for (int64_t rank = 0; rank < size_; ++rank) {
-    const at::Tensor one = at::randn({elements}, at::detail::createCPUGenerator(static_cast<uint64_t>(rank) + 1), at::kFloat);
+    const at::Tensor one = at::randn(
+        {elements}, at::detail::createCPUGenerator(static_cast<uint64_t>(rank) + 1), at::kFloat);
     exact += one;
     x = rank == rank_ ? one : x;
   }
@@ -124,7 +133,8 @@ TEST_P(Collectives, BFloat16IsRoundedOnce) {
   at::Tensor x = at::full({3}, rank_ == 0 ? 256.0 : 1.0, at::kBFloat16);
   group_.all_reduce(x);
   const at::Tensor expected = at::full({3}, 256.0 + (size_ - 1), at::kFloat).to(at::kBFloat16);
-  EXPECT_TRUE(x.equal(expected)) << x[0].item<float>() << " instead of " << expected[0].item<float>();
+  EXPECT_TRUE(x.equal(expected)) << x[0].item<float>() << " instead of "
+                                 << expected[0].item<float>();
 
   at::Tensor share = at::empty({2}, at::kBFloat16);
   const at::Tensor parts = at::full({2 * size_}, rank_ == 0 ? 256.0 : 1.0, at::kBFloat16);
@@ -157,7 +167,8 @@ TEST_P(Collectives, AllGatherConcatenates) {
       at::Tensor y = at::empty({size_ * rows, 2}, x.options());
       group_.all_gather(y, x);
       for (int64_t rank = 0; rank < size_; ++rank) {
-        EXPECT_TRUE(y.narrow(0, rank * rows, rows).equal(input(rank, rows * 2, dtype).view({rows, 2})))
+        EXPECT_TRUE(
+            y.narrow(0, rank * rows, rows).equal(input(rank, rows * 2, dtype).view({rows, 2})))
             << dtype << " x " << rows;
       }
     }
@@ -188,7 +199,9 @@ TEST_P(Collectives, AllGatherUnevenRows) {
     EXPECT_TRUE(group_.all_gather_uneven(x, rows).equal(at::cat(expected))) << dtype;
   }
   EXPECT_EQ(group_.all_gather_uneven(at::empty({0, 4})).sizes(), at::IntArrayRef({0, 4}));
-  EXPECT_THROW(group_.all_gather_uneven(at::empty({2, 4}), std::vector<int64_t>(static_cast<size_t>(size_), 1)), c10::Error);
+  EXPECT_THROW(group_.all_gather_uneven(at::empty({2, 4}),
+                                        std::vector<int64_t>(static_cast<size_t>(size_), 1)),
+               c10::Error);
 }
 
 TEST_P(Collectives, ReduceScatterSums) {
@@ -197,7 +210,8 @@ TEST_P(Collectives, ReduceScatterSums) {
       const at::Tensor x = input(size_ * elements, dtype);
       at::Tensor y = at::empty({elements}, x.options());
       group_.reduce_scatter(y, x);
-      EXPECT_TRUE(y.equal(sum_of_inputs(size_ * elements, dtype).narrow(0, rank_ * elements, elements)))
+      EXPECT_TRUE(
+          y.equal(sum_of_inputs(size_ * elements, dtype).narrow(0, rank_ * elements, elements)))
           << dtype << " x " << elements;
       EXPECT_TRUE(x.equal(input(size_ * elements, dtype))) << "the input was changed";
     }
@@ -217,7 +231,8 @@ TEST_P(Collectives, BroadcastFromEveryRoot) {
       for (const int64_t elements : sizes()) {
         at::Tensor x = input(elements, dtype);
         group_.broadcast(x, root);
-        EXPECT_TRUE(x.equal(input(root, elements, dtype))) << dtype << " x " << elements << " from " << root;
+        EXPECT_TRUE(x.equal(input(root, elements, dtype)))
+            << dtype << " x " << elements << " from " << root;
       }
     }
   }
@@ -229,7 +244,8 @@ TEST_P(Collectives, GatherToEveryRoot) {
       const auto parts = group_.gather(input(6, dtype).view({2, 3}), root);
       ASSERT_EQ(static_cast<int64_t>(parts.size()), rank_ == root ? size_ : 0);
       for (std::size_t rank = 0; rank < parts.size(); ++rank) {
-        EXPECT_TRUE(parts[rank].equal(input(static_cast<int64_t>(rank), 6, dtype).view({2, 3}))) << dtype << " to " << root;
+        EXPECT_TRUE(parts[rank].equal(input(static_cast<int64_t>(rank), 6, dtype).view({2, 3})))
+            << dtype << " to " << root;
       }
     }
   }
@@ -263,7 +279,8 @@ TEST_P(Collectives, MessagesAreMatchedByTagAndRunBesideCollectives) {
   }
   const int next = (rank_ + 1) % size_;
   const int previous = (rank_ + size_ - 1) % size_;
-  // All ranks send before anyone receives, with a collective between: too large to be buffered, so only concurrency helps.
+  // All ranks send before anyone receives, with a collective between: too large to be buffered, so
+  // only concurrency helps.
   const int64_t elements = large();
   std::vector<at::Tensor> first = {input(elements, at::kFloat)};
   std::vector<at::Tensor> second = {input(elements, at::kFloat) + 100};
@@ -310,7 +327,9 @@ TEST_P(Collectives, AsynchronousOnesRunInOrder) {
 
 TEST_P(Collectives, DestroyingAPendingOneWaitsForIt) {
   at::Tensor x = at::ones({large()});
-  { const Pending pending = group_.all_reduce_async(x); }
+  {
+    const Pending pending = group_.all_reduce_async(x);
+  }
   EXPECT_TRUE(x.equal(at::full({large()}, static_cast<float>(size_))));
 }
 
@@ -368,7 +387,9 @@ TEST_P(Collectives, ListsMayBeUneven) {
     std::vector<at::Tensor> own = {input(3 * rank_ + 1, dtype)};
     EXPECT_TRUE(raw().allgather(gathered, own)->wait());
     for (int64_t rank = 0; rank < size_; ++rank) {
-      EXPECT_TRUE(gathered[0][static_cast<std::size_t>(rank)].equal(input(rank, 3 * rank + 1, dtype))) << dtype;
+      EXPECT_TRUE(
+          gathered[0][static_cast<std::size_t>(rank)].equal(input(rank, 3 * rank + 1, dtype)))
+          << dtype;
     }
     std::vector<at::Tensor> sum = {at::empty({3 * rank_ + 1}, dtype)};
     EXPECT_TRUE(raw().reduce_scatter(sum, shares)->wait());
@@ -421,7 +442,8 @@ TEST_P(Collectives, WorkHasAResultAFutureAndANumber) {
   EXPECT_EQ(work->getSequencenumber(), before + 1);
   work->getFuture()->wait();
   EXPECT_TRUE(work->isCompleted());
-  EXPECT_TRUE(work->getFuture()->value().toTensorVector().at(0).equal(sum_of_inputs(5, at::kFloat)));
+  EXPECT_TRUE(
+      work->getFuture()->value().toTensorVector().at(0).equal(sum_of_inputs(5, at::kFloat)));
   EXPECT_TRUE(work->result().at(0).is_same(x[0]) || work->result().at(0).equal(x[0]));
 }
 
@@ -453,7 +475,8 @@ TEST_P(Collectives, UnevenRowsMustBeAlike) {
     return;
   }
   const at::Tensor x = at::ones({2, rank_ == size_ - 1 ? 3 : 2});
-  EXPECT_THAT(error_of(ErrorKind::kCommunication, [&] { group_.all_gather_uneven(x); }), HasSubstr("rows of"));
+  EXPECT_THAT(error_of(ErrorKind::kCommunication, [&] { group_.all_gather_uneven(x); }),
+              HasSubstr("rows of"));
 }
 
 TEST_P(Collectives, AgreementNamesTheRanksThatDiffer) {
@@ -463,8 +486,9 @@ TEST_P(Collectives, AgreementNamesTheRanksThatDiffer) {
   }
   // Three or more: the majority is right. Two: rank 0 is.
   const int odd_one = size_ == 2 ? 1 : 0;
-  const std::string message = error_of(ErrorKind::kCommunication,
-                                       [&] { check_agreement(group_, rank_ == odd_one ? 0xbad : 0x900d, "rank decisions"); });
+  const std::string message = error_of(ErrorKind::kCommunication, [&] {
+    check_agreement(group_, rank_ == odd_one ? 0xbad : 0x900d, "rank decisions");
+  });
   EXPECT_THAT(message, AllOf(HasSubstr("rank decisions"), HasSubstr("expected 900d"),
                              HasSubstr(c10::str("(rank ", odd_one, " of ", size_, ") has bad"))));
   EXPECT_THAT(message, testing::Not(HasSubstr(c10::str("(rank ", 1 - odd_one, " of"))));
@@ -473,18 +497,33 @@ TEST_P(Collectives, AgreementNamesTheRanksThatDiffer) {
 TEST_P(Collectives, FactsMustBeAlike) {
   const TextExchange exchange = exchange_over(group_);
   const std::string anywhere = c10::str("/node", rank_), lr = rank_ == size_ - 1 ? "0.2" : "0.1";
-  check_agreement(exchange, {{"--lr", "0.1"}, {"text", "8 bytes", anywhere}, {c10::str("shard ", rank_), anywhere}}, ErrorKind::kUsage, "inputs");
+  check_agreement(
+      exchange,
+      {{"--lr", "0.1"}, {"text", "8 bytes", anywhere}, {c10::str("shard ", rank_), anywhere}},
+      ErrorKind::kUsage, "inputs");
   if (size_ > 1) {
-    EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { check_agreement(exchange, {{"--lr", lr}, {"text", "8 bytes", anywhere}}, ErrorKind::kUsage, "options"); }),
-                AllOf(HasSubstr("need the same options: --lr is 0.1 on rank"), HasSubstr(c10::str(", 0.2 on rank ", size_ - 1)), testing::Not(HasSubstr("text"))));
+    EXPECT_THAT(
+        error_of(ErrorKind::kUsage,
+                 [&] {
+                   check_agreement(exchange, {{"--lr", lr}, {"text", "8 bytes", anywhere}},
+                                   ErrorKind::kUsage, "options");
+                 }),
+        AllOf(HasSubstr("need the same options: --lr is 0.1 on rank"),
+              HasSubstr(c10::str(", 0.2 on rank ", size_ - 1)), testing::Not(HasSubstr("text"))));
     const std::string bytes = rank_ == 0 ? "\xff" : "\xfe";  // no UTF-8
-    EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { check_agreement(exchange, {{"--output", bytes}}, ErrorKind::kUsage, "options"); }), HasSubstr("--output is "));
+    EXPECT_THAT(error_of(ErrorKind::kUsage,
+                         [&] {
+                           check_agreement(exchange, {{"--output", bytes}}, ErrorKind::kUsage,
+                                           "options");
+                         }),
+                HasSubstr("--output is "));
   }
 }
 
 INSTANTIATE_TEST_SUITE_P(Limits, Collectives,
                          testing::Values(Limits{"Default", int64_t{1} << 30, 128 * 1024},
-                                         Limits{"SplitAtFive", 5, int64_t{1} << 40}, Limits{"RingsOfFive", 5, 0},
+                                         Limits{"SplitAtFive", 5, int64_t{1} << 40},
+                                         Limits{"RingsOfFive", 5, 0},
                                          Limits{"Rings", int64_t{1} << 30, 0}),
                          [](const auto& limits) { return limits.param.name; });
 

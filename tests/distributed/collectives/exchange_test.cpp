@@ -10,11 +10,14 @@ namespace {
 
 class ExchangeTest : public MpiTest {
  protected:
-  Group world() const { return make_mpi_group("world", MPI_COMM_WORLD, std::chrono::milliseconds(20000)); }
+  Group world() const {
+    return make_mpi_group("world", MPI_COMM_WORLD, std::chrono::milliseconds(20000));
+  }
 };
 
 at::Tensor content(const Message& message) {
-  return at::arange(c10::multiply_integers(message.shape), at::kFloat).view(message.shape) + (100.0 * message.from + 1000.0 * message.to);
+  return at::arange(c10::multiply_integers(message.shape), at::kFloat).view(message.shape) +
+         (100.0 * message.from + 1000.0 * message.to);
 }
 
 TEST_F(ExchangeTest, DeliversEveryMessage) {
@@ -32,7 +35,9 @@ TEST_F(ExchangeTest, DeliversEveryMessage) {
   int64_t bytes = 0;
   for (const Message& message : messages) {
     contents.push_back(message.from == rank_ ? content(message) : at::Tensor());
-    bytes += message.from == rank_ && message.to != rank_ ? static_cast<int64_t>(contents.back().nbytes()) : 0;
+    bytes += message.from == rank_ && message.to != rank_
+                 ? static_cast<int64_t>(contents.back().nbytes())
+                 : 0;
   }
   Exchange exchange(group, messages, contents, at::kFloat);
   EXPECT_EQ(exchange.bytes_sent(), bytes);
@@ -40,7 +45,8 @@ TEST_F(ExchangeTest, DeliversEveryMessage) {
   for (size_t i = 0; i < messages.size(); ++i) {
     ASSERT_EQ(received[i].defined(), messages[i].to == rank_);
     if (messages[i].to == rank_) {
-      EXPECT_TRUE(received[i].equal(content(messages[i]))) << messages[i].from << " to " << messages[i].to;
+      EXPECT_TRUE(received[i].equal(content(messages[i])))
+          << messages[i].from << " to " << messages[i].to;
     }
   }
 }
@@ -53,7 +59,8 @@ TEST_F(ExchangeTest, OfMessagesToOneselfNeedsNobody) {
 
 TEST_F(ExchangeTest, RefusesContentsOfAnotherShape) {
   EXPECT_THROW(Exchange(world(), {{rank_, rank_, {3}}}, {at::ones({2})}, at::kFloat), c10::Error);
-  EXPECT_THROW(Exchange(world(), {{rank_, rank_, {2}}}, {at::ones({2}, at::kDouble)}, at::kFloat), c10::Error);
+  EXPECT_THROW(Exchange(world(), {{rank_, rank_, {2}}}, {at::ones({2}, at::kDouble)}, at::kFloat),
+               c10::Error);
   EXPECT_THROW(Exchange(world(), {{rank_, rank_, {2}}}, {at::Tensor()}, at::kFloat), c10::Error);
 }
 

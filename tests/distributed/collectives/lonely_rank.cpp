@@ -1,6 +1,6 @@
-// hang: rank 1 takes part in one all-reduce and then never again; rank 0 must say so and end the job.
-// unsafe: MPI without threads.
-// outlive: groups that are still there after MPI_Finalize, with all their work done.
+// hang: rank 1 takes part in one all-reduce and then never again; rank 0 must say so and end the
+// job. unsafe: MPI without threads. outlive: groups that are still there after MPI_Finalize, with
+// all their work done.
 #include <unistd.h>
 
 #include <cstdio>
@@ -13,10 +13,12 @@
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
   int provided = MPI_THREAD_SINGLE;
-  MPI_Init_thread(&argc, &argv, mode == "unsafe" ? MPI_THREAD_SINGLE : MPI_THREAD_MULTIPLE, &provided);
+  MPI_Init_thread(&argc, &argv, mode == "unsafe" ? MPI_THREAD_SINGLE : MPI_THREAD_MULTIPLE,
+                  &provided);
   std::optional<drrl::Group> survivor;
   try {
-    const drrl::Group world = drrl::make_mpi_group("world", MPI_COMM_WORLD, std::chrono::milliseconds(300));
+    const drrl::Group world = drrl::make_mpi_group("world", MPI_COMM_WORLD,
+                                                   std::chrono::milliseconds(300));
     at::Tensor tensor = at::ones({4});
     world.all_reduce(tensor);
     if (mode == "outlive") {

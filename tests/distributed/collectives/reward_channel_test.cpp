@@ -1,4 +1,5 @@
-// Rounds of records and weights between several processes, over MPI and over a c10d group that is not ours.
+// Rounds of records and weights between several processes, over MPI and over a c10d group that is
+// not ours.
 #include "distributed/collectives/reward_channel.h"
 
 #include <chrono>
@@ -15,7 +16,9 @@ namespace {
 using std::chrono::milliseconds;
 using Clock = std::chrono::steady_clock;
 
-double ms_since(Clock::time_point start) { return std::chrono::duration<double, std::milli>(Clock::now() - start).count(); }
+double ms_since(Clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
 
 class RewardChannelTest : public MpiTest {
  protected:
@@ -23,12 +26,15 @@ class RewardChannelTest : public MpiTest {
 
   Group group() const { return make_mpi_group("policy", MPI_COMM_WORLD, std::chrono::seconds(30)); }
   /// Of a size and contents of its own for each process and round.
-  at::Tensor record(int64_t rank, int64_t round) const { return at::full({2 + rank}, static_cast<double>(10 * round + rank), at::kDouble); }
+  at::Tensor record(int64_t rank, int64_t round) const {
+    return at::full({2 + rank}, static_cast<double>(10 * round + rank), at::kDouble);
+  }
   RewardChannel::Train sums() const {
     return [](const std::vector<at::Tensor>& records) {
       at::Tensor result = at::zeros({2}, at::kDouble);
       for (const at::Tensor& one : records) {
-        result += at::stack({one.sum(), at::full({}, static_cast<double>(one.numel()), at::kDouble)});
+        result += at::stack(
+            {one.sum(), at::full({}, static_cast<double>(one.numel()), at::kDouble)});
       }
       return result;
     };
@@ -84,7 +90,8 @@ TEST_F(RewardChannelTest, ASlowTrainerHoldsNobodyUp) {
 
 // A process that comes late to its post holds up the trainer's thread alone.
 TEST_F(RewardChannelTest, ALateRecordHoldsUpTheTrainerAlone) {
-  RewardChannel channel(group(), 1, 1, [](const std::vector<at::Tensor>& records) { return records.back(); });
+  RewardChannel channel(group(), 1, 1,
+                        [](const std::vector<at::Tensor>& records) { return records.back(); });
   MPI_Barrier(MPI_COMM_WORLD);
   if (rank_ + 1 == size_) {
     std::this_thread::sleep_for(milliseconds(300));
@@ -97,10 +104,14 @@ TEST_F(RewardChannelTest, ALateRecordHoldsUpTheTrainerAlone) {
 
 TEST_F(RewardChannelTest, ATrainerThatFailsSaysWhyOnRankZero) {
   RewardChannel channel(make_mpi_group("policy", MPI_COMM_WORLD, milliseconds(300)), 1, 1,
-                        [](const std::vector<at::Tensor>&) -> at::Tensor { raise(ErrorKind::kNumerics, "the trainer is at its wits' end"); });
+                        [](const std::vector<at::Tensor>&) -> at::Tensor {
+                          raise(ErrorKind::kNumerics, "the trainer is at its wits' end");
+                        });
   channel.post(at::zeros({1}, at::kDouble));
   const auto kind = rank_ == 0 ? ErrorKind::kNumerics : ErrorKind::kCommunication;
-  EXPECT_NE(error_of(kind, [&] { channel.take(); }).find(rank_ == 0 ? "wits' end" : "group 'policy'"), std::string::npos);
+  EXPECT_NE(
+      error_of(kind, [&] { channel.take(); }).find(rank_ == 0 ? "wits' end" : "group 'policy'"),
+      std::string::npos);
 }
 
 TEST_F(RewardChannelTest, TravelsOverAnyC10dGroup) {
@@ -108,7 +119,8 @@ TEST_F(RewardChannelTest, TravelsOverAnyC10dGroup) {
   if (size_ == 1) {
     return;
   }
-  const auto journal = std::make_shared<Journal>();  // gathers tensors of one size only, as a group that a host program brings may do
+  const auto journal = std::make_shared<Journal>();  // gathers tensors of one size only, as a group
+                                                     // that a host program brings may do
   RewardChannel channel(over_strict_nccl(mpi, journal), 2 + rank_, 2, sums());
   for (int64_t round = 0; round < 2; ++round) {
     channel.post(record(rank_, round));

@@ -16,14 +16,18 @@ using Traffics = MpiTest;
 TEST_F(Traffics, BusFactorsAreThoseOfNcclTests) {
   // doc/PERFORMANCE.md there, worked out for two, three and eight processes.
   const std::map<std::string, std::vector<double>> expected = {
-      {"all_reduce", {1, 4.0 / 3, 1.75}}, {"all_gather", {0.5, 2.0 / 3, 0.875}}, {"reduce_scatter", {0.5, 2.0 / 3, 0.875}},
-      {"all_to_all", {0.5, 2.0 / 3, 0.875}}, {"broadcast", {1, 1, 1}}};
+      {"all_reduce", {1, 4.0 / 3, 1.75}},
+      {"all_gather", {0.5, 2.0 / 3, 0.875}},
+      {"reduce_scatter", {0.5, 2.0 / 3, 0.875}},
+      {"all_to_all", {0.5, 2.0 / 3, 0.875}},
+      {"broadcast", {1, 1, 1}}};
   for (const auto& [operation, factors] : expected) {
     EXPECT_DOUBLE_EQ(bus_factor(operation, 2), factors[0]) << operation;
     EXPECT_DOUBLE_EQ(bus_factor(operation, 3), factors[1]) << operation;
     EXPECT_DOUBLE_EQ(bus_factor(operation, 8), factors[2]) << operation;
   }
-  EXPECT_THAT(error_of(ErrorKind::kInternal, [] { bus_factor("scan", 2); }), testing::HasSubstr("'scan'"));
+  EXPECT_THAT(error_of(ErrorKind::kInternal, [] { bus_factor("scan", 2); }),
+              testing::HasSubstr("'scan'"));
 }
 
 TEST_F(Traffics, CountsCallsAndBytesByGroupAndOperation) {
@@ -42,7 +46,10 @@ TEST_F(Traffics, CountsCallsAndBytesByGroupAndOperation) {
   std::vector<int64_t> receives(static_cast<size_t>(n));
   std::iota(receives.begin(), receives.end(), 1);
   at::Tensor incoming = at::empty({n * (n + 1) / 2}), outgoing = at::ones({n * (rank_ + 1)});
-  group.all_to_all_async(incoming, receives, outgoing, std::vector<int64_t>(static_cast<size_t>(n), rank_ + 1)).wait();
+  group
+      .all_to_all_async(incoming, receives, outgoing,
+                        std::vector<int64_t>(static_cast<size_t>(n), rank_ + 1))
+      .wait();
   const auto entries = traffic->take();
   if (n == 1) {
     for (const auto& [key, entry] : entries) {
@@ -50,8 +57,11 @@ TEST_F(Traffics, CountsCallsAndBytesByGroupAndOperation) {
     }
     return;
   }
-  const auto sent = [&](const char* operation) { return entries.at({"counted", operation}).sent_bytes; };
-  const double factor = static_cast<double>(n - 1) / static_cast<double>(n), message = 48.0 * static_cast<double>(n);
+  const auto sent = [&](const char* operation) {
+    return entries.at({"counted", operation}).sent_bytes;
+  };
+  const double factor = static_cast<double>(n - 1) / static_cast<double>(n),
+               message = 48.0 * static_cast<double>(n);
   EXPECT_EQ(entries.at({"counted", "all_reduce"}).calls, 2);
   EXPECT_DOUBLE_EQ(sent("all_reduce"), 2 * factor * (message + 48));
   EXPECT_DOUBLE_EQ(sent("all_gather"), factor * message);

@@ -1,4 +1,5 @@
-// Started by torchrun: the environment is what torchrun says, and all workers meet in its agent's store.
+// Started by torchrun: the environment is what torchrun says, and all workers meet in its agent's
+// store.
 #include <cstdio>
 
 #include "core/error.h"
@@ -14,9 +15,10 @@ int main() {
       store->set("all", "yes");
     }
     store->wait({"all"}, std::chrono::seconds(30));
-    std::printf("%s: rank %d of %d, local %d of %d, agent store %d, all met\n", drrl::name(environment.launcher),
-                static_cast<int>(environment.world_rank), static_cast<int>(environment.world_size),
-                static_cast<int>(environment.local_rank), static_cast<int>(environment.local_size), environment.agent_store);
+    std::printf("%s: rank %d of %d, local %d of %d, agent store %d, all met\n",
+                drrl::name(environment.launcher), static_cast<int>(environment.world_rank),
+                static_cast<int>(environment.world_size), static_cast<int>(environment.local_rank),
+                static_cast<int>(environment.local_size), environment.agent_store);
   } catch (const drrl::Error& error) {
     std::fprintf(stderr, "%s: %s\n", drrl::name(error.kind()), error.what());
     return 1;

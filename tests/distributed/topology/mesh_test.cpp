@@ -66,7 +66,8 @@ TEST_F(MeshTest, TensorParallelRanksAreNeighbours) {
     EXPECT_EQ(sum_over(mesh.tp(), rank_), tp_sum) << "tp=" << shape.tp << " dp=" << shape.dp;
     EXPECT_EQ(sum_over(mesh.dp(), rank_), dp_sum) << "tp=" << shape.tp << " dp=" << shape.dp;
     EXPECT_EQ(sum_over(mesh.world(), rank_), size_ * (size_ - 1) / 2);
-    EXPECT_THAT(mesh.dp().describe(), HasSubstr(size_ > 1 ? c10::str("world rank ", rank_, ", ") : "rank 0 of 1"));
+    EXPECT_THAT(mesh.dp().describe(),
+                HasSubstr(size_ > 1 ? c10::str("world rank ", rank_, ", ") : "rank 0 of 1"));
   }
 }
 
@@ -90,7 +91,9 @@ TEST_F(MeshTest, ContextParallelRanksComeBetween) {
       }
       EXPECT_EQ(sum_over(mesh.cp(), rank_), cp_sum);
       EXPECT_EQ(sum_over(mesh.data(), rank_), data_sum);
-      EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { Mesh(shape, mesh.world(), mesh.tp(), mesh.dp()); }), HasSubstr("context-parallel"));
+      EXPECT_THAT(
+          error_of(ErrorKind::kUsage, [&] { Mesh(shape, mesh.world(), mesh.tp(), mesh.dp()); }),
+          HasSubstr("context-parallel"));
     }
   }
 }
@@ -100,7 +103,8 @@ TEST(KvHeads, AreSharedByNeighboursIfThereAreFewerThanRanks) {
   const auto heads = [](int64_t kv_heads, int64_t tp) {
     std::vector<std::vector<int64_t>> result;
     for (int64_t rank = 0; rank < tp; ++rank) {
-      const Share held = kv_heads_of(kv_heads, tp, rank), sharers = kv_sharers_of(kv_heads, tp, rank);
+      const Share held = kv_heads_of(kv_heads, tp, rank),
+                  sharers = kv_sharers_of(kv_heads, tp, rank);
       result.push_back({held.begin, held.count, sharers.begin, sharers.count});
     }
     return result;
@@ -109,7 +113,8 @@ TEST(KvHeads, AreSharedByNeighboursIfThereAreFewerThanRanks) {
   EXPECT_EQ(heads(3, 2), (Rows{{0, 2, 0, 1}, {2, 1, 1, 1}}));
   EXPECT_EQ(heads(3, 3), (Rows{{0, 1, 0, 1}, {1, 1, 1, 1}, {2, 1, 2, 1}}));
   EXPECT_EQ(heads(3, 4), (Rows{{0, 1, 0, 2}, {0, 1, 0, 2}, {1, 1, 2, 1}, {2, 1, 3, 1}}));
-  EXPECT_EQ(heads(2, 5), (Rows{{0, 1, 0, 3}, {0, 1, 0, 3}, {0, 1, 0, 3}, {1, 1, 3, 2}, {1, 1, 3, 2}}));
+  EXPECT_EQ(heads(2, 5),
+            (Rows{{0, 1, 0, 3}, {0, 1, 0, 3}, {0, 1, 0, 3}, {1, 1, 3, 2}, {1, 1, 3, 2}}));
 }
 
 TEST_F(MeshTest, ProcessesThatShareAKvHeadHaveAGroup) {
@@ -120,7 +125,8 @@ TEST_F(MeshTest, ProcessesThatShareAKvHeadHaveAGroup) {
       int64_t sum = 0, size = 0;
       for (int64_t other = 0; other < size_; ++other) {
         if (other / shape.tp == rank_ / shape.tp &&
-            kv_heads_of(shape.kv_heads, shape.tp, other % shape.tp).begin == kv_heads_of(shape.kv_heads, shape.tp, rank_ % shape.tp).begin) {
+            kv_heads_of(shape.kv_heads, shape.tp, other % shape.tp).begin ==
+                kv_heads_of(shape.kv_heads, shape.tp, rank_ % shape.tp).begin) {
           sum += other;
           ++size;
         }
@@ -128,7 +134,9 @@ TEST_F(MeshTest, ProcessesThatShareAKvHeadHaveAGroup) {
       EXPECT_EQ(mesh.kv().size(), size);
       EXPECT_EQ(mesh.kv().size() > 1 ? sum_over(mesh.kv(), rank_) : rank_, sum);
       if (shape.kv_heads == 1 && shape.tp > 1) {
-        EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { Mesh(shape, mesh.world(), mesh.tp(), mesh.dp()); }), HasSubstr("KV group"));
+        EXPECT_THAT(
+            error_of(ErrorKind::kUsage, [&] { Mesh(shape, mesh.world(), mesh.tp(), mesh.dp()); }),
+            HasSubstr("KV group"));
       }
     }
   }
@@ -143,22 +151,23 @@ TEST_F(MeshTest, TakesGroupsOfAHostProgram) {
     EXPECT_EQ(mesh.tp().name(), "host_tp");
     EXPECT_EQ(mesh.shape().dp, shape.dp);
     if (shape.tp != shape.dp) {
-      EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { Mesh(shape, world, dp, tp); }), HasSubstr("tensor-parallel"));
+      EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { Mesh(shape, world, dp, tp); }),
+                  HasSubstr("tensor-parallel"));
     }
   }
 }
 
 TEST_F(MeshTest, RefusesAShapeThatIsNotTheWorld) {
-  EXPECT_THAT(error_of(ErrorKind::kUsage,
-                       [&] {
-                         Mesh::create(Environment::detect(), {size_ + 1, 1}, at::kCPU, kTimeout);
-                       }),
-              HasSubstr(c10::str("tp=", size_ + 1, " times dp=1 is not the world size of ", size_)));
+  EXPECT_THAT(
+      error_of(ErrorKind::kUsage,
+               [&] { Mesh::create(Environment::detect(), {size_ + 1, 1}, at::kCPU, kTimeout); }),
+      HasSubstr(c10::str("tp=", size_ + 1, " times dp=1 is not the world size of ", size_)));
 }
 
 TEST_F(MeshTest, NamesContextParallelismInARefusedShape) {
-  EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { check_shape({1, size_, 2}, size_); }),
-              HasSubstr(c10::str("tp=1 times dp=", size_, " times cp=2 is not the world size of ", size_)));
+  EXPECT_THAT(
+      error_of(ErrorKind::kUsage, [&] { check_shape({1, size_, 2}, size_); }),
+      HasSubstr(c10::str("tp=1 times dp=", size_, " times cp=2 is not the world size of ", size_)));
 }
 
 TEST_F(MeshTest, NoticesThatRanksWereGivenDifferentShapes) {
@@ -166,17 +175,17 @@ TEST_F(MeshTest, NoticesThatRanksWereGivenDifferentShapes) {
     return;
   }
   const MeshShape shape = rank_ == size_ - 1 ? MeshShape{size_, 1} : MeshShape{1, size_};
-  EXPECT_THAT(error_of(ErrorKind::kCommunication, [&] { Mesh::create(Environment::detect(), shape, at::kCPU, kTimeout); }),
-              AllOf(HasSubstr("do not agree on the mesh"), HasSubstr(c10::str("world rank ", size_ - 1))));
+  EXPECT_THAT(
+      error_of(ErrorKind::kCommunication,
+               [&] { Mesh::create(Environment::detect(), shape, at::kCPU, kTimeout); }),
+      AllOf(HasSubstr("do not agree on the mesh"), HasSubstr(c10::str("world rank ", size_ - 1))));
 }
 
 TEST_F(MeshTest, NoticesAnEnvironmentThatIsNotMpis) {
   Environment environment = Environment::detect();
   environment.world_size += 1;
   EXPECT_THAT(error_of(ErrorKind::kUsage,
-                       [&] {
-                         Mesh::create(environment, {size_ + 1, 1}, at::kCPU, kTimeout);
-                       }),
+                       [&] { Mesh::create(environment, {size_ + 1, 1}, at::kCPU, kTimeout); }),
               AllOf(HasSubstr("MPI says"), HasSubstr("mpirun says")));
 }
 
@@ -214,7 +223,8 @@ TEST_F(MeshTest, JoinsTheStoreOfTorchrun) {
   environment.master_address = "127.0.0.1";
   environment.master_port = port.item<int64_t>();
 
-  // Without an agent's store, rank 0 serves; then that one plays the agent, of whom all are clients.
+  // Without an agent's store, rank 0 serves; then that one plays the agent, of whom all are
+  // clients.
   const auto store = make_store(environment, {}, kTimeout);
   check_store(*store, rank_, size_, "b");
   environment.agent_store = true;
@@ -231,7 +241,8 @@ TEST_F(MeshTest, ExchangesThroughAStoreWithoutGroups) {
   Environment environment = Environment::detect();
   const auto store = make_store(environment, world, kTimeout);
   const TextExchange exchange = exchange_over(store, "a", environment);
-  for (const std::string& text : {std::string("first"), std::string(), std::string("\xff\0third", 7)}) {
+  for (const std::string& text :
+       {std::string("first"), std::string(), std::string("\xff\0third", 7)}) {
     const std::vector<std::string> all = exchange(text + std::to_string(rank_));
     ASSERT_EQ(all.size(), static_cast<size_t>(size_));
     for (int other = 0; other < size_; ++other) {
@@ -240,7 +251,11 @@ TEST_F(MeshTest, ExchangesThroughAStoreWithoutGroups) {
   }
   check_agreement(exchange, {{"--lr", "0.1"}}, ErrorKind::kUsage, "options");
   if (size_ > 1) {
-    EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { check_agreement(exchange, {{"--lr", rank_ == 1 ? "0.2" : "0.1"}}, ErrorKind::kUsage, "options"); }),
+    EXPECT_THAT(error_of(ErrorKind::kUsage,
+                         [&] {
+                           check_agreement(exchange, {{"--lr", rank_ == 1 ? "0.2" : "0.1"}},
+                                           ErrorKind::kUsage, "options");
+                         }),
                 HasSubstr("0.2 on rank 1"));
     // The last one was told otherwise, and hears of it at once; the others would wait for it.
     if (rank_ != size_ - 1) {
@@ -251,10 +266,12 @@ TEST_F(MeshTest, ExchangesThroughAStoreWithoutGroups) {
       Environment wrong = environment;
       wrong.world_size += 1;
       EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { exchange_over(store, "b", wrong); }),
-                  HasSubstr(c10::str("WORLD_SIZE=", size_ + 1, " of the process with RANK=", rank_, ", but ", size_)));
+                  HasSubstr(c10::str("WORLD_SIZE=", size_ + 1, " of the process with RANK=", rank_,
+                                     ", but ", size_)));
       wrong = environment;
       wrong.world_rank = 0;
-      EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { exchange_over(store, "b", wrong); }), HasSubstr("two processes have RANK=0"));
+      EXPECT_THAT(error_of(ErrorKind::kUsage, [&] { exchange_over(store, "b", wrong); }),
+                  HasSubstr("two processes have RANK=0"));
     }
   }
   world.barrier();  // rank 0 serves it
@@ -266,8 +283,9 @@ TEST_F(MeshTest, SaysWhichStoreItCannotReach) {
   environment.master_address = "127.0.0.1";
   environment.master_port = 1;  // nobody listens there
   environment.agent_store = true;
-  EXPECT_THAT(error_of(ErrorKind::kCommunication, [&] { make_store(environment, {}, milliseconds(300)); }),
-              AllOf(HasSubstr("127.0.0.1:1"), HasSubstr(c10::str("world rank ", rank_))));
+  EXPECT_THAT(
+      error_of(ErrorKind::kCommunication, [&] { make_store(environment, {}, milliseconds(300)); }),
+      AllOf(HasSubstr("127.0.0.1:1"), HasSubstr(c10::str("world rank ", rank_))));
 }
 
 }  // namespace

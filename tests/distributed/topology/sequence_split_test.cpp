@@ -1,9 +1,9 @@
 #include "distributed/topology/sequence_split.h"
 
-#include <gtest/gtest.h>
-
 #include <algorithm>
 #include <vector>
+
+#include <gtest/gtest.h>
 
 #include "tests/support/error_of.h"
 
@@ -18,8 +18,11 @@ std::vector<int64_t> positions(const SequenceSplit& split, int64_t part) {
 TEST(SequenceSplit, EveryTokenHasOnePartAndBlocksStayWhole) {
   for (const int64_t parts : {1, 2, 3, 4, 5}) {
     for (const Geometry geometry : {Geometry{8, 2}, Geometry{5, 0}}) {
-      for (int64_t length = geometry.sink_tokens + geometry.near_block * 2 * parts - geometry.near_block + 1; length < 130; length += 3) {
-        SCOPED_TRACE(::testing::Message() << parts << " parts of " << length << " tokens in blocks of " << geometry.near_block);
+      for (int64_t length =
+               geometry.sink_tokens + geometry.near_block * 2 * parts - geometry.near_block + 1;
+           length < 130; length += 3) {
+        SCOPED_TRACE(::testing::Message() << parts << " parts of " << length
+                                          << " tokens in blocks of " << geometry.near_block);
         const SequenceSplit split(BlockTree(length, geometry), parts);
         std::vector<int64_t> owner(static_cast<size_t>(length), -1);
         for (int64_t part = 0; part < parts; ++part) {
@@ -34,8 +37,10 @@ TEST(SequenceSplit, EveryTokenHasOnePartAndBlocksStayWhole) {
           EXPECT_EQ(tree.sequence_length(), split.rows(part));
           // A block of the part is a block of the sequence.
           for (size_t row = static_cast<size_t>(tree.sinks()) + 1; row < own.size(); ++row) {
-            const bool begins = (static_cast<int64_t>(row) - tree.sinks()) % geometry.near_block == 0;
-            EXPECT_EQ(begins, (own[row] - split.tree().sinks()) % geometry.near_block == 0) << "row " << row;
+            const bool begins = (static_cast<int64_t>(row) - tree.sinks()) % geometry.near_block ==
+                                0;
+            EXPECT_EQ(begins, (own[row] - split.tree().sinks()) % geometry.near_block == 0)
+                << "row " << row;
             EXPECT_TRUE(begins || own[row] == own[row - 1] + 1) << "row " << row;
           }
         }
@@ -51,7 +56,8 @@ TEST(SequenceSplit, RangesOfTokensAreRangesOfRows) {
     const auto own = positions(split, part);
     for (int64_t begin = 0; begin < 83; ++begin) {
       for (int64_t count = 0; begin + count <= 83; ++count) {
-        const auto first = std::lower_bound(own.begin(), own.end(), begin), last = std::lower_bound(own.begin(), own.end(), begin + count);
+        const auto first = std::lower_bound(own.begin(), own.end(), begin),
+                   last = std::lower_bound(own.begin(), own.end(), begin + count);
         const Range rows = split.rows_of(part, {begin, count});
         EXPECT_EQ(rows.count, last - first);
         EXPECT_TRUE(rows.count == 0 || rows.begin == first - own.begin());
@@ -70,13 +76,20 @@ TEST(SequenceSplit, PartsHaveEqualWork) {
         work.back() += position + 1;
       }
     }
-    EXPECT_EQ(*std::min_element(work.begin(), work.end()), *std::max_element(work.begin(), work.end())) << parts << " parts";
+    EXPECT_EQ(*std::min_element(work.begin(), work.end()),
+              *std::max_element(work.begin(), work.end()))
+        << parts << " parts";
   }
 }
 
 TEST(SequenceSplit, RefusesTooFewBlocks) {
-  const std::string message = error_of(ErrorKind::kUsage, [] { SequenceSplit(BlockTree(26, {8, 2}), 2); });
-  EXPECT_NE(message.find("26 tokens has 3 blocks of 8 after 2 sinks; split over 2 processes it needs at least 4"), std::string::npos) << message;
+  const std::string message = error_of(ErrorKind::kUsage,
+                                       [] { SequenceSplit(BlockTree(26, {8, 2}), 2); });
+  EXPECT_NE(
+      message.find(
+          "26 tokens has 3 blocks of 8 after 2 sinks; split over 2 processes it needs at least 4"),
+      std::string::npos)
+      << message;
 }
 
 }  // namespace

@@ -1,25 +1,25 @@
 // drrl-bench: its helpers, and the program as a user meets it.
 #include "launch/bench/bench.h"
 
-#include "core/attention/exact_attention.h"
-#include "core/attention/flops.h"
-#include "core/attention/reference.h"
-#include "launch/options/flags.h"
-#include "launch/options/options.h"
-#include "launch/options/policy_flags.h"
-#include "launch/bench/svg_plot.h"
-#include "models/causal_lm/causal_lm.h"
-#include "core/io/safetensors.h"
-#include "models/data/token_file.h"
-#include "policy/attention/attention_controller.h"
-#include "tests/launch/shell.h"
-#include "tests/support/io_support.h"
-#include "tests/support/error_of.h"
+#include <cmath>
+#include <sstream>
 
 #include <gflags/gflags.h>
 
-#include <cmath>
-#include <sstream>
+#include "core/attention/exact_attention.h"
+#include "core/attention/flops.h"
+#include "core/attention/reference.h"
+#include "core/io/safetensors.h"
+#include "launch/bench/svg_plot.h"
+#include "launch/options/flags.h"
+#include "launch/options/options.h"
+#include "launch/options/policy_flags.h"
+#include "models/causal_lm/causal_lm.h"
+#include "models/data/token_file.h"
+#include "policy/attention/attention_controller.h"
+#include "tests/launch/shell.h"
+#include "tests/support/error_of.h"
+#include "tests/support/io_support.h"
 
 namespace drrl {
 namespace {
@@ -36,10 +36,16 @@ TEST(BenchLists, AreParsedOrRefused) {
   EXPECT_EQ(bench::to_string({32, 32}), "32");
   EXPECT_EQ(bench::to_string({48, 16}), "48/16");
   for (const char* bad : {"", "1,,2", "1,two", "1 ", "0", "-3", "1.5", "99999999999999999999"}) {
-    EXPECT_NE(error_of(ErrorKind::kUsage, [&] { parse_list("seq_lens", bad, 1); }).find("--seq_lens"), std::string::npos) << bad;
+    EXPECT_NE(
+        error_of(ErrorKind::kUsage, [&] { parse_list("seq_lens", bad, 1); }).find("--seq_lens"),
+        std::string::npos)
+        << bad;
   }
   for (const char* bad : {"", "/8", "8/", "8/x", "8/2/2"}) {
-    EXPECT_NE(error_of(ErrorKind::kUsage, [&] { bench::parse_ranks("ranks", bad); }).find("--ranks"), std::string::npos) << bad;
+    EXPECT_NE(
+        error_of(ErrorKind::kUsage, [&] { bench::parse_ranks("ranks", bad); }).find("--ranks"),
+        std::string::npos)
+        << bad;
   }
 }
 
@@ -52,7 +58,10 @@ TEST(RankBuckets, AreTheDevicesOrTheUsers) {
   }
   for (const char* bad : {"0", "16,16", "32,16", "136", "128", "x"}) {
     FLAGS_rank_buckets = bad;
-    EXPECT_NE(error_of(ErrorKind::kUsage, [] { bucket_flags(at::kCPU, 128); }).find("--rank_buckets"), std::string::npos) << bad;
+    EXPECT_NE(
+        error_of(ErrorKind::kUsage, [] { bucket_flags(at::kCPU, 128); }).find("--rank_buckets"),
+        std::string::npos)
+        << bad;
   }
 }
 
@@ -63,7 +72,11 @@ TEST(BenchTiming, InterleavesAndLeavesTheFirstRunOut) {
     work.emplace_back([&order, name] { order += name; });
   }
   const auto ms = bench::interleaved_ms(work, 3, at::kCPU);
-  EXPECT_EQ(order, "abc" "abc" "bca" "cab");
+  EXPECT_EQ(order,
+            "abc"
+            "abc"
+            "bca"
+            "cab");
   ASSERT_EQ(ms.size(), 3U);
   EXPECT_EQ(ms[0].size(), 3U);
   EXPECT_EQ(bench::median({5, 1, 3}), 3);
@@ -91,7 +104,10 @@ TEST(BenchAttention, AllCompetitorsComputeAttention) {
   double share = 0, basis_ms = 0;
   EXPECT_LT(bench::relative_error(bench::lowrank(in, {16, 16}, {16, 2}, &share), exact), 1e-5);
   EXPECT_EQ(share, 1);
-  const auto error = [&](int64_t rank) { return bench::relative_error(bench::lowrank(in, {rank, rank}, {16, 2}, &share, &basis_ms), exact); };
+  const auto error = [&](int64_t rank) {
+    return bench::relative_error(bench::lowrank(in, {rank, rank}, {16, 2}, &share, &basis_ms),
+                                 exact);
+  };
   EXPECT_GT(error(4), error(12));
   EXPECT_GT(error(12), 1e-3);
   EXPECT_GT(basis_ms, 0);
@@ -100,7 +116,8 @@ TEST(BenchAttention, AllCompetitorsComputeAttention) {
 }
 
 TEST(BenchOutput, CsvAndTable) {
-  const ordered_json rows = {{{"a", 1}, {"b", nullptr}, {"c", "x y"}}, {{"a", 2.5}, {"b", true}, {"c", ""}}};
+  const ordered_json rows = {{{"a", 1}, {"b", nullptr}, {"c", "x y"}},
+                             {{"a", 2.5}, {"b", true}, {"c", ""}}};
   EXPECT_EQ(bench::to_csv(rows), "a,b,c\n1,,x y\n2.5,true,\n");
   std::ostringstream out;
   bench::print_table(out, {{"L", "ms"}, {"1024", "7"}});
@@ -108,7 +125,8 @@ TEST(BenchOutput, CsvAndTable) {
 }
 
 void expect_well_formed(const std::filesystem::path& svg) {
-  const std::string script = "import sys, xml.dom.minidom as x; print(x.parse(sys.argv[1]).documentElement.tagName)";
+  const std::string script =
+      "import sys, xml.dom.minidom as x; print(x.parse(sys.argv[1]).documentElement.tagName)";
   const Ended run = shell(std::string(DRRL_PYTHON) + " -c '" + script + "' '" + svg.string() + "'");
   EXPECT_EQ(run.output, "svg\n");
 }
@@ -154,15 +172,20 @@ class BenchProgram : public testing::Test {
   static void TearDownTestSuite() { delete shared_; }
 
   static std::string command(const std::string& arguments) {
-    return std::string(DRRL_BINARY_DIR) + "/bin/drrl-bench " + arguments + " --threads=1 --near_block=16 --sink_tokens=2";
+    return std::string(DRRL_BINARY_DIR) + "/bin/drrl-bench " + arguments +
+           " --threads=1 --near_block=16 --sink_tokens=2";
   }
-  static std::string real() { return " --model=" + (*shared_ / "model").string() + " --data=" + (*shared_ / "text").string() + " "; }
+  static std::string real() {
+    return " --model=" + (*shared_ / "model").string() + " --data=" + (*shared_ / "text").string() +
+           " ";
+  }
 
   static void expect_refused(const std::string& line, const std::vector<std::string>& fragments) {
     const Ended run = shell(line);
     EXPECT_EQ(run.code, 2) << line << "\n" << run.output;
     for (const std::string& fragment : fragments) {
-      EXPECT_NE(run.output.find(fragment), std::string::npos) << "lacks: " << fragment << "\n" << run.output;
+      EXPECT_NE(run.output.find(fragment), std::string::npos) << "lacks: " << fragment << "\n"
+                                                              << run.output;
     }
   }
 
@@ -173,14 +196,19 @@ class BenchProgram : public testing::Test {
 TemporaryDirectory* BenchProgram::shared_ = nullptr;
 
 TEST_F(BenchProgram, AttentionMeasuresAndReports) {
-  const Ended run = shell(command("attention --seq_lens=70,20 --head_dims=16,32 --heads=4 --kv_groups=2,1 --ranks=4,8/16,32 --json=" +
-                                  (own_ / "r.json").string() + " --csv=" + (own_ / "r.csv").string() + " --plot=" + (own_ / "r.svg").string()));
+  const Ended run = shell(
+      command("attention --seq_lens=70,20 --head_dims=16,32 --heads=4 --kv_groups=2,1 "
+              "--ranks=4,8/16,32 --json=" +
+              (own_ / "r.json").string() + " --csv=" + (own_ / "r.csv").string() +
+              " --plot=" + (own_ / "r.svg").string()));
   ASSERT_EQ(run.code, 0) << run.output;
-  for (const char* text : {"random normal", "says nothing about a model", "lowrank 8/16", "Grams + bases", "faster than SDPA from L ="}) {
+  for (const char* text : {"random normal", "says nothing about a model", "lowrank 8/16",
+                           "Grams + bases", "faster than SDPA from L ="}) {
     EXPECT_NE(run.output.find(text), std::string::npos) << "lacks: " << text << "\n" << run.output;
   }
   const auto json = ordered_json::parse(read_bytes(own_ / "r.json"));
-  for (const char* key : {"benchmark", "date", "versions", "device", "threads", "dtype", "inputs", "repeats", "options"}) {
+  for (const char* key : {"benchmark", "date", "versions", "device", "threads", "dtype", "inputs",
+                          "repeats", "options"}) {
     EXPECT_TRUE(json.contains(key)) << key;
   }
   EXPECT_FALSE(json["errors_are_meaningful"]);
@@ -210,8 +238,9 @@ TEST_F(BenchProgram, AttentionMeasuresAndReports) {
 }
 
 TEST_F(BenchProgram, AttentionTakesARealModelsInputs) {
-  const Ended run = shell(command("attention --seq_lens=64,128 --layer=1 --ranks=8 --backward=false --parts=false --json=" +
-                                  (own_ / "r.json").string() + real()));
+  const Ended run = shell(command(
+      "attention --seq_lens=64,128 --layer=1 --ranks=8 --backward=false --parts=false --json=" +
+      (own_ / "r.json").string() + real()));
   ASSERT_EQ(run.code, 0) << run.output;
   EXPECT_EQ(run.output.find("says nothing"), std::string::npos) << run.output;
   const auto json = ordered_json::parse(read_bytes(own_ / "r.json"));
@@ -222,14 +251,16 @@ TEST_F(BenchProgram, AttentionTakesARealModelsInputs) {
 }
 
 TEST_F(BenchProgram, PeersAreComparedOnTheSameInputs) {
-  const Ended run = shell(command("peers --seq_len=100 --static_tokens=100 --ranks=4,12 --json=" + (own_ / "r.json").string() + " --dump=" +
-                                  (own_ / "inputs.safetensors").string() + real()));
+  const Ended run = shell(command(
+      "peers --seq_len=100 --static_tokens=100 --ranks=4,12 --json=" + (own_ / "r.json").string() +
+      " --dump=" + (own_ / "inputs.safetensors").string() + real()));
   ASSERT_EQ(run.code, 0) << run.output;
   const auto json = ordered_json::parse(read_bytes(own_ / "r.json"));
   ASSERT_EQ(json["results"].size(), 2U + 3 * 2);
   std::map<std::string, double> error, flops;
   for (const auto& row : json["results"]) {
-    const std::string name = c10::str(row["method"].get<std::string>(), " ", row["size"].is_null() ? "-" : row["size"].get<std::string>());
+    const std::string name = c10::str(row["method"].get<std::string>(), " ",
+                                      row["size"].is_null() ? "-" : row["size"].get<std::string>());
     error[name] = row["error"];
     flops[name] = row["flops_fraction"];
     EXPECT_GE(row["worst_error"], row["error"]) << row;
@@ -264,11 +295,15 @@ TEST_F(BenchProgram, BadUsage) {
   expect_refused(command("attention --layer=2 --seq_lens=64" + real()), {"layer 2", "2 layers"});
   expect_refused(command("attention --layer=0 --seq_lens=129" + real()), {"129", "128 positions"});
   expect_refused(command("peers"), {"--model is required"});
-  expect_refused(command("peers --seq_len=16 --static_tokens=64 --ranks=4" + real()), {"--seq_len=16", "no far tokens"});
-  expect_refused(command("peers --seq_len=64 --static_tokens=129 --ranks=4" + real()), {"--static_tokens=129", "128"});
-  expect_refused(command("peers --seq_len=64 --static_tokens=64 --ranks=16" + real()), {"--ranks=16", "head dim of 16"});
+  expect_refused(command("peers --seq_len=16 --static_tokens=64 --ranks=4" + real()),
+                 {"--seq_len=16", "no far tokens"});
+  expect_refused(command("peers --seq_len=64 --static_tokens=129 --ranks=4" + real()),
+                 {"--static_tokens=129", "128"});
+  expect_refused(command("peers --seq_len=64 --static_tokens=64 --ranks=16" + real()),
+                 {"--ranks=16", "head dim of 16"});
   expect_refused(std::string(DRRL_MPI_LINE) + " -np 2 " + command("attention"), {"one process"});
-  const Ended data = shell(command("peers --seq_len=64 --static_tokens=64 --ranks=4 --model=" + (*shared_ / "model").string() + " --data=/nowhere"));
+  const Ended data = shell(command("peers --seq_len=64 --static_tokens=64 --ranks=4 --model=" +
+                                   (*shared_ / "model").string() + " --data=/nowhere"));
   EXPECT_EQ(data.code, 4) << data.output;
 }
 

@@ -2,14 +2,11 @@
 """launch/bench/peers.py: its sizes, and that each package, fed queries, keys and values directly, computes attention where it should."""
 
 import subprocess
-import sys
 import unittest
-from pathlib import Path
-
-import torch
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import peers as bench_peers
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 L, HEADS, D = 48, 3, 16
 
@@ -29,7 +26,9 @@ class SizesTest(unittest.TestCase):
     def test_linear_peers_spend_the_share(self):
         for length, share in ((1024, 0.3), (4096, 0.5)):
             for flops in (bench_peers.performer_flops, bench_peers.linformer_flops):
-                m = bench_peers.largest(lambda m: flops(length, 64, m), share * 4 * 64 * length**2, length)
+                m = bench_peers.largest(
+                    lambda m: flops(length, 64, m), share * 4 * 64 * length**2, length
+                )
                 self.assertAlmostEqual(m, share * length / 2, delta=1)
 
 
@@ -79,8 +78,18 @@ class PackagesTest(unittest.TestCase):
         layers = [tuple(inputs())]
         with torch.no_grad():
             rows = bench_peers.measure_packages(layers, [torch.randn(40, HEADS * D)], [0.5], 2)
-        self.assertEqual([r["method"] for r in rows],
-                         ["SDPA, here", "SDPA, here", "Performer", "Performer", "Nystromformer", "Linformer, random", "Linformer, pooled"])
+        self.assertEqual(
+            [r["method"] for r in rows],
+            [
+                "SDPA, here",
+                "SDPA, here",
+                "Performer",
+                "Performer",
+                "Nystromformer",
+                "Linformer, random",
+                "Linformer, pooled",
+            ],
+        )
         for row in rows:
             self.assertLessEqual(row["flops_fraction"], 1.0)
             self.assertGreater(row["ms"], 0)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What drrl's attention in a Python trainer refuses, and that it leaves the process alone; every process of torchrun runs it.
 
-    torchrun --nproc_per_node 2 tests/launch/embed_torchrun/embed_refusals.py MODEL"""
+torchrun --nproc_per_node 2 tests/launch/embed_torchrun/embed_refusals.py MODEL"""
 
 import ctypes
 import os
@@ -29,22 +29,40 @@ class Refusals(unittest.TestCase):
         cls.new = staticmethod(torch.classes.drrl.LowRankAttention)
 
     def test_options(self):
-        for options, message in [({"rank": 99}, "99"), ({"rank": -1}, "-1"), ({}, "neither a rank nor a policy"), ({"rank": "four"}, "four"),
-                                 ({"rank": 4, "near_block": 0}, "near_block.* 0"), ({"rank": 4, "basis_updates": -2}, "basis_updates .*-2"),
-                                 ({"policy": "/no/such/file"}, "/no/such/file"), ({"rank": 4, "block": 3}, "block")]:
-            with self.subTest(**options), self.assertRaisesRegex((RuntimeError, TypeError), message):
+        for options, message in [
+            ({"rank": 99}, "99"),
+            ({"rank": -1}, "-1"),
+            ({}, "neither a rank nor a policy"),
+            ({"rank": "four"}, "four"),
+            ({"rank": 4, "near_block": 0}, "near_block.* 0"),
+            ({"rank": 4, "basis_updates": -2}, "basis_updates .*-2"),
+            ({"policy": "/no/such/file"}, "/no/such/file"),
+            ({"rank": 4, "block": 3}, "block"),
+        ]:
+            with (
+                self.subTest(**options),
+                self.assertRaisesRegex((RuntimeError, TypeError), message),
+            ):
                 self.new(head_dim=16, **options)
 
     def test_tensors(self):
         q, k = torch.randn(1, 6, 100, 16), torch.randn(1, 3, 100, 16)
         w_o = torch.randn(96, 96)
         self.assertEqual(self.lowrank.attend(0, q, k, k, w_o).shape, q.shape)
-        for wrong in [(q, k[:, :, :50], k[:, :, :50], w_o), (q[:, :5], k, k, w_o), (q[0], k, k, w_o), (q, k, k[:, :2], w_o), (q, k, k, w_o[:, :90])]:
+        for wrong in [
+            (q, k[:, :, :50], k[:, :, :50], w_o),
+            (q[:, :5], k, k, w_o),
+            (q[0], k, k, w_o),
+            (q, k, k[:, :2], w_o),
+            (q, k, k, w_o[:, :90]),
+        ]:
             with self.assertRaisesRegex(RuntimeError, "attend: .*expected"):
                 self.lowrank.attend(0, *wrong)
 
     def test_masks_and_caches(self):
-        model = AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation="drrl", dtype=torch.float32, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            MODEL, attn_implementation="drrl", dtype=torch.float32, local_files_only=True
+        )
         ids = torch.arange(100)[None]
         mask = torch.ones_like(ids)
         out = model(input_ids=ids, attention_mask=mask)  # nothing masked
@@ -67,8 +85,16 @@ class Refusals(unittest.TestCase):
             self.lowrank.check_agreement(self.group, 0.0)
         # The same policy, but another number of decisions.
         if torch.distributed.get_rank() == 1:
-            self.lowrank.attend(0, torch.randn(1, 6, 100, 16), torch.randn(1, 3, 100, 16), torch.randn(1, 3, 100, 16), torch.randn(96, 96))
-        with self.assertRaisesRegex(RuntimeError, r"do not agree on rank decisions: .*\(rank 1 of 2\) has"):
+            self.lowrank.attend(
+                0,
+                torch.randn(1, 6, 100, 16),
+                torch.randn(1, 3, 100, 16),
+                torch.randn(1, 3, 100, 16),
+                torch.randn(96, 96),
+            )
+        with self.assertRaisesRegex(
+            RuntimeError, r"do not agree on rank decisions: .*\(rank 1 of 2\) has"
+        ):
             self.lowrank.check_agreement(self.group)
         self.lowrank.check_agreement(self.group)
         own = self.new(head_dim=16, rank=4 + torch.distributed.get_rank())
@@ -79,10 +105,14 @@ class Refusals(unittest.TestCase):
         loaded = Path("/proc/self/maps").read_text()
         self.assertIn("libdrrl_core", loaded)
         self.assertNotIn("libglog", loaded)
-        self.assertEqual(len({line.split()[-1] for line in loaded.splitlines() if "libgomp" in line}), 1)  # two would fight over the cores
+        self.assertEqual(
+            len({line.split()[-1] for line in loaded.splitlines() if "libgomp" in line}), 1
+        )  # two would fight over the cores
         if "libmpi.so" in loaded:
             initialized = ctypes.c_int(-1)
-            ctypes.CDLL(next(line.split()[-1] for line in loaded.splitlines() if "libmpi.so" in line)).MPI_Initialized(ctypes.byref(initialized))
+            ctypes.CDLL(
+                next(line.split()[-1] for line in loaded.splitlines() if "libmpi.so" in line)
+            ).MPI_Initialized(ctypes.byref(initialized))
             self.assertEqual(initialized.value, 0)
 
 

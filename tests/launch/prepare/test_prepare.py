@@ -14,14 +14,17 @@ import unittest.mock
 from pathlib import Path
 
 import numpy
-
 import prepare
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, str(ROOT / "launch/prepare/prepare.py"), *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch/prepare/prepare.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+    )
 
 
 def byte_tokenizer(directory, vocab_size=300):
@@ -44,8 +47,14 @@ class ReviewsTest(unittest.TestCase):
     def documents(self, text):
         with tempfile.TemporaryDirectory() as folder:
             inner, outer = Path(folder) / "inner.tar.gz", Path(folder) / "package-1.tar.gz"
-            for path, name, content in ((inner, "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt", lambda: text.encode()),
-                                        (outer, "package-1/additional_resources/hutto_ICWSM_2014.tar.gz", inner.read_bytes)):
+            for path, name, content in (
+                (
+                    inner,
+                    "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
+                    lambda: text.encode(),
+                ),
+                (outer, "package-1/additional_resources/hutto_ICWSM_2014.tar.gz", inner.read_bytes),
+            ):
                 with tarfile.open(path, "w:gz") as archive:
                     member, data = tarfile.TarInfo(name), content()
                     member.size = len(data)
@@ -57,7 +66,7 @@ class ReviewsTest(unittest.TestCase):
         text = "".join(f"{i}\t-1.5\tcliché {i}\r\n" for i in range(10605))
         self.assertEqual(self.documents(text), [("reviews.tsv", text.replace("\r", ""))])
         with self.assertRaisesRegex(prepare.BadInput, "10604 sentences, not 10605"):
-            self.documents(text[:text.index("10604\t")])
+            self.documents(text[: text.index("10604\t")])
 
 
 class OutputTest(unittest.TestCase):
@@ -91,7 +100,13 @@ class OutputTest(unittest.TestCase):
         self.assertTrue(pipe.is_fifo())
         code = "import prepare; print('before'); prepare.write_atomically('/dev/stdout', 'text\\n'); print('after')"
         with open(self.folder / "out", "wb") as out:
-            subprocess.run([sys.executable, "-c", code], stdout=out, cwd=ROOT / "launch/prepare", check=True, timeout=60)
+            subprocess.run(
+                [sys.executable, "-c", code],
+                stdout=out,
+                cwd=ROOT / "launch/prepare",
+                check=True,
+                timeout=60,
+            )
         self.assertEqual((self.folder / "out").read_text(), "before\ntext\nafter\n")
         with self.assertRaisesRegex(prepare.BadInput, "is a folder"):
             prepare.write_atomically(self.folder, "text")
@@ -105,9 +120,19 @@ class OutputTest(unittest.TestCase):
 
 
 class RandomModelTest(unittest.TestCase):
-    CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
-              "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64,
-              "tie_word_embeddings": True}
+    CONFIG = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }
 
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
@@ -131,7 +156,9 @@ class RandomModelTest(unittest.TestCase):
         written = json.loads((self.folder / "a/config.json").read_text())
         for field, value in self.CONFIG.items():
             self.assertEqual(written[field], value, field)
-        self.assertIn("never for quality", json.loads((self.folder / "a/provenance.json").read_text())["note"])
+        self.assertIn(
+            "never for quality", json.loads((self.folder / "a/provenance.json").read_text())["note"]
+        )
 
     def test_refuses_what_is_no_config(self):
         self.config.write_text("[]")
@@ -188,9 +215,14 @@ class TextTest(unittest.TestCase):
         ids = [self.tokenizer.encode(t).ids + [256] for t in ("ab", "c", "dé")]
         self.assertEqual([len(i) for i in ids], [3, 2, 4])  # é is two bytes
         self.assertEqual((self.folder / "out.bin").read_bytes(), struct.pack("<9H", *sum(ids, [])))
-        self.assertEqual((self.folder / "out.idx").read_bytes(),
-                         b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 3, 4) + struct.pack("<3i", 3, 2, 4) +
-                         struct.pack("<3q", 0, 6, 10) + struct.pack("<4q", 0, 1, 2, 3))
+        self.assertEqual(
+            (self.folder / "out.idx").read_bytes(),
+            b"MMIDIDX\0\0"
+            + struct.pack("<QBQQ", 1, 8, 3, 4)
+            + struct.pack("<3i", 3, 2, 4)
+            + struct.pack("<3q", 0, 6, 10)
+            + struct.pack("<4q", 0, 1, 2, 3),
+        )
 
     def test_large_vocabulary_takes_four_bytes(self):
         byte_tokenizer(self.model, vocab_size=128256)
@@ -212,7 +244,10 @@ class TextTest(unittest.TestCase):
         data, lengths = prepare.read_token_file(self.out)
         ends = numpy.cumsum(lengths)
         self.assertEqual({int(data[e - 1]) for e in ends}, {256})
-        return [self.tokenizer.decode(data[e - n:e - 1].tolist(), skip_special_tokens=False) for e, n in zip(ends, lengths)], result.stderr
+        return [
+            self.tokenizer.decode(data[e - n : e - 1].tolist(), skip_special_tokens=False)
+            for e, n in zip(ends, lengths)
+        ], result.stderr
 
     def test_only_a_line_feed_ends_a_line_of_jsonl(self):
         texts = ["one\u2028two", "a\u2029b", "c\x85d", "e\x1cf\x0bg", "three"]
@@ -221,13 +256,22 @@ class TextTest(unittest.TestCase):
 
     def test_a_byte_order_mark_is_no_text(self):
         mark = b"\xef\xbb\xbf"
-        inputs = [self.write("a.txt", mark + b"abc"), self.write("b.jsonl", mark + b'{"text": "de"}'), self.write("c.json", mark + b'[{"text": "f"}]')]
+        inputs = [
+            self.write("a.txt", mark + b"abc"),
+            self.write("b.jsonl", mark + b'{"text": "de"}'),
+            self.write("c.json", mark + b'[{"text": "f"}]'),
+        ]
         self.assertEqual(self.documents(*inputs)[0], ["abc", "de", "f"])
 
     def test_json_is_a_list_or_lines(self):
-        inputs = [self.write("a.json", '[\n {"text": "ab"},\n {"text": "c", "id": 1}]'), self.write("b.json", '{"text": "d"}\n{"text": "e"}\n')]
+        inputs = [
+            self.write("a.json", '[\n {"text": "ab"},\n {"text": "c", "id": 1}]'),
+            self.write("b.json", '{"text": "d"}\n{"text": "e"}\n'),
+        ]
         self.assertEqual(self.documents(*inputs)[0], ["ab", "c", "d", "e"])
-        self.refused_anew(self.write("bad.json", '[{"text": "a"}, {"txt": "b"}]'), "bad.json", "item 2", "'txt'")
+        self.refused_anew(
+            self.write("bad.json", '[{"text": "a"}, {"txt": "b"}]'), "bad.json", "item 2", "'txt'"
+        )
         self.refused_anew(self.write("bad.json", '{"text":\n "a"}'), "bad.json", "line 1")
 
     def test_what_becomes_tokens_unasked_is_said(self):
@@ -251,14 +295,18 @@ class TextTest(unittest.TestCase):
         from tokenizers import processors
 
         self.tokenizer.add_special_tokens(["<bos>"])
-        self.tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 257), ("<eos>", 256)])
+        self.tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A <eos>", special_tokens=[("<bos>", 257), ("<eos>", 256)]
+        )
         self.tokenizer.save(str(self.model / "tokenizer.json"))
         path = self.write("a.txt", "ab\fc")
         texts, said = self.documents(path)
         self.assertEqual(texts, ["ab", "c"])
         self.assertIn("<bos>, <eos> around a text", said)
         self.assertIn("--special_tokens", said)
-        self.assertEqual(self.documents(path, options=["--special_tokens"]), (["<bos>ab", "<bos>c"], ""))  # and one <eos>
+        self.assertEqual(
+            self.documents(path, options=["--special_tokens"]), (["<bos>ab", "<bos>c"], "")
+        )  # and one <eos>
 
     def test_second_run_keeps_and_changed_input_makes_again(self):
         path = self.write("a.txt", "ab")
@@ -282,14 +330,18 @@ class TextTest(unittest.TestCase):
             data, lengths = prepare.read_token_file(f"{self.out}-{part}")
             tokens[part] = len(data)
             ends = numpy.cumsum(lengths)
-            seen += [self.tokenizer.decode(data[e - n:e - 1].tolist()) for e, n in zip(ends, lengths)]
+            seen += [
+                self.tokenizer.decode(data[e - n : e - 1].tolist()) for e, n in zip(ends, lengths)
+            ]
         self.assertEqual(sorted(seen), sorted(texts))
         self.assertAlmostEqual(tokens["valid"] / sum(tokens.values()), 0.2, delta=0.03)
 
     def test_split_leaves_no_part_empty(self):
         path = self.write("a.txt", "a" * 1000 + "\fb\fc")
         self.assertEqual(self.text(path, options=["--split", "x=0.01,y=0.01,z=0.98"]).returncode, 0)
-        self.assertEqual([len(prepare.read_token_file(f"{self.out}-{p}")[1]) for p in "xyz"], [1, 1, 1])
+        self.assertEqual(
+            [len(prepare.read_token_file(f"{self.out}-{p}")[1]) for p in "xyz"], [1, 1, 1]
+        )
 
     def refused(self, result, *words):
         self.assertEqual(result.returncode, prepare.EXIT_BAD_INPUT, result.stdout + result.stderr)
@@ -305,9 +357,19 @@ class TextTest(unittest.TestCase):
         self.refused(self.text(path, options=options), *words)
 
     def test_the_eos_token_is_found_wherever_it_is_named(self):
-        path, added = self.write("a.txt", "ab"), {"content": "<eos>", "lstrip": False, "__type": "AddedToken"}
-        files = {"tokenizer_config.json": [{"eos_token": "<eos>"}, {"eos_token": added}], "special_tokens_map.json": [{"eos_token": "<eos>"}, {"eos_token": added}],
-                 "config.json": [{"vocab_size": 300, "eos_token_id": 256}, {"vocab_size": 300, "eos_token_id": [256, 3]}], "generation_config.json": [{"eos_token_id": 256}]}
+        path, added = (
+            self.write("a.txt", "ab"),
+            {"content": "<eos>", "lstrip": False, "__type": "AddedToken"},
+        )
+        files = {
+            "tokenizer_config.json": [{"eos_token": "<eos>"}, {"eos_token": added}],
+            "special_tokens_map.json": [{"eos_token": "<eos>"}, {"eos_token": added}],
+            "config.json": [
+                {"vocab_size": 300, "eos_token_id": 256},
+                {"vocab_size": 300, "eos_token_id": [256, 3]},
+            ],
+            "generation_config.json": [{"eos_token_id": 256}],
+        }
         for nothing in ({}, {"eos_token": None}):
             for name, contents in files.items():
                 for content in contents:
@@ -315,10 +377,14 @@ class TextTest(unittest.TestCase):
                         (self.model / "special_tokens_map.json").unlink(missing_ok=True)
                         (self.model / "generation_config.json").unlink(missing_ok=True)
                         (self.model / "tokenizer_config.json").write_text(json.dumps(nothing))
-                        (self.model / "config.json").write_text('{"vocab_size": 300, "eos_token_id": null}')
+                        (self.model / "config.json").write_text(
+                            '{"vocab_size": 300, "eos_token_id": null}'
+                        )
                         (self.model / name).write_text(json.dumps(content))
                         tokenizer = prepare.load_tokenizer(self.model)
-                        self.assertEqual(prepare.end_of_document(self.model, tokenizer, None), ("<eos>", 256))
+                        self.assertEqual(
+                            prepare.end_of_document(self.model, tokenizer, None), ("<eos>", 256)
+                        )
         self.assertEqual(self.documents(path)[0], ["ab"])
         for name in files:
             (self.model / name).unlink(missing_ok=True)
@@ -328,9 +394,14 @@ class TextTest(unittest.TestCase):
 
     def test_damaged_files_of_the_model_are_refused_by_name(self):
         path = self.write("a.txt", "ab")
-        for name, contents in (("tokenizer_config.json", ['{"eos', "[]", '{"eos_token": 3.5}', '{"eos_token": "<no>"}', '{"eos_token": []}']),
-                               ("config.json", ["{", '{"vocab_size": null}', '{"vocab_size": "300"}']),
-                               ("tokenizer.json", ["{", "{}", '{"model": 3}', "\0"])):
+        for name, contents in (
+            (
+                "tokenizer_config.json",
+                ['{"eos', "[]", '{"eos_token": 3.5}', '{"eos_token": "<no>"}', '{"eos_token": []}'],
+            ),
+            ("config.json", ["{", '{"vocab_size": null}', '{"vocab_size": "300"}']),
+            ("tokenizer.json", ["{", "{}", '{"model": 3}', "\0"]),
+        ):
             good = (self.model / name).read_text()
             for content in contents:
                 with self.subTest(name=name, content=content):
@@ -346,11 +417,17 @@ class TextTest(unittest.TestCase):
 
         self.documents(self.write("a.txt", "ab"))
         note = json.loads((self.folder / "out.json").read_text())["vocabulary"]
-        self.assertEqual((note["size"], note["tokenizer"]), (256, str(self.model / "tokenizer.json")))
+        self.assertEqual(
+            (note["size"], note["tokenizer"]), (256, str(self.model / "tokenizer.json"))
+        )
         saved = self.folder / "saved"
-        again = PreTrainedTokenizerFast(tokenizer_file=str(self.model / "tokenizer.json"), eos_token="<eos>", pad_token="<pad>")  # one more added token
+        again = PreTrainedTokenizerFast(
+            tokenizer_file=str(self.model / "tokenizer.json"), eos_token="<eos>", pad_token="<pad>"
+        )  # one more added token
         again.save_pretrained(saved)
-        self.assertNotEqual((saved / "tokenizer.json").read_bytes(), (self.model / "tokenizer.json").read_bytes())
+        self.assertNotEqual(
+            (saved / "tokenizer.json").read_bytes(), (self.model / "tokenizer.json").read_bytes()
+        )
         self.assertEqual(prepare.vocabulary_of(saved / "tokenizer.json")["sha1"], note["sha1"])
         self.assertEqual(run("inspect", "--data", self.out, "--model", saved).returncode, 0)
         other = json.loads((saved / "tokenizer.json").read_text())
@@ -366,13 +443,35 @@ class TextTest(unittest.TestCase):
         self.refused(self.text(self.folder / "none.txt"), "none.txt", "no such file")
         self.refused(self.text(self.write("latin.txt", b"caf\xe9 au lait")), "latin.txt", "byte 3")
         self.refused(self.text(self.write("empty.txt", " \n\f\n")), "no text")
-        self.refused(self.text(self.write("bad.jsonl", '{"text": "a"}\n{"txt": "b"}\n')), "bad.jsonl", "line 2")
+        self.refused(
+            self.text(self.write("bad.jsonl", '{"text": "a"}\n{"txt": "b"}\n')),
+            "bad.jsonl",
+            "line 2",
+        )
         self.refused(self.text(self.write("bad.jsonl", '{"text": 3}\n')), "bad.jsonl", "line 1")
-        self.refused(self.text(self.write("bad.jsonl", '\n{"text": "a\\ud83d b"}\n')), "bad.jsonl", "line 2", "surrogate")
-        self.refused(self.text(self.write("bad.jsonl", '{"messages": [], "id": 1}\n')), "bad.jsonl", "line 1", "'id', 'messages'")
-        self.refused(self.text(self.write("bad.jsonl", '{"text": ' + "[" * 100000)), "bad.jsonl", "line 1")
+        self.refused(
+            self.text(self.write("bad.jsonl", '\n{"text": "a\\ud83d b"}\n')),
+            "bad.jsonl",
+            "line 2",
+            "surrogate",
+        )
+        self.refused(
+            self.text(self.write("bad.jsonl", '{"messages": [], "id": 1}\n')),
+            "bad.jsonl",
+            "line 1",
+            "'id', 'messages'",
+        )
+        self.refused(
+            self.text(self.write("bad.jsonl", '{"text": ' + "[" * 100000)), "bad.jsonl", "line 1"
+        )
         self.refused(self.text(good, options=["--split", "train=0.5,valid=0.6"]), "add up to 1")
-        self.refused(self.text(good, options=["--split", "train=0.5,valid=0.5"]), "1 documents", "2 parts", "form feeds", "--valid_fraction")
+        self.refused(
+            self.text(good, options=["--split", "train=0.5,valid=0.5"]),
+            "1 documents",
+            "2 parts",
+            "form feeds",
+            "--valid_fraction",
+        )
         self.refused(self.text(good, options=["--eod", "<nope>"]), "<nope>")
         byte_tokenizer(self.model, vocab_size=50)
         self.refused(self.text(good), "token", "50")
@@ -389,8 +488,12 @@ class TextTest(unittest.TestCase):
     def test_an_index_that_the_programs_would_refuse_is_told(self):
         self.text(self.write("a.txt", "ab\fcde"))
         good = (self.folder / "out.idx").read_bytes()
-        for position, words in ((34 + 8 + 8, "do not fit each other"), (len(good) - 8, "expected to ascend from 0 to 2"), (len(good), "do not fit each other")):
-            (self.folder / "out.idx").write_bytes(good[:position] + b"\x07" + good[position + 1:])
+        for position, words in (
+            (34 + 8 + 8, "do not fit each other"),
+            (len(good) - 8, "expected to ascend from 0 to 2"),
+            (len(good), "do not fit each other"),
+        ):
+            (self.folder / "out.idx").write_bytes(good[:position] + b"\x07" + good[position + 1 :])
             result = run("inspect", "--data", self.out)
             self.assertEqual(result.returncode, prepare.EXIT_BAD_INPUT, result.stdout)
             self.assertIn(words, result.stderr)
@@ -411,10 +514,21 @@ class GgufTest(unittest.TestCase):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(
-            vocab_size=self.VOCAB, hidden_size=self.HEADS * self.DIM, intermediate_size=self.FF, num_hidden_layers=self.LAYERS,
-            num_attention_heads=self.HEADS, num_key_value_heads=self.GROUPS, max_position_embeddings=128, rms_norm_eps=1e-5,
-            rope_parameters={"rope_type": "default", "rope_theta": 20000.0}, tie_word_embeddings=True, initializer_range=0.3)).eval()
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=self.VOCAB,
+                hidden_size=self.HEADS * self.DIM,
+                intermediate_size=self.FF,
+                num_hidden_layers=self.LAYERS,
+                num_attention_heads=self.HEADS,
+                num_key_value_heads=self.GROUPS,
+                max_position_embeddings=128,
+                rms_norm_eps=1e-5,
+                rope_parameters={"rope_type": "default", "rope_theta": 20000.0},
+                tie_word_embeddings=True,
+                initializer_range=0.3,
+            )
+        ).eval()
 
     def write_gguf(self, model, path):
         import gguf
@@ -450,7 +564,11 @@ class GgufTest(unittest.TestCase):
                 target = f"blk.{layer}." + {v: k for k, v in prepare.LAYER_TENSORS.items()}[rest]
             for part, heads in (("attn_q.", self.HEADS), ("attn_k.", self.GROUPS)):
                 if part in target:  # llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute
-                    value = value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+                    value = (
+                        value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:])
+                        .swapaxes(1, 2)
+                        .reshape(value.shape)
+                    )
             writer.add_tensor(target, numpy.ascontiguousarray(value))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -464,7 +582,10 @@ class GgufTest(unittest.TestCase):
         model = self.original()
         path = self.folder / "tiny.gguf"
         self.write_gguf(model, path)
-        real_check, prepare.check_model = prepare.check_model, lambda directory: (1.0, "")  # random weights speak no English
+        real_check, prepare.check_model = (
+            prepare.check_model,
+            lambda directory: (1.0, ""),
+        )  # random weights speak no English
         self.addCleanup(setattr, prepare, "check_model", real_check)
         prepare.convert_gguf(path, self.folder / "out", {}, {})
         copy = AutoModelForCausalLM.from_pretrained(self.folder / "out").eval()
@@ -503,7 +624,11 @@ class CorpusTest(unittest.TestCase):
             valid = {p.stem for p in (Path(folder) / "kjv/valid").iterdir()}
             self.assertEqual((len(train), len(valid)), (61, 5))
             genesis = (Path(folder) / "kjv/train/01-Genesis.txt").read_text()
-            self.assertTrue(genesis.startswith("Genesis\n\nChapter 1\n\nIn the beginning God created the heaven and the earth.\n"))
+            self.assertTrue(
+                genesis.startswith(
+                    "Genesis\n\nChapter 1\n\nIn the beginning God created the heaven and the earth.\n"
+                )
+            )
             self.assertEqual(genesis.count("Chapter "), 50)
 
 

@@ -1,17 +1,18 @@
-// CausalLM on one process against the plain reference: logits, loss, every gradient; checkpointing, precision, export, bad
-// input.
+// CausalLM on one process against the plain reference: logits, loss, every gradient; checkpointing,
+// precision, export, bad input.
 #include "models/causal_lm/causal_lm.h"
+
+#include <cmath>
+#include <regex>
+
+#include <gtest/gtest.h>
+
 #include "core/error.h"
 #include "core/io/safetensors.h"
 #include "models/causal_lm/model_folder.h"
 #include "models/causal_lm/tensor_parallel.h"
 #include "tests/support/io_support.h"
 #include "tests/support/reference_llama.h"
-
-#include <gtest/gtest.h>
-
-#include <cmath>
-#include <regex>
 
 namespace drrl::test {
 namespace {
@@ -25,7 +26,8 @@ const Variant kVariants[] = {
     {"tied", [](ModelConfig&) {}},
     {"untied", [](ModelConfig& c) { c.tie_word_embeddings = false; }},
     {"qwen2_bias", [](ModelConfig& c) { c.qkv_bias = true; }},
-    {"all_biases", [](ModelConfig& c) { c.qkv_bias = c.attention_output_bias = c.mlp_bias = true; }},
+    {"all_biases",
+     [](ModelConfig& c) { c.qkv_bias = c.attention_output_bias = c.mlp_bias = true; }},
     {"one_group", [](ModelConfig& c) { c.num_key_value_heads = 1; }},
     {"no_sharing", [](ModelConfig& c) { c.num_key_value_heads = c.num_attention_heads; }},
     {"wide_heads", [](ModelConfig& c) { c.head_dim = 32; }},
@@ -56,10 +58,12 @@ TEST_P(Llama, EqualsTheReferenceInDouble) {
   const at::Tensor expected_nll = reference_nll(expected, text.labels);
   expected_nll.sum().backward();
 
-  CausalLM model(config, Group(), make_full_attention(), {.dtype = at::kDouble, .loss_chunk_rows = 7});
+  CausalLM model(config, Group(), make_full_attention(),
+                 {.dtype = at::kDouble, .loss_chunk_rows = 7});
   set_weights(model, weights, Group());
   EXPECT_LE(relative_error(model.logits(text.tokens), expected), 1e-10);
-  EXPECT_LE(relative_error(model.token_nll(text.tokens, text.labels), expected_nll), 1e-6);  // handed out in fp32
+  EXPECT_LE(relative_error(model.token_nll(text.tokens, text.labels), expected_nll),
+            1e-6);  // handed out in fp32
   const LossResult result = model.loss(text.tokens, text.labels, 0.25);
   EXPECT_EQ(result.tokens, text.labels.ne(kIgnoredLabel).sum().item<int64_t>());
   EXPECT_LE(relative_error(result.loss_sum, expected_nll.sum()), 1e-12);
@@ -82,10 +86,11 @@ TEST_P(Llama, EqualsTheReferenceInSinglePrecision) {
   expect_gradients(model, weights, Group(), 1.0, 1e-5);
 }
 
-INSTANTIATE_TEST_SUITE_P(Variants, Llama, testing::ValuesIn(kVariants), [](const auto& test) { return test.param.name; });
+INSTANTIATE_TEST_SUITE_P(Variants, Llama, testing::ValuesIn(kVariants),
+                         [](const auto& test) { return test.param.name; });
 
-std::vector<at::Tensor> gradients_of(const ModelConfig& config, const Weights& weights, const Text& text,
-                                     const ModelOptions& options) {
+std::vector<at::Tensor> gradients_of(const ModelConfig& config, const Weights& weights,
+                                     const Text& text, const ModelOptions& options) {
   CausalLM model(config, Group(), make_full_attention(), options);
   set_weights(model, weights, Group());
   for (int micro_batch = 0; micro_batch < 2; ++micro_batch) {
@@ -102,7 +107,8 @@ class Families : public testing::TestWithParam<bool> {
  protected:
   ModelConfig config_ = GetParam() ? small_gpt2_config() : small_config();
 };
-INSTANTIATE_TEST_SUITE_P(Both, Families, testing::Bool(), [](const auto& test) { return test.param ? "gpt2" : "llama"; });
+INSTANTIATE_TEST_SUITE_P(Both, Families, testing::Bool(),
+                         [](const auto& test) { return test.param ? "gpt2" : "llama"; });
 
 TEST_P(Families, CheckpointingChangesNoBit) {
   ModelConfig config = config_;
@@ -111,24 +117,27 @@ TEST_P(Families, CheckpointingChangesNoBit) {
   const Text text = random_text(config, 2, 33);
   for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
     const auto kept = gradients_of(config, weights, text, {.dtype = dtype});
-    const auto recomputed = gradients_of(config, weights, text, {.dtype = dtype, .activation_checkpoint = true});
+    const auto recomputed = gradients_of(config, weights, text,
+                                         {.dtype = dtype, .activation_checkpoint = true});
     for (size_t i = 0; i < kept.size(); ++i) {
       EXPECT_TRUE(kept[i].equal(recomputed[i])) << i << " in " << dtype;
     }
   }
 }
 
-// A controller that makes a plan on the first call of a layer and must be given it back on the recomputation.
+// A controller that makes a plan on the first call of a layer and must be given it back on the
+// recomputation.
 struct PlanCounter : AttentionController {
-  at::Tensor attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
-                    std::shared_ptr<LayerPlan>& plan) override {
+  at::Tensor attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                    const at::Tensor& w_o, std::shared_ptr<LayerPlan>& plan) override {
     EXPECT_EQ(w_o.sizes(), (std::vector<int64_t>{40, q.size(1) * q.size(3)}));
     EXPECT_TRUE(q.is_contiguous() && k.is_contiguous() && v.is_contiguous());
     if (plan) {
       EXPECT_EQ(plan.get(), plans.at(layer).get());
       ++replayed;
     } else {
-      plan = plans[layer] = std::shared_ptr<LayerPlan>(reinterpret_cast<LayerPlan*>(&storage[layer]), [](LayerPlan*) {});
+      plan = plans[layer] = std::shared_ptr<LayerPlan>(
+          reinterpret_cast<LayerPlan*>(&storage[layer]), [](LayerPlan*) {});
       ++decided;
     }
     return full->attend(layer, q, k, v, w_o, plan);
@@ -162,7 +171,8 @@ TEST_P(Families, Bfloat16IsCloseAndKeepsFp32Masters) {
   const LossResult b = rounded.loss(text.tokens, text.labels);
   EXPECT_EQ(b.loss_sum.scalar_type(), at::kFloat);
   EXPECT_LE(relative_error(b.loss_sum, a.loss_sum), 5e-3);
-  EXPECT_NE(a.loss_sum.item<float>(), b.loss_sum.item<float>());  // it did compute in lower precision
+  EXPECT_NE(a.loss_sum.item<float>(),
+            b.loss_sum.item<float>());  // it did compute in lower precision
   EXPECT_EQ(rounded.hidden(text.tokens).scalar_type(), at::kBFloat16);
   a.loss_sum.backward();
   b.loss_sum.backward();
@@ -170,7 +180,8 @@ TEST_P(Families, Bfloat16IsCloseAndKeepsFp32Masters) {
     const at::Tensor& value = rounded.parameters()[i].value;
     EXPECT_EQ(value.scalar_type(), at::kFloat);
     EXPECT_EQ(value.grad().scalar_type(), at::kFloat);
-    EXPECT_LE(relative_error(value.grad(), exact.parameters()[i].value.grad()), 4e-2) << exact.parameters()[i].name;
+    EXPECT_LE(relative_error(value.grad(), exact.parameters()[i].value.grad()), 4e-2)
+        << exact.parameters()[i].name;
   }
 }
 
@@ -189,7 +200,8 @@ TEST(LlamaTest, GradientsAccumulateInPlace) {
   }
   model.loss(text.tokens, text.labels).loss_sum.backward();
   for (size_t i = 0; i < once.size(); ++i) {
-    EXPECT_TRUE(model.parameters()[i].value.grad().is_same(storage[i])) << model.parameters()[i].name;
+    EXPECT_TRUE(model.parameters()[i].value.grad().is_same(storage[i]))
+        << model.parameters()[i].name;
     EXPECT_LE(relative_error(storage[i], 2.0 * once[i]), 1e-6) << model.parameters()[i].name;
   }
 }
@@ -211,7 +223,8 @@ TEST_P(Families, TellsWhichGradientsAreComplete) {
       calls.push_back(first);
       for (size_t i = static_cast<size_t>(first); i < expected.size(); ++i) {
         const at::Tensor& grad = model.parameters()[i].value.grad();
-        EXPECT_TRUE(grad.defined() && grad.equal(expected[i])) << model.parameters()[i].name << " at " << first;
+        EXPECT_TRUE(grad.defined() && grad.equal(expected[i]))
+            << model.parameters()[i].name << " at " << first;
       }
     });
     model.loss(text.tokens, text.labels).loss_sum.backward();
@@ -219,7 +232,8 @@ TEST_P(Families, TellsWhichGradientsAreComplete) {
     for (const size_t i : {0, 1}) {
       const std::string layer = std::to_string(1 - i);
       EXPECT_EQ(model.parameters()[static_cast<size_t>(calls[i])].name,
-                GetParam() ? "transformer.h." + layer + ".ln_1.weight" : "model.layers." + layer + ".input_layernorm.weight");
+                GetParam() ? "transformer.h." + layer + ".ln_1.weight"
+                           : "model.layers." + layer + ".input_layernorm.weight");
     }
   }
 }
@@ -258,7 +272,8 @@ TEST(LlamaTest, ParametersSayWhatTheyAre) {
   int64_t total = 0;
   for (const Parameter& parameter : model.parameters()) {
     total += parameter.value.numel();
-    EXPECT_EQ(parameter.decay, parameter.name.ends_with("_proj.weight") || parameter.name.ends_with("tokens.weight"))
+    EXPECT_EQ(parameter.decay,
+              parameter.name.ends_with("_proj.weight") || parameter.name.ends_with("tokens.weight"))
         << parameter.name;
     EXPECT_EQ(parameter.sharded, !parameter.name.ends_with("norm.weight")) << parameter.name;
     EXPECT_TRUE(parameter.value.is_leaf() && parameter.value.requires_grad()) << parameter.name;
@@ -276,8 +291,12 @@ TEST(Gpt2Test, ParametersSayWhatTheyAre) {
     for (const Parameter& parameter : model.parameters()) {
       const std::string& name = parameter.name;
       total += parameter.value.numel();
-      EXPECT_EQ(parameter.decay, name.ends_with(".weight") && name.find(".ln_") == std::string::npos) << name;
-      EXPECT_EQ(parameter.sharded, name.find("ln_") == std::string::npos && !name.ends_with("c_proj.bias") && !name.ends_with("wpe.weight"))
+      EXPECT_EQ(parameter.decay,
+                name.ends_with(".weight") && name.find(".ln_") == std::string::npos)
+          << name;
+      EXPECT_EQ(parameter.sharded, name.find("ln_") == std::string::npos &&
+                                       !name.ends_with("c_proj.bias") &&
+                                       !name.ends_with("wpe.weight"))
           << name;
     }
     EXPECT_EQ(total, config.parameter_count());
@@ -285,9 +304,10 @@ TEST(Gpt2Test, ParametersSayWhatTheyAre) {
 }
 
 ModelConfig written_gpt2_config() {
-  return ModelConfig::parse(R"({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 53, "n_embd": 48, "n_layer": 2,
+  return ModelConfig::parse(
+      R"({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 53, "n_embd": 48, "n_layer": 2,
                                 "n_head": 3, "n_inner": 37, "n_positions": 64, "torch_dtype": "float32"})",
-                            "test");
+      "test");
 }
 
 TEST(Gpt2Test, ExportsAndReloadsWithAndWithoutThePrefix) {
@@ -299,7 +319,8 @@ TEST(Gpt2Test, ExportsAndReloadsWithAndWithoutThePrefix) {
   const TemporaryDirectory folder;
   model.save(folder / "model");
   const SafetensorsFile file(folder / "model/model.safetensors");
-  EXPECT_EQ(file.entry("transformer.h.1.attn.c_attn.weight").shape, (std::vector<int64_t>{48, 144}));
+  EXPECT_EQ(file.entry("transformer.h.1.attn.c_attn.weight").shape,
+            (std::vector<int64_t>{48, 144}));
   EXPECT_EQ(file.entry("transformer.h.0.mlp.c_proj.weight").shape, (std::vector<int64_t>{37, 48}));
   EXPECT_FALSE(file.contains("lm_head.weight"));
   const ModelConfig reread = ModelConfig::load(folder / "model");
@@ -326,7 +347,9 @@ TEST(Gpt2Test, DrawsResidualWeightsSmaller) {
   model.initialize(3);
   for (const Parameter& parameter : model.parameters()) {
     if (parameter.decay) {
-      const double expected = config.initializer_range / (parameter.name.ends_with("c_proj.weight") ? 2.0 : 1.0);  // sqrt(2 * 2 layers)
+      const double expected = config.initializer_range / (parameter.name.ends_with("c_proj.weight")
+                                                              ? 2.0
+                                                              : 1.0);  // sqrt(2 * 2 layers)
       EXPECT_NEAR(parameter.value.std().item<double>(), expected, 0.1 * expected) << parameter.name;
     }
   }
@@ -339,22 +362,26 @@ TEST(LlamaTest, InitializationDependsOnTheSeedAlone) {
   a.initialize(7);
   b.initialize(7);
   EXPECT_TRUE(a.parameters()[0].value.equal(b.parameters()[0].value));
-  EXPECT_NEAR(a.parameters()[0].value.std().item<double>(), config.initializer_range, 0.1 * config.initializer_range);
+  EXPECT_NEAR(a.parameters()[0].value.std().item<double>(), config.initializer_range,
+              0.1 * config.initializer_range);
   b.initialize(8);
   EXPECT_FALSE(a.parameters()[0].value.equal(b.parameters()[0].value));
-  EXPECT_FALSE(a.parameters()[2].value.slice(0, 0, 37).equal(a.parameters()[2].value.slice(0, 37, 74)));
+  EXPECT_FALSE(
+      a.parameters()[2].value.slice(0, 0, 37).equal(a.parameters()[2].value.slice(0, 37, 74)));
 }
 
 ModelConfig written_config(const ModelConfig& config) {
   return ModelConfig::parse(
       c10::str(
           R"({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "torch_dtype": "float32")",
-          R"(, "vocab_size": )", config.vocab_size, R"(, "hidden_size": )", config.hidden_size, R"(, "intermediate_size": )",
-          config.intermediate_size, R"(, "num_hidden_layers": )", config.num_hidden_layers, R"(, "num_attention_heads": )",
-          config.num_attention_heads, R"(, "num_key_value_heads": )", config.num_key_value_heads, R"(, "head_dim": )",
+          R"(, "vocab_size": )", config.vocab_size, R"(, "hidden_size": )", config.hidden_size,
+          R"(, "intermediate_size": )", config.intermediate_size, R"(, "num_hidden_layers": )",
+          config.num_hidden_layers, R"(, "num_attention_heads": )", config.num_attention_heads,
+          R"(, "num_key_value_heads": )", config.num_key_value_heads, R"(, "head_dim": )",
           config.head_dim, R"(, "max_position_embeddings": )", config.max_position_embeddings,
           R"(, "rms_norm_eps": 1e-5, "rope_theta": 1000.0, "tie_word_embeddings": )",
-          config.tie_word_embeddings ? "true" : "false", R"(, "attention_bias": true, "mlp_bias": true})"),
+          config.tie_word_embeddings ? "true" : "false",
+          R"(, "attention_bias": true, "mlp_bias": true})"),
       "test");
 }
 
@@ -375,7 +402,8 @@ TEST(LlamaTest, ExportsAndReloads) {
     again.load(folder / "fp32");
     EXPECT_TRUE(again.logits(text.tokens).equal(logits));
     EXPECT_EQ(SafetensorsFile(folder / "fp32/model.safetensors").contains("lm_head.weight"), !tied);
-    EXPECT_TRUE(SafetensorsFile(folder / "fp32/model.safetensors").contains("model.layers.1.self_attn.k_proj.bias"));
+    EXPECT_TRUE(SafetensorsFile(folder / "fp32/model.safetensors")
+                    .contains("model.layers.1.self_attn.k_proj.bias"));
 
     write_bytes(folder / "fp32/tokenizer.json", "{}");
     write_bytes(folder / "fp32/generation_config.json", "{\"eos_token_id\": 2}");
@@ -383,7 +411,8 @@ TEST(LlamaTest, ExportsAndReloads) {
     again.save(folder / "bf16", at::kBFloat16);
     EXPECT_EQ(read_bytes(folder / "bf16/generation_config.json"), "{\"eos_token_id\": 2}");
     EXPECT_EQ(listing(folder / "bf16"),
-              (std::vector<std::string>{"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}));
+              (std::vector<std::string>{"config.json", "generation_config.json",
+                                        "model.safetensors", "tokenizer.json"}));
     const SafetensorsFile file(folder / "bf16/model.safetensors");
     for (const auto& [name, entry] : file.entries()) {
       EXPECT_EQ(entry.dtype, at::kBFloat16) << name;
@@ -391,7 +420,8 @@ TEST(LlamaTest, ExportsAndReloads) {
     CausalLM rounded(ModelConfig::load(folder / "bf16"), Group(), make_full_attention());
     rounded.load(folder / "bf16");
     EXPECT_LE(relative_error(rounded.logits(text.tokens), logits), 3e-2);
-    EXPECT_TRUE(rounded.parameters()[2].value.equal(model.parameters()[2].value.to(at::kBFloat16).to(at::kFloat)));
+    EXPECT_TRUE(rounded.parameters()[2].value.equal(
+        model.parameters()[2].value.to(at::kBFloat16).to(at::kFloat)));
   }
 }
 
@@ -399,13 +429,15 @@ TEST(LlamaTest, DoesNotExportWhatItWouldRefuse) {
   ModelConfig config = written_config(small_config());
   const TemporaryDirectory folder;
   CausalLM(config, Group(), make_full_attention()).save(folder / "model");
-  const std::string weights = read_bytes(folder / "model/model.safetensors"), text = read_bytes(folder / "model/config.json");
+  const std::string weights = read_bytes(folder / "model/model.safetensors"),
+                    text = read_bytes(folder / "model/config.json");
   CausalLM large(config, Group(), make_full_attention());
   {
     const at::NoGradGuard no_grad;
     large.parameters()[1].value.fill_(3.4e38);  // finite in fp32
   }
-  expect_error(ErrorKind::kNumerics, {"model", "is not finite in BFloat16"}, [&] { large.save(folder / "model", at::kBFloat16); });
+  expect_error(ErrorKind::kNumerics, {"model", "is not finite in BFloat16"},
+               [&] { large.save(folder / "model", at::kBFloat16); });
   config.original_json = "{}";
   expect_error(ErrorKind::kModel, {"config.json\" was not written", "model_type"},
                [&] { CausalLM(config, Group(), make_full_attention()).save(folder / "model"); });
@@ -435,21 +467,29 @@ TEST(LlamaTest, RefusesWeightsThatAreNotTheModels) {
     write_safetensors(folder / "model/model.safetensors", list);
   };
   rewrite([](auto& tensors) { tensors.erase("model.layers.1.mlp.up_proj.weight"); });
-  expect_error(ErrorKind::kModel, {"model.layers.1.mlp.up_proj.weight"}, [&] { model.load(folder / "model"); });
-  rewrite([](auto& tensors) { tensors["model.layers.0.self_attn.q_norm.weight"] = at::ones({16}); });
-  expect_error(ErrorKind::kModel, {"model.layers.0.self_attn.q_norm.weight"}, [&] { model.load(folder / "model"); });
+  expect_error(ErrorKind::kModel, {"model.layers.1.mlp.up_proj.weight"},
+               [&] { model.load(folder / "model"); });
+  rewrite(
+      [](auto& tensors) { tensors["model.layers.0.self_attn.q_norm.weight"] = at::ones({16}); });
+  expect_error(ErrorKind::kModel, {"model.layers.0.self_attn.q_norm.weight"},
+               [&] { model.load(folder / "model"); });
   rewrite([](auto& tensors) { tensors["model.norm.weight"] = at::ones({41}); });
-  expect_error(ErrorKind::kModel, {"model.norm.weight", "[41]", "[40]"}, [&] { model.load(folder / "model"); });
+  expect_error(ErrorKind::kModel, {"model.norm.weight", "[41]", "[40]"},
+               [&] { model.load(folder / "model"); });
   EXPECT_NO_THROW(model.load(whole));
   rewrite([](auto& tensors) { tensors["model.norm.weight"] = at::ones({40}, at::kInt); });
-  expect_error(ErrorKind::kModel, {"model.norm.weight", "Int", "quantized"}, [&] { model.load(folder / "model"); });
+  expect_error(ErrorKind::kModel, {"model.norm.weight", "Int", "quantized"},
+               [&] { model.load(folder / "model"); });
   rewrite([](auto& tensors) { tensors["lm_head.weight"] = at::ones({53, 40}); });
-  expect_error(ErrorKind::kModel, {"lm_head.weight", "tie_word_embeddings"}, [&] { model.load(folder / "model"); });
+  expect_error(ErrorKind::kModel, {"lm_head.weight", "tie_word_embeddings"},
+               [&] { model.load(folder / "model"); });
   rewrite([](auto& tensors) { tensors["lm_head.weight"] = at::ones({53, 41}); });
-  expect_error(ErrorKind::kModel, {"lm_head.weight", "[53, 41]", "vocab_size = 53"}, [&] { model.load(folder / "model"); });
+  expect_error(ErrorKind::kModel, {"lm_head.weight", "[53, 41]", "vocab_size = 53"},
+               [&] { model.load(folder / "model"); });
 }
 
-// Sizes that only the weights can contradict are refused before anything of such a size is allocated.
+// Sizes that only the weights can contradict are refused before anything of such a size is
+// allocated.
 TEST(LlamaTest, HoldsAConfigAgainstItsWeightsFirst) {
   const ModelConfig config = written_config(small_config());
   CausalLM model(config, Group(), make_full_attention());
@@ -457,22 +497,28 @@ TEST(LlamaTest, HoldsAConfigAgainstItsWeightsFirst) {
   const TemporaryDirectory folder;
   model.save(folder / "model");
   const std::string original = read_bytes(folder / "model/config.json");
-  const auto refused = [&](const std::string& field, const std::string& value, const std::vector<std::string>& fragments) {
+  const auto refused = [&](const std::string& field, const std::string& value,
+                           const std::vector<std::string>& fragments) {
     SCOPED_TRACE(field);
-    write_bytes(folder / "model/config.json", std::regex_replace(original, std::regex("\"" + field + "\": \\w+"), "\"" + field + "\": " + value));
+    write_bytes(folder / "model/config.json",
+                std::regex_replace(original, std::regex("\"" + field + "\": \\w+"),
+                                   "\"" + field + "\": " + value));
     expect_error(ErrorKind::kModel, fragments, [&] { load_model_config(folder / "model"); });
   };
   refused("num_hidden_layers", "16000", {"model.safetensors", "num_hidden_layers = 16000"});
-  refused("num_hidden_layers", "3", {"model.safetensors", "model.layers.2.input_layernorm.weight", "num_hidden_layers = 3"});
+  refused("num_hidden_layers", "3",
+          {"model.safetensors", "model.layers.2.input_layernorm.weight", "num_hidden_layers = 3"});
   refused("num_hidden_layers", "1", {"model.layers.1.", "has no place"});
-  refused("vocab_size", "200000000", {"model.embed_tokens.weight", "[53, 40]", "vocab_size = 200000000, hidden_size = 40"});
+  refused("vocab_size", "200000000",
+          {"model.embed_tokens.weight", "[53, 40]", "vocab_size = 200000000, hidden_size = 40"});
   refused("hidden_size", "1000000", {"hidden_size = 1000000"});
   refused("intermediate_size", "4000000", {"mlp.gate_proj.weight", "intermediate_size = 4000000"});
   refused("head_dim", "600000", {"self_attn.q_proj.weight", "head_dim = 600000"});
   write_bytes(folder / "model/config.json", original);
   EXPECT_TRUE(load_model_config(folder / "model").warnings.empty());
   std::filesystem::remove(folder / "model/model.safetensors");
-  expect_error(ErrorKind::kModel, {"neither model.safetensors"}, [&] { load_model_config(folder / "model"); });
+  expect_error(ErrorKind::kModel, {"neither model.safetensors"},
+               [&] { load_model_config(folder / "model"); });
 }
 
 TEST(LlamaTest, NamesWhatItDoesNotRead) {
@@ -497,13 +543,18 @@ TEST(LlamaTest, NamesWhatItDoesNotRead) {
     EXPECT_EQ(warnings.size(), 1U);
     return warnings.empty() ? "" : warnings.front();
   };
-  EXPECT_NE(warning(config.inverse_frequencies().to(at::kBFloat16)).find("layers.0.self_attn.rotary_emb.inv_freq and 1 more"), std::string::npos);
-  EXPECT_NE(warning(config.inverse_frequencies() * 0.5).find("contradicts the rope fields"), std::string::npos);
+  EXPECT_NE(warning(config.inverse_frequencies().to(at::kBFloat16))
+                .find("layers.0.self_attn.rotary_emb.inv_freq and 1 more"),
+            std::string::npos);
+  EXPECT_NE(warning(config.inverse_frequencies() * 0.5).find("contradicts the rope fields"),
+            std::string::npos);
   write_safetensors(folder / "model.safetensors", tensors);
   write_bytes(folder / "model.safetensors.index.json", "{}");
-  EXPECT_NE(load_model_config(folder.path()).warnings.at(0).find("index.json beside it"), std::string::npos);
+  EXPECT_NE(load_model_config(folder.path()).warnings.at(0).find("index.json beside it"),
+            std::string::npos);
   write_bytes(folder / "adapter_config.json", "{}");
-  expect_error(ErrorKind::kModel, {"adapter_config.json", "merge"}, [&] { load_model_config(folder.path()); });
+  expect_error(ErrorKind::kModel, {"adapter_config.json", "merge"},
+               [&] { load_model_config(folder.path()); });
 }
 
 TEST_P(Families, AHeadThatDiffersFromATiedEmbeddingIsKept) {
@@ -529,7 +580,8 @@ TEST_P(Families, AHeadThatDiffersFromATiedEmbeddingIsKept) {
   EXPECT_FALSE(ModelConfig::load(folder / "export").tie_word_embeddings);
   EXPECT_TRUE(SafetensorsFile(folder / "export/model.safetensors").contains("lm_head.weight"));
   CausalLM unaware(ModelConfig::load(folder / "model"), Group(), make_full_attention());
-  expect_error(ErrorKind::kModel, {"model.safetensors", "lm_head.weight"}, [&] { unaware.load(folder / "model"); });
+  expect_error(ErrorKind::kModel, {"model.safetensors", "lm_head.weight"},
+               [&] { unaware.load(folder / "model"); });
 
   // Equal to the embedding, or in its place: tied.
   std::map<std::string, at::Tensor> tensors;
@@ -575,13 +627,19 @@ TEST(LlamaTest, AnExportHoldsNothingOfAnotherModel) {
   write_bytes(folder / "model/merges.txt", "");
   model.load(folder / "model");
   std::filesystem::create_directory(folder / "hf");
-  for (const char* name : {"tokenizer.json", "tokenizer.model", "special_tokens_map.json", "generation_config.json", "chat_template.jinja", "model.safetensors.index.json",
-                           "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "pytorch_model.bin", "README.md", "model-card.safetensors"}) {
+  for (const char* name :
+       {"tokenizer.json", "tokenizer.model", "special_tokens_map.json", "generation_config.json",
+        "chat_template.jinja", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors", "pytorch_model.bin", "README.md",
+        "model-card.safetensors"}) {
     write_bytes(folder / "hf" / name, "A");
   }
   model.save(folder / "hf");
   EXPECT_EQ(read_bytes(folder / "hf/tokenizer.json"), "B");
-  EXPECT_EQ(listing(folder / "hf"), (std::vector<std::string>{"README.md", "config.json", "merges.txt", "model-card.safetensors", "model.safetensors", "tokenizer.json"}));
+  EXPECT_EQ(
+      listing(folder / "hf"),
+      (std::vector<std::string>{"README.md", "config.json", "merges.txt", "model-card.safetensors",
+                                "model.safetensors", "tokenizer.json"}));
   model.save(folder / "model");  // onto itself
   EXPECT_EQ(read_bytes(folder / "model/tokenizer.json"), "B");
 }
@@ -605,11 +663,13 @@ TEST(LlamaTest, WhatAnExportCopiesIsOpenedBefore) {
 TEST(LlamaTest, RefusesWhatCannotFitIntoMemory) {
   EXPECT_GT(free_memory(), int64_t{1} << 20);
   EXPECT_NO_THROW(check_memory(1 << 20, "1000 weights"));
-  expect_error(ErrorKind::kUsage, {"1000 weights take 1048576.00 GiB", "GiB are free"}, [] { check_memory(std::ldexp(1.0, 50), "1000 weights"); });
+  expect_error(ErrorKind::kUsage, {"1000 weights take 1048576.00 GiB", "GiB are free"},
+               [] { check_memory(std::ldexp(1.0, 50), "1000 weights"); });
   ModelConfig large = small_config();
   large.vocab_size = int64_t{1} << 28;
   large.hidden_size = int64_t{1} << 20;
-  expect_error(ErrorKind::kUsage, {"weights take", "tensor-parallel"}, [&] { CausalLM(large, Group(), make_full_attention()); });
+  expect_error(ErrorKind::kUsage, {"weights take", "tensor-parallel"},
+               [&] { CausalLM(large, Group(), make_full_attention()); });
 }
 
 TEST(LlamaTest, RefusesBadInputWithTheValues) {
@@ -622,13 +682,16 @@ TEST(LlamaTest, RefusesBadInputWithTheValues) {
   expect_error(ErrorKind::kUsage, {"[8]"}, [&] { model.hidden(good[0]); });
   expect_error(ErrorKind::kUsage, {"Int"}, [&] { model.hidden(good.to(at::kInt)); });
   expect_error(ErrorKind::kUsage, {"[0, 8]"}, [&] { model.hidden(good.slice(0, 0, 0)); });
-  expect_error(ErrorKind::kUsage, {"[1, 7]", "[1, 8]"}, [&] { model.loss(good, good.slice(1, 1)); });
+  expect_error(ErrorKind::kUsage, {"[1, 7]", "[1, 8]"},
+               [&] { model.loss(good, good.slice(1, 1)); });
   expect_error(ErrorKind::kData, {"53"}, [&] { model.hidden(good + 53); });
   expect_error(ErrorKind::kData, {"-1"}, [&] { model.hidden(good - 1); });
   expect_error(ErrorKind::kData, {"54", "53"}, [&] { model.loss(good, good + 54); });
   expect_error(ErrorKind::kData, {"-99", "53"}, [&] { model.token_nll(good, good - 99); });
-  expect_error(ErrorKind::kUsage, {"Half"}, [&] { CausalLM(config, Group(), make_full_attention(), {.dtype = at::kHalf}); });
-  expect_error(ErrorKind::kUsage, {"7", "6 attention heads"}, [&] { parameter_layouts(config, 7, 0); });
+  expect_error(ErrorKind::kUsage, {"Half"},
+               [&] { CausalLM(config, Group(), make_full_attention(), {.dtype = at::kHalf}); });
+  expect_error(ErrorKind::kUsage, {"7", "6 attention heads"},
+               [&] { parameter_layouts(config, 7, 0); });
   expect_error(ErrorKind::kStorage, {"/dev/null"}, [&] { model.save("/dev/null/model"); });
 }
 

@@ -1,13 +1,15 @@
-// The model on 2, 3 and 4 tensor-parallel ranks, with uneven shares of everything, against the plain reference on the whole.
+// The model on 2, 3 and 4 tensor-parallel ranks, with uneven shares of everything, against the
+// plain reference on the whole.
 #include "models/causal_lm/tensor_parallel.h"
+
+#include <regex>
+
 #include "core/error.h"
-#include "models/training/gradient_reducer.h"
 #include "models/causal_lm/causal_lm.h"
+#include "models/training/gradient_reducer.h"
 #include "tests/support/io_support.h"
 #include "tests/support/reference_llama.h"
 #include "tests/support/tensor_parallel_fixture.h"
-
-#include <regex>
 
 namespace drrl::test {
 namespace {
@@ -20,7 +22,8 @@ class TensorParallel : public TensorParallelTest {
     config.qkv_bias = config.attention_output_bias = config.mlp_bias = true;
     return config;
   }
-  // The last one has fewer KV heads than ranks: on 2 ranks 3 query heads of one are 2 + 1; on 3 and 4 ranks {0 1} {2} and {0 1} {2 3} share.
+  // The last one has fewer KV heads than ranks: on 2 ranks 3 query heads of one are 2 + 1; on 3 and
+  // 4 ranks {0 1} {2} and {0 1} {2 3} share.
   std::vector<ModelConfig> configs() const {
     ModelConfig few = config();
     few.num_key_value_heads = size_ == 2 ? 1 : 2;
@@ -43,7 +46,8 @@ class TensorParallel : public TensorParallelTest {
 };
 
 TEST_F(TensorParallel, LossAndEveryGradientEqualTheReference) {
-  for (const auto& [tied, checkpoint] : {std::pair(true, false), {true, true}, {false, false}, {false, true}}) {
+  for (const auto& [tied, checkpoint] :
+       {std::pair(true, false), {true, true}, {false, false}, {false, true}}) {
     for (ModelConfig whole : configs()) {
       whole.tie_word_embeddings = tied;
       const Weights weights = random_weights(whole, 1);
@@ -84,7 +88,8 @@ TEST_F(TensorParallel, ReplicatedParametersHaveTheSameGradientBitForBit) {
         EXPECT_TRUE(first.equal(parameter.value.grad())) << parameter.name;
       }
     }
-    // Llama: two norms, o_proj.bias and down_proj.bias a layer; the final norm. GPT-2: biases of norms as well, and the positions.
+    // Llama: two norms, o_proj.bias and down_proj.bias a layer; the final norm. GPT-2: biases of
+    // norms as well, and the positions.
     EXPECT_EQ(replicated, whole.is_gpt2() ? 2 * 6 + 3 : 2 * 4 + 1);
   }
 }
@@ -96,7 +101,9 @@ TEST_F(TensorParallel, Bfloat16IsCloseToOneProcess) {
   set_weights(one, weights, Group());
   set_weights(many, weights, tp_);
   const Text text = random_text(config(), 2, 19);
-  EXPECT_LE(relative_error(many.loss(text.tokens, text.labels).loss_sum, one.loss(text.tokens, text.labels).loss_sum), 1e-2);
+  EXPECT_LE(relative_error(many.loss(text.tokens, text.labels).loss_sum,
+                           one.loss(text.tokens, text.labels).loss_sum),
+            1e-2);
 }
 
 TEST_F(TensorParallel, InitializesShardsOfOneModel) {
@@ -117,14 +124,17 @@ TEST_F(TensorParallel, SavesOneModelAndLoadsItsShards) {
                "intermediate_size": 37, "num_hidden_layers": 2, "head_dim": 16, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
                "rope_theta": 1000.0, "attention_bias": true, "mlp_bias": true, "tie_word_embeddings": false, "num_attention_heads": )",
       2 * groups, R"(, "num_key_value_heads": )", groups, "}");
-  const std::string gpt2 = c10::str(R"({"model_type": "gpt2", "vocab_size": 53, "n_inner": 37, "n_layer": 2, "n_positions": 64, "n_head": )",
-                                    groups, R"(, "n_embd": )", 16 * groups, "}");
+  const std::string gpt2 = c10::str(
+      R"({"model_type": "gpt2", "vocab_size": 53, "n_inner": 37, "n_layer": 2, "n_positions": 64, "n_head": )",
+      groups, R"(, "n_embd": )", 16 * groups, "}");
   // One KV head of all ranks.
-  const std::string shared = std::regex_replace(llama, std::regex("\"num_key_value_heads\": [0-9]+"), "\"num_key_value_heads\": 1");
+  const std::string shared = std::regex_replace(
+      llama, std::regex("\"num_key_value_heads\": [0-9]+"), "\"num_key_value_heads\": 1");
   const std::filesystem::path folder = shared_folder();
   for (const std::string& json : {llama, gpt2, shared}) {
     const ModelConfig parsed = ModelConfig::parse(json, "test");
-    const std::filesystem::path to = folder / c10::str(name(parsed.architecture), parsed.num_key_value_heads);
+    const std::filesystem::path to = folder / c10::str(name(parsed.architecture),
+                                                       parsed.num_key_value_heads);
     const Weights weights = random_weights(parsed, 1);
     CausalLM saved(parsed, tp_, make_full_attention());
     set_weights(saved, weights, tp_);
@@ -133,11 +143,14 @@ TEST_F(TensorParallel, SavesOneModelAndLoadsItsShards) {
 
     CausalLM one(parsed, Group(), make_full_attention());
     one.load(to);
-    EXPECT_LE(relative_error(one.logits(text.tokens), reference_logits(parsed, weights, text.tokens)), 1e-5);
+    EXPECT_LE(
+        relative_error(one.logits(text.tokens), reference_logits(parsed, weights, text.tokens)),
+        1e-5);
     CausalLM many(parsed, tp_, make_full_attention());
     many.load(to);
     for (size_t i = 0; i < many.parameters().size(); ++i) {
-      EXPECT_TRUE(many.parameters()[i].value.equal(saved.parameters()[i].value)) << many.parameters()[i].name;
+      EXPECT_TRUE(many.parameters()[i].value.equal(saved.parameters()[i].value))
+          << many.parameters()[i].name;
     }
   }
 }
@@ -158,14 +171,16 @@ TEST_F(TensorParallel, SharedRowsHaveTheSameGradientBitForBitAndCountOnce) {
   model.loss(text.tokens, text.labels).loss_sum.backward();
   alone.loss(text.tokens, text.labels).loss_sum.backward();
   if (kv.size() > 1) {
-    expect_error(ErrorKind::kUsage, {"KV head"}, [&] { sum_shared_rows(model.parameters(), Group()); });
+    expect_error(ErrorKind::kUsage, {"KV head"},
+                 [&] { sum_shared_rows(model.parameters(), Group()); });
   }
   sum_shared_rows(model.parameters(), kv);
   int64_t shared = 0;
   for (const Parameter& parameter : model.parameters()) {
     if (parameter.shared_rows > 0) {
       ++shared;
-      const at::Tensor rows = parameter.value.grad().narrow(0, parameter.value.size(0) - parameter.shared_rows, parameter.shared_rows);
+      const at::Tensor rows = parameter.value.grad().narrow(
+          0, parameter.value.size(0) - parameter.shared_rows, parameter.shared_rows);
       at::Tensor first = rows.clone();
       kv.broadcast(first);
       EXPECT_TRUE(first.equal(rows)) << parameter.name;
@@ -174,12 +189,15 @@ TEST_F(TensorParallel, SharedRowsHaveTheSameGradientBitForBitAndCountOnce) {
   EXPECT_EQ(shared, kv.size() > 1 ? 2 * 2 : 0) << "weight and bias of qkv_proj, a layer";
   at::Tensor squares = squared_gradient_norm(model.parameters(), tp_, kv);
   tp_.all_reduce(squares);
-  EXPECT_NEAR(squares.item<double>() / squared_gradient_norm(alone.parameters(), Group()).item<double>(), 1, 1e-5);
+  EXPECT_NEAR(
+      squares.item<double>() / squared_gradient_norm(alone.parameters(), Group()).item<double>(), 1,
+      1e-5);
 }
 
 TEST_F(TensorParallel, RefusesMoreRanksThanHeads) {
   ModelConfig few = small_config(1, 1);
-  expect_error(ErrorKind::kUsage, {"1 attention heads", std::to_string(size_)}, [&] { CausalLM(few, tp_, make_full_attention()); });
+  expect_error(ErrorKind::kUsage, {"1 attention heads", std::to_string(size_)},
+               [&] { CausalLM(few, tp_, make_full_attention()); });
 }
 
 }  // namespace

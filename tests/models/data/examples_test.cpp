@@ -1,12 +1,14 @@
-// Examples for drrl-eval --examples: what a file may hold, and scores on 1, 2 and 3 tensor-parallel ranks against the logits of the whole sequence.
+// Examples for drrl-eval --examples: what a file may hold, and scores on 1, 2 and 3 tensor-parallel
+// ranks against the logits of the whole sequence.
 #include "models/data/examples.h"
+
+#include <sys/stat.h>
+
 #include "core/error.h"
 #include "policy/attention/lowrank_controller.h"
 #include "tests/support/io_support.h"
 #include "tests/support/reference_llama.h"
 #include "tests/support/tensor_parallel_fixture.h"
-
-#include <sys/stat.h>
 
 namespace drrl::test {
 namespace {
@@ -34,8 +36,11 @@ at::Tensor own_words(CausalLM& model, const at::Tensor& context, int64_t count) 
 }
 
 /// What follows `context`?
-Example asking(const std::string& id, const at::Tensor& context, const std::vector<at::Tensor>& targets, int64_t answer = 0) {
-  return {.id = id, .context = context, .questions = {{.at = context.numel(), .targets = targets, .answer = answer}}};
+Example asking(const std::string& id, const at::Tensor& context,
+               const std::vector<at::Tensor>& targets, int64_t answer = 0) {
+  return {.id = id,
+          .context = context,
+          .questions = {{.at = context.numel(), .targets = targets, .answer = answer}}};
 }
 
 TEST_F(ExamplesTest, LogprobsAreThoseOfTheLogitsAndTheModelsOwnWordsAreRight) {
@@ -49,10 +54,15 @@ TEST_F(ExamplesTest, LogprobsAreThoseOfTheLogitsAndTheModelsOwnWordsAreRight) {
 
     const QuestionScore said = score(m, asking("own", context, {own})).at(0);
     EXPECT_TRUE(said.right);
-    // Sequences of another length may be given other ranks, so the oracle sees exactly context and target but its last token.
-    const at::Tensor logprobs = m.logits(at::cat({context, own.narrow(0, 0, 2)}).unsqueeze(0))[0].narrow(0, 69, 3).log_softmax(1);
-    EXPECT_NEAR(said.logprobs.at(0), logprobs.gather(1, own.unsqueeze(1)).sum().item<double>(), 1e-4);
-    EXPECT_FALSE(score(m, asking("other", context, {other})).at(0).right) << "one wrong token of three is wrong";
+    // Sequences of another length may be given other ranks, so the oracle sees exactly context and
+    // target but its last token.
+    const at::Tensor logprobs = m.logits(at::cat({context, own.narrow(0, 0, 2)}).unsqueeze(0))[0]
+                                    .narrow(0, 69, 3)
+                                    .log_softmax(1);
+    EXPECT_NEAR(said.logprobs.at(0), logprobs.gather(1, own.unsqueeze(1)).sum().item<double>(),
+                1e-4);
+    EXPECT_FALSE(score(m, asking("other", context, {other})).at(0).right)
+        << "one wrong token of three is wrong";
 
     const QuestionScore choice = score(m, asking("choice", context, {other, own}, 1)).at(0);
     EXPECT_EQ(choice.right, choice.logprobs.at(1) > choice.logprobs.at(0));
@@ -64,7 +74,8 @@ TEST_F(ExamplesTest, LogprobsAreThoseOfTheLogitsAndTheModelsOwnWordsAreRight) {
 
 TEST_F(ExamplesTest, ATieForTheMostLikelyTokenIsWrong) {
   CausalLM m(config_, tp_, make_full_attention());  // weights of zero: all tokens are as likely
-  const QuestionScore scored = score(m, asking("0", at::zeros({5}, at::kLong), {at::zeros({2}, at::kLong)})).at(0);
+  const QuestionScore
+      scored = score(m, asking("0", at::zeros({5}, at::kLong), {at::zeros({2}, at::kLong)})).at(0);
   EXPECT_FALSE(scored.right);
   EXPECT_NEAR(scored.logprobs.at(0), -2 * std::log(static_cast<double>(config_.vocab_size)), 1e-4);
 }
@@ -73,9 +84,13 @@ TEST_F(ExamplesTest, LogitsAtPositions) {
   CausalLM m = model(std::make_shared<LowRankController>(make_fixed_policy(6, 16), Geometry{8, 2}));
   const at::Tensor tokens = random_text(config_, 2, 40).tokens;
   const at::Tensor all = m.logits(tokens), positions = at::tensor({39, 0, 17, 17}, at::kLong);
-  EXPECT_LE((m.logits_at(tokens, positions) - all.index_select(1, positions)).abs().max().item<double>(), 1e-5);
-  expect_error(ErrorKind::kUsage, {"40", "[0, 40)"}, [&] { m.logits_at(tokens, at::tensor({3, 40}, at::kLong)); });
-  expect_error(ErrorKind::kUsage, {"[0, 40)"}, [&] { m.logits_at(tokens, at::empty({0}, at::kLong)); });
+  EXPECT_LE(
+      (m.logits_at(tokens, positions) - all.index_select(1, positions)).abs().max().item<double>(),
+      1e-5);
+  expect_error(ErrorKind::kUsage, {"40", "[0, 40)"},
+               [&] { m.logits_at(tokens, at::tensor({3, 40}, at::kLong)); });
+  expect_error(ErrorKind::kUsage, {"[0, 40)"},
+               [&] { m.logits_at(tokens, at::empty({0}, at::kLong)); });
 }
 
 TEST_F(ExamplesTest, UnderBf16TheHeadOfChosenPositionsIsInFp32) {
@@ -90,7 +105,8 @@ TEST_F(ExamplesTest, UnderBf16TheHeadOfChosenPositionsIsInFp32) {
 }
 
 TEST_F(ExamplesTest, TargetsOfOneTokenShareAPass) {
-  const auto controller = std::make_shared<LowRankController>(make_fixed_policy(6, 16), Geometry{8, 2});
+  const auto controller = std::make_shared<LowRankController>(make_fixed_policy(6, 16),
+                                                              Geometry{8, 2});
   CausalLM m = model(controller);
   const at::Tensor context = random_text(config_, 1, 40).tokens[0];
   const auto token = [](int64_t id) { return at::full({1}, id, at::kLong); };
@@ -99,27 +115,34 @@ TEST_F(ExamplesTest, TargetsOfOneTokenShareAPass) {
     const QuestionScore scored = score(m, asking("0", context, targets)).at(0);
     const int64_t calls = controller->take_statistics().calls;
     for (size_t i = 0; i < targets.size(); ++i) {
-      EXPECT_NEAR(scored.logprobs[i], score(m, asking("1", context, {targets[i]})).at(0).logprobs[0], 1e-5);
+      EXPECT_NEAR(scored.logprobs[i],
+                  score(m, asking("1", context, {targets[i]})).at(0).logprobs[0], 1e-5);
     }
     return calls / config_.num_hidden_layers;
   };
   EXPECT_EQ(passes({token(1), token(2), token(3)}), 1);
-  EXPECT_EQ(passes({at::tensor({1, 2}, at::kLong), at::tensor({1, 3}, at::kLong), at::tensor({2, 3}, at::kLong)}), 2);
+  EXPECT_EQ(passes({at::tensor({1, 2}, at::kLong), at::tensor({1, 3}, at::kLong),
+                    at::tensor({2, 3}, at::kLong)}),
+            2);
   EXPECT_EQ(passes({token(1), at::tensor({1, 2}, at::kLong)}), 2);
 }
 
 TEST_F(ExamplesTest, QuestionsAboutOneTextShareAPass) {
-  const auto controller = std::make_shared<LowRankController>(make_fixed_policy(6, 16), Geometry{8, 2});
+  const auto controller = std::make_shared<LowRankController>(make_fixed_policy(6, 16),
+                                                              Geometry{8, 2});
   CausalLM m = model(controller);
   const at::Tensor context = random_text(config_, 1, 60).tokens[0];
   const auto token = [](int64_t id) { return at::full({1}, id, at::kLong); };
-  const at::Tensor goes_on = context.narrow(0, 30, 3).clone(), ends_otherwise = goes_on.clone(), another = goes_on.clone();
+  const at::Tensor goes_on = context.narrow(0, 30, 3).clone(), ends_otherwise = goes_on.clone(),
+                   another = goes_on.clone();
   ends_otherwise[2] = (goes_on[2].item<int64_t>() + 1) % config_.vocab_size;
   another[0] = (goes_on[0].item<int64_t>() + 1) % config_.vocab_size;
-  Example example{.id = "0", .context = context, .questions = {{.at = 50, .targets = {token(3), token(4)}, .answer = 1},
-                                                               {.at = 30, .targets = {goes_on, ends_otherwise}},
-                                                               {.at = 1, .targets = {token(5)}},
-                                                               {.at = 60, .targets = {token(6), token(7)}}}};
+  Example example{.id = "0",
+                  .context = context,
+                  .questions = {{.at = 50, .targets = {token(3), token(4)}, .answer = 1},
+                                {.at = 30, .targets = {goes_on, ends_otherwise}},
+                                {.at = 1, .targets = {token(5)}},
+                                {.at = 60, .targets = {token(6), token(7)}}}};
   const auto passes = [&] {
     controller->take_statistics();
     const auto scores = score(m, example);
@@ -130,36 +153,51 @@ TEST_F(ExamplesTest, QuestionsAboutOneTextShareAPass) {
       for (size_t i = 0; i < question.targets.size(); ++i) {
         const at::Tensor target = question.targets[i];
         if (!target.equal(another)) {
-          EXPECT_NEAR(scores[q].logprobs.at(i), logprobs.narrow(0, question.at - 1, target.numel()).gather(1, target.unsqueeze(1)).sum().item<double>(), 1e-4) << q;
+          EXPECT_NEAR(scores[q].logprobs.at(i),
+                      logprobs.narrow(0, question.at - 1, target.numel())
+                          .gather(1, target.unsqueeze(1))
+                          .sum()
+                          .item<double>(),
+                      1e-4)
+              << q;
         }
       }
       if (question.targets.size() > 1) {
-        const auto best = std::max_element(scores[q].logprobs.begin(), scores[q].logprobs.end()) - scores[q].logprobs.begin();
+        const auto best = std::max_element(scores[q].logprobs.begin(), scores[q].logprobs.end()) -
+                          scores[q].logprobs.begin();
         EXPECT_EQ(scores[q].right, best == question.answer) << q;
       }
     }
     return scores;
   };
   passes();
-  EXPECT_EQ(controller->take_statistics().calls / config_.num_hidden_layers, 2) << "one of score, one of the logits it is compared with";
+  EXPECT_EQ(controller->take_statistics().calls / config_.num_hidden_layers, 2)
+      << "one of score, one of the logits it is compared with";
   example.questions[1].targets.push_back(another);
   const double own = passes()[1].logprobs.at(2);
   EXPECT_EQ(controller->take_statistics().calls / config_.num_hidden_layers, 3);
-  EXPECT_EQ(own, score(m, asking("1", context.narrow(0, 0, 30), {another})).at(0).logprobs.at(0)) << "a text of its own, no longer than need be";
+  EXPECT_EQ(own, score(m, asking("1", context.narrow(0, 0, 30), {another})).at(0).logprobs.at(0))
+      << "a text of its own, no longer than need be";
 }
 
 TEST_F(ExamplesTest, WhatTheModelRefusesNamesTheExample) {
   CausalLM m = model(make_full_attention());
-  expect_error(ErrorKind::kData, {"example 'seven'", "4 tokens", std::to_string(config_.vocab_size)},
-               [&] { score(m, asking("seven", at::full({4}, config_.vocab_size, at::kLong), {at::zeros({1}, at::kLong)})); });
+  expect_error(ErrorKind::kData,
+               {"example 'seven'", "4 tokens", std::to_string(config_.vocab_size)}, [&] {
+                 score(m, asking("seven", at::full({4}, config_.vocab_size, at::kLong),
+                                 {at::zeros({1}, at::kLong)}));
+               });
 }
 
 TEST_F(ExamplesTest, FilesAreRead) {
   const TemporaryDirectory folder;
-  write_bytes(folder / "a.jsonl", "{\"id\": \"a\", \"context\": [1, 2, 3], \"targets\": [[4], [5, 6]], \"answer\": 1, \"depth\": 0.5}\n\n"
-                                  "{\"answer\": 0, \"targets\": [[0]], \"context\": [7], \"id\": \"b\"}\n"
-                                  "{\"id\": \"c\", \"context\": [1, 2], \"questions\": [{\"at\": 2, \"targets\": [[3]], \"answer\": 0}, {\"at\": 1, \"targets\": [[4], "
-                                  "[2, 5]], \"answer\": 1, \"word\": \"x\"}]}");
+  write_bytes(folder / "a.jsonl",
+              "{\"id\": \"a\", \"context\": [1, 2, 3], \"targets\": [[4], [5, 6]], \"answer\": 1, "
+              "\"depth\": 0.5}\n\n"
+              "{\"answer\": 0, \"targets\": [[0]], \"context\": [7], \"id\": \"b\"}\n"
+              "{\"id\": \"c\", \"context\": [1, 2], \"questions\": [{\"at\": 2, \"targets\": "
+              "[[3]], \"answer\": 0}, {\"at\": 1, \"targets\": [[4], "
+              "[2, 5]], \"answer\": 1, \"word\": \"x\"}]}");
   const std::vector<Example> examples = read_examples(folder / "a.jsonl", config_);
   ASSERT_EQ(examples.size(), 3U);
   EXPECT_EQ(examples[0].id, "a");
@@ -194,34 +232,54 @@ TEST_F(ExamplesTest, WhatIsWrongIsNamedWithFileAndLine) {
   refuses(R"({"id": "b", "context": [1], "targets": [[2]]})", {"no 'answer'"});
   refuses(R"({"id": 3, "context": [1], "targets": [[2]], "answer": 0})", {"'id'", "3", "string"});
   refuses(R"({"id": "b", "context": [], "targets": [[2]], "answer": 0})", {"'context'", "empty"});
-  refuses(R"({"id": "b", "context": [1, )" + vocabulary + R"(], "targets": [[2]], "answer": 0})", {"'context'", vocabulary, "[0, " + vocabulary + ")"});
+  refuses(R"({"id": "b", "context": [1, )" + vocabulary + R"(], "targets": [[2]], "answer": 0})",
+          {"'context'", vocabulary, "[0, " + vocabulary + ")"});
   refuses(R"({"id": "b", "context": [-1], "targets": [[2]], "answer": 0})", {"'context'", "-1"});
-  refuses(R"({"id": "b", "context": [18446744073709551615], "targets": [[2]], "answer": 0})", {"18446744073709551615"});
-  refuses(R"({"id": "b", "context": [1.5], "targets": [[2]], "answer": 0})", {"1.5", "whole number"});
+  refuses(R"({"id": "b", "context": [18446744073709551615], "targets": [[2]], "answer": 0})",
+          {"18446744073709551615"});
+  refuses(R"({"id": "b", "context": [1.5], "targets": [[2]], "answer": 0})",
+          {"1.5", "whole number"});
   refuses(R"({"id": "b", "context": [1], "targets": [], "answer": 0})", {"'targets'"});
-  refuses(R"({"id": "b", "context": [1], "targets": [[2], []], "answer": 0})", {"target 1", "empty"});
-  refuses(R"({"id": "b", "context": [1], "targets": [[2], [3]], "answer": 2})", {"'answer'", "2", "[0, 2)"});
+  refuses(R"({"id": "b", "context": [1], "targets": [[2], []], "answer": 0})",
+          {"target 1", "empty"});
+  refuses(R"({"id": "b", "context": [1], "targets": [[2], [3]], "answer": 2})",
+          {"'answer'", "2", "[0, 2)"});
   refuses(R"({"id": "b", "context": [1], "questions": []})", {"'questions'"});
-  refuses(R"({"id": "b", "context": [1], "questions": [{"at": 1, "targets": [[2]], "answer": 0}, 3]})", {"question 1", "not a JSON object"});
-  refuses(R"({"id": "b", "context": [1], "questions": [{"targets": [[2]], "answer": 0}]})", {"question 0", "no 'at'"});
-  refuses(R"({"id": "b", "context": [1], "questions": [{"at": 0, "targets": [[2]], "answer": 0}]})", {"question 0", "'at' is 0"});
-  refuses(R"({"id": "b", "context": [1], "questions": [{"at": 2, "targets": [[2]], "answer": 0}]})", {"question 0: 'at'", "2", "[0, 2)"});
-  refuses(R"({"id": "b", "context": [1], "questions": [{"at": 1, "targets": [[]], "answer": 0}]})", {"question 0: target 0", "empty"});
-  refuses(R"({"id": "b", "context": [1], "questions": [{"at": 1, "targets": [[2]], "answer": 1}]})", {"question 0: 'answer'", "1", "[0, 1)"});
+  refuses(
+      R"({"id": "b", "context": [1], "questions": [{"at": 1, "targets": [[2]], "answer": 0}, 3]})",
+      {"question 1", "not a JSON object"});
+  refuses(R"({"id": "b", "context": [1], "questions": [{"targets": [[2]], "answer": 0}]})",
+          {"question 0", "no 'at'"});
+  refuses(R"({"id": "b", "context": [1], "questions": [{"at": 0, "targets": [[2]], "answer": 0}]})",
+          {"question 0", "'at' is 0"});
+  refuses(R"({"id": "b", "context": [1], "questions": [{"at": 2, "targets": [[2]], "answer": 0}]})",
+          {"question 0: 'at'", "2", "[0, 2)"});
+  refuses(R"({"id": "b", "context": [1], "questions": [{"at": 1, "targets": [[]], "answer": 0}]})",
+          {"question 0: target 0", "empty"});
+  refuses(R"({"id": "b", "context": [1], "questions": [{"at": 1, "targets": [[2]], "answer": 1}]})",
+          {"question 0: 'answer'", "1", "[0, 1)"});
   refuses(good, {"id 'a'", "line 1"});
   std::string many = "1";
   for (int64_t i = 1; i < config_.max_position_embeddings; ++i) {
     many += ",1";
   }
-  refuses(R"({"id": "b", "context": [)" + many + R"(], "targets": [[2, 3]], "answer": 0})", {"128", "max_position_embeddings"});
-  refuses(R"({"id": "b", "context": [1,)" + many + R"(], "questions": [{"at": 1, "targets": [[2]], "answer": 0}]})", {"129", "max_position_embeddings"});
-  write_bytes(folder / "fits.jsonl", R"({"id": "b", "context": [)" + many + R"(], "targets": [[2]], "answer": 0})");
-  EXPECT_EQ(read_examples(folder / "fits.jsonl", config_).size(), 1U) << "the last token of a target takes no position";
+  refuses(R"({"id": "b", "context": [)" + many + R"(], "targets": [[2, 3]], "answer": 0})",
+          {"128", "max_position_embeddings"});
+  refuses(R"({"id": "b", "context": [1,)" + many +
+              R"(], "questions": [{"at": 1, "targets": [[2]], "answer": 0}]})",
+          {"129", "max_position_embeddings"});
+  write_bytes(folder / "fits.jsonl",
+              R"({"id": "b", "context": [)" + many + R"(], "targets": [[2]], "answer": 0})");
+  EXPECT_EQ(read_examples(folder / "fits.jsonl", config_).size(), 1U)
+      << "the last token of a target takes no position";
   write_bytes(folder / "none.jsonl", "\n");
-  expect_error(ErrorKind::kData, {"none.jsonl", "no examples"}, [&] { read_examples(folder / "none.jsonl", config_); });
-  expect_error(ErrorKind::kData, {"nowhere"}, [&] { read_examples(folder / "nowhere.jsonl", config_); });
+  expect_error(ErrorKind::kData, {"none.jsonl", "no examples"},
+               [&] { read_examples(folder / "none.jsonl", config_); });
+  expect_error(ErrorKind::kData, {"nowhere"},
+               [&] { read_examples(folder / "nowhere.jsonl", config_); });
   ASSERT_EQ(::mkfifo((folder / "pipe.jsonl").c_str(), 0600), 0);
-  expect_error(ErrorKind::kData, {"pipe.jsonl", "regular file"}, [&] { read_examples(folder / "pipe.jsonl", config_); });
+  expect_error(ErrorKind::kData, {"pipe.jsonl", "regular file"},
+               [&] { read_examples(folder / "pipe.jsonl", config_); });
 }
 
 }  // namespace

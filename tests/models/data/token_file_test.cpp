@@ -1,9 +1,8 @@
 #include "models/data/token_file.h"
 
-#include "models/causal_lm/tokenizer.h"
-
 #include <random>
 
+#include "models/causal_lm/tokenizer.h"
 #include "tests/support/io_support.h"
 
 namespace drrl {
@@ -27,7 +26,9 @@ struct Index {
 
   std::string bytes() const {
     std::string result = magic;
-    const auto put = [&](const auto& value) { result.append(reinterpret_cast<const char*>(&value), sizeof(value)); };
+    const auto put = [&](const auto& value) {
+      result.append(reinterpret_cast<const char*>(&value), sizeof(value));
+    };
     put(version);
     put(code);
     put(sequence_count);
@@ -61,7 +62,8 @@ TEST(TokenFile, RoundTripOfEveryDtype) {
     }
   }
   write_token_file(folder / "big", {{65535, 40000}}, at::kUInt16);
-  EXPECT_TRUE(at::equal(TokenFile::open(folder / "big").read(0, 2), at::tensor({65535, 40000}, at::kLong)));
+  EXPECT_TRUE(
+      at::equal(TokenFile::open(folder / "big").read(0, 2), at::tensor({65535, 40000}, at::kLong)));
   write_token_file(folder / "none", {});
   EXPECT_EQ(TokenFile::open(folder / "none").tokens(), 0);
 }
@@ -70,9 +72,10 @@ TEST(TokenFile, ReadsOutsideOfTheStreamAreRefused) {
   const TemporaryDirectory folder;
   write_token_file(folder / "t", {{1, 2, 3}});
   const TokenFile file = TokenFile::open(folder / "t");
-  for (const auto& [start, length] :
-       std::vector<std::pair<int64_t, int64_t>>{{0, 4}, {3, 1}, {-1, 1}, {0, -1}, {1, INT64_MAX}, {INT64_MAX, 1}}) {
-    expect_error(ErrorKind::kData, {"t.bin", "has 3 tokens", std::to_string(length), std::to_string(start)},
+  for (const auto& [start, length] : std::vector<std::pair<int64_t, int64_t>>{
+           {0, 4}, {3, 1}, {-1, 1}, {0, -1}, {1, INT64_MAX}, {INT64_MAX, 1}}) {
+    expect_error(ErrorKind::kData,
+                 {"t.bin", "has 3 tokens", std::to_string(length), std::to_string(start)},
                  [&] { file.read(start, length); });
   }
 }
@@ -85,7 +88,8 @@ TEST(TokenFile, VocabularyIsChecked) {
   write_token_file(folder / "t", {tokens});
   const TokenFile file = TokenFile::open(folder / "t");
   EXPECT_NO_THROW(file.check_vocabulary(50001));
-  expect_error(ErrorKind::kData, {"t.bin", "token 2500000 is 49152", "0 to 49151"}, [&] { file.check_vocabulary(49152); });
+  expect_error(ErrorKind::kData, {"t.bin", "token 2500000 is 49152", "0 to 49151"},
+               [&] { file.check_vocabulary(49152); });
   write_token_file(folder / "negative", {{1, 2}, {3, -7}}, at::kInt);
   expect_error(ErrorKind::kData, {"negative.bin", "token 3 is -7"},
                [&] { TokenFile::open(folder / "negative").check_vocabulary(100); });
@@ -93,7 +97,8 @@ TEST(TokenFile, VocabularyIsChecked) {
 
 TEST(TokenFile, WriterRefusesTokensThatDoNotFit) {
   const TemporaryDirectory folder;
-  expect_error(ErrorKind::kData, {"token 65536", "UInt16", "t.bin"}, [&] { write_token_file(folder / "t", {{1, 65536}}); });
+  expect_error(ErrorKind::kData, {"token 65536", "UInt16", "t.bin"},
+               [&] { write_token_file(folder / "t", {{1, 65536}}); });
   expect_error(ErrorKind::kData, {"token -1"}, [&] { write_token_file(folder / "t", {{-1}}); });
   EXPECT_TRUE(test::listing(folder.path()).empty());
 }
@@ -119,7 +124,10 @@ TEST(TokenFile, HostileIndexesAreRefusedByName) {
        with([](Index& i) { i.magic = std::string("TNTIDX\0\0\0", 9); }),
        kFiveTokens,
        {"not a Megatron-LM index"}},
-      {"version", with([](Index& i) { i.version = 2; }), kFiveTokens, {"version 2", "version 1 is supported"}},
+      {"version",
+       with([](Index& i) { i.version = 2; }),
+       kFiveTokens,
+       {"version 2", "version 1 is supported"}},
       {"float tokens", with([](Index& i) { i.code = 7; }), kFiveTokens, {"dtype code 7", "uint16"}},
       {"dtype 0", with([](Index& i) { i.code = 0; }), kFiveTokens, {"dtype code 0"}},
       {"huge sequence count",
@@ -134,33 +142,44 @@ TEST(TokenFile, HostileIndexesAreRefusedByName) {
        with([](Index& i) { i.document_count = uint64_t{1} << 61; }),
        kFiveTokens,
        {"2305843009213693952 document indices"}},
-      {"one sequence too many", with([](Index& i) { i.sequence_count = 4; }), kFiveTokens, {"4 sequences", "truncated"}},
-      {"one sequence too few", with([](Index& i) { i.sequence_count = 2; }), kFiveTokens, {"2 sequences", "bytes"}},
+      {"one sequence too many",
+       with([](Index& i) { i.sequence_count = 4; }),
+       kFiveTokens,
+       {"4 sequences", "truncated"}},
+      {"one sequence too few",
+       with([](Index& i) { i.sequence_count = 2; }),
+       kFiveTokens,
+       {"2 sequences", "bytes"}},
       {"cut", good.substr(0, good.size() - 1), kFiveTokens, {"do not fit"}},
       {"extra byte", good + "x", kFiveTokens, {"has 95 bytes", "take 94"}},
-      {"multimodal", with([](Index& i) { i.tail = std::string(3, '\0'); }), kFiveTokens, {"multimodal"}},
-      {"negative size", with([](Index& i) { i.sizes[1] = -1; }), kFiveTokens, {"sequence 1 has -1 tokens"}},
+      {"multimodal",
+       with([](Index& i) { i.tail = std::string(3, '\0'); }),
+       kFiveTokens,
+       {"multimodal"}},
+      {"negative size",
+       with([](Index& i) { i.sizes[1] = -1; }),
+       kFiveTokens,
+       {"sequence 1 has -1 tokens"}},
       {"size beyond the bin",
        with([](Index& i) { i.sizes[2] = 2000000000; }),
        kFiveTokens,
        {"sequence 2 ends at token 2000000003", "10 bytes", "t.bin"}},
       {"pointers fall",
-       with([](Index& i) {
-         i.pointers = {0, 6, 4};
-       }),
+       with([](Index& i) { i.pointers = {0, 6, 4}; }),
        kFiveTokens,
        {"sequence 2 points to byte 4", "expected 6"}},
       {"pointer leaves a gap",
-       with([](Index& i) {
-         i.pointers = {0, 6, 8};
-       }),
+       with([](Index& i) { i.pointers = {0, 6, 8}; }),
        kFiveTokens,
        {"points to byte 8", "expected 6"}},
       {"negative pointer",
        with([](Index& i) { i.pointers[0] = -2; }),
        kFiveTokens,
        {"sequence 0 points to byte -2", "expected 0"}},
-      {"another item size", with([](Index& i) { i.code = 4; }), kFiveTokens, {"sequence 0 ends at token 3", "2 tokens"}},
+      {"another item size",
+       with([](Index& i) { i.code = 4; }),
+       kFiveTokens,
+       {"sequence 0 ends at token 3", "2 tokens"}},
       {"truncated bin", good, kFiveTokens.substr(0, 9), {"t.bin", "9 bytes", "truncated"}},
       {"long bin", good, kFiveTokens + "xx", {"t.bin", "has 12 bytes", "5 tokens", "10 bytes"}},
       {"odd byte", good, kFiveTokens + "x", {"has 11 bytes"}},
@@ -172,27 +191,19 @@ TEST(TokenFile, HostileIndexesAreRefusedByName) {
        kFiveTokens,
        {"no document indices"}},
       {"documents begin late",
-       with([](Index& i) {
-         i.documents = {1, 2, 3};
-       }),
+       with([](Index& i) { i.documents = {1, 2, 3}; }),
        kFiveTokens,
        {"document index 0 is 1", "expected 0"}},
       {"documents fall",
-       with([](Index& i) {
-         i.documents = {0, 3, 2};
-       }),
+       with([](Index& i) { i.documents = {0, 3, 2}; }),
        kFiveTokens,
        {"document index 2 is 2", "from 3 to 3"}},
       {"documents beyond",
-       with([](Index& i) {
-         i.documents = {0, 2, 4};
-       }),
+       with([](Index& i) { i.documents = {0, 2, 4}; }),
        kFiveTokens,
        {"document index 2 is 4", "from 2 to 3"}},
       {"documents end early",
-       with([](Index& i) {
-         i.documents = {0, 1, 2};
-       }),
+       with([](Index& i) { i.documents = {0, 1, 2}; }),
        kFiveTokens,
        {"last document index is 2", "sequences, 3"}},
   };
@@ -205,7 +216,8 @@ TEST(TokenFile, HostileIndexesAreRefusedByName) {
   }
   write_bytes(folder / "t.idx", good);
   write_bytes(folder / "t.bin", kFiveTokens);
-  EXPECT_EQ(TokenFile::open(folder / "t").tokens(), 5) << "the cases above must fail for their own reason";
+  EXPECT_EQ(TokenFile::open(folder / "t").tokens(), 5)
+      << "the cases above must fail for their own reason";
   std::filesystem::remove(folder / "t.bin");
   expect_error(ErrorKind::kData, {"t.bin", "No such file"}, [&] { TokenFile::open(folder / "t"); });
   std::filesystem::remove(folder / "t.idx");
@@ -265,7 +277,9 @@ TEST(TokenFile, ReadsWhatAnIndependentWriterWrote) {
 TEST(Tokenizer, IsToldByItsWords) {
   const TemporaryDirectory folder;
   const auto words = [&](const std::string& vocabulary, const std::string& added = "") {
-    write_bytes(folder / "tokenizer.json", R"({"added_tokens": [)" + added + R"(], "model": {"type": "BPE", "vocab": )" + vocabulary + "}}");
+    write_bytes(folder / "tokenizer.json", R"({"added_tokens": [)" + added +
+                                               R"(], "model": {"type": "BPE", "vocab": )" +
+                                               vocabulary + "}}");
   };
   const auto note = [&](const std::string& text) { write_bytes(folder / "text.json", text); };
   const auto compare = [&] { check_tokenizer(folder / "text", folder.path()); };
@@ -273,17 +287,23 @@ TEST(Tokenizer, IsToldByItsWords) {
   words(R"({"b": 1, "é": 0})");
   EXPECT_NO_THROW(compare());
   // printf '0\té\n1\tb\n' | sha1sum
-  const std::string made = R"({"tokens": 3, "vocabulary": {"tokenizer": "their/tokenizer.json", "size": 2, "sha1": "3c542fe110e29619a09c16166f92c1ada8204b14"}})";
+  const std::string made =
+      R"({"tokens": 3, "vocabulary": {"tokenizer": "their/tokenizer.json", "size": 2, "sha1": "3c542fe110e29619a09c16166f92c1ada8204b14"}})";
   note(made);
   EXPECT_NO_THROW(compare());
   EXPECT_NO_THROW(check_tokenizer(folder / "text.bin", folder.path()));
-  words("{\n \"é\": 0, \"b\": 1}", R"({"id": 2, "content": "<s>"})");  // saved anew, with one more added token
+  words("{\n \"é\": 0, \"b\": 1}",
+        R"({"id": 2, "content": "<s>"})");  // saved anew, with one more added token
   EXPECT_NO_THROW(compare());
   words(R"([["é", 0.5], ["b", -1.5]])");
   EXPECT_NO_THROW(compare());
-  for (const char* other : {R"({"b": 0, "é": 1})", R"({"b": 1, "é": 0, "c": 2})", "{}", R"([["b", 0.5], ["é", -1.5]])"}) {
+  for (const char* other : {R"({"b": 0, "é": 1})", R"({"b": 1, "é": 0, "c": 2})", "{}",
+                            R"([["b", 0.5], ["é", -1.5]])"}) {
     words(other);
-    expect_error(ErrorKind::kData, {"text.json", "their/tokenizer.json", "2 words", "tokenizer.json", "prepare.py text --model"}, compare);
+    expect_error(ErrorKind::kData,
+                 {"text.json", "their/tokenizer.json", "2 words", "tokenizer.json",
+                  "prepare.py text --model"},
+                 compare);
   }
   for (const char* silent : {"3", "null"}) {
     words(silent);
@@ -294,7 +314,9 @@ TEST(Tokenizer, IsToldByItsWords) {
     expect_error(ErrorKind::kModel, {"tokenizer.json"}, compare);
   }
   words(R"({"b": 0, "é": 1})");
-  for (const char* other : {"{", "[]", "3", R"({"vocabulary": 3})", R"({"vocabulary": {"size": 2}})"}) {  // not of prepare.py, or of an older one
+  for (const char* other :
+       {"{", "[]", "3", R"({"vocabulary": 3})",
+        R"({"vocabulary": {"size": 2}})"}) {  // not of prepare.py, or of an older one
     note(other);
     EXPECT_NO_THROW(compare());
   }

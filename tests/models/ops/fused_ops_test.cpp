@@ -1,12 +1,13 @@
-// The fused operators: both implementations against each other, gradients against finite differences in double, the fused loss
-// against log_softmax.
-#include "models/ops/cpu_loops.h"
-#include "models/ops/cross_entropy.h"
+// The fused operators: both implementations against each other, gradients against finite
+// differences in double, the fused loss against log_softmax.
 #include "models/ops/fused_ops.h"
-#include "models/causal_lm/tensor_parallel.h"
-#include "tests/support/reference_llama.h"
 
 #include <gtest/gtest.h>
+
+#include "models/causal_lm/tensor_parallel.h"
+#include "models/ops/cpu_loops.h"
+#include "models/ops/cross_entropy.h"
+#include "tests/support/reference_llama.h"
 
 namespace drrl::test {
 namespace {
@@ -20,7 +21,8 @@ at::Tensor random(at::IntArrayRef shape, at::ScalarType dtype = at::kDouble, dou
   return at::empty(shape, at::kDouble).normal_(0.0, scale, generator).to(dtype);
 }
 
-// Gradients of sum(weights * f(inputs)) that autograd (or in-place accumulation) left in .grad, against central differences.
+// Gradients of sum(weights * f(inputs)) that autograd (or in-place accumulation) left in .grad,
+// against central differences.
 void expect_finite_differences(const std::function<Tensors(const Tensors&)>& f, Tensors inputs) {
   Tensors outputs_weights;
   const auto value = [&] {
@@ -79,7 +81,8 @@ class Operators : public testing::TestWithParam<at::ScalarType> {
 };
 
 TEST_P(Operators, NormIsTheSameInBothImplementations) {
-  for (const auto& [rows, n] : std::vector<std::pair<int64_t, int64_t>>{{1, 3}, {5, 7}, {70, 33}, {1000, 576}, {0, 8}}) {
+  for (const auto& [rows, n] :
+       std::vector<std::pair<int64_t, int64_t>>{{1, 3}, {5, 7}, {70, 33}, {1000, 576}, {0, 8}}) {
     const at::Tensor x = random({rows, n}, dtype(), 2.0);
     const at::Tensor weight = random({n}, wide());
     const auto a = raw::rms_norm_forward(x, weight, 1e-5, kLoops);
@@ -108,7 +111,8 @@ TEST_P(Operators, RopeIsTheSameInBothImplementations) {
   expect_same(ka, kb);
   EXPECT_TRUE(va.equal(vb));
   EXPECT_TRUE(qa.is_contiguous() && ka.is_contiguous() && va.is_contiguous());
-  // Gradients come with any strides: flash attention's are [B, L, H, d] in memory, an expanded one has stride 0.
+  // Gradients come with any strides: flash attention's are [B, L, H, d] in memory, an expanded one
+  // has stride 0.
   const at::Tensor dq = random({batch, length, heads, d}, dtype()).transpose(1, 2);
   const at::Tensor dk = random({batch, groups, d, length}, dtype()).transpose(2, 3);
   const at::Tensor dv = random({batch, 1, length, d}, dtype()).expand({batch, groups, length, d});
@@ -137,7 +141,8 @@ TEST_P(Operators, ExponentialsAreTheSameInBothImplementations) {
     at::Tensor logits = random({9, n}, dtype(), 10.0);
     logits[3] = logits[3] - 1000.0;
     logits[4][0] = 3000.0;
-    at::Tensor a = at::zeros({9, n + 3}, logits.options()).narrow(1, 0, n).copy_(logits);  // padded rows
+    at::Tensor
+        a = at::zeros({9, n + 3}, logits.options()).narrow(1, 0, n).copy_(logits);  // padded rows
     at::Tensor b = logits.clone();
     const auto [max_a, sum_a] = raw::exp_rows_(a, kLoops);
     const auto [max_b, sum_b] = raw::exp_rows_(b, kComposed);
@@ -152,7 +157,8 @@ TEST_P(Operators, ExponentialsAreTheSameInBothImplementations) {
 }
 
 TEST_P(Operators, ScatterAddIsTheSameInBothImplementations) {
-  const at::Tensor ids = at::tensor({5, 3, 9, 3, 0, 3, 12, 8}, at::kLong);  // the table holds 3 to 8
+  const at::Tensor ids = at::tensor({5, 3, 9, 3, 0, 3, 12, 8},
+                                    at::kLong);  // the table holds 3 to 8
   const at::Tensor x = random({8, 300}, dtype());
   at::Tensor a = random({6, 300}, wide());
   at::Tensor b = a.clone();
@@ -194,8 +200,11 @@ TEST(OperatorsTest, LayerNormGradients) {
 }
 
 TEST(OperatorsTest, PositionGradients) {
-  expect_finite_differences([](const Tensors& in) { return Tensors{add_positions(in[0] * 1.0, in[1], at::tensor({2, 3, 5, 6}, at::kLong), 2)}; },
-                            {random({8, 3}), random({7, 3})});
+  expect_finite_differences(
+      [](const Tensors& in) {
+        return Tensors{add_positions(in[0] * 1.0, in[1], at::tensor({2, 3, 5, 6}, at::kLong), 2)};
+      },
+      {random({8, 3}), random({7, 3})});
 }
 
 TEST(OperatorsTest, RopeGradients) {
@@ -210,20 +219,26 @@ TEST(OperatorsTest, RopeGradients) {
 
 TEST(OperatorsTest, LinearGradients) {
   expect_finite_differences(
-      [](const Tensors& in) { return Tensors{column_parallel_linear(in[0] * 1.0, in[1], in[2], Group())}; },
+      [](const Tensors& in) {
+        return Tensors{column_parallel_linear(in[0] * 1.0, in[1], in[2], Group())};
+      },
       {random({5, 4}), random({6, 4}), random({6})});
   expect_finite_differences(
-      [](const Tensors& in) { return Tensors{row_parallel_linear(in[0] * 1.0, in[1], in[2], in[3] * 1.0, Group())}; },
+      [](const Tensors& in) {
+        return Tensors{row_parallel_linear(in[0] * 1.0, in[1], in[2], in[3] * 1.0, Group())};
+      },
       {random({5, 4}), random({6, 4}), random({6}), random({5, 6})});
   expect_finite_differences(
       [](const Tensors& in) {
-        return Tensors{row_parallel_linear(in[0] * 1.0, in[1], in[2], in[3] * 1.0, Group(), Activation::kSwiglu)};
+        return Tensors{row_parallel_linear(in[0] * 1.0, in[1], in[2], in[3] * 1.0, Group(),
+                                           Activation::kSwiglu)};
       },
       {random({5, 8}), random({6, 4}), random({6}), random({5, 6})});
   for (const Activation activation : {Activation::kGelu, Activation::kGeluTanh}) {
     expect_finite_differences(
         [&](const Tensors& in) {
-          return Tensors{row_parallel_linear(in[0] * 1.0, in[1], in[2], in[3] * 1.0, Group(), activation)};
+          return Tensors{
+              row_parallel_linear(in[0] * 1.0, in[1], in[2], in[3] * 1.0, Group(), activation)};
         },
         {random({5, 4}), random({6, 4}), random({6}), random({5, 6})});
   }
@@ -232,14 +247,18 @@ TEST(OperatorsTest, LinearGradients) {
 TEST(OperatorsTest, EmbeddingGradients) {
   const at::Tensor tokens = at::tensor({2, 0, 2, 4}, at::kLong);
   expect_finite_differences(
-      [&](const Tensors& in) { return Tensors{vocabulary_parallel_embedding(tokens, in[0], 0, at::kDouble, Group())}; },
+      [&](const Tensors& in) {
+        return Tensors{vocabulary_parallel_embedding(tokens, in[0], 0, at::kDouble, Group())};
+      },
       {random({5, 3})});
 }
 
 TEST(OperatorsTest, LossGradients) {
   const at::Tensor labels = at::tensor({3, 0, -100, 10, 3}, at::kLong);
   expect_finite_differences(
-      [&](const Tensors& in) { return Tensors{fused_linear_cross_entropy(in[0] * 1.0, in[1], labels, 0, 1.0, 2, Group())}; },
+      [&](const Tensors& in) {
+        return Tensors{fused_linear_cross_entropy(in[0] * 1.0, in[1], labels, 0, 1.0, 2, Group())};
+      },
       {random({5, 4}), random({11, 4})});
 }
 
@@ -256,8 +275,8 @@ TEST_P(FusedLoss, EqualsLogSoftmax) {
   const int64_t vocabulary = 131, hidden = 24;
   for (const auto dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
     const auto wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
-    const at::Tensor labels =
-        at::randint(vocabulary, {tokens}, at::kLong).masked_fill_(at::rand({tokens}) < ignored, kIgnoredLabel);
+    const at::Tensor labels = at::randint(vocabulary, {tokens}, at::kLong)
+                                  .masked_fill_(at::rand({tokens}) < ignored, kIgnoredLabel);
     const at::Tensor x = random({tokens, hidden}, dtype).requires_grad_(true);
     const at::Tensor weight = random({vocabulary, hidden}, wide).requires_grad_(true);
     const at::Tensor x_exact = x.detach().to(at::kDouble).requires_grad_(true);
@@ -275,13 +294,17 @@ TEST_P(FusedLoss, EqualsLogSoftmax) {
               close * (w_exact.grad().norm().item<double>() + 1.0))
         << dtype;
     const at::Tensor rows = linear_cross_entropy_rows(x, weight, labels, 0, chunk, Group());
-    EXPECT_LE((rows - expected).abs().max().item<double>(), 10 * close * (1.0 + expected.abs().max().item<double>())) << dtype;
+    EXPECT_LE((rows - expected).abs().max().item<double>(),
+              10 * close * (1.0 + expected.abs().max().item<double>()))
+        << dtype;
   }
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, FusedLoss,
-                         testing::Values(LossCase{"one_chunk", 20, 64, 0.0}, LossCase{"uneven_chunks", 23, 7, 0.3},
-                                         LossCase{"single_rows", 5, 1, 0.2}, LossCase{"all_ignored", 6, 4, 1.1}),
+                         testing::Values(LossCase{"one_chunk", 20, 64, 0.0},
+                                         LossCase{"uneven_chunks", 23, 7, 0.3},
+                                         LossCase{"single_rows", 5, 1, 0.2},
+                                         LossCase{"all_ignored", 6, 4, 1.1}),
                          [](const auto& test) { return test.param.name; });
 
 TEST(FusedLossTest, SurvivesHugeLogits) {
@@ -290,14 +313,16 @@ TEST(FusedLossTest, SurvivesHugeLogits) {
   const at::Tensor labels = at::tensor({1, 2, 3, 49}, at::kLong);
   const at::Tensor loss = fused_linear_cross_entropy(x, weight, labels, 0, 1.0, 3, Group());
   loss.backward();
-  EXPECT_LE(relative_error(loss, reference_nll(at::matmul(x, weight.t()).detach(), labels).sum()), 1e-6);
+  EXPECT_LE(relative_error(loss, reference_nll(at::matmul(x, weight.t()).detach(), labels).sum()),
+            1e-6);
   EXPECT_TRUE(at::isfinite(x.grad()).all().item<bool>());
 }
 
 TEST(FusedLossTest, RunsBackwardOnce) {
   const at::Tensor x = random({4, 8}).requires_grad_(true);
   const at::Tensor weight = random({50, 8}).requires_grad_(true);
-  const at::Tensor loss = fused_linear_cross_entropy(x, weight, at::tensor({1, 2, 3, 49}, at::kLong), 0, 1.0, 3, Group());
+  const at::Tensor loss = fused_linear_cross_entropy(
+      x, weight, at::tensor({1, 2, 3, 49}, at::kLong), 0, 1.0, 3, Group());
   loss.backward({}, /*retain_graph=*/true);
   EXPECT_THROW(loss.backward(), c10::Error);
 }

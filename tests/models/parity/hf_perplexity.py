@@ -11,7 +11,6 @@ import sys
 import time
 
 import torch
-
 from reference import Windows, load_model, loss_sum, read_tokens
 
 
@@ -20,7 +19,12 @@ def main():
     parser.add_argument("--model", required=True, help="Hugging Face directory")
     parser.add_argument("--data", required=True, help="prefix of .bin and .idx")
     parser.add_argument("--seq_len", type=int, default=2048)
-    parser.add_argument("--max_tokens", type=int, default=0, help="stop after this many labels, rounded up to whole windows; 0: all")
+    parser.add_argument(
+        "--max_tokens",
+        type=int,
+        default=0,
+        help="stop after this many labels, rounded up to whole windows; 0: all",
+    )
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp64"], default="fp32")
     parser.add_argument("--json", help="file to write, default standard output only")
     options = parser.parse_args()
@@ -36,9 +40,19 @@ def main():
         for window in range(count):
             total += float(loss_sum(model, *windows.ordered(window)))
     nll = total / (count * options.seq_len)
-    result = {"perplexity": math.exp(nll), "nll": nll, "tokens": count * options.seq_len, "seq_len": options.seq_len,
-              "dtype": options.dtype, "seconds": time.perf_counter() - start, "threads": torch.get_num_threads(),
-              "versions": {"torch": torch.__version__, "transformers": __import__("transformers").__version__}}
+    result = {
+        "perplexity": math.exp(nll),
+        "nll": nll,
+        "tokens": count * options.seq_len,
+        "seq_len": options.seq_len,
+        "dtype": options.dtype,
+        "seconds": time.perf_counter() - start,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": __import__("transformers").__version__,
+        },
+    }
     text = json.dumps(result, indent=2)
     print(text)
     if options.json:

@@ -53,13 +53,17 @@ class Windows:
 
     def ordered(self, window):
         """(tokens [1, L], labels [1, L]) of one window in the order of the file"""
-        row = torch.from_numpy(self.tokens[window * self.seq_len:(window + 1) * self.seq_len + 1])[None]
+        row = torch.from_numpy(
+            self.tokens[window * self.seq_len : (window + 1) * self.seq_len + 1]
+        )[None]
         return row[:, :-1], row[:, 1:]
 
     def sample(self, index):
         """(tokens, labels) of a global training sample: a new permutation of the windows in each epoch"""
         epoch, position = divmod(index, self.count)
-        return self.ordered(permuted_index(position, self.count, mix(self.seed) ^ mix(epoch ^ 0x5EED << 32)))
+        return self.ordered(
+            permuted_index(position, self.count, mix(self.seed) ^ mix(epoch ^ 0x5EED << 32))
+        )
 
 
 def load_model(directory, dtype=torch.float32):
@@ -67,10 +71,14 @@ def load_model(directory, dtype=torch.float32):
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+    )
 
 
 def loss_sum(model, tokens, labels):
     """Sum over the labels of -log p, in fp32"""
     logits = model(input_ids=tokens, use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+    return torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), reduction="sum"
+    )

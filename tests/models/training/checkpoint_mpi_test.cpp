@@ -2,8 +2,8 @@
 #include <mpi.h>
 
 #include "distributed/mpi/mpi_group.h"
-#include "tests/support/io_support.h"
 #include "models/training/checkpoint.h"
+#include "tests/support/io_support.h"
 
 namespace drrl {
 namespace {
@@ -78,7 +78,8 @@ TEST(CheckpointMpi, FullDiskOnTheLastRankReachesAll) {
   }
   writer.write_text("rank-" + std::to_string(group.rank()), std::string(2000, 'x'));
   limit.reset();
-  test::expect_error(ErrorKind::kStorage, {"rank " + std::to_string(last), "File too large"}, [&] { writer.commit(); });
+  test::expect_error(ErrorKind::kStorage, {"rank " + std::to_string(last), "File too large"},
+                     [&] { writer.commit(); });
   EXPECT_TRUE(test::listing(folder.path()).empty());
 }
 

@@ -5,8 +5,9 @@
 #include <sys/wait.h>
 
 #include <barrier>
-#include <nlohmann/json.hpp>
 #include <thread>
+
+#include <nlohmann/json.hpp>
 
 #include "tests/support/io_support.h"
 
@@ -78,7 +79,8 @@ TEST(Checkpoint, RoundTrip) {
   const fs::path written = save(root, 120);
   EXPECT_EQ(written, root / "step-00000120");
   EXPECT_EQ(listing(root), (std::vector<std::string>{"latest", "step-00000120"}));
-  EXPECT_EQ(listing(written), (std::vector<std::string>{"manifest.json", "model.safetensors", "state.json"}));
+  EXPECT_EQ(listing(written),
+            (std::vector<std::string>{"manifest.json", "model.safetensors", "state.json"}));
   EXPECT_EQ(CheckpointReader::latest(root), written);
   for (const fs::path& path : {root, written, written / "."}) {
     for (const bool verify_all : {true, false}) {
@@ -86,7 +88,8 @@ TEST(Checkpoint, RoundTrip) {
       EXPECT_EQ(reader.step(), 120);
       EXPECT_EQ(reader.world_size(), 1);
       EXPECT_EQ(reader.files(), (std::vector<std::string>{"model.safetensors", "state.json"}));
-      EXPECT_TRUE(at::equal(reader.tensors("model.safetensors").tensor("w"), at::full({100}, 120.0)));
+      EXPECT_TRUE(
+          at::equal(reader.tensors("model.safetensors").tensor("w"), at::full({100}, 120.0)));
       EXPECT_EQ(reader.text("state.json"), "{\"step\": 120}");
       EXPECT_FALSE(reader.contains("manifest.json"));
       expect_error(ErrorKind::kCheckpoint, {"no file \"other\""}, [&] { reader.text("other"); });
@@ -106,7 +109,8 @@ TEST(Checkpoint, EveryRankWritesItsOwnFiles) {
   ThreadWorld world(3);
   const auto failures = world.run([&](int64_t rank) {
     CheckpointWriter writer(folder.path(), 7, rank, 3, world.exchange(rank));
-    writer.write_tensors("rank-" + std::to_string(rank) + ".safetensors", {{"r", at::full({4}, rank)}});
+    writer.write_tensors("rank-" + std::to_string(rank) + ".safetensors",
+                         {{"r", at::full({4}, rank)}});
     if (rank == 2) {
       writer.write_text("empty", "");
     }
@@ -116,9 +120,11 @@ TEST(Checkpoint, EveryRankWritesItsOwnFiles) {
   const CheckpointReader reader = CheckpointReader::open(folder.path());
   EXPECT_EQ(reader.world_size(), 3);
   EXPECT_EQ(reader.files().size(), 4U);
-  EXPECT_TRUE(at::equal(reader.tensors("rank-2.safetensors").tensor("r"), at::full({4}, int64_t{2})));
+  EXPECT_TRUE(
+      at::equal(reader.tensors("rank-2.safetensors").tensor("r"), at::full({4}, int64_t{2})));
   EXPECT_EQ(reader.text("empty"), "");
-  const auto manifest = nlohmann::json::parse(test::read_bytes(folder / "step-00000007/manifest.json"));
+  const auto manifest = nlohmann::json::parse(
+      test::read_bytes(folder / "step-00000007/manifest.json"));
   EXPECT_EQ(manifest.at("files").at("rank-1.safetensors").at("rank"), 1);
 }
 
@@ -129,14 +135,16 @@ TEST(Checkpoint, FullDiskOnOneRankStopsAllAndHarmsNothing) {
   const test::FileSizeLimit limit(2000);
   const auto failures = world.run([&](int64_t rank) {
     CheckpointWriter writer(folder.path(), 2, rank, 3, world.exchange(rank));
-    writer.write_tensors("rank-" + std::to_string(rank), {{"r", at::zeros({rank == 1 ? 1000 : 10})}});
+    writer.write_tensors("rank-" + std::to_string(rank),
+                         {{"r", at::zeros({rank == 1 ? 1000 : 10})}});
     writer.write_text("more-" + std::to_string(rank), "x");  // not attempted after the failure
     writer.commit();
   });
   ASSERT_EQ(failures.size(), 3U);
   for (const auto& [rank, message] : failures) {
     EXPECT_EQ(message.find("storage: "), 0U) << message;
-    for (const char* fragment : {"step-00000002", "was not written", "rank 1", "rank-1", "File too large"}) {
+    for (const char* fragment :
+         {"step-00000002", "was not written", "rank 1", "rank-1", "File too large"}) {
       EXPECT_NE(message.find(fragment), std::string::npos) << message << " lacks " << fragment;
     }
   }
@@ -159,22 +167,25 @@ TEST(Checkpoint, FullDiskAtTheManifestStopsAll) {
   EXPECT_EQ(listing(folder.path()), (std::vector<std::string>{"latest", "step-00000001"}));
 }
 
-// A file system of 256 KiB that only this test's thread sees. Needs root; the tests above reach the same code without.
+// A file system of 256 KiB that only this test's thread sees. Needs root; the tests above reach the
+// same code without.
 TEST(Checkpoint, FileSystemThatIsReallyFull) {
   const TemporaryDirectory folder;
   bool mounted = false;
   std::thread([&] {
-    mounted = unshare(CLONE_NEWNS) == 0 && mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) == 0 &&
+    mounted = unshare(CLONE_NEWNS) == 0 &&
+              mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) == 0 &&
               mount("tmpfs", folder.path().c_str(), "tmpfs", 0, "size=256k") == 0;
     if (!mounted) {
       return;
     }
     save(folder.path(), 1);
-    expect_error(ErrorKind::kStorage, {"step-00000002", "rank 0", "big", "No space left on device"}, [&] {
-      CheckpointWriter writer(folder.path(), 2);
-      writer.write_tensors("big", {{"v", at::zeros({100'000})}});
-      writer.commit();
-    });
+    expect_error(ErrorKind::kStorage, {"step-00000002", "rank 0", "big", "No space left on device"},
+                 [&] {
+                   CheckpointWriter writer(folder.path(), 2);
+                   writer.write_tensors("big", {{"v", at::zeros({100'000})}});
+                   writer.commit();
+                 });
     EXPECT_EQ(listing(folder.path()), (std::vector<std::string>{"latest", "step-00000001"}));
     EXPECT_EQ(CheckpointReader::open(folder.path()).step(), 1);
     EXPECT_EQ(save(folder.path(), 3).filename(), "step-00000003") << "the room is free again";
@@ -188,8 +199,9 @@ TEST(Checkpoint, RootThatCannotBeMadeStopsAll) {
   const TemporaryDirectory folder;
   write_bytes(folder / "file", "x");
   ThreadWorld world(2);
-  const auto failures =
-      world.run([&](int64_t rank) { CheckpointWriter(folder / "file/root", 1, rank, 2, world.exchange(rank)); });
+  const auto failures = world.run([&](int64_t rank) {
+    CheckpointWriter(folder / "file/root", 1, rank, 2, world.exchange(rank));
+  });
   ASSERT_EQ(failures.size(), 2U);
   EXPECT_NE(failures.at(1).find("cannot create folder"), std::string::npos) << failures.at(1);
 }
@@ -210,7 +222,8 @@ TEST(Checkpoint, TwoRanksWithOneFileNameAreStopped) {
     writer.commit();
   });
   ASSERT_EQ(failures.size(), 2U);
-  EXPECT_NE(failures.at(0).find("another rank both wrote \"same\""), std::string::npos) << failures.at(0);
+  EXPECT_NE(failures.at(0).find("another rank both wrote \"same\""), std::string::npos)
+      << failures.at(0);
   EXPECT_TRUE(listing(folder.path()).empty());
 }
 
@@ -225,7 +238,8 @@ TEST(Checkpoint, WithoutCommitNothingIsLeft) {
                [&] { CheckpointReader::open(folder.path()); });
 }
 
-// The process dies at each point where the ranks meet: before the folder, before the manifest, and after the rename.
+// The process dies at each point where the ranks meet: before the folder, before the manifest, and
+// after the rename.
 TEST(Checkpoint, DeathOfTheProcessLeavesTheOldOrTheNewOne) {
   for (int dies_at = 0; dies_at < 3; ++dies_at) {
     SCOPED_TRACE(dies_at);
@@ -251,10 +265,12 @@ TEST(Checkpoint, DeathOfTheProcessLeavesTheOldOrTheNewOne) {
     if (dies_at < 2) {
       const fs::path half = folder / ".tmp-step-00000002";
       ASSERT_TRUE(fs::exists(half));
-      expect_error(ErrorKind::kCheckpoint, {".tmp-step-00000002", "unfinished"}, [&] { CheckpointReader::open(half); });
+      expect_error(ErrorKind::kCheckpoint, {".tmp-step-00000002", "unfinished"},
+                   [&] { CheckpointReader::open(half); });
     }
     save(folder.path(), 3);
-    EXPECT_FALSE(fs::exists(folder / ".tmp-step-00000002")) << "leftovers are removed by the next save";
+    EXPECT_FALSE(fs::exists(folder / ".tmp-step-00000002"))
+        << "leftovers are removed by the next save";
   }
 }
 
@@ -266,11 +282,13 @@ TEST(Checkpoint, KeepsTheLastOnes) {
     save(folder.path(), step, 2);
   }
   EXPECT_EQ(listing(folder.path()),
-            (std::vector<std::string>{"latest", "notes.txt", "step-00000004", "step-00000005", "step-1"}));
+            (std::vector<std::string>{"latest", "notes.txt", "step-00000004", "step-00000005",
+                                      "step-1"}));
   // After going back, the new one stays although later steps of the abandoned run are there.
   save(folder.path(), 2, 2);
   EXPECT_EQ(listing(folder.path()),
-            (std::vector<std::string>{"latest", "notes.txt", "step-00000002", "step-00000005", "step-1"}));
+            (std::vector<std::string>{"latest", "notes.txt", "step-00000002", "step-00000005",
+                                      "step-1"}));
   EXPECT_EQ(CheckpointReader::open(folder.path()).step(), 2);
 }
 
@@ -288,12 +306,16 @@ TEST(Checkpoint, NamesThatEscapeAreRefused) {
   const TemporaryDirectory folder;
   CheckpointWriter writer(folder.path(), 1);
   for (const char* file : {"", "a/b", "../a", ".hidden", "manifest.json", "a b", "a\nb"}) {
-    expect_error(ErrorKind::kInternal, {"cannot be the name"}, [&] { writer.write_text(file, "x"); });
+    expect_error(ErrorKind::kInternal, {"cannot be the name"},
+                 [&] { writer.write_text(file, "x"); });
   }
   writer.write_text("a", "x");
-  expect_error(ErrorKind::kInternal, {"\"a\" is written twice"}, [&] { writer.write_text("a", "x"); });
-  expect_error(ErrorKind::kInternal, {"rank 2 of 2"}, [&] { CheckpointWriter(folder.path(), 1, 2, 2, {}); });
-  expect_error(ErrorKind::kInternal, {"needs an exchange"}, [&] { CheckpointWriter(folder.path(), 1, 0, 2, {}); });
+  expect_error(ErrorKind::kInternal, {"\"a\" is written twice"},
+               [&] { writer.write_text("a", "x"); });
+  expect_error(ErrorKind::kInternal, {"rank 2 of 2"},
+               [&] { CheckpointWriter(folder.path(), 1, 2, 2, {}); });
+  expect_error(ErrorKind::kInternal, {"needs an exchange"},
+               [&] { CheckpointWriter(folder.path(), 1, 0, 2, {}); });
 }
 
 struct Damage {
@@ -320,28 +342,46 @@ std::vector<Damage> damages() {
       {"bit flip in weights",
        [](const fs::path& f) { flip_bit(f / "model.safetensors", 300); },
        {"model.safetensors", "is damaged", "checksum", "manifest.json says"}},
-      {"bit flip in state", [](const fs::path& f) { flip_bit(f / "state.json", 3); }, {"state.json", "is damaged"}},
+      {"bit flip in state",
+       [](const fs::path& f) { flip_bit(f / "state.json", 3); },
+       {"state.json", "is damaged"}},
       {"truncated",
        [](const fs::path& f) { fs::resize_file(f / "model.safetensors", 100); },
        {"model.safetensors", "has 100 bytes", "manifest.json says"}},
-      {"grown", [](const fs::path& f) { fs::resize_file(f / "state.json", 1000); }, {"state.json", "has 1000 bytes"}},
-      {"missing file", [](const fs::path& f) { fs::remove(f / "state.json"); }, {"state.json", "is missing"}},
+      {"grown",
+       [](const fs::path& f) { fs::resize_file(f / "state.json", 1000); },
+       {"state.json", "has 1000 bytes"}},
+      {"missing file",
+       [](const fs::path& f) { fs::remove(f / "state.json"); },
+       {"state.json", "is missing"}},
       {"missing manifest",
        [](const fs::path& f) { fs::remove(f / "manifest.json"); },
        {"no manifest.json", "not a complete checkpoint"}},
-      {"missing folder", [](const fs::path& f) { fs::remove_all(f); }, {"step-00000002", "does not exist"}},
-      {"empty manifest", [](const fs::path& f) { write_bytes(f / "manifest.json", ""); }, {"manifest.json", "is damaged"}},
-      {"cut manifest", [](const fs::path& f) { fs::resize_file(f / "manifest.json", 100); }, {"manifest.json", "is damaged"}},
+      {"missing folder",
+       [](const fs::path& f) { fs::remove_all(f); },
+       {"step-00000002", "does not exist"}},
+      {"empty manifest",
+       [](const fs::path& f) { write_bytes(f / "manifest.json", ""); },
+       {"manifest.json", "is damaged"}},
+      {"cut manifest",
+       [](const fs::path& f) { fs::resize_file(f / "manifest.json", 100); },
+       {"manifest.json", "is damaged"}},
       {"another JSON file",
        [](const fs::path& f) { write_bytes(f / "manifest.json", "{}"); },
        {"not the manifest of a drrl checkpoint"}},
-      {"manifest is a list", [](const fs::path& f) { write_bytes(f / "manifest.json", "[]"); }, {"not the manifest"}},
+      {"manifest is a list",
+       [](const fs::path& f) { write_bytes(f / "manifest.json", "[]"); },
+       {"not the manifest"}},
       {"version", edit([](auto& m) { m["version"] = 2; }), {"version 2", "version 1 is supported"}},
       {"changed checksum",
        edit([](auto& m) { m["files"]["state.json"]["xxh3"] = "0123456789abcdef"; }),
        {"manifest.json", "is damaged", "its checksum is"}},
-      {"dropped file", edit([](auto& m) { m["files"].erase("state.json"); }), {"manifest.json", "is damaged"}},
-      {"no own checksum", edit([](auto& m) { m.erase("manifest_xxh3"); }), {"manifest.json", "is damaged", "manifest_xxh3"}},
+      {"dropped file",
+       edit([](auto& m) { m["files"].erase("state.json"); }),
+       {"manifest.json", "is damaged"}},
+      {"no own checksum",
+       edit([](auto& m) { m.erase("manifest_xxh3"); }),
+       {"manifest.json", "is damaged", "manifest_xxh3"}},
       {"types", edit([](auto& m) { m["format"] = 3; }), {"manifest.json", "is damaged"}},
   };
 }
@@ -353,7 +393,8 @@ TEST(Checkpoint, DamageIsFoundAndNamed) {
     save(folder.path(), 1);
     const fs::path newest = save(folder.path(), 2);
     damage.harm(newest);
-    expect_error(ErrorKind::kCheckpoint, damage.fragments, [&] { CheckpointReader::open(folder.path()); });
+    expect_error(ErrorKind::kCheckpoint, damage.fragments,
+                 [&] { CheckpointReader::open(folder.path()); });
 
     std::vector<std::string> said;
     CheckpointReader::Options options;
@@ -370,9 +411,12 @@ TEST(Checkpoint, DamageIsFoundAndNamed) {
 
 TEST(Checkpoint, PathsThatCannotBeLookedAt) {
   const std::string path(5000, 'x');
-  expect_error(ErrorKind::kCheckpoint, {"cannot look at", "too long"}, [&] { CheckpointReader::open(path); });
-  expect_error(ErrorKind::kCheckpoint, {"cannot look at", "too long"}, [&] { CheckpointReader::latest(path); });
-  expect_error(ErrorKind::kStorage, {"cannot begin checkpoint", "too long"}, [&] { CheckpointWriter(path, 1); });
+  expect_error(ErrorKind::kCheckpoint, {"cannot look at", "too long"},
+               [&] { CheckpointReader::open(path); });
+  expect_error(ErrorKind::kCheckpoint, {"cannot look at", "too long"},
+               [&] { CheckpointReader::latest(path); });
+  expect_error(ErrorKind::kStorage, {"cannot begin checkpoint", "too long"},
+               [&] { CheckpointWriter(path, 1); });
 }
 
 TEST(Checkpoint, RenamedFolderIsFound) {
@@ -389,7 +433,8 @@ TEST(Checkpoint, WithoutLatestTheNewestIsFound) {
   save(folder.path(), 2);
   fs::remove(folder / "latest");
   EXPECT_TRUE(CheckpointReader::any(folder.path()));
-  expect_error(ErrorKind::kCheckpoint, {"neither a file \"latest\""}, [&] { CheckpointReader::open(folder.path()); });
+  expect_error(ErrorKind::kCheckpoint, {"neither a file \"latest\""},
+               [&] { CheckpointReader::open(folder.path()); });
   std::string said;
   CheckpointReader::Options options;
   options.on_fallback = [&](const std::string& text) { said += text; };
@@ -430,7 +475,8 @@ TEST(Checkpoint, StepsOfAnAbandonedRunAreNotTheNewest) {
   // One whose manifest is damaged is no checkpoint to keep.
   flip_bit(folder / "step-00000005/manifest.json", 30);
   save(folder.path(), 3, 2);
-  EXPECT_EQ(listing(folder.path()), (std::vector<std::string>{"latest", "step-00000002", "step-00000003"}));
+  EXPECT_EQ(listing(folder.path()),
+            (std::vector<std::string>{"latest", "step-00000002", "step-00000003"}));
 }
 
 TEST(Checkpoint, ALatestThatIsALoopOfLinksIsPassedOver) {
@@ -451,7 +497,8 @@ TEST(Checkpoint, ALatestThatIsALoopOfLinksIsPassedOver) {
 TEST(Checkpoint, DamagedLatestIsNamed) {
   const TemporaryDirectory folder;
   save(folder.path(), 1);
-  for (const char* text : {"", "garbage", "../../etc", "step-00000001x", "step-1", "step-99999999999999999999999"}) {
+  for (const char* text :
+       {"", "garbage", "../../etc", "step-00000001x", "step-1", "step-99999999999999999999999"}) {
     SCOPED_TRACE(text);
     write_bytes(folder / "latest", text);
     expect_error(ErrorKind::kCheckpoint, {"latest", "expected the name of a checkpoint folder"},
@@ -482,7 +529,8 @@ TEST(Checkpoint, ChecksumsAreCheckedAtFirstUseWhenNotBefore) {
   flip_bit(checkpoint / "model.safetensors", 300);
   const CheckpointReader reader = CheckpointReader::open(checkpoint, {false, {}});
   EXPECT_EQ(reader.text("state.json"), "{\"step\": 1}");
-  expect_error(ErrorKind::kCheckpoint, {"model.safetensors", "is damaged"}, [&] { reader.tensors("model.safetensors"); });
+  expect_error(ErrorKind::kCheckpoint, {"model.safetensors", "is damaged"},
+               [&] { reader.tensors("model.safetensors"); });
 }
 
 }  // namespace

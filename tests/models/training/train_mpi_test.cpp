@@ -1,22 +1,22 @@
 // Whole training runs of a tiny random Llama, on 1 to 4 ranks.
-#include "models/training/gradient_reducer.h"
-#include "models/causal_lm/causal_lm.h"
-#include "models/causal_lm/replicas.h"
-#include "core/io/safetensors.h"
-#include "models/causal_lm/tensor_parallel.h"
-#include "models/training/trainer.h"
-#include "models/training/training_state.h"
-#include "policy/attention/lowrank_controller.h"
-#include "tests/support/io_support.h"
-#include "tests/support/strict_nccl.h"
-#include "tests/models/training/training_fixture.h"
+#include <cmath>
+#include <map>
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <mpi.h>
 #include <nlohmann/json.hpp>
 
-#include <cmath>
-#include <map>
+#include "core/io/safetensors.h"
+#include "models/causal_lm/causal_lm.h"
+#include "models/causal_lm/replicas.h"
+#include "models/causal_lm/tensor_parallel.h"
+#include "models/training/gradient_reducer.h"
+#include "models/training/trainer.h"
+#include "models/training/training_state.h"
+#include "policy/attention/lowrank_controller.h"
+#include "tests/models/training/training_fixture.h"
+#include "tests/support/io_support.h"
+#include "tests/support/strict_nccl.h"
 
 namespace drrl {
 namespace {
@@ -33,8 +33,11 @@ ModelConfig tiny_config() {
                             "tiny");
 }
 
-// For tiny_config(): on four tensor-parallel ranks the first two share a KV head, and have one of its query heads each.
-Mesh mesh_of(int64_t tp, int64_t dp, int64_t cp = 1) { return make_mesh(tp, dp, cp, kKvHeads); }
+// For tiny_config(): on four tensor-parallel ranks the first two share a KV head, and have one of
+// its query heads each.
+Mesh mesh_of(int64_t tp, int64_t dp, int64_t cp = 1) {
+  return make_mesh(tp, dp, cp, kKvHeads);
+}
 
 class Training : public TrainingTest {
  protected:
@@ -56,7 +59,10 @@ class Training : public TrainingTest {
     o.global_batch = 8;
     o.steps = steps;
     o.clip = 0.5;
-    o.schedule = {.lr = 1e-2, .min_lr = 1e-3, .warmup_tokens = 2 * 8 * kSeqLen, .total_tokens = 10 * 8 * kSeqLen};
+    o.schedule = {.lr = 1e-2,
+                  .min_lr = 1e-3,
+                  .warmup_tokens = 2 * 8 * kSeqLen,
+                  .total_tokens = 10 * 8 * kSeqLen};
     o.fingerprint = {{"lr", "1e-2"}};
     return o;
   }
@@ -68,9 +74,12 @@ class Training : public TrainingTest {
   };
 
   Outcome train(const Mesh& mesh, const TrainerOptions& o, TrainerCallbacks callbacks = {},
-                const ModelOptions& model_options = {}, std::shared_ptr<const SequenceDataset> validation = nullptr) {
+                const ModelOptions& model_options = {},
+                std::shared_ptr<const SequenceDataset> validation = nullptr) {
     Outcome outcome;
-    outcome.model = std::make_unique<CausalLM>(tiny_config(), mesh.tp(), low_rank_ ? low_rank(mesh) : make_full_attention(), model_options);
+    outcome.model = std::make_unique<CausalLM>(tiny_config(), mesh.tp(),
+                                               low_rank_ ? low_rank(mesh) : make_full_attention(),
+                                               model_options);
     outcome.model->initialize(5);
     callbacks.on_step = [&](const StepReport& report) {
       outcome.losses.push_back(report.loss);
@@ -81,13 +90,15 @@ class Training : public TrainingTest {
     return outcome;
   }
 
-  /// From now on low-rank attention on sequences of twelve blocks and a short one, of words without a pattern: where a text repeats itself, some of a
-  /// block's directions are rounding, and training amplifies what they are.
+  /// From now on low-rank attention on sequences of twelve blocks and a short one, of words without
+  /// a pattern: where a text repeats itself, some of a block's directions are rounding, and
+  /// training amplifies what they are.
   void use_low_rank() {
     if (rank_ == 0) {
       auto generator = at::make_generator<at::CPUGeneratorImpl>(3);
       const at::Tensor words = at::randint(kVocabulary, {4000}, generator, at::kLong);
-      write_token_file(folder_ / "noise", {{words.const_data_ptr<int64_t>(), words.const_data_ptr<int64_t>() + words.numel()}});
+      write_token_file(folder_ / "noise", {{words.const_data_ptr<int64_t>(),
+                                            words.const_data_ptr<int64_t>() + words.numel()}});
     }
     MPI_Barrier(MPI_COMM_WORLD);
     const auto file = std::make_shared<const TokenFile>(TokenFile::open(folder_ / "noise"));
@@ -96,19 +107,22 @@ class Training : public TrainingTest {
     low_rank_ = true;
   }
 
-  /// Far pairs at ranks of their own for each layer, group and level, sequences split over the mesh's cp.
+  /// Far pairs at ranks of their own for each layer, group and level, sequences split over the
+  /// mesh's cp.
   static std::shared_ptr<AttentionController> low_rank(const Mesh& mesh) {
     RankTable table(2, 3, 4, {2, 4});
     table.at(0, 1, 0) = {8, 2};
     table.at(0, 2, 1) = {4, 8};
     table.at(1, 0, 2) = {8, 8};
     const int64_t first_group = kv_heads_of(kKvHeads, mesh.tp().size(), mesh.tp().rank()).begin;
-    return std::make_shared<LowRankController>(make_table_policy(table, "table"), Geometry{8, 1}, BasisOptions{}, first_group, GuardOptions{}, mesh.cp(),
-                                               mesh.kv());
+    return std::make_shared<LowRankController>(make_table_policy(table, "table"), Geometry{8, 1},
+                                               BasisOptions{}, first_group, GuardOptions{},
+                                               mesh.cp(), mesh.kv());
   }
 
   /// The whole model's weights by Hugging Face name, on every rank.
-  std::map<std::string, at::Tensor> weights(const Outcome& outcome, const Mesh& mesh, const std::string& name) const {
+  std::map<std::string, at::Tensor> weights(const Outcome& outcome, const Mesh& mesh,
+                                            const std::string& name) const {
     const auto folder = folder_ / (mesh.world().size() == 1 ? name + std::to_string(rank_) : name);
     if (mesh.data().rank() == 0) {
       outcome.model->save(folder);
@@ -129,11 +143,14 @@ class Training : public TrainingTest {
     if (rank_ == 0) {
       ASSERT_EQ(together.losses.size(), static_cast<size_t>(o.steps));
       for (size_t i = 0; i < together.losses.size(); ++i) {
-        EXPECT_NEAR(together.losses[i], alone.losses[i], tolerance * alone.losses[i]) << "step " << i + 1;
-        EXPECT_NEAR(together.norms[i], alone.norms[i], 10 * tolerance * alone.norms[i]) << "step " << i + 1;
+        EXPECT_NEAR(together.losses[i], alone.losses[i], tolerance * alone.losses[i])
+            << "step " << i + 1;
+        EXPECT_NEAR(together.norms[i], alone.norms[i], 10 * tolerance * alone.norms[i])
+            << "step " << i + 1;
       }
     }
-    EXPECT_NEAR(together.result.last_loss, alone.result.last_loss, tolerance * alone.result.last_loss)
+    EXPECT_NEAR(together.result.last_loss, alone.result.last_loss,
+                tolerance * alone.result.last_loss)
         << "the same on every rank";
     const auto expected = weights(alone, Mesh(), "alone");
     const auto got = weights(together, mesh, "together");
@@ -176,7 +193,8 @@ TEST_F(Training, TenStepsLearn) {
 }
 
 TEST_F(Training, DataParallelEqualsOneProcess) {
-  expect_equal_runs(mesh_of(1, size_), options(), 1e-5);  // on 3 ranks the shares are 3, 3 and 2 sequences
+  expect_equal_runs(mesh_of(1, size_), options(),
+                    1e-5);  // on 3 ranks the shares are 3, 3 and 2 sequences
 }
 
 TEST_F(Training, UnevenSharesOfASmallBatch) {
@@ -203,7 +221,8 @@ TEST_F(Training, ContextParallelEqualsOneProcess) {
   use_low_rank();
   TrainerOptions o = options();
   o.global_batch = 4;
-  std::map<int, std::vector<MeshShape>> shapes = {{2, {{1, 1, 2}}}, {3, {{1, 1, 3}}}, {4, {{2, 1, 2}, {1, 2, 2}}}};
+  std::map<int, std::vector<MeshShape>> shapes = {
+      {2, {{1, 1, 2}}}, {3, {{1, 1, 3}}}, {4, {{2, 1, 2}, {1, 2, 2}}}};
   for (const MeshShape& shape : shapes[size_]) {
     SCOPED_TRACE(c10::str("tp ", shape.tp, ", dp ", shape.dp, ", cp ", shape.cp));
     expect_equal_runs(mesh_of(shape.tp, shape.dp, shape.cp), o, 1e-5);
@@ -213,7 +232,10 @@ TEST_F(Training, ContextParallelEqualsOneProcess) {
 // All layouts of this many processes, with far pairs, validation and checkpoints.
 TEST_F(Training, KeepsNcclsRulesAndEndsOnAnyErrorOfIt) {
   use_low_rank();
-  std::map<int, std::vector<MeshShape>> shapes = {{2, {{2, 1, 1}, {1, 2, 1}, {1, 1, 2}}}, {3, {{3, 1, 1}}}, {4, {{4, 1, 1}, {2, 2, 1}, {2, 1, 2}, {1, 2, 2}}}};
+  std::map<int, std::vector<MeshShape>> shapes = {
+      {2, {{2, 1, 1}, {1, 2, 1}, {1, 1, 2}}},
+      {3, {{3, 1, 1}}},
+      {4, {{4, 1, 1}, {2, 2, 1}, {2, 1, 2}, {1, 2, 2}}}};
   for (const MeshShape& shape : shapes[size_]) {
     SCOPED_TRACE(c10::str("tp ", shape.tp, ", dp ", shape.dp, ", cp ", shape.cp));
     const Mesh inner = mesh_of(shape.tp, shape.dp, shape.cp);
@@ -223,7 +245,8 @@ TEST_F(Training, KeepsNcclsRulesAndEndsOnAnyErrorOfIt) {
     int64_t calls = 0;  // of a whole run
     const auto journal_of = [&](int64_t fail_at, bool in_wait, std::string& error) {
       const auto journal = std::make_shared<Journal>();
-      // All processes must fail alike, and those that share a KV head have calls that the others do not have.
+      // All processes must fail alike, and those that share a KV head have calls that the others do
+      // not have.
       journal->fail_members = shape.tp > kKvHeads ? static_cast<size_t>(size_) : 0;
       o.output = folder_ / c10::str("strict", shape.tp, shape.dp, shape.cp, fail_at, in_wait);
       const Mesh mesh = over_strict_nccl(inner, journal);
@@ -249,32 +272,46 @@ TEST_F(Training, KeepsNcclsRulesAndEndsOnAnyErrorOfIt) {
         SCOPED_TRACE(c10::str("call ", call, " of ", calls, in_wait ? ", in wait" : ""));
         error.clear();
         journal_of(call, in_wait, error);
-        EXPECT_NE(error.find(c10::str("world rank ", rank_, ", group '")), std::string::npos) << error;
-        EXPECT_NE(error.find(in_wait ? "failed: NCCL communicator was aborted" : "failed: NCCL error"), std::string::npos) << error;
+        EXPECT_NE(error.find(c10::str("world rank ", rank_, ", group '")), std::string::npos)
+            << error;
+        EXPECT_NE(
+            error.find(in_wait ? "failed: NCCL communicator was aborted" : "failed: NCCL error"),
+            std::string::npos)
+            << error;
       }
     }
   }
 }
 
-// Some processes alone make calls in the group of a KV head that they share: an error there ends them at once, and the others when they have waited for them.
+// Some processes alone make calls in the group of a KV head that they share: an error there ends
+// them at once, and the others when they have waited for them.
 TEST_F(Training, AnErrorThatOnlySharersOfAKvHeadHaveEndsAllProcesses) {
   if (size_ != kKvHeads + 1) {
     return;
   }
   use_low_rank();
   const bool shares = rank_ < 2;  // of four processes and three heads
-  for (const auto& [call, in_wait] : {std::pair(0, false), {5, true}}) {  // agreement before the first pass, and one within it
+  for (const auto& [call, in_wait] :
+       {std::pair(0, false), {5, true}}) {  // agreement before the first pass, and one within it
     SCOPED_TRACE(c10::str("call ", call, in_wait ? ", in wait" : ""));
     const auto journal = std::make_shared<Journal>();
-    const Mesh mesh = over_strict_nccl(Mesh::create(Environment::detect(), {.tp = size_, .kv_heads = kKvHeads}, at::kCPU, std::chrono::seconds(3)), journal);
+    const Mesh mesh = over_strict_nccl(
+        Mesh::create(Environment::detect(), {.tp = size_, .kv_heads = kKvHeads}, at::kCPU,
+                     std::chrono::seconds(3)),
+        journal);
     ASSERT_EQ(mesh.kv().size(), shares ? 2 : 1);
     journal->fail_members = 2;
     journal->fail_at = journal->counted + call;
     journal->fail_in_wait = in_wait;
     const std::string error = error_of(ErrorKind::kCommunication, [&] { train(mesh, options(1)); });
-    EXPECT_NE(error.find(!shares ? "did not complete within 3000 ms" : in_wait ? "failed: NCCL communicator was aborted" : "failed: NCCL error"),
-              std::string::npos) << error;
-    EXPECT_NE(error.find(c10::str("world rank ", rank_, ", group '", shares ? "kv" : "")), std::string::npos) << error;
+    EXPECT_NE(error.find(!shares   ? "did not complete within 3000 ms"
+                         : in_wait ? "failed: NCCL communicator was aborted"
+                                   : "failed: NCCL error"),
+              std::string::npos)
+        << error;
+    EXPECT_NE(error.find(c10::str("world rank ", rank_, ", group '", shares ? "kv" : "")),
+              std::string::npos)
+        << error;
     MPI_Barrier(MPI_COMM_WORLD);
   }
 }
@@ -302,7 +339,8 @@ TEST_F(Training, ContextParallelValidatesAndResumes) {
   EXPECT_EQ(rest.result.steps_this_run, 2);
   EXPECT_TRUE(bit_equal(*uninterrupted.model, *rest.model));
   low_rank_ = false;
-  test::expect_error(ErrorKind::kUsage, {"over 1 processes, the mesh over 2"}, [&] { train(mesh, options()); });
+  test::expect_error(ErrorKind::kUsage, {"over 1 processes, the mesh over 2"},
+                     [&] { train(mesh, options()); });
 }
 
 TEST_F(Training, AccumulationEqualsABiggerMicrobatch) {
@@ -355,7 +393,8 @@ TEST_F(Training, BucketsAreSentDuringTheBackwardPass) {
   const Batch all = train_->samples(0, size_);
   plain.loss(all.tokens, all.labels).loss_sum.backward();
   for (size_t i = 0; i < plain.parameters().size(); ++i) {
-    EXPECT_TRUE(at::allclose(model.parameters()[i].value.grad(), plain.parameters()[i].value.grad(), 1e-4, 1e-4))
+    EXPECT_TRUE(at::allclose(model.parameters()[i].value.grad(), plain.parameters()[i].value.grad(),
+                             1e-4, 1e-4))
         << plain.parameters()[i].name;
   }
 }
@@ -430,7 +469,10 @@ TEST_F(Training, AllRanksResumeOneCheckpoint) {
   train(Mesh(), o);
   o.schedule.lr = 1e-2;
   o.resume = true;
-  test::expect_error(ErrorKind::kCheckpoint, {"need the same checkpoint", "out/checkpoints/step-00000002) on rank 0", "on rank 1"}, [&] { train(mesh_of(1, size_), o); });
+  test::expect_error(
+      ErrorKind::kCheckpoint,
+      {"need the same checkpoint", "out/checkpoints/step-00000002) on rank 0", "on rank 1"},
+      [&] { train(mesh_of(1, size_), o); });
   std::filesystem::current_path(before);
 }
 
@@ -452,14 +494,23 @@ TEST_F(Training, WeightsOfReplicasMustBeEqual) {
     check_replicas(model, Mesh());
     return;
   }
-  const std::string norm = "model.norm.weight", down = "model.layers.1.mlp.down_proj.weight", last = c10::str("on rank ", size_ - 1);
-  EXPECT_THAT(error_with(mesh_of(1, size_), size_ - 1, down), testing::AllOf(testing::HasSubstr("the checksum of tensor-parallel shard 0 is "), testing::HasSubstr(last)));
-  EXPECT_THAT(error_with(mesh_of(1, 1, size_), size_ - 1, norm), testing::AllOf(testing::HasSubstr("the checksum of what is not sharded is "), testing::HasSubstr(last)));
-  EXPECT_THAT(error_with(mesh_of(size_, 1), size_ - 1, norm), testing::AllOf(testing::HasSubstr("not sharded"), testing::HasSubstr(last)));
+  const std::string norm = "model.norm.weight", down = "model.layers.1.mlp.down_proj.weight",
+                    last = c10::str("on rank ", size_ - 1);
+  EXPECT_THAT(error_with(mesh_of(1, size_), size_ - 1, down),
+              testing::AllOf(testing::HasSubstr("the checksum of tensor-parallel shard 0 is "),
+                             testing::HasSubstr(last)));
+  EXPECT_THAT(error_with(mesh_of(1, 1, size_), size_ - 1, norm),
+              testing::AllOf(testing::HasSubstr("the checksum of what is not sharded is "),
+                             testing::HasSubstr(last)));
+  EXPECT_THAT(error_with(mesh_of(size_, 1), size_ - 1, norm),
+              testing::AllOf(testing::HasSubstr("not sharded"), testing::HasSubstr(last)));
   if (size_ == 4) {
-    EXPECT_THAT(error_with(mesh_of(2, 2), 3, down), testing::AllOf(testing::HasSubstr("shard 1 is "), testing::HasSubstr("on rank 1, "), testing::HasSubstr("on rank 3")));
+    EXPECT_THAT(error_with(mesh_of(2, 2), 3, down),
+                testing::AllOf(testing::HasSubstr("shard 1 is "), testing::HasSubstr("on rank 1, "),
+                               testing::HasSubstr("on rank 3")));
     EXPECT_THAT(error_with(mesh_of(4, 1), 1, "model.layers.0.self_attn.qkv_proj.weight"),
-                testing::AllOf(testing::HasSubstr("KV head 0 is "), testing::HasSubstr("on rank 0, "), testing::HasSubstr("on rank 1")));
+                testing::AllOf(testing::HasSubstr("KV head 0 is "),
+                               testing::HasSubstr("on rank 0, "), testing::HasSubstr("on rank 1")));
   }
 }
 
@@ -487,7 +538,8 @@ TEST_F(Training, ADamagedCheckpointFallsBackToTheOneBefore) {
 }
 
 TEST_F(Training, ResumesOnAnotherLayout) {
-  // From and to every layout of this world and the single process; three KV groups on two ranks are 2 + 1, on four two ranks hold the first one.
+  // From and to every layout of this world and the single process; three KV groups on two ranks are
+  // 2 + 1, on four two ranks hold the first one.
   std::vector<MeshShape> shapes = {{1, 1}};
   if (size_ > 1) {
     shapes.push_back({1, size_});
@@ -501,7 +553,8 @@ TEST_F(Training, ResumesOnAnotherLayout) {
   const TrainerOptions whole = options();
   const Outcome uninterrupted = train(Mesh(), whole);
   // Of the world `shape`, the processes that take part; the others wait.
-  const auto run = [&](MeshShape shape, const TrainerOptions& o, const TrainerCallbacks& callbacks) {
+  const auto run = [&](MeshShape shape, const TrainerOptions& o,
+                       const TrainerCallbacks& callbacks) {
     std::optional<Outcome> outcome;
     if (shape.tp * shape.dp > 1 || rank_ == 0) {
       outcome = train(mesh_of(shape.tp, shape.dp), o, callbacks);
@@ -528,7 +581,8 @@ TEST_F(Training, ResumesOnAnotherLayout) {
         continue;
       }
       EXPECT_EQ(rest->result.steps_this_run, 6);
-      EXPECT_NEAR(rest->result.last_loss, uninterrupted.result.last_loss, 1e-5 * uninterrupted.result.last_loss);
+      EXPECT_NEAR(rest->result.last_loss, uninterrupted.result.last_loss,
+                  1e-5 * uninterrupted.result.last_loss);
       const bool same = from.tp == to.tp && from.dp == to.dp;
       EXPECT_EQ(warning.empty(), same || rank_ != 0) << warning;
       if (from.tp * from.dp == 1 && same) {
@@ -538,13 +592,16 @@ TEST_F(Training, ResumesOnAnotherLayout) {
   }
 }
 
-/// Resharding alone, without a step whose rounding could hide anything: weights and moments go from a layout to another and back.
+/// Resharding alone, without a step whose rounding could hide anything: weights and moments go from
+/// a layout to another and back.
 TEST_F(Training, AReshardedStateIsBitForBitTheOld) {
   if (size_ > 3 || size_ == 1) {
     return;
   }
   TrainerOptions o = options(4);
-  const auto checkpoint = [&](const std::string& name) { return SafetensorsFile(folder_ / name / "checkpoints/step-00000004/shard-tp0.safetensors"); };
+  const auto checkpoint = [&](const std::string& name) {
+    return SafetensorsFile(folder_ / name / "checkpoints/step-00000004/shard-tp0.safetensors");
+  };
   o.output = folder_ / "one";
   if (rank_ == 0) {
     train(Mesh(), o);
@@ -585,14 +642,16 @@ TEST_F(Training, WeightsThatBrokeAfterTheStepAreNotSaved) {
   CausalLM model(tiny_config(), mesh.tp(), make_full_attention());
   model.initialize(5);
   TrainerCallbacks callbacks;
-  callbacks.on_step = [&](const StepReport& report) {  // rank 0, between the update and the checkpoint
-    if (report.step == 4) {
-      const at::NoGradGuard no_grad;
-      model.parameters()[3].value.view({-1})[0].fill_(std::nan(""));
-    }
-  };
+  callbacks.on_step =
+      [&](const StepReport& report) {  // rank 0, between the update and the checkpoint
+        if (report.step == 4) {
+          const at::NoGradGuard no_grad;
+          model.parameters()[3].value.view({-1})[0].fill_(std::nan(""));
+        }
+      };
   Trainer trainer(o, model, mesh, train_, nullptr, {}, callbacks);
-  test::expect_error(ErrorKind::kNumerics, {"step 4", "weights of world rank 0", "no checkpoint"}, [&] { trainer.run(); });
+  test::expect_error(ErrorKind::kNumerics, {"step 4", "weights of world rank 0", "no checkpoint"},
+                     [&] { trainer.run(); });
   if (rank_ == 0) {
     EXPECT_EQ(test::read_bytes(o.output / "checkpoints" / "latest"), "step-00000002\n");
   }
@@ -628,11 +687,13 @@ TEST_F(Training, ANanOnOneRankStopsAllBeforeTheUpdate) {
     o.global_batch = 2 * mesh.dp().size();
     Trainer trainer(o, model, mesh, train_, nullptr, {}, callbacks);
     const std::string who = tensor_parallel ? "world rank" : c10::str("world rank ", size_ - 1);
-    test::expect_error(ErrorKind::kNumerics, {"step 2", who, "before the update"}, [&] { trainer.run(); });
+    test::expect_error(ErrorKind::kNumerics, {"step 2", who, "before the update"},
+                       [&] { trainer.run(); });
     EXPECT_EQ(done, 2);
     ASSERT_FALSE(before.empty());
     for (size_t i = 0; i < before.size(); ++i) {
-      EXPECT_TRUE(at::equal(before[i].nan_to_num(), model.parameters()[i].value.detach().nan_to_num()))
+      EXPECT_TRUE(
+          at::equal(before[i].nan_to_num(), model.parameters()[i].value.detach().nan_to_num()))
           << "weights were updated";
     }
   }

@@ -1,18 +1,19 @@
-// The parts of a training run, one at a time: schedule, optimizer, data order, metrics. train_mpi_test.cpp runs them together.
-#include "models/data/sequence_dataset.h"
-#include "models/training/gradient_reducer.h"
-#include "models/causal_lm/causal_lm.h"
-#include "models/training/metrics.h"
-#include "models/training/optimizer.h"
-#include "models/training/schedule.h"
-#include "tests/support/io_support.h"
-
-#include <nlohmann/json.hpp>
-
+// The parts of a training run, one at a time: schedule, optimizer, data order, metrics.
+// train_mpi_test.cpp runs them together.
 #include <cmath>
 #include <cstring>
 #include <map>
 #include <set>
+
+#include <nlohmann/json.hpp>
+
+#include "models/causal_lm/causal_lm.h"
+#include "models/data/sequence_dataset.h"
+#include "models/training/gradient_reducer.h"
+#include "models/training/metrics.h"
+#include "models/training/optimizer.h"
+#include "models/training/schedule.h"
+#include "tests/support/io_support.h"
 
 namespace drrl {
 namespace {
@@ -22,7 +23,8 @@ using test::read_bytes;
 using test::TemporaryDirectory;
 
 TEST(Schedule, WarmsUpThenFollowsACosineInTokens) {
-  const CosineSchedule schedule{.lr = 1.0, .min_lr = 0.1, .warmup_tokens = 100, .total_tokens = 1100};
+  const CosineSchedule schedule{
+      .lr = 1.0, .min_lr = 0.1, .warmup_tokens = 100, .total_tokens = 1100};
   EXPECT_DOUBLE_EQ(schedule.rate(25), 0.25);
   EXPECT_DOUBLE_EQ(schedule.rate(100), 1.0);
   EXPECT_DOUBLE_EQ(schedule.rate(600), 0.55);
@@ -32,9 +34,12 @@ TEST(Schedule, WarmsUpThenFollowsACosineInTokens) {
 }
 
 TEST(Schedule, RefusesContradictions) {
-  expect_error(ErrorKind::kUsage, {"min_lr", "0.2"}, [] { CosineSchedule{0.1, 0.2, 0, 10}.validate(); });
-  expect_error(ErrorKind::kUsage, {"warmup_tokens = 10"}, [] { CosineSchedule{0.1, 0.0, 10, 10}.validate(); });
-  expect_error(ErrorKind::kUsage, {"lr must be positive"}, [] { CosineSchedule{-1, 0.0, 0, 10}.validate(); });
+  expect_error(ErrorKind::kUsage, {"min_lr", "0.2"},
+               [] { CosineSchedule{0.1, 0.2, 0, 10}.validate(); });
+  expect_error(ErrorKind::kUsage, {"warmup_tokens = 10"},
+               [] { CosineSchedule{0.1, 0.0, 10, 10}.validate(); });
+  expect_error(ErrorKind::kUsage, {"lr must be positive"},
+               [] { CosineSchedule{-1, 0.0, 0, 10}.validate(); });
 }
 
 Parameter parameter(const char* name, const at::Tensor& value, bool decay) {
@@ -43,7 +48,8 @@ Parameter parameter(const char* name, const at::Tensor& value, bool decay) {
 
 TEST(AdamWTest, FollowsTheFormulaAndDecaysOnlyWhatItShould) {
   at::manual_seed(3);
-  std::vector<Parameter> parameters{parameter("matrix", at::randn({5, 7}), true), parameter("norm", at::randn({33}), false)};
+  std::vector<Parameter> parameters{parameter("matrix", at::randn({5, 7}), true),
+                                    parameter("norm", at::randn({33}), false)};
   const AdamW::Options options{.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1};
   AdamW optimizer(parameters, options);
   std::vector<at::Tensor> w, m, v;
@@ -64,8 +70,8 @@ TEST(AdamWTest, FollowsTheFormulaAndDecaysOnlyWhatItShould) {
       }
       m[i] = options.beta1 * m[i] + (1 - options.beta1) * g;
       v[i] = options.beta2 * v[i] + (1 - options.beta2) * g * g;
-      w[i] = w[i] -
-             lr * (m[i] / (1 - std::pow(options.beta1, t))) / ((v[i] / (1 - std::pow(options.beta2, t))).sqrt() + options.eps);
+      w[i] = w[i] - lr * (m[i] / (1 - std::pow(options.beta1, t))) /
+                        ((v[i] / (1 - std::pow(options.beta2, t))).sqrt() + options.eps);
     }
     optimizer.step(lr, scale);
     for (size_t i = 0; i < parameters.size(); ++i) {
@@ -94,7 +100,8 @@ TEST(Clip, FactorIsThatOfTorch) {
 }
 
 TEST(Norm, CountsEveryGradientOnce) {
-  std::vector<Parameter> parameters{parameter("a", at::zeros({2, 2}), true), parameter("b", at::zeros({3}), false)};
+  std::vector<Parameter> parameters{parameter("a", at::zeros({2, 2}), true),
+                                    parameter("b", at::zeros({3}), false)};
   parameters[0].value.mutable_grad() = at::full({2, 2}, 2.0f);
   parameters[1].value.mutable_grad() = at::full({3}, 3.0f);
   EXPECT_NEAR(squared_gradient_norm(parameters, Group()).item<double>(), 16 + 27, 1e-4);
@@ -121,14 +128,17 @@ TEST(Order, LooksShuffled) {
   double distance = 0;
   int64_t fixed = 0;
   for (int64_t i = 0; i + 1 < n; ++i) {
-    distance += std::abs(static_cast<double>(permuted_index(i, n, 7) - permuted_index(i + 1, n, 7)));
+    distance += std::abs(
+        static_cast<double>(permuted_index(i, n, 7) - permuted_index(i + 1, n, 7)));
     fixed += permuted_index(i, n, 7) == i ? 1 : 0;
   }
-  EXPECT_NEAR(distance / static_cast<double>(n), static_cast<double>(n) / 3, static_cast<double>(n) * 0.03);
+  EXPECT_NEAR(distance / static_cast<double>(n), static_cast<double>(n) / 3,
+              static_cast<double>(n) * 0.03);
   EXPECT_LT(fixed, 10);
 }
 
-std::shared_ptr<const TokenFile> counting_file(const TemporaryDirectory& directory, int64_t tokens) {
+std::shared_ptr<const TokenFile> counting_file(const TemporaryDirectory& directory,
+                                               int64_t tokens) {
   std::vector<std::vector<int64_t>> documents(2);
   for (int64_t i = 0; i < tokens; ++i) {
     documents[i < tokens / 3 ? 0 : 1].push_back(i);
@@ -149,8 +159,10 @@ TEST(Sequences, EveryLabelOnceAnEpochAndShiftedByOne) {
     const at::Tensor sorted = std::get<0>(batch.labels.flatten().sort());
     EXPECT_TRUE(at::equal(sorted, at::arange(11, 91)));
   }
-  EXPECT_FALSE(at::equal(data.samples(0, 10).tokens, data.samples(10, 10).tokens)) << "each epoch has its own order";
-  EXPECT_FALSE(at::equal(data.samples(0, 10).tokens, SequenceDataset(file, 10, 91, 8, 43).samples(0, 10).tokens));
+  EXPECT_FALSE(at::equal(data.samples(0, 10).tokens, data.samples(10, 10).tokens))
+      << "each epoch has its own order";
+  EXPECT_FALSE(at::equal(data.samples(0, 10).tokens,
+                         SequenceDataset(file, 10, 91, 8, 43).samples(0, 10).tokens));
   EXPECT_TRUE(at::equal(data.ordered(3, 2).tokens[1], at::arange(10 + 32, 10 + 40)));
 }
 
@@ -164,12 +176,14 @@ TEST(Sequences, ASampleDoesNotDependOnHowItIsRead) {
 TEST(Sequences, RefusesARangeThatIsTooShort) {
   const TemporaryDirectory directory;
   const auto file = counting_file(directory, 50);
-  expect_error(ErrorKind::kData, {"count.bin", "[40, 50)", "seq_len + 1 = 11"}, [&] { SequenceDataset(file, 40, 50, 10, 1); });
+  expect_error(ErrorKind::kData, {"count.bin", "[40, 50)", "seq_len + 1 = 11"},
+               [&] { SequenceDataset(file, 40, 50, 10, 1); });
   EXPECT_EQ(SequenceDataset(file, 39, 50, 10, 1).windows(), 1);
   expect_error(ErrorKind::kUsage, {"seq_len"}, [&] { SequenceDataset(file, 0, 50, 0, 1); });
 }
 
-// ---- TensorBoard ---------------------------------------------------------------------------------------------------------
+// ---- TensorBoard
+// ---------------------------------------------------------------------------------------------------------
 
 uint64_t read_varint(const std::string& bytes, size_t& at) {
   uint64_t value = 0;
@@ -339,7 +353,8 @@ TEST(Metrics, ADeathWhileARunIsResumedLosesNothing) {
       writer.write(row(step, 1.0));
     }
   }
-  const std::string jsonl = read_bytes(directory / "metrics.jsonl"), csv = read_bytes(directory / "metrics.csv");
+  const std::string jsonl = read_bytes(directory / "metrics.jsonl"),
+                    csv = read_bytes(directory / "metrics.csv");
   const test::FileSizeLimit limit(1);  // every write fails
   expect_error(ErrorKind::kStorage, {"cannot write"}, [&] { MetricsWriter(directory.path(), 7); });
   EXPECT_EQ(read_bytes(directory / "metrics.jsonl"), jsonl);

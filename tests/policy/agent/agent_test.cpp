@@ -1,9 +1,9 @@
 // The learned policy: its network, its training on traces, its decisions in the controller.
 #include "policy/agent/agent.h"
 
-#include <gtest/gtest.h>
-
 #include <cmath>
+
+#include <gtest/gtest.h>
 
 #include "core/error.h"
 #include "policy/agent/agent_training.h"
@@ -28,37 +28,50 @@ Calibration calibration(bool with_gates = false) {
   c.ranks = kRanks;
   const auto by_rank = at::tensor({8.0, 2.0, 0.5}, at::kDouble) * 1e-4;
   at::manual_seed(3);
-  c.damage = by_rank * at::randn({kLayers, kGroups, 2, 3, 1}, at::kDouble).exp();  // no two alike, or all would change their ranks at one price
+  c.damage = by_rank * at::randn({kLayers, kGroups, 2, 3, 1}, at::kDouble)
+                           .exp();  // no two alike, or all would change their ranks at one price
   c.bases = at::randn({kLayers, kGroups, 2, kHeadDim, kHeadDim});
   if (with_gates) {
     c.gates = at::tensor({0.002, 0.02}, at::kDouble);
     c.gated_damage = c.damage.unsqueeze(5) * at::tensor({0.05, 0.3}, at::kDouble);
-    c.exact_entries = at::tensor({0.02, 0.004}, at::kDouble).expand({kLayers, kGroups, 3, 4, 2}).clone();
+    c.exact_entries = at::tensor({0.02, 0.004}, at::kDouble)
+                          .expand({kLayers, kGroups, 3, 4, 2})
+                          .clone();
   }
   return c;
 }
 
-/// Traces whose damage, or with gates whose entries, are the calibrated ones times e^{+-2}, by the sign of one feature; noise that no state explains comes on top of each
-/// draw of damage.
+/// Traces whose damage, or with gates whose entries, are the calibrated ones times e^{+-2}, by the
+/// sign of one feature; noise that no state explains comes on top of each draw of damage.
 Traces traces(const Calibration& c, int64_t sequences, bool informative) {
   const BlockTree tree(kLength, c.geometry);
-  Traces t(sequences, kLayers, kGroups, kLength, c.geometry, kRanks, c.gates.defined() ? c.gates : CalibrationController::default_gates());
+  Traces t(sequences, kLayers, kGroups, kLength, c.geometry, kRanks,
+           c.gates.defined() ? c.gates : CalibrationController::default_gates());
   t.heads_per_group = 3;
   t.calibration = c.digest();
   at::manual_seed(11);
   t.state = at::randn(t.state.sizes());
-  const auto sign = informative ? t.state.select(4, 1).sign() : at::randn(t.state.select(4, 1).sizes()).sign();
-  const Choices choices(c, tree, {16, 32, 48, 64}, operation_prices(tree, c.groups(), 3, c.head_dim(), 2));
+  const auto sign = informative ? t.state.select(4, 1).sign()
+                                : at::randn(t.state.select(4, 1).sizes()).sign();
+  const Choices choices(c, tree, {16, 32, 48, 64},
+                        operation_prices(tree, c.groups(), 3, c.head_dim(), 2));
   for (int64_t pair = 0; pair < tree.num_pairs(); ++pair) {
     const auto at = static_cast<size_t>(pair);
-    const auto of_level = c.damage.select(3, choices.level_of[at]);  // [layers, groups, 2, ranks], which all sequences and draws have
-    t.damage.select(5, pair).copy_(of_level * (choices.share_of[at] * static_cast<double>(kLength)));
+    const auto of_level = c.damage.select(
+        3, choices.level_of[at]);  // [layers, groups, 2, ranks], which all sequences and draws have
+    t.damage.select(5, pair).copy_(of_level *
+                                   (choices.share_of[at] * static_cast<double>(kLength)));
   }
-  const auto factor = (2 * sign).exp() / (informative ? 1 : std::cosh(2));  // [sequences, layers, groups, pairs]; 1 on average, or the mean could be learned, too
+  const auto factor = (2 * sign).exp() /
+                      (informative ? 1
+                                   : std::cosh(2));  // [sequences, layers, groups, pairs]; 1 on
+                                                     // average, or the mean could be learned, too
   t.damage *= (0.5 * at::randn(t.damage.sizes()) - 0.125).exp();
   if (c.gates.defined()) {
     t.gated_damage = (t.damage.unsqueeze(7) * at::tensor({0.05, 0.3})).contiguous();
-    t.exact_entries = (factor.unsqueeze(4).unsqueeze(5) * at::tensor({0.02, 0.004})).expand({-1, -1, -1, -1, 4, -1}).contiguous();
+    t.exact_entries = (factor.unsqueeze(4).unsqueeze(5) * at::tensor({0.02, 0.004}))
+                          .expand({-1, -1, -1, -1, 4, -1})
+                          .contiguous();
   } else {
     t.damage *= factor.unsqueeze(1).unsqueeze(4).unsqueeze(6);
   }
@@ -89,7 +102,8 @@ TEST(RankAgent, StartsAsTheCalibrationAndSeesOnlyLayersBelow) {
   at::manual_seed(2);
   auto state = at::randn({5, kLayers, features});
   const auto group = at::tensor({0, 1, 1, 0, 1}, at::kLong);
-  const auto outputs = [&](const at::Tensor& of, int64_t first_layer, RankAgent::Memory* memory = nullptr) {
+  const auto outputs = [&](const at::Tensor& of, int64_t first_layer,
+                           RankAgent::Memory* memory = nullptr) {
     const RankAgent::Factors logs = agent.forward(of, group, first_layer, memory);
     EXPECT_EQ(logs.damage.sizes(), at::IntArrayRef({5, of.size(1), 2, 3, 3}));
     EXPECT_EQ(logs.entries.sizes(), at::IntArrayRef({5, of.size(1), 4, 2}));
@@ -102,7 +116,8 @@ TEST(RankAgent, StartsAsTheCalibrationAndSeesOnlyLayersBelow) {
   EXPECT_LE(whole.abs().max().item<double>(), RankAgent::kLimit);
   RankAgent::Memory memory;
   for (int64_t layer = 0; layer < kLayers; ++layer) {  // layer by layer, as it decides
-    EXPECT_TRUE(at::allclose(outputs(state.narrow(1, layer, 1), layer, &memory).squeeze(1), whole.select(1, layer), 1e-4, 1e-5));
+    EXPECT_TRUE(at::allclose(outputs(state.narrow(1, layer, 1), layer, &memory).squeeze(1),
+                             whole.select(1, layer), 1e-4, 1e-5));
   }
   state.select(1, 2).add_(1);
   const auto other = outputs(state, 0);
@@ -124,7 +139,13 @@ TEST(RankAgent, LearnsWhatTheStateTells) {
     }
     EXPECT_EQ(agent.with_gates(), with_gates);
     EXPECT_GT(agent.strength(), 0);
-    EXPECT_NE(error_of(ErrorKind::kUsage, [&] { make_rl_policy(calibration(with_gates), agent, 0.6, {16, 32, 48, 64}, 2, !with_gates); }).find("--gates"), std::string::npos);
+    EXPECT_NE(error_of(ErrorKind::kUsage,
+                       [&] {
+                         make_rl_policy(calibration(with_gates), agent, 0.6, {16, 32, 48, 64}, 2,
+                                        !with_gates);
+                       })
+                  .find("--gates"),
+              std::string::npos);
   }
 }
 
@@ -144,7 +165,9 @@ TEST(RankAgent, SurvivesItsFile) {
   const auto file = temporary("policy.safetensors");
   const Calibration c = calibration();
   c.save(file);
-  EXPECT_NE(error_of(ErrorKind::kModel, [&] { RankAgent::load(file, c); }).find("drrl-policy train"), std::string::npos);
+  EXPECT_NE(
+      error_of(ErrorKind::kModel, [&] { RankAgent::load(file, c); }).find("drrl-policy train"),
+      std::string::npos);
   RankAgent agent(kLayers, kGroups, kRanks, 0, 7);
   agent.set_prices({0.4, 0.6}, {2, 4});
   agent.save(file, c);
@@ -156,8 +179,11 @@ TEST(RankAgent, SurvivesItsFile) {
   EXPECT_DOUBLE_EQ(loaded.price_factor(0.1), 2);
   EXPECT_DOUBLE_EQ(loaded.price_factor(0.9), 4);
   agent.set_prices({0.4, 0.6}, {2, std::nan("")});
-  EXPECT_NE(error_of(ErrorKind::kModel, [&] { agent.save(file, c); }).find("\"agent.price_factors\" is empty or not finite"), std::string::npos);
-  EXPECT_EQ(RankAgent::load(file, back).digest(), loaded.digest()) << "the older file is still there";
+  EXPECT_NE(error_of(ErrorKind::kModel, [&] { agent.save(file, c); })
+                .find("\"agent.price_factors\" is empty or not finite"),
+            std::string::npos);
+  EXPECT_EQ(RankAgent::load(file, back).digest(), loaded.digest())
+      << "the older file is still there";
 }
 
 TEST(Traces, SurviveTheirFile) {
@@ -173,20 +199,29 @@ TEST(Traces, SurviveTheirFile) {
   EXPECT_EQ(back.calibration, t.calibration);
   AgentTrainingOptions o = options();
   RankAgent agent(kLayers, kGroups, kRanks, 0, 1);
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { train_agent(agent, calibration(), {back}, o, nullptr); }).find("2 sequences"), std::string::npos);
+  EXPECT_NE(
+      error_of(ErrorKind::kUsage, [&] { train_agent(agent, calibration(), {back}, o, nullptr); })
+          .find("2 sequences"),
+      std::string::npos);
   Traces cut = t;
   cut.tokens = cut.tokens.narrow(1, 1, kLength - 1).contiguous();
-  EXPECT_NE(error_of(ErrorKind::kModel, [&] { cut.save(file); }).find("\"tokens\" is [2, 2047]"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kModel, [&] { cut.save(file); }).find("\"tokens\" is [2, 2047]"),
+            std::string::npos);
   cut = t;
   cut.damage = t.damage.clone().fill_(std::nan(""));
-  EXPECT_NE(error_of(ErrorKind::kModel, [&] { cut.save(file); }).find("\"damage\" is empty or not finite"), std::string::npos);
-  EXPECT_NE(error_of(ErrorKind::kModel, [&] { t.first(0).save(file); }).find("is empty"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kModel, [&] { cut.save(file); })
+                .find("\"damage\" is empty or not finite"),
+            std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kModel, [&] { t.first(0).save(file); }).find("is empty"),
+            std::string::npos);
   EXPECT_EQ(Traces::load(file).sequences(), 2) << "the older file is still there";
   Calibration other = calibration();
   other.damage *= 2;
   o.held_out = 1;
   o.validation = 0;
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { train_agent(agent, other, {back}, o, nullptr); }).find(t.calibration), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { train_agent(agent, other, {back}, o, nullptr); })
+                .find(t.calibration),
+            std::string::npos);
 }
 
 struct Rig {
@@ -196,8 +231,11 @@ struct Rig {
 
   Rig() {
     at::manual_seed(5);
-    const auto mix = at::matmul(at::diag(at::logspace(0, -1.5, kHeadDim)), at::randn({kHeadDim, kHeadDim}));
-    const auto rows = [&](int64_t h) { return at::matmul(at::randn({1, h, length, kHeadDim}), mix); };
+    const auto mix = at::matmul(at::diag(at::logspace(0, -1.5, kHeadDim)),
+                                at::randn({kHeadDim, kHeadDim}));
+    const auto rows = [&](int64_t h) {
+      return at::matmul(at::randn({1, h, length, kHeadDim}), mix);
+    };
     q = rows(heads);
     k = rows(kGroups);
     v = rows(kGroups);
@@ -209,14 +247,18 @@ struct Rig {
     at::manual_seed(9);
     at::NoGradGuard no_grad;
     agent.parameters().back().normal_();
-    return {make_rl_policy(c, agent, 0.7, {16, 32, 48, 64}, 2), c.geometry, {.update_steps = 2, .start = c.bases}};
+    return {make_rl_policy(c, agent, 0.7, {16, 32, 48, 64}, 2),
+            c.geometry,
+            {.update_steps = 2, .start = c.bases}};
   }
 };
 
-// With gates, too: until it has learned something it takes what dp takes, but for the last steps that use up dp's budget.
+// With gates, too: until it has learned something it takes what dp takes, but for the last steps
+// that use up dp's budget.
 TEST(LearnedPolicy, StartsAsDp) {
   Calibration c = calibration(/*with_gates=*/true);
-  c.damage *= at::tensor({1.0, 30.0, 4.0}, at::kDouble).view({kLayers, 1, 1, 1, 1}) * at::tensor({1.0, 3.0}, at::kDouble).view({1, kGroups, 1, 1, 1});
+  c.damage *= at::tensor({1.0, 30.0, 4.0}, at::kDouble).view({kLayers, 1, 1, 1, 1}) *
+              at::tensor({1.0, 3.0}, at::kDouble).view({1, kGroups, 1, 1, 1});
   c.gated_damage = c.damage.unsqueeze(5) * at::tensor({0.05, 0.3}, at::kDouble);
   const BlockTree tree(8 * 256 + 4, c.geometry);
   for (const bool with_gates : {false, true}) {
@@ -253,13 +295,15 @@ TEST(LearnedPolicy, IsStrictlyCausalAndDependsOnTheText) {
     return std::pair(result, ranks);
   };
   const auto [before, ranks] = outputs(rig.k);
-  EXPECT_NE(*std::min_element(ranks[1].begin(), ranks[1].end()), *std::max_element(ranks[1].begin(), ranks[1].end()));
+  EXPECT_NE(*std::min_element(ranks[1].begin(), ranks[1].end()),
+            *std::max_element(ranks[1].begin(), ranks[1].end()));
   for (const int64_t t : {300, 700, 1100}) {
     auto k = rig.k.clone();
     k.narrow(2, t, rig.length - t).mul_(-3).add_(1);
     const auto [after, other_ranks] = outputs(k);
     for (size_t layer = 0; layer < kLayers; ++layer) {
-      EXPECT_TRUE(before[layer].narrow(2, 0, t).equal(after[layer].narrow(2, 0, t))) << "from token " << t;
+      EXPECT_TRUE(before[layer].narrow(2, 0, t).equal(after[layer].narrow(2, 0, t)))
+          << "from token " << t;
     }
     if (t == 300) {
       EXPECT_NE(ranks, other_ranks) << "another text, the same ranks";
@@ -278,10 +322,15 @@ TEST(LearnedPolicy, DecidesAlikeWhenTokensComeOneByOne) {
     expected.push_back(whole.attend(layer, rig.q, rig.k, rig.v, rig.w_o, plan));
   }
   for (size_t i = 0; i + 1 < cuts.size(); ++i) {
-    const auto piece = [&](const at::Tensor& x) { return x.narrow(2, cuts[i], cuts[i + 1] - cuts[i]); };
+    const auto piece = [&](const at::Tensor& x) {
+      return x.narrow(2, cuts[i], cuts[i + 1] - cuts[i]);
+    };
     for (int64_t layer = 0; layer < kLayers; ++layer) {
-      const auto got = growing.extend(layer, piece(rig.q), piece(rig.k), piece(rig.v), rig.w_o, *cache);
-      EXPECT_LT(((got - piece(expected[static_cast<size_t>(layer)])).norm() / got.norm()).item<double>(), 1e-4);
+      const auto got = growing.extend(layer, piece(rig.q), piece(rig.k), piece(rig.v), rig.w_o,
+                                      *cache);
+      EXPECT_LT(
+          ((got - piece(expected[static_cast<size_t>(layer)])).norm() / got.norm()).item<double>(),
+          1e-4);
     }
   }
 }

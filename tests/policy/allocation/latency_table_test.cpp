@@ -1,10 +1,10 @@
 #include "policy/allocation/latency_table.h"
 
-#include <gtest/gtest.h>
-#include <nlohmann/json.hpp>
-
 #include <fstream>
 #include <set>
+
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
 
 #include "core/io/file_io.h"
 #include "policy/calibration/calibration.h"
@@ -29,16 +29,26 @@ LatencyTable made_up() {
   t.ranks = kRanks;
   t.exact = {0, 0.2, 1e-4, 2e-6};
   t.fixed = {0, 0.3, 1.5e-3, 0};
-  t.scores = {{0.05, 0.02, 3e-4, 8e-7}, {0.05, 0.03, 4e-4, 9e-7}, {0.05, 0.05, 5e-4, 1.3e-6}, {0, 0, 0, 2.2e-6}};
-  t.values = {{0.03, 0.01, 2e-4, 5e-7}, {0.03, 0.02, 3e-4, 7e-7}, {0.03, 0.02, 4e-4, 1.1e-6}, {0, 0, 0, 1.9e-6}};
+  t.scores = {{0.05, 0.02, 3e-4, 8e-7},
+              {0.05, 0.03, 4e-4, 9e-7},
+              {0.05, 0.05, 5e-4, 1.3e-6},
+              {0, 0, 0, 2.2e-6}};
+  t.values = {{0.03, 0.01, 2e-4, 5e-7},
+              {0.03, 0.02, 3e-4, 7e-7},
+              {0.03, 0.02, 4e-4, 1.1e-6},
+              {0, 0, 0, 1.9e-6}};
   t.gated = LatencyCurve{0, 0, 5e-5, 1e-7};
   t.exact_entry = 2e-5;
   return t;
 }
 
-Prices prices_of(const LatencyTable& t, const BlockTree& tree) { return t.prices(tree, kGroups, kHeads, kHeadDim); }
+Prices prices_of(const LatencyTable& t, const BlockTree& tree) {
+  return t.prices(tree, kGroups, kHeads, kHeadDim);
+}
 
-RankTable uniform(const BlockTree& tree, Ranks all) { return RankTable(1, kGroups, tree.num_levels(), all); }
+RankTable uniform(const BlockTree& tree, Ranks all) {
+  return RankTable(1, kGroups, tree.num_levels(), all);
+}
 
 // What the made-up device takes for each case that drrl-bench latency measures.
 std::vector<LatencyPoint> measurements(const LatencyTable& t) {
@@ -46,7 +56,9 @@ std::vector<LatencyPoint> measurements(const LatencyTable& t) {
   for (const int64_t length : {512, 1024, 2048, 4096, 8192}) {
     const BlockTree tree(length, kGeometry);
     const Prices prices = prices_of(t, tree);
-    const auto add = [&](std::optional<Ranks> ranks, std::optional<int64_t> exact, double ns) { points.push_back({length, ranks, exact, ns / 1e6}); };
+    const auto add = [&](std::optional<Ranks> ranks, std::optional<int64_t> exact, double ns) {
+      points.push_back({length, ranks, exact, ns / 1e6});
+    };
     add(std::nullopt, std::nullopt, prices.exact);
     add(Ranks{64, 64}, std::nullopt, price_of(prices, tree, uniform(tree, {64, 64}), 0));
     for (const int64_t rank : {16, 32, 48}) {
@@ -74,19 +86,23 @@ Calibration calibration() {
   c.data = "text";
   c.ranks = {16, 32, 48};
   at::manual_seed(3);
-  c.damage = at::tensor({1.0, 0.3, 0.1}, at::kDouble) * at::rand({4, kGroups, 2, 3, 1}, at::kDouble).add(0.1);
+  c.damage = at::tensor({1.0, 0.3, 0.1}, at::kDouble) *
+             at::rand({4, kGroups, 2, 3, 1}, at::kDouble).add(0.1);
   c.bases = at::randn({4, kGroups, 2, kHeadDim, kHeadDim});
   return c;
 }
 
-Allocation allocated(double budget, const BlockTree& tree, const LatencyTable* latency, Spending how = Spending::kBest) {
-  return allocate(calibration(), budget, tree, kHeads, kRanks, 2, how, 1, /*with_gates=*/false, latency);
+Allocation allocated(double budget, const BlockTree& tree, const LatencyTable* latency,
+                     Spending how = Spending::kBest) {
+  return allocate(calibration(), budget, tree, kHeads, kRanks, 2, how, 1, /*with_gates=*/false,
+                  latency);
 }
 
 std::set<int64_t> ranks_in(const RankTable& table, FarKind kind) {
   std::set<int64_t> found;
   for (int64_t i = 0; i < table.layers() * table.groups() * table.levels(); ++i) {
-    const Ranks& r = table.at(i / (table.groups() * table.levels()), i / table.levels() % table.groups(), i % table.levels());
+    const Ranks& r = table.at(i / (table.groups() * table.levels()),
+                              i / table.levels() % table.groups(), i % table.levels());
     found.insert(kind == FarKind::kScores ? r.qk : r.v);
   }
   return found;
@@ -113,11 +129,13 @@ TEST(Latency, AFitPredictsWhatWasNotMeasured) {
     const BlockTree tree(length, kGeometry);
     RankTable mixed(1, kGroups, tree.num_levels(), {64, 64});
     for (int64_t i = 0; i < kGroups * tree.num_levels(); ++i) {
-      mixed.at(0, i / tree.num_levels(), i % tree.num_levels()) = {kRanks[static_cast<size_t>(i) % 4], kRanks[static_cast<size_t>(i + i / 3) % 4]};
+      mixed.at(0, i / tree.num_levels(), i % tree.num_levels()) = {
+          kRanks[static_cast<size_t>(i) % 4], kRanks[static_cast<size_t>(i + i / 3) % 4]};
     }
     const Prices expected = prices_of(truth, tree), got = prices_of(fitted, tree);
     EXPECT_NEAR(got.exact / expected.exact, 1, 0.01);
-    EXPECT_NEAR(price_of(got, tree, mixed, 0) / price_of(expected, tree, mixed, 0), 1, 0.01) << length;
+    EXPECT_NEAR(price_of(got, tree, mixed, 0) / price_of(expected, tree, mixed, 0), 1, 0.01)
+        << length;
     const PairRun& run = tree.runs().back();
     EXPECT_NEAR(got.gated(run) / expected.gated(run), 1, 0.05);
     EXPECT_NEAR(got.exact_entries(run) / expected.exact_entries(run), 1, 0.05);
@@ -153,7 +171,8 @@ TEST(Latency, PricesAddUp) {
     return price_of(prices, tree, table, 0);
   };
   const double base = changed({});
-  EXPECT_NEAR(changed({{0, 1}, {1, 2}}) - base, changed({{0, 1}}) - base + changed({{1, 2}}) - base, 1e-6 * base);
+  EXPECT_NEAR(changed({{0, 1}, {1, 2}}) - base, changed({{0, 1}}) - base + changed({{1, 2}}) - base,
+              1e-6 * base);
   // A level's setup is shared out to its pairs.
   double pairs = 0, sum = 0, rows = 0;
   for (const PairRun& run : tree.runs()) {
@@ -163,9 +182,14 @@ TEST(Latency, PricesAddUp) {
       rows += static_cast<double>(run.count * run.query_rows);
     }
   }
-  EXPECT_NEAR(sum / 1e6, 0.05 + 0.02 * pairs + 3e-4 * (rows + pairs * kBlock) / 2 + 8e-7 * rows * kBlock, 1e-9);
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { t.prices(tree, kGroups, 4, kHeadDim); }).find("4"), std::string::npos);
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { prices.pair(tree.runs()[0], FarKind::kScores, 24); }).find("24"), std::string::npos);
+  EXPECT_NEAR(sum / 1e6,
+              0.05 + 0.02 * pairs + 3e-4 * (rows + pairs * kBlock) / 2 + 8e-7 * rows * kBlock,
+              1e-9);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { t.prices(tree, kGroups, 4, kHeadDim); }).find("4"),
+            std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { prices.pair(tree.runs()[0], FarKind::kScores, 24); })
+                .find("24"),
+            std::string::npos);
 }
 
 TEST(Latency, ARankThatSavesNoTimeIsNotChosen) {
@@ -194,7 +218,8 @@ TEST(Latency, ARankThatSavesNoTimeIsNotChosen) {
     }
   }
   t.exact.area *= 4;
-  EXPECT_EQ(ranks_in(allocated(0.999, BlockTree(600, kGeometry), &t).table, FarKind::kScores), (std::set<int64_t>{64}));
+  EXPECT_EQ(ranks_in(allocated(0.999, BlockTree(600, kGeometry), &t).table, FarKind::kScores),
+            (std::set<int64_t>{64}));
 }
 
 TEST(Latency, BudgetsAreMetInMsOrRefused) {
@@ -205,17 +230,22 @@ TEST(Latency, BudgetsAreMetInMsOrRefused) {
     EXPECT_LE(spent_by(t, tree, a.table), 0.6 + 1e-9);
     EXPECT_NEAR(a.spent, spent_by(t, tree, a.table), 1e-9);
   }
-  const std::string message = error_of(ErrorKind::kUsage, [&] { allocated(0.6, BlockTree(1024, kGeometry), &t); });
+  const std::string message = error_of(ErrorKind::kUsage,
+                                       [&] { allocated(0.6, BlockTree(1024, kGeometry), &t); });
   EXPECT_NE(message.find("1024 tokens"), std::string::npos) << message;
 
   const auto shared = std::make_shared<const LatencyTable>(t);
   const auto policy = make_dp_policy(calibration(), 0.6, kRanks, 2, false, shared);
-  EXPECT_NE(policy->describe().find("of the forward ms of abacus (2 threads, fp32"), std::string::npos) << policy->describe();
-  EXPECT_NE(policy->describe(), make_dp_policy(calibration(), 0.6, kRanks, 2, false, std::make_shared<const LatencyTable>([&] {
-              LatencyTable other = t;
-              other.fixed.row *= 2;
-              return other;
-            }()))->describe());
+  EXPECT_NE(policy->describe().find("of the forward ms of abacus (2 threads, fp32"),
+            std::string::npos)
+      << policy->describe();
+  EXPECT_NE(policy->describe(), make_dp_policy(calibration(), 0.6, kRanks, 2, false,
+                                               std::make_shared<const LatencyTable>([&] {
+                                                 LatencyTable other = t;
+                                                 other.fixed.row *= 2;
+                                                 return other;
+                                               }()))
+                                    ->describe());
   EXPECT_FALSE(policy->latency_fraction().has_value());
   policy->decide({0, 1, kHeads * kGroups, kGroups, 0, kHeadDim, tree, {}, {}});
   EXPECT_NEAR(policy->latency_fraction().value(), 0.6, 0.02);
@@ -233,10 +263,16 @@ TEST(Latency, GatesArePricedOrRefused) {
   c.exact_entries = at::full({4, kGroups, 3, 4, 1}, 0.02, at::kDouble);
   const BlockTree tree(8192, kGeometry);
   const auto gates = [&] {
-    const RankTable table = allocate(c, 0.6, tree, kHeads, kRanks, 2, Spending::kBest, 0, /*with_gates=*/true, &t).table;
+    const RankTable table = allocate(c, 0.6, tree, kHeads, kRanks, 2, Spending::kBest, 0,
+                                     /*with_gates=*/true, &t)
+                                .table;
     int64_t gated = 0;
     for (int64_t i = 0; i < 4 * kGroups * tree.num_levels(); ++i) {
-      gated += table.at(i / (kGroups * tree.num_levels()), i / tree.num_levels() % kGroups, i % tree.num_levels()).gated(kHeadDim) ? 1 : 0;
+      gated += table.at(i / (kGroups * tree.num_levels()), i / tree.num_levels() % kGroups,
+                        i % tree.num_levels())
+                       .gated(kHeadDim)
+                   ? 1
+                   : 0;
     }
     return gated;
   };
@@ -259,14 +295,18 @@ TEST(Latency, SurvivesItsFile) {
   EXPECT_EQ(read_text(again, ErrorKind::kModel), read_text(file, ErrorKind::kModel));
   LatencyTable bad = t;
   bad.scores.front().row = std::nan("");
-  EXPECT_NE(error_of(ErrorKind::kModel, [&] { bad.save(again); }).find("again.json\": \"scores.row\" is"), std::string::npos);
+  EXPECT_NE(
+      error_of(ErrorKind::kModel, [&] { bad.save(again); }).find("again.json\": \"scores.row\" is"),
+      std::string::npos);
   EXPECT_EQ(LatencyTable::load(again).describe(), t.describe()) << "the older file is still there";
   back.check_key(t.key);
-  const auto refused = [&](const std::string& field, const std::string& found, const std::string& expected, auto&& change) {
+  const auto refused = [&](const std::string& field, const std::string& found,
+                           const std::string& expected, auto&& change) {
     LatencyKey key = t.key;
     change(key);
     const std::string message = error_of(ErrorKind::kUsage, [&] { back.check_key(key); });
-    for (const std::string& part : {std::string("latency.json"), "\"" + field + "\"", found, expected}) {
+    for (const std::string& part :
+         {std::string("latency.json"), "\"" + field + "\"", found, expected}) {
       EXPECT_NE(message.find(part), std::string::npos) << part << " in " << message;
     }
   };

@@ -1,10 +1,10 @@
 #include "policy/allocation/straggler_balance.h"
 
-#include <ATen/CPUGeneratorImpl.h>
-#include <gtest/gtest.h>
-
 #include <algorithm>
 #include <array>
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <gtest/gtest.h>
 
 #include "core/attention/flops.h"
 #include "core/error.h"
@@ -22,7 +22,8 @@ Calibration make_calibration(int64_t layers, int64_t groups, std::vector<int64_t
   const auto count = static_cast<int64_t>(c.ranks.size());
   auto generator = at::make_generator<at::CPUGeneratorImpl>(5);
   const auto layer = at::pow(10.0, at::rand({layers, 1, 1, 1, 1}, generator, at::kDouble) * 2 - 3);
-  c.damage = layer * (1 + at::rand({layers, groups, 2, 2, 1}, generator, at::kDouble)) * at::exp(-0.1 * at::tensor(c.ranks, at::kDouble));
+  c.damage = layer * (1 + at::rand({layers, groups, 2, 2, 1}, generator, at::kDouble)) *
+             at::exp(-0.1 * at::tensor(c.ranks, at::kDouble));
   c.bases = at::zeros({layers, groups, 2, kHeadDim, kHeadDim});
   c.gates = at::tensor({0.1}, at::kDouble);
   c.gated_damage = (0.1 * c.damage).unsqueeze(5);
@@ -35,12 +36,17 @@ struct Case {
   BlockTree tree{4100, {256, 4}};
   RankBalance::Options options{.budget = 0.7, .buckets = {16, 32, 48, 64}};
 
-  RankBalance balance(const std::vector<int64_t>& groups) const { return {calibration, tree, kHeads, groups, options}; }
+  RankBalance balance(const std::vector<int64_t>& groups) const {
+    return {calibration, tree, kHeads, groups, options};
+  }
   Allocation plain() const {
-    return allocate(calibration, options.budget, tree, kHeads, options.buckets, options.update_steps, Spending::kBest, 0, options.with_gates);
+    return allocate(calibration, options.budget, tree, kHeads, options.buckets,
+                    options.update_steps, Spending::kBest, 0, options.with_gates);
   }
   double exact_flops() const {
-    return static_cast<double>(calibration.layers()) * exact_attention_flops(1, kHeads * calibration.groups(), tree.sequence_length(), kHeadDim, false);
+    return static_cast<double>(calibration.layers()) *
+           exact_attention_flops(1, kHeads * calibration.groups(), tree.sequence_length(), kHeadDim,
+                                 false);
   }
 };
 
@@ -49,7 +55,8 @@ void expect_same(const RankTable& a, const RankTable& b) {
   for (int64_t layer = 0; layer < a.layers(); ++layer) {
     for (int64_t group = 0; group < a.groups(); ++group) {
       for (int64_t level = 0; level < a.levels(); ++level) {
-        EXPECT_EQ(a.at(layer, group, level), b.at(layer, group, level)) << layer << " " << group << " " << level;
+        EXPECT_EQ(a.at(layer, group, level), b.at(layer, group, level))
+            << layer << " " << group << " " << level;
       }
     }
   }
@@ -63,7 +70,8 @@ TEST(Balance, StartsFromThePlainRanks) {
     const BalancedRanks ranks = c.balance({3, 1}).plain();
     expect_same(ranks.table, plain.table);
     EXPECT_NEAR(ranks.damage, expected_damage(c.calibration, plain.table), 1e-12);
-    EXPECT_NEAR(ranks.cost(0) + ranks.cost(1), plain.spent * c.exact_flops(), 1e-9 * c.exact_flops());
+    EXPECT_NEAR(ranks.cost(0) + ranks.cost(1), plain.spent * c.exact_flops(),
+                1e-9 * c.exact_flops());
     EXPECT_NEAR(ranks.time({1, 1e9}), ranks.cost(0), 1);
     EXPECT_NEAR(ranks.time({1e9, 0.5}), 2 * ranks.cost(1), 1);
   }
@@ -89,7 +97,8 @@ TEST(Balance, RelievesSlowProcessesAndThoseOfMoreGroups) {
   Case c;
   for (const bool gates : {false, true}) {
     c.options.with_gates = gates;
-    for (const std::vector<int64_t>& groups : std::vector<std::vector<int64_t>>{{2, 2}, {3, 1}, {1, 1, 2}, {1, 1, 1, 1}}) {
+    for (const std::vector<int64_t>& groups :
+         std::vector<std::vector<int64_t>>{{2, 2}, {3, 1}, {1, 1, 2}, {1, 1, 1, 1}}) {
       const RankBalance balance = c.balance(groups);
       for (size_t slow = 0; slow < groups.size(); ++slow) {
         std::vector<double> speeds(groups.size(), 2.0);
@@ -99,7 +108,9 @@ TEST(Balance, RelievesSlowProcessesAndThoseOfMoreGroups) {
         EXPECT_NEAR(ranks.damage, expected_damage(c.calibration, ranks.table), 1e-12);
         EXPECT_LE(ranks.damage, plain.damage + c.options.damage + 1e-12);
         EXPECT_LT(ranks.time(speeds), 0.97 * plain.time(speeds)) << groups << " " << slow;
-        if (groups[slow] == *std::max_element(groups.begin(), groups.end())) {  // it is the one that the others wait for
+        if (groups[slow] ==
+            *std::max_element(groups.begin(),
+                              groups.end())) {  // it is the one that the others wait for
           EXPECT_LT(ranks.cost(slow), 0.97 * plain.cost(slow)) << groups << " " << slow;
         }
       }
@@ -115,13 +126,19 @@ TEST(Balance, IsTheFastestWithinTheDamageUpToOneStep) {
   c.options = {.budget = 1, .buckets = {32, 64}};
   ASSERT_EQ(c.tree.num_levels(), 1);
   const std::vector<double> speeds{1, 3};
-  // By hand: costs of each process and damage of every table of four choices for each layer and group.
+  // By hand: costs of each process and damage of every table of four choices for each layer and
+  // group.
   const PairRun& run = c.tree.runs()[0];
   ASSERT_EQ(c.tree.num_pairs(), 1);
-  const double fixed = (exact_part_flops(c.tree, 1, 3 * kHeads, 3, kHeadDim, false).total() + output_gram_flops(3 * kHeads * kHeadDim, 3 * kHeads, kHeadDim)) / 3;
+  const double fixed = (exact_part_flops(c.tree, 1, 3 * kHeads, 3, kHeadDim, false).total() +
+                        output_gram_flops(3 * kHeads * kHeadDim, 3 * kHeads, kHeadDim)) /
+                       3;
   const auto cost = [&](const Ranks& r) {
-    return far_pair_flops(run, FarKind::kScores, r.qk, kHeads, kHeadDim, false).total() + far_pair_flops(run, FarKind::kValues, r.v, kHeads, kHeadDim, false).total() +
-           (r.qk < kHeadDim ? basis_update_flops(kHeadDim, r.qk, 2) + residual_factor_flops(kHeadDim, r.qk) : 0) +
+    return far_pair_flops(run, FarKind::kScores, r.qk, kHeads, kHeadDim, false).total() +
+           far_pair_flops(run, FarKind::kValues, r.v, kHeads, kHeadDim, false).total() +
+           (r.qk < kHeadDim
+                ? basis_update_flops(kHeadDim, r.qk, 2) + residual_factor_flops(kHeadDim, r.qk)
+                : 0) +
            (r.v < kHeadDim ? basis_update_flops(kHeadDim, r.v, 2) : 0);
   };
   std::vector<std::pair<double, double>> all;  // time and damage
@@ -140,7 +157,9 @@ TEST(Balance, IsTheFastestWithinTheDamageUpToOneStep) {
     all.emplace_back(time, expected_damage(c.calibration, table));
   }
   const double step = cost({64, 64}) - cost({32, 64});
-  const double most = std::max_element(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.second < b.second; })->second;
+  const double most = std::max_element(all.begin(), all.end(), [](const auto& a, const auto& b) {
+                        return a.second < b.second;
+                      })->second;
   int slower = 0;
   for (const double share : {0.05, 0.2, 0.4, 0.6, 0.8}) {
     c.options.damage = share * most;
@@ -172,7 +191,8 @@ TEST(Balance, MoreDamageNeverTakesLonger) {
 
 TEST(Balance, AProcessWithoutGroupsChangesNothing) {
   const Case c;
-  const BalancedRanks three = c.balance({3, 0, 1}).ranks({1, 0.001, 2}), two = c.balance({3, 1}).ranks({1, 2});
+  const BalancedRanks three = c.balance({3, 0, 1}).ranks({1, 0.001, 2}),
+                      two = c.balance({3, 1}).ranks({1, 2});
   expect_same(three.table, two.table);
   EXPECT_EQ(three.cost(1), 0);
   EXPECT_EQ(three.time({1, 0.001, 2}), two.time({1, 2}));
@@ -189,15 +209,23 @@ TEST(Balance, AShortSequenceHasNothingToChoose) {
 
 TEST(Balance, RefusesWhatDoesNotFit) {
   Case c;
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { c.balance({2, 1}); }).find("expected 4 in all"), std::string::npos);
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { c.balance({5, -1}); }).find("expected 4 in all"), std::string::npos);
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { c.balance({2, 2}).ranks({1}); }).find("expected 2 positive"), std::string::npos);
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { c.balance({2, 2}).ranks({1, 0}); }).find("expected 2 positive"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { c.balance({2, 1}); }).find("expected 4 in all"),
+            std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { c.balance({5, -1}); }).find("expected 4 in all"),
+            std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { c.balance({2, 2}).ranks({1}); })
+                .find("expected 2 positive"),
+            std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { c.balance({2, 2}).ranks({1, 0}); })
+                .find("expected 2 positive"),
+            std::string::npos);
   c.options.damage = -0.1;
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { c.balance({2, 2}); }).find("-0.1"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { c.balance({2, 2}); }).find("-0.1"),
+            std::string::npos);
   c.options.damage = 0.005;
   c.options.budget = 0.1;
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { c.balance({2, 2}); }).find("cannot be met"), std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { c.balance({2, 2}); }).find("cannot be met"),
+            std::string::npos);
 }
 
 }  // namespace

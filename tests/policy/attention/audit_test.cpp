@@ -47,14 +47,17 @@ TEST(Audit, ChangesNothingAndFindsNoViolation) {
   table.at(0, 1, 1) = {32, 8};
   table.at(0, 2, 2) = {32, 32};
   for (const int64_t steps : {BasisOptions::kSolve, int64_t{2}}) {
-    const auto inner = std::make_shared<LowRankController>(make_table_policy(table, "table"), rig.geometry, BasisOptions{steps, {}});
+    const auto inner = std::make_shared<LowRankController>(make_table_policy(table, "table"),
+                                                           rig.geometry, BasisOptions{steps, {}});
     AuditController audit(inner, 5);
     std::shared_ptr<LayerPlan> plan, audited_plan;
     const auto out = inner->attend(0, rig.q, rig.k, rig.v, rig.w_o, plan);
     EXPECT_TRUE(out.equal(audit.attend(0, rig.q, rig.k, rig.v, rig.w_o, audited_plan)));
-    EXPECT_TRUE(out.equal(audit.attend(0, rig.q, rig.k, rig.v, rig.w_o, audited_plan)));  // a replay is not audited again
+    EXPECT_TRUE(out.equal(audit.attend(0, rig.q, rig.k, rig.v, rig.w_o,
+                                       audited_plan)));  // a replay is not audited again
     const AuditReport& report = audit.report();
-    // Seven blocks: 3 + 2 + 1 pairs; group 1 is exact in the scores of level 1, group 2 in all of level 2.
+    // Seven blocks: 3 + 2 + 1 pairs; group 1 is exact in the scores of level 1, group 2 in all of
+    // level 2.
     EXPECT_EQ(pairs_of(report), 2 * (3 * 6 - 2 - 1));
     EXPECT_EQ(report.blocks, 2 * (3 * 6 - 1)) << "block 4 sees nothing but the pair of level 2";
     EXPECT_EQ(violations_of(report), 0);
@@ -75,7 +78,9 @@ TEST(Audit, CertifiesWhatGatesLeave) {
   double error[2];
   for (const bool gates : {false, true}) {
     const Ranks ranks = gates ? Ranks{16, 16, 0.01F} : Ranks{16, 16};
-    AuditController audit(std::make_shared<LowRankController>(make_table_policy(RankTable(1, 3, 3, ranks), "table"), rig.geometry), 8);
+    AuditController audit(std::make_shared<LowRankController>(
+                              make_table_policy(RankTable(1, 3, 3, ranks), "table"), rig.geometry),
+                          8);
     std::shared_ptr<LayerPlan> plan;
     audit.attend(0, rig.q, rig.k, rig.v, rig.w_o, plan);
     const AuditReport& report = audit.report();
@@ -96,8 +101,8 @@ class Liar final : public AttentionController {
   explicit Liar(const Rig& rig)
       : serves_(make_fixed_policy(1, rig.d), rig.geometry, {BasisOptions::kSolve, {}}),
         claims_(make_fixed_policy(30, rig.d), rig.geometry, {BasisOptions::kSolve, {}}) {}
-  at::Tensor attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
-                    std::shared_ptr<LayerPlan>& plan) override {
+  at::Tensor attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                    const at::Tensor& w_o, std::shared_ptr<LayerPlan>& plan) override {
     claims_.attend(layer, q, k, v, w_o, plan);
     std::shared_ptr<LayerPlan> served;
     return serves_.attend(layer, q, k, v, w_o, served);

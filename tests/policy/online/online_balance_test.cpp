@@ -1,12 +1,13 @@
-// Training runs of a tiny random Llama whose ranks make up for a slow tensor-parallel process, on 2 to 4 ranks. Times are made up.
+// Training runs of a tiny random Llama whose ranks make up for a slow tensor-parallel process, on 2
+// to 4 ranks. Times are made up.
 #include "policy/online/online_balance.h"
+
+#include <map>
 
 #include "models/causal_lm/causal_lm.h"
 #include "models/causal_lm/tensor_parallel.h"
 #include "models/training/trainer.h"
 #include "tests/support/calibrated_fixture.h"
-
-#include <map>
 
 namespace drrl {
 namespace {
@@ -21,15 +22,22 @@ class OnlineBalancing : public CalibratedTraining {
     for (int64_t p = 0; p < processes; ++p) {
       groups.push_back(partition(kGroups, processes, p).count);
     }
-    return {calibration(), BlockTree(kSeqLen, kGeometry), 2, groups,
-            {.budget = kBudget, .buckets = rank_buckets(at::kCPU, kHeadDim), .update_steps = 1, .damage = 0.0005}};
+    return {calibration(),
+            BlockTree(kSeqLen, kGeometry),
+            2,
+            groups,
+            {.budget = kBudget,
+             .buckets = rank_buckets(at::kCPU, kHeadDim),
+             .update_steps = 1,
+             .damage = 0.0005}};
   }
 
   static std::shared_ptr<LowRankController> controller(const Mesh& mesh) {
     const Share groups = partition(kGroups, mesh.tp().size(), mesh.tp().rank());
     const Calibration c = calibration();
-    return std::make_shared<LowRankController>(make_dp_policy(c, kBudget, rank_buckets(at::kCPU, kHeadDim), 1), kGeometry,
-                                               BasisOptions{1, c.bases.narrow(1, groups.begin, groups.count)}, groups.begin);
+    return std::make_shared<LowRankController>(
+        make_dp_policy(c, kBudget, rank_buckets(at::kCPU, kHeadDim), 1), kGeometry,
+        BasisOptions{1, c.bases.narrow(1, groups.begin, groups.count)}, groups.begin);
   }
 
   struct Outcome {
@@ -40,7 +48,8 @@ class OnlineBalancing : public CalibratedTraining {
     double flops = 0;  // of this process' attention in the last step
   };
 
-  /// Six steps in which attention takes `seconds_per_cost` of this process for what its ranks cost, in step `outlier` a hundred times as long.
+  /// Six steps in which attention takes `seconds_per_cost` of this process for what its ranks cost,
+  /// in step `outlier` a hundred times as long.
   Outcome run(const Mesh& mesh, double seconds_per_cost, int64_t outlier = 0) const {
     const auto attention = controller(mesh);
     OnlineBalance online(attention, balance(mesh.tp().size()), mesh.tp(), kEvery, /*on_cpu=*/true);
@@ -54,7 +63,8 @@ class OnlineBalancing : public CalibratedTraining {
       AttentionStatistics spent = attention->take_statistics();
       EXPECT_GT(spent.attention_ms, 0) << "the controller was not told to measure";
       outcome.flops = spent.flops;
-      spent.attention_ms = online.ranks().cost(static_cast<size_t>(mesh.tp().rank())) * seconds_per_cost * (step == outlier ? 100 : 1);
+      spent.attention_ms = online.ranks().cost(static_cast<size_t>(mesh.tp().rank())) *
+                           seconds_per_cost * (step == outlier ? 100 : 1);
       online.end_step(spent);
       return spent;
     };
@@ -88,7 +98,8 @@ class OnlineBalancing : public CalibratedTraining {
     for (int64_t layer = 0; layer < table.layers(); ++layer) {
       for (int64_t group = 0; group < table.groups(); ++group) {
         for (int64_t level = 0; level < table.levels(); ++level) {
-          all.insert(all.end(), {static_cast<double>(table.at(layer, group, level).qk), static_cast<double>(table.at(layer, group, level).v)});
+          all.insert(all.end(), {static_cast<double>(table.at(layer, group, level).qk),
+                                 static_cast<double>(table.at(layer, group, level).v)});
         }
       }
     }
@@ -132,7 +143,8 @@ TEST_F(OnlineBalancing, TakesNoNoticeOfOneSlowStep) {
   const int64_t tp = size_ > kGroups ? 2 : size_;
   const Mesh mesh = make_mesh(tp, size_ / tp);
   const Outcome steady = run(mesh, 1);
-  for (const int64_t outlier : {1, 3}) {  // the first one of a run, which is no measure, and one of two
+  for (const int64_t outlier :
+       {1, 3}) {  // the first one of a run, which is no measure, and one of two
     SCOPED_TRACE(outlier);
     const Outcome once = run(mesh, 1, rank_ == 0 ? outlier : 0);
     EXPECT_EQ(flatten(once.ranks.table), flatten(steady.ranks.table));
@@ -142,12 +154,17 @@ TEST_F(OnlineBalancing, TakesNoNoticeOfOneSlowStep) {
 
 TEST_F(OnlineBalancing, RefusesWhatItCannotMeasure) {
   const Mesh mesh = make_mesh(size_ > kGroups ? 2 : size_, size_ > kGroups ? size_ / 2 : 1);
-  const std::string message = error_of(ErrorKind::kUsage, [&] { OnlineBalance(controller(mesh), balance(mesh.tp().size()), mesh.tp(), 0, true); });
+  const std::string message = error_of(ErrorKind::kUsage, [&] {
+    OnlineBalance(controller(mesh), balance(mesh.tp().size()), mesh.tp(), 0, true);
+  });
   EXPECT_NE(message.find("every 0 steps"), std::string::npos) << message;
   const Mesh split = make_mesh(1, 1, size_);
-  const auto waits = std::make_shared<LowRankController>(make_fixed_policy(4, kHeadDim), kGeometry, BasisOptions{}, 0, GuardOptions{}, split.cp());
-  const std::string waiting = error_of(ErrorKind::kUsage, [&] { OnlineBalance(waits, balance(1), Group(), 1, true); });
-  EXPECT_NE(waiting.find(c10::str("split over ", size_, " processes")), std::string::npos) << waiting;
+  const auto waits = std::make_shared<LowRankController>(
+      make_fixed_policy(4, kHeadDim), kGeometry, BasisOptions{}, 0, GuardOptions{}, split.cp());
+  const std::string waiting = error_of(ErrorKind::kUsage,
+                                       [&] { OnlineBalance(waits, balance(1), Group(), 1, true); });
+  EXPECT_NE(waiting.find(c10::str("split over ", size_, " processes")), std::string::npos)
+      << waiting;
 }
 
 }  // namespace

@@ -1,14 +1,14 @@
 // Training runs of a tiny random Llama whose rank policy learns on the way, on 1 to 4 ranks.
 #include "policy/online/online_policy.h"
 
+#include <map>
+
 #include "core/error.h"
 #include "models/causal_lm/causal_lm.h"
 #include "models/causal_lm/tensor_parallel.h"
 #include "models/training/trainer.h"
 #include "tests/support/calibrated_fixture.h"
 #include "tests/support/strict_nccl.h"
-
-#include <map>
 
 namespace drrl {
 namespace {
@@ -20,25 +20,35 @@ class OnlineTraining : public CalibratedTraining {
     std::shared_ptr<LowRankController> controller;
     std::shared_ptr<OnlinePolicy> online;
   };
-  Learner learner(const Mesh& mesh, int64_t update_every, std::chrono::milliseconds timeout = std::chrono::seconds(60)) const {
+  Learner learner(const Mesh& mesh, int64_t update_every,
+                  std::chrono::milliseconds timeout = std::chrono::seconds(60)) const {
     const Share groups = partition(kGroups, mesh.tp().size(), mesh.tp().rank());
     const Calibration c = calibration();
     const std::vector<int64_t> buckets = rank_buckets(at::kCPU, kHeadDim);
     Learner result;
-    const BasisOptions bases{.update_steps = kUpdates, .start = c.bases.narrow(1, groups.begin, groups.count)};
-    result.controller = std::make_shared<LowRankController>(make_dp_policy(c, kBudget, buckets, kUpdates), kGeometry, bases, groups.begin);
-    OnlinePolicy::Options options{.update_every = update_every, .sampling = {.rows = 4, .buckets = buckets}, .allocate = {}};
+    const BasisOptions bases{.update_steps = kUpdates,
+                             .start = c.bases.narrow(1, groups.begin, groups.count)};
+    result.controller = std::make_shared<LowRankController>(
+        make_dp_policy(c, kBudget, buckets, kUpdates), kGeometry, bases, groups.begin);
+    OnlinePolicy::Options options{
+        .update_every = update_every, .sampling = {.rows = 4, .buckets = buckets}, .allocate = {}};
     options.sampling.gradient_scale = 4.0 * kSeqLen;
     options.sampling.update_steps = kUpdates;
-    options.allocate = [buckets](const Calibration& by) { return allocate(by, kBudget, BlockTree(kSeqLen, kGeometry), 2, buckets, kUpdates).table; };
+    options.allocate = [buckets](const Calibration& by) {
+      return allocate(by, kBudget, BlockTree(kSeqLen, kGeometry), 2, buckets, kUpdates).table;
+    };
     Group channel = mesh.world().size() == 1 ? Group() : make_channel(timeout);
     if (journal_) {
       channel = over_strict_nccl(channel, journal_);
     }
-    result.online = std::make_shared<OnlinePolicy>(result.controller, c, groups.begin, groups.count, at::kCPU, std::move(channel), std::move(options));
+    result.online = std::make_shared<OnlinePolicy>(result.controller, c, groups.begin, groups.count,
+                                                   at::kCPU, std::move(channel),
+                                                   std::move(options));
     return result;
   }
-  static Group make_channel(std::chrono::milliseconds timeout) { return create_world_group("policy", Environment::detect(), at::kCPU, timeout); }
+  static Group make_channel(std::chrono::milliseconds timeout) {
+    return create_world_group("policy", Environment::detect(), at::kCPU, timeout);
+  }
 
   struct Outcome {
     std::vector<double> losses;
@@ -57,7 +67,8 @@ class OnlineTraining : public CalibratedTraining {
   Outcome run(const Mesh& mesh, const Plan& plan) const {
     Outcome outcome;
     const Learner policy = learner(mesh, plan.learn ? plan.update_every : 1000);
-    CausalLM model(config(), mesh.tp(), policy.controller, {.activation_checkpoint = plan.activation_checkpoint});
+    CausalLM model(config(), mesh.tp(), policy.controller,
+                   {.activation_checkpoint = plan.activation_checkpoint});
     model.initialize(5);
     PolicyHooks hooks;
     hooks.begin_step = [&](int64_t step) { policy.online->begin_step(step); };
@@ -85,7 +96,8 @@ class OnlineTraining : public CalibratedTraining {
     TrainerCallbacks callbacks;
     callbacks.on_step = [&](const StepReport& report) { outcome.losses.push_back(report.loss); };
     callbacks.stop_requested = [&] { return plan.stop_after > 0 && ++done == plan.stop_after; };
-    Trainer trainer(o, model, mesh, train_, plan.output.empty() ? valid_ : nullptr, hooks, callbacks);
+    Trainer trainer(o, model, mesh, train_, plan.output.empty() ? valid_ : nullptr, hooks,
+                    callbacks);
     trainer.run();
     policy.online->finish();
     outcome.learned = policy.online->calibration();
@@ -101,8 +113,10 @@ class OnlineTraining : public CalibratedTraining {
 /// Whether all processes hold the same damages.
 bool agree(const Calibration& learned) {
   at::Tensor least = learned.damage.clone(), most = learned.damage.clone();
-  MPI_Allreduce(MPI_IN_PLACE, least.data_ptr<double>(), static_cast<int>(least.numel()), MPI_DOUBLE, MPI_MIN, MPI_COMM_WORLD);
-  MPI_Allreduce(MPI_IN_PLACE, most.data_ptr<double>(), static_cast<int>(most.numel()), MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
+  MPI_Allreduce(MPI_IN_PLACE, least.data_ptr<double>(), static_cast<int>(least.numel()), MPI_DOUBLE,
+                MPI_MIN, MPI_COMM_WORLD);
+  MPI_Allreduce(MPI_IN_PLACE, most.data_ptr<double>(), static_cast<int>(most.numel()), MPI_DOUBLE,
+                MPI_MAX, MPI_COMM_WORLD);
   return least.equal(most);
 }
 
@@ -127,7 +141,8 @@ TEST_F(OnlineTraining, LearnsAlikeOnEveryProcess) {
     EXPECT_TRUE(agree(together.learned));
     EXPECT_EQ(together.updates, 4);
     if (tp == size_) {  // the same rows were drawn
-      EXPECT_TRUE(at::allclose(together.learned.damage, alone.learned.damage, 1e-3)) << (together.learned.damage / alone.learned.damage - 1).abs().max();
+      EXPECT_TRUE(at::allclose(together.learned.damage, alone.learned.damage, 1e-3))
+          << (together.learned.damage / alone.learned.damage - 1).abs().max();
     }
     if (rank_ == 0) {
       EXPECT_NEAR(together.losses.back(), alone.losses.back(), tp == size_ ? 1e-4 : 0.1);
@@ -147,14 +162,17 @@ TEST_F(OnlineTraining, KeepsNcclsRules) {
     SCOPED_TRACE(tp);
     journal_ = std::make_shared<Journal>();
     const Mesh inner = make_mesh(tp, size_ / tp);
-    const Outcome strict = run(over_strict_nccl(inner, journal_), {.steps = 5, .output = c10::str("strict", tp), .activation_checkpoint = true});
+    const Outcome strict = run(
+        over_strict_nccl(inner, journal_),
+        {.steps = 5, .output = c10::str("strict", tp), .activation_checkpoint = true});
     EXPECT_TRUE(agree(strict.learned));
     expect_nccls_rules_kept(*journal_);
   }
 }
 
 TEST_F(OnlineTraining, ActivationCheckpointsChangeNothing) {
-  const Outcome plain = run(Mesh(), {}), checkpointed = run(Mesh(), {.activation_checkpoint = true});
+  const Outcome plain = run(Mesh(), {}),
+                checkpointed = run(Mesh(), {.activation_checkpoint = true});
   EXPECT_TRUE(at::allclose(plain.learned.damage, checkpointed.learned.damage, 1e-6));
   EXPECT_EQ(plain.updates, checkpointed.updates);
 }
@@ -163,7 +181,8 @@ TEST_F(OnlineTraining, ChangesDecisionsButNotBeforeItsTime) {
   const Outcome learning = run(Mesh(), {}), still = run(Mesh(), {.learn = false});
   ASSERT_EQ(learning.losses.size(), 8U);
   // The first update is posted after step 2 and in effect from step 5 on.
-  EXPECT_TRUE(std::equal(learning.losses.begin(), learning.losses.begin() + 4, still.losses.begin()));
+  EXPECT_TRUE(
+      std::equal(learning.losses.begin(), learning.losses.begin() + 4, still.losses.begin()));
   EXPECT_NE(learning.losses.back(), still.losses.back());
   EXPECT_EQ(still.updates, 0);
 }
@@ -173,7 +192,8 @@ TEST_F(OnlineTraining, ResumesBitForBit) {
   const Mesh layout = make_mesh(tp, size_ / tp);
   const Outcome whole = run(layout, {.output = "whole"});
   // Stopped within a period, with a round under way and samples that were not sent.
-  const Outcome first = run(layout, {.output = "parts", .stop_after = 5}), second = run(layout, {.output = "parts"});
+  const Outcome first = run(layout, {.output = "parts", .stop_after = 5}),
+                second = run(layout, {.output = "parts"});
   EXPECT_TRUE(second.learned.damage.equal(whole.learned.damage));
   EXPECT_EQ(second.updates, whole.updates);
   if (rank_ == 0) {
@@ -205,26 +225,33 @@ TEST_F(OnlineTraining, ProcessesThatDecideOtherwiseAreNamed) {
   if (rank_ + 1 == size_) {  // as broken memory might do it
     std::string state = policy.online->save();
     const double other = 0.5;
-    std::copy_n(reinterpret_cast<const char*>(&other), sizeof(other), state.begin() + 7 * sizeof(double));
+    std::copy_n(reinterpret_cast<const char*>(&other), sizeof(other),
+                state.begin() + 7 * sizeof(double));
     policy.online->load(state);
   }
   policy.online->end_step({});
   if (rank_ == 0) {
-    const std::string message = error_of(ErrorKind::kCommunication, [&] { policy.online->finish(); });
-    EXPECT_NE(message.find(c10::str("world rank ", size_ - 1, " decides ranks by other damages")), std::string::npos) << message;
+    const std::string message = error_of(ErrorKind::kCommunication,
+                                         [&] { policy.online->finish(); });
+    EXPECT_NE(message.find(c10::str("world rank ", size_ - 1, " decides ranks by other damages")),
+              std::string::npos)
+        << message;
   } else {
     EXPECT_FALSE(error_of(ErrorKind::kCommunication, [&] { policy.online->finish(); }).empty());
   }
 }
 
 TEST_F(OnlineTraining, RefusesWhatItCannotTrain) {
-  const auto controller = std::make_shared<LowRankController>(make_fixed_policy(4, kHeadDim), kGeometry);
+  const auto controller = std::make_shared<LowRankController>(make_fixed_policy(4, kHeadDim),
+                                                              kGeometry);
   const auto refused = [&](int64_t every) {
     return error_of(ErrorKind::kUsage, [&] {
-      OnlinePolicy(controller, calibration(), 0, kGroups, at::kCPU, Group(), {.update_every = every, .sampling = {.buckets = {2, 4, 6, 8}}, .allocate = {}});
+      OnlinePolicy(controller, calibration(), 0, kGroups, at::kCPU, Group(),
+                   {.update_every = every, .sampling = {.buckets = {2, 4, 6, 8}}, .allocate = {}});
     });
   };
-  EXPECT_NE(refused(1).find("'fixed, rank 4' does not decide by calibrated damages"), std::string::npos);
+  EXPECT_NE(refused(1).find("'fixed, rank 4' does not decide by calibrated damages"),
+            std::string::npos);
   EXPECT_NE(refused(0).find("every 0 steps"), std::string::npos);
 }
 

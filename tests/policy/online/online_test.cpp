@@ -1,7 +1,7 @@
 // What is measured while a model is trained, and what the central trainer learns from it.
-#include <gtest/gtest.h>
-
 #include <set>
+
+#include <gtest/gtest.h>
 
 #include "core/attention/exact_attention.h"
 #include "core/error.h"
@@ -24,13 +24,18 @@ Calibration calibration() {
   c.tokens = 1000;
   c.ranks = kRanks;
   at::manual_seed(3);
-  c.damage = at::tensor({8.0, 2.0, 0.5}, at::kDouble).expand({2, 2, 2, 4, 3}) * (1 + at::rand({2, 2, 2, 4, 1}, at::kDouble)) * 1e-4;
+  c.damage = at::tensor({8.0, 2.0, 0.5}, at::kDouble).expand({2, 2, 2, 4, 3}) *
+             (1 + at::rand({2, 2, 2, 4, 1}, at::kDouble)) * 1e-4;
   c.bases = std::get<0>(at::linalg_qr(at::randn({2, 2, 2, kHeadDim, kHeadDim})));
   return c;
 }
 
 DamageSampler::Options sampling(int64_t rows, int64_t update_steps = 2) {
-  return {.rows = rows, .seed = 5, .gradient_scale = 1, .update_steps = update_steps, .buckets = {4, 8, 12, 16}};
+  return {.rows = rows,
+          .seed = 5,
+          .gradient_scale = 1,
+          .update_steps = update_steps,
+          .buckets = {4, 8, 12, 16}};
 }
 
 struct Rig {
@@ -46,7 +51,8 @@ struct Rig {
   }
 };
 
-// The sampler's figure is the calibration's for the rows that it drew: to the calibration, whose rows all count, their gradients alone are handed.
+// The sampler's figure is the calibration's for the rows that it drew: to the calibration, whose
+// rows all count, their gradients alone are handed.
 TEST(DamageSampler, MeasuresWhatTheCalibrationMeasures) {
   Rig rig;
   DamageSampler sampler(calibration(), 0, 2, at::kCPU, sampling(7, BasisOptions::kSolve));
@@ -71,19 +77,25 @@ TEST(DamageSampler, MeasuresWhatTheCalibrationMeasures) {
     CalibrationController reference(2, rig.tree.geometry(), kRanks);
     std::shared_ptr<LayerPlan> plan;
     reference.attend(1, rig.q, rig.k, rig.v, rig.w_o, plan).backward(gradient);
-    const at::Tensor expected = reference.damage()[1];  // [groups, 2, levels, ranks], nats summed over rows
+    const at::Tensor
+        expected = reference.damage()[1];  // [groups, 2, levels, ranks], nats summed over rows
     const at::Tensor sums = sampler.sums().select(1, 1);
     for (int64_t level = 0; level < rig.tree.num_levels(); ++level) {
       double tokens = 0;
       for (const PairRun& run : rig.tree.runs()) {
         tokens += run.level == level ? static_cast<double>(run.count * run.query_rows) : 0;
       }
-      const auto measured = sums[DamageSampler::kDamage].select(2, level), wanted = expected.select(2, level) / 7 * tokens / static_cast<double>(kLength);
-      EXPECT_TRUE(at::allclose(measured, wanted, 2e-3, 1e-9)) << "level " << level << "\n" << measured << "\n" << wanted;
+      const auto measured = sums[DamageSampler::kDamage].select(2, level),
+                 wanted = expected.select(2, level) / 7 * tokens / static_cast<double>(kLength);
+      EXPECT_TRUE(at::allclose(measured, wanted, 2e-3, 1e-9)) << "level " << level << "\n"
+                                                              << measured << "\n"
+                                                              << wanted;
       const bool seen = wanted.sum().item<double>() > 0;
-      EXPECT_TRUE((sums[DamageSampler::kCount].select(2, level) == (seen ? 2 : 0)).all().item<bool>());
+      EXPECT_TRUE(
+          (sums[DamageSampler::kCount].select(2, level) == (seen ? 2 : 0)).all().item<bool>());
     }
-    EXPECT_EQ(sampler.sums().select(1, 0).abs().sum().item<double>(), 0) << "layer 0 was not sampled";
+    EXPECT_EQ(sampler.sums().select(1, 0).abs().sum().item<double>(), 0)
+        << "layer 0 was not sampled";
   }
   EXPECT_GT(pairs_seen.size(), 1U);
 }
@@ -91,7 +103,8 @@ TEST(DamageSampler, MeasuresWhatTheCalibrationMeasures) {
 TEST(DamageSampler, DrawsByStepLayerAndCallAlone) {
   Rig rig;
   const PairGrams grams = far_grams(rig.q, rig.k, rig.v, rig.tree);
-  DamageSampler a(calibration(), 0, 2, at::kCPU, sampling(5)), b(calibration(), 1, 1, at::kCPU, sampling(5));
+  DamageSampler a(calibration(), 0, 2, at::kCPU, sampling(5)),
+      b(calibration(), 1, 1, at::kCPU, sampling(5));
   std::set<std::vector<int64_t>> drawn;
   for (int64_t step = 1; step <= 8; ++step) {
     a.begin(step);
@@ -121,7 +134,7 @@ at::Tensor samples_of(const at::Tensor& damage, int64_t count) {
 TEST(OnlineTrainer, LearnsPlantedDamages) {
   const Calibration c = calibration();
   auto planted = at::zeros_like(c.damage);
-  planted[1].select(1, 0) += 1.0;    // scores of layer 1
+  planted[1].select(1, 0) += 1.0;     // scores of layer 1
   planted[0][1].select(0, 1) -= 0.8;  // values of group 1 of layer 0
   planted[0][0][0][2] += 1.0;         // one level of one group
   planted += 0.7;                     // and everything, which changes nothing
@@ -134,7 +147,8 @@ TEST(OnlineTrainer, LearnsPlantedDamages) {
   EXPECT_GT(trainer.dispersion(), 2);
   const auto difference = trainer.log_factors() - planted;
   EXPECT_LT(difference.abs().mean().item<double>(), 0.15);
-  EXPECT_LT(difference.pow(2).mean().sqrt().item<double>(), 0.4 * (planted - planted.mean()).pow(2).mean().sqrt().item<double>());
+  EXPECT_LT(difference.pow(2).mean().sqrt().item<double>(),
+            0.4 * (planted - planted.mean()).pow(2).mean().sqrt().item<double>());
 
   // Decisions by what was learned do less of the true damage for the same operations.
   const BlockTree tree(kLength, c.geometry);
@@ -153,7 +167,8 @@ TEST(OnlineTrainer, NoiseAloneMovesItLittle) {
   for (int64_t update = 0; update < 4; ++update) {
     trainer.update(samples_of(c.damage, 2));
   }
-  EXPECT_LT(trainer.log_factors().pow(2).mean().sqrt().item<double>(), 0.35) << "the noise of one such sum is 0.5";
+  EXPECT_LT(trainer.log_factors().pow(2).mean().sqrt().item<double>(), 0.35)
+      << "the noise of one such sum is 0.5";
   auto broken = samples_of(c.damage, 1);
   broken[0][0][0][0][0][0] = std::nan("");
   EXPECT_FALSE(error_of(ErrorKind::kNumerics, [&] { trainer.update(broken); }).empty());
@@ -169,7 +184,8 @@ TEST(OnlineTrainer, GoesOnFromItsState) {
   b.update(more);
   EXPECT_TRUE(a.state().equal(b.state()));
   EXPECT_EQ(b.updates(), 2);
-  EXPECT_FALSE(error_of(ErrorKind::kCheckpoint, [&] { b.load(at::zeros({5}, at::kDouble)); }).empty());
+  EXPECT_FALSE(
+      error_of(ErrorKind::kCheckpoint, [&] { b.load(at::zeros({5}, at::kDouble)); }).empty());
 }
 
 TEST(Calibration, ScalesWhatGatesLeaveAndExpectsWhatTheTableSays) {
@@ -181,7 +197,9 @@ TEST(Calibration, ScalesWhatGatesLeaveAndExpectsWhatTheTableSays) {
   factors[1][0][0][2][1] = std::log(3.0);  // scores at rank 8
   factors[1][0][1][2][0] = std::log(5.0);  // values at rank 4
   const Calibration s = scaled(c, factors);
-  const auto cell = [](const Calibration& of, int64_t kind) { return of.gated_damage[1][0][kind][2][1 - kind][1].item<double>(); };
+  const auto cell = [](const Calibration& of, int64_t kind) {
+    return of.gated_damage[1][0][kind][2][1 - kind][1].item<double>();
+  };
   EXPECT_DOUBLE_EQ(cell(s, 0), 3 * cell(c, 0));
   EXPECT_DOUBLE_EQ(cell(s, 1), 5 * cell(c, 1));
   EXPECT_TRUE(s.gated_damage[0].equal(c.gated_damage[0]));
