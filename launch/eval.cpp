@@ -32,6 +32,7 @@
 #include "models/data/sequence_dataset.h"
 #include "models/data/token_file.h"
 #include "policy/attention/audit.h"
+#include "policy/attention/lowrank_controller.h"
 
 DEFINE_int64(max_tokens, 0,
              "stop after this many predicted tokens, rounded up to whole sequences; 0: all of "

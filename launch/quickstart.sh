@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# From a fresh machine to a fine-tuned model: installs what is missing, builds, prepares SmolLM2-135M and the King James Bible, fine-tunes with two
-# processes under mpirun, once with exact and once with low-rank attention, and prints what was gained and what was lost on books of the
+# From a fresh machine to a fine-tuned model: installs what is missing, builds, prepares
+# SmolLM2-135M and the King James Bible, fine-tunes with two processes under mpirun, once with exact
+# and once with low-rank attention, and prints what was gained and what was lost on books of the
 # Bible that neither run has seen. A second run reuses everything but the training.
 #
 #   launch/quickstart.sh          results under out/quickstart
 #
-# Exit 0 only if all of it worked, the training loss fell and so did the held-out perplexity. See launch/setup/environment.sh for the
-# variables that it listens to; DRRL_QUICKSTART_STEPS overrides the number of training steps.
+# Exit 0 only if all of it worked, the training loss fell and so did the held-out perplexity. See
+# launch/setup/environment.sh for the variables that it listens to; DRRL_QUICKSTART_STEPS overrides
+# the number of training steps.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -36,16 +38,17 @@ mkdir -p "$out"
 train() {
   local name=$1
   shift
-  drrl_on_two "$bin/drrl-train" "${common[@]}" --flagfile=configs/quickstart-train.flags --data "$DRRL_DATA/kjv-train" \
-    --output "$out/$name" ${DRRL_QUICKSTART_STEPS:+--steps="$DRRL_QUICKSTART_STEPS"} --json "$out/$name.json" "$@"
+  drrl_on_two "$bin/drrl-train" "${common[@]}" --flagfile=configs/quickstart-train.flags \
+    --data "$DRRL_DATA/kjv-train" --output "$out/$name" \
+    ${DRRL_QUICKSTART_STEPS:+--steps="$DRRL_QUICKSTART_STEPS"} --json "$out/$name.json" "$@"
 }
 
 # evaluate NAME MODEL FLAG...: perplexity of the held-out books into $out/NAME.json
 evaluate() {
   local name=$1 model=$2
   shift 2
-  drrl_on_two "$bin/drrl-eval" "${common[@]}" --flagfile=configs/quickstart-eval.flags --model "$model" --data "$DRRL_DATA/kjv-valid" \
-    --json "$out/$name.json" "$@"
+  drrl_on_two "$bin/drrl-eval" "${common[@]}" --flagfile=configs/quickstart-eval.flags \
+    --model "$model" --data "$DRRL_DATA/kjv-valid" --json "$out/$name.json" "$@"
 }
 
 # --compare_full evaluates each sequence with both kinds of attention and times both.

@@ -1,19 +1,28 @@
 #!/usr/bin/env bash
-# Runs a training and, when it fails in a way that a restart can cure, runs it again with --resume, from the newest sound checkpoint.
+# Runs a training and, when it fails in a way that a restart can cure, runs it again with --resume,
+# from the newest sound checkpoint.
 #
-#   launch/run_with_restarts.sh [--max_restarts N] [--hang_s S] [--pause_s P] -- mpirun -np 4 drrl-train --output=DIR --save_every=100 ...
+#   launch/run_with_restarts.sh [--max_restarts N] [--hang_s S] [--pause_s P] -- \
+#     mpirun -np 4 drrl-train --output=DIR --save_every=100 ...
 #
-# Restarted: 7 (communication), 8 (numerics: a restart cures what a broken memory did), 11 (hung), and death by a signal other than INT
-# and TERM. All other codes end it, 0 (done) and 10 (interrupted: saved) included; see launch/OPTIONS.md. So do N restarts (default 10),
-# and two failures in a row without a new checkpoint between them. Between runs it pauses for P seconds (default 10), so that a network or
-# a host can come back. The exit code is that of the last run.
-# mpirun can outlive its job: it waits for ever for a host that the network has lost, and for a process that somebody has stopped. So it is
-# killed, and the job restarted, when none of the drrl-train processes that it had on this host has run for S seconds (default 60).
-# INT, TERM, HUP and USR1 make the training save and end, and it ends here too. The command runs in a session of its own, so that a Ctrl-C reaches this script alone:
-# mpirun would kill its processes within two seconds. It gets USR1, again every 5 s, as an mpirun that is just starting forwards nothing.
+# Restarted: 7 (communication), 8 (numerics: a restart cures what a broken memory did), 11 (hung),
+# and death by a signal other than INT and TERM. All other codes end it, 0 (done) and 10
+# (interrupted: saved) included; see launch/OPTIONS.md. So do N restarts (default 10), and two
+# failures in a row without a new checkpoint between them. Between runs it pauses for P seconds
+# (default 10), so that a network or a host can come back. The exit code is that of the last run.
+# mpirun can outlive its job: it waits for ever for a host that the network has lost, and for a
+# process that somebody has stopped. So it is killed, and the job restarted, when none of the
+# drrl-train processes that it had on this host has run for S seconds (default 60). INT, TERM, HUP
+# and USR1 make the training save and end, and it ends here too. The command runs in a session of
+# its own, so that a Ctrl-C reaches this script alone: mpirun would kill its processes within two
+# seconds. It gets USR1, again every 5 s, as an mpirun that is just starting forwards nothing.
 
 say() { printf 'run_with_restarts: %s\n' "$*" >&2; }
-usage() { say "$1; expected: [--max_restarts N] [--hang_s S] [--pause_s P] -- COMMAND that holds drrl-train and --output"; exit 2; }
+usage() {
+  say "$1; expected: [--max_restarts N] [--hang_s S] [--pause_s P] --" \
+    "COMMAND that holds drrl-train and --output"
+  exit 2
+}
 
 max_restarts=10 hang_s=60 pause_s=10
 while [ "${1:-}" != -- ]; do
@@ -67,7 +76,7 @@ for word in "$@"; do
   command+=("$word")
 done
 
-child= signalled= asked=
+child='' signalled='' asked=''
 stop() {
   signalled=1
   if [ -n "$child" ] && [ -z "$asked" ]; then
@@ -97,11 +106,18 @@ for ((restarts = 0; ; ++restarts)); do
   [ "$code" -eq 0 ] && exit 0
   [ -n "$signalled" ] && exit "$code"
   can_be_cured "$code" || { say "exit code $code: a restart cannot cure that"; exit "$code"; }
-  [ "$restarts" -lt "$max_restarts" ] || { say "exit code $code after $restarts restarts: giving up"; exit "$code"; }
+  [ "$restarts" -lt "$max_restarts" ] || {
+    say "exit code $code after $restarts restarts: giving up"
+    exit "$code"
+  }
   checkpoint=$(newest)
-  [ "$checkpoint" != "$previous" ] || { say "exit code $code twice with the checkpoint '$checkpoint': no progress, giving up"; exit "$code"; }
+  [ "$checkpoint" != "$previous" ] || {
+    say "exit code $code twice with the checkpoint '$checkpoint': no progress, giving up"
+    exit "$code"
+  }
   previous=$checkpoint
-  say "exit code $code; restart $((restarts + 1)) of at most $max_restarts from the checkpoint '$checkpoint' in $pause_s s"
+  say "exit code $code; restart $((restarts + 1)) of at most $max_restarts" \
+    "from the checkpoint '$checkpoint' in $pause_s s"
   child=
   for ((s = 0; s < pause_s && !signalled; ++s)); do sleep 1; done
   [ -z "$signalled" ] || { say "stopped in the pause: run it again with --resume"; exit 10; }

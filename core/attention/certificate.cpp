@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 
 #include "core/attention/rows.h"
+#include "core/linalg/basis.h"
 #include "core/linalg/eigensolver.h"
 
 namespace drrl {

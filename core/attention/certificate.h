@@ -5,9 +5,9 @@
 #include <ATen/ATen.h>
 
 #include "core/attention/flops.h"
-#include "core/attention/lowrank_attention.h"
-#include "core/linalg/basis.h"
+#include "core/types/basis.h"
 #include "core/types/block_tree.h"
+#include "core/types/lowrank_plan.h"
 
 namespace drrl {
 
@@ -93,22 +93,22 @@ struct RowBounds {
 /// (what is bounded for all keys of the pair holds for them). On a pair, with x = M^T q / sqrt(d)
 /// and c = || q F ||^2,
 ///   e_j = c - x . k_j,   || e_P ||^2 = x^T G_k x - 2 c x . sum_j k_j + n c^2 - spared,
-///   | x . k_j | <= a := sqrt(leverage (x^T G_k x + delta || q ||^2 / d))   (Cauchy-Schwarz for q
-///   and M k_j in the metric of M G_k M^T + delta I).
-/// 1. Before serving. J = diag(w) - w w^T has || J ||_2 <= 1/2 on the path from s to s', hence ||
-/// w' - w ||_2 <= || e ||_2 / 2; and of all e in
-///    an interval of length t none moves more than 2 tanh(t / 4) of weight (|| w' - w ||_1,
-///    attained by two tokens). So
-///      || o' - o || <= min(|| e ||_2 || V ||_2 / 2,  2 tanh(t / 4) max_j || v_j ||) + max_P || V_P
-///      D_P ||_2,   t <= sqrt(2) || e ||_2.
-///    The first is Eq. 9 of arXiv 2512.15973 with the right norm; summed over rows, || dO ||_F <=
-///    || dS ||_F || V ||_2 / (2 sqrt(d)).
+///   | x . k_j | <= a := sqrt(leverage (x^T G_k x + delta || q ||^2 / d))
+///   (Cauchy-Schwarz for q and M k_j in the metric of M G_k M^T + delta I).
+/// 1. Before serving. J = diag(w) - w w^T has || J ||_2 <= 1/2 on the path from s to s', hence
+///    || w' - w ||_2 <= || e ||_2 / 2; and of all e in an interval of length t none moves more than
+///    2 tanh(t / 4) of weight (|| w' - w ||_1, attained by two tokens). So
+///      || o' - o || <= min(|| e ||_2 || V ||_2 / 2,  2 tanh(t / 4) max_j || v_j ||)
+///                      + max_P || V_P D_P ||_2,   t <= sqrt(2) || e ||_2.
+///    The first is Eq. 9 of arXiv 2512.15973 with the right norm; summed over rows,
+///    || dO ||_F <= || dS ||_F || V ||_2 / (2 sqrt(d)).
 /// 2. After serving. Let f_j = exp(-e_j), Z = sum_j w'_j f_j. Since w_j = w'_j f_j / Z, exactly
-///      o - o' = ( sum_P sum_{j in P} w'_j (f_j - 1) (v_j - o')  +  sum_P D_P^T sum_{j in P} w'_j
-///      v_j ) / Z.
-///    With y = max(0, a - c), psi(y) = (e^y - 1 - y) / y^2:  | f_j - 1 | <= min(|e_j| (e^y - 1) /
-///    y,  |e_j| + psi(y) e_j^2,  max(1, e^y - 1)), Cauchy-Schwarz over the pair's keys with || w'_P
-///    ||_2 or max w'_P, v_j - o' = (v_j - mean) + (mean - o'), and by Jensen's inequality
+///      o - o' = ( sum_P sum_{j in P} w'_j (f_j - 1) (v_j - o')
+///                 + sum_P D_P^T sum_{j in P} w'_j v_j ) / Z.
+///    With y = max(0, a - c), psi(y) = (e^y - 1 - y) / y^2:
+///      | f_j - 1 | <= min(|e_j| (e^y - 1) / y,  |e_j| + psi(y) e_j^2,  max(1, e^y - 1)),
+///    Cauchy-Schwarz over the pair's keys with || w'_P ||_2 or max w'_P,
+///    v_j - o' = (v_j - mean) + (mean - o'), and by Jensen's inequality
 ///      Z >= 1 - sum_P w'(P) + sum_P w'(P) exp(-min(c + a, || w'_P ||_2 || e_P ||_2 / w'(P))).
 /// 3. o is a mean of values: || o' - o || <= || o' || + max_j || v_j ||.
 ///

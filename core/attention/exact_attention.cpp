@@ -17,8 +17,7 @@
 namespace drrl {
 namespace {
 
-// --- drrl's kernel
-// -------------------------------------------------------------------------------------------------------------------------
+// --- drrl's kernel -------------------------------------------------------------------------------
 
 bool use_kernel(const at::Tensor& q) {
   static const bool available = cpu::kernel_available();
@@ -95,8 +94,7 @@ void kernel_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::
   cpu::run_backward(operands);
 }
 
-// --- PyTorch's kernels
-// ----------------------------------------------------------------------------------------------------------------------
+// --- PyTorch's kernels ---------------------------------------------------------------------------
 
 bool is_half(const at::Tensor& x) {
   return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
@@ -279,8 +277,7 @@ void flash_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::T
   grad_v.copy_(narrowed(dv, v).sum(1).view(grad_v.sizes()));
 }
 
-// --- exact attention
-// --------------------------------------------------------------------------------------------------------------------------
+// --- exact attention -----------------------------------------------------------------------------
 
 // [B, H or G, L, d] -> [B G, 1, g, L, d], and keys [B, G, L, d] -> [B G, 1, L, d]
 at::Tensor as_queries(const at::Tensor& x, int64_t groups) {

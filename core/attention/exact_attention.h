@@ -12,8 +12,8 @@ namespace drrl {
 //
 // Shapes: problems of g query heads that share one set of keys and values,
 //   q          [N1, N2, g, Lq, dk]      k  [N1, N2, Lk, dk]      v  [N1, N2, Lk, dv]
-//   out        [N1, N2, g, Lq, dv]      logsumexp, delta  [N1, N2, g, Lq] (float32; float64 for
-//   float64 inputs)
+//   out        [N1, N2, g, Lq, dv]      logsumexp, delta  [N1, N2, g, Lq]
+// logsumexp and delta are float32, for float64 inputs float64.
 // Any strides with a contiguous last dimension, so that blocks, heads and groups of a larger tensor
 // are views and nothing is copied to get them here. dk and dv may differ. `causal` needs Lq == Lk
 // and masks keys after the query.

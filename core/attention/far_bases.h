@@ -4,10 +4,10 @@
 
 #include <ATen/ATen.h>
 
-#include "core/attention/lowrank_attention.h"
 #include "core/linalg/basis.h"
 #include "core/linalg/gram.h"
 #include "core/types/block_tree.h"
+#include "core/types/lowrank_plan.h"
 
 namespace drrl {
 

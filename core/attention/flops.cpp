@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "core/linalg/basis.h"
+
 namespace drrl {
 namespace {
 constexpr double kForwardAndBackward = 3.5;  // 2 products forward, 5 backward

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "core/attention/lowrank_attention.h"
+#include "core/types/lowrank_plan.h"
 
 namespace drrl {
 

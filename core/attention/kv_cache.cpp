@@ -9,6 +9,7 @@
 #include "core/attention/exact_attention.h"
 #include "core/attention/rows.h"
 #include "core/error.h"
+#include "core/linalg/basis.h"
 
 namespace drrl {
 namespace {

@@ -39,8 +39,7 @@ struct Shape {
   int64_t key_blocks() const;
 };
 
-// --- forward: out = softmax(scale q k^T) v and its log-sum-exp
-// -----------------------------------------------------------------------------
+// --- forward: out = softmax(scale q k^T) v and its log-sum-exp -----------------------------------
 
 /// Floats of the packed keys and values of one problem.
 int64_t packed_size(const Shape& shape);
@@ -101,8 +100,7 @@ void forward_rows(int64_t rows, int64_t d, float scale, const float* q, int64_t 
                   const Part* parts, int64_t count, float* out, int64_t out_stride,
                   float* logsumexp, int64_t logsumexp_stride, ExactList* exact, float* scratch);
 
-// --- bases
-// ---------------------------------------------------------------------------------------------------------------------------------
+// --- bases ---------------------------------------------------------------------------------------
 
 /// Panels of p [rows, columns] for `multiply` by it; `pack_transposed`: for multiplying by its
 /// transpose. rows, columns: multiples of kWidth.
@@ -130,8 +128,7 @@ int64_t key_chunk_rows();
 void pack_chunk(const Shape& shape, const float* k, int64_t k_stride, const float* v,
                 int64_t v_stride, int64_t chunk, float* packed);
 
-// --- backward
-// ----------------------------------------------------------------------------------------------------------------------------
+// --- backward ------------------------------------------------------------------------------------
 
 /// Keys of rows: row i of head h has keys[begin[h head + i]], .., ascending.
 struct EntryList {

@@ -9,6 +9,7 @@
 
 #include "core/cpu/attention_kernel.h"
 #include "core/cpu/tasks.h"
+#include "core/linalg/basis.h"
 
 namespace drrl::cpu {
 namespace {

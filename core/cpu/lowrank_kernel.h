@@ -4,7 +4,7 @@
 
 #include <ATen/ATen.h>
 
-#include "core/attention/lowrank_attention.h"
+#include "core/types/lowrank_plan.h"
 
 namespace drrl::cpu {
 

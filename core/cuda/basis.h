@@ -1,6 +1,6 @@
 #pragma once
 
-#include "core/linalg/basis.h"
+#include "core/types/basis.h"
 #include "core/types/basis_settings.h"
 
 namespace drrl {

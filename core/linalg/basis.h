@@ -4,21 +4,10 @@
 
 #include <ATen/ATen.h>
 
+#include "core/types/basis.h"
 #include "core/types/basis_settings.h"
 
 namespace drrl {
-
-/// Bases of the best low-rank approximations of products X Y^T, known only through their Grams.
-///
-/// X Y^T is approximated by (X left[:, :r]) (Y right[:, :r])^T for any r: the columns are nested,
-/// so changing the rank is slicing.
-struct Basis {
-  at::Tensor left;             ///< [N, d, d] float32; P_q for scores, P_v for values
-  at::Tensor right;            ///< [N, d, d] float32; P_k for scores, P_o for values
-  at::Tensor singular_values;  ///< [N, d] float64, descending: those of X Y^T
-
-  bool defined() const { return left.defined(); }
-};
 
 /// Solves for the best bases in Frobenius norm, in closed form (KQ-SVD, arXiv 2512.05916;
 /// Eckart-Young on X Y^T).
@@ -39,8 +28,9 @@ Basis solve_basis(const at::Tensor& gram_x, const at::Tensor& gram_y);
 
 /// The best bases of `right`'s rank that `steps` rounds of alternating least squares reach from
 /// `right`, without decomposing anything: subspace iteration, one round of which is
-///   left  = G_y right (right^T G_y right)^-1,   the best left factor for that right one (whatever
-///   X is), right = G_x left (left^T G_x left)^-1,      and the other way round,
+///   left  = G_y right (right^T G_y right)^-1,   the best left factor for that right one,
+///                                               whatever X is,
+///   right = G_x left (left^T G_x left)^-1,      and the other way round,
 /// followed by one more left half. The error falls by (sigma_{r+1} / sigma_r)^2 a round, so from a
 /// basis of older tokens, or of other text, one or two come close to `solve_basis` (the
 /// "incremental updates" of arXiv 2512.15973, section on online updates). Products and a Cholesky
@@ -69,8 +59,8 @@ Basis update_bases(const at::Tensor& right, const at::Tensor& gram_x, const at::
 
 /// The exact loss of a basis on *any* data with the given Grams, without decomposition and for
 /// every rank at once:
-///   tail(r) = || X Y^T - X P_x P_y^T Y^T ||_F^2 = tr(G_x M_r G_y M_r^T),  M_r = I - left[:, :r]
-///   right[:, :r]^T.
+///   tail(r) = || X Y^T - X P_x P_y^T Y^T ||_F^2 = tr(G_x M_r G_y M_r^T),
+///   M_r = I - left[:, :r] right[:, :r]^T.
 /// Also the loss of a stale basis on tokens that came after it (the perturbation of the paper's
 /// section on online updates, arXiv 2512.15973, measured instead of bounded).
 ///

@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "core/attention/exact_attention.h"
+#include "core/attention/lowrank_attention.h"
 #include "core/attention/rows.h"
 #include "core/linalg/basis.h"
 #include "distributed/collectives/exchange.h"

@@ -5,7 +5,7 @@
 #include <ATen/ATen.h>
 #include <torch/custom_class.h>
 
-#include "core/attention/lowrank_attention.h"
+#include "core/types/lowrank_plan.h"
 #include "distributed/collectives/group.h"
 #include "distributed/topology/sequence_split.h"
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/linalg/basis.h"
 #include "distributed/collectives/traffic.h"
 #include "distributed/topology/mesh.h"
 

@@ -47,8 +47,9 @@ Share kv_sharers_of(int64_t kv_heads, int64_t tp, int64_t rank);
 /// > kv_heads.
 ///
 ///   tp = 2, dp = 3, cp = 1:    tp groups {0 1} {2 3} {4 5},          dp groups {0 2 4} {1 3 5}
-///   tp = 2, dp = 2, cp = 2:    tp groups {0 1} {2 3} {4 5} {6 7},    cp groups {0 2} {1 3} {4 6}
-///   {5 7},    dp groups {0 4} {1 5} {2 6} {3 7},
+///   tp = 2, dp = 2, cp = 2:    tp groups {0 1} {2 3} {4 5} {6 7},
+///                              cp groups {0 2} {1 3} {4 6} {5 7},
+///                              dp groups {0 4} {1 5} {2 6} {3 7},
 ///                              data groups {0 2 4 6} {1 3 5 7}
 ///
 /// Mesh owns its groups, and must be gone before MPI_Finalize. Default-constructed: one process.

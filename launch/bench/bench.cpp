@@ -25,6 +25,7 @@
 #include "models/data/sequence_dataset.h"
 #include "models/data/token_file.h"
 #include "policy/attention/lowrank_controller.h"
+#include "policy/rank_policy.h"
 
 namespace drrl::bench {
 namespace {

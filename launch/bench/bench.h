@@ -11,8 +11,9 @@
 #include <ATen/ATen.h>
 #include <nlohmann/json.hpp>
 
-#include "core/attention/lowrank_attention.h"
 #include "core/device.h"
+#include "core/types/block_tree.h"
+#include "core/types/ranks.h"
 #include "distributed/topology/environment.h"
 #include "launch/runtime/exit_codes.h"
 

@@ -18,8 +18,10 @@
 #include "launch/runtime/console.h"
 #include "launch/runtime/program.h"
 #include "models/causal_lm/config.h"
+#include "policy/attention/layer_plan.h"
 #include "policy/attention/lowrank_controller.h"
 #include "policy/calibration/calibration.h"
+#include "policy/rank_policy.h"
 
 DECLARE_string(head_dims);
 DECLARE_string(heads);

@@ -11,9 +11,11 @@
 
 #include "core/attention/exact_attention.h"
 #include "core/attention/flops.h"
+#include "core/attention/lowrank_attention.h"
 #include "core/error.h"
 #include "core/io/file_io.h"
 #include "core/io/safetensors.h"
+#include "core/linalg/basis.h"
 #include "core/linalg/eigensolver.h"
 #include "core/linalg/gram.h"
 #include "launch/bench/bench.h"

@@ -11,6 +11,7 @@
 #include "core/attention/flops.h"
 #include "core/error.h"
 #include "core/io/file_io.h"
+#include "core/linalg/basis.h"
 #include "core/linalg/least_squares.h"
 #include "distributed/attention/context_attention.h"
 #include "distributed/attention/context_bases.h"
@@ -59,7 +60,7 @@ constexpr double kBackwardShare = 2.0 /
 constexpr double kPartWeight = 0.3;   // of measured parts against whole steps: they are less like
                                       // what is predicted
 constexpr int64_t kBucketBytes = int64_t{32} << 20,
-                  kLossRows = 512;  // as in gradient_reducer.h and llama.h
+                  kLossRows = 512;  // as in gradient_reducer.h and causal_lm.h
 
 constexpr bool is_communication(size_t cost) {
   return cost >= kReduce;

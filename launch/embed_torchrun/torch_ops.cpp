@@ -11,6 +11,7 @@
 #include "distributed/collectives/agreement.h"
 #include "policy/attention/lowrank_controller.h"
 #include "policy/calibration/calibration.h"
+#include "policy/rank_policy.h"
 
 namespace drrl {
 namespace {

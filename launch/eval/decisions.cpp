@@ -3,7 +3,7 @@
 #include <utility>
 
 #include "core/attention/lowrank_attention.h"
-#include "policy/attention/lowrank_controller.h"
+#include "policy/attention/layer_plan.h"
 
 namespace drrl {
 

@@ -9,6 +9,7 @@
 #include "launch/options/flags.h"
 #include "launch/options/options.h"
 #include "models/causal_lm/tensor_parallel.h"
+#include "policy/attention/lowrank_controller.h"
 
 DEFINE_double(balance_damage, 0.005,
               "calibrated damage that balance may add to that of --rank_budget; 0.005 is half a "

@@ -5,6 +5,7 @@
 #include <gflags/gflags.h>
 
 #include "launch/options/options.h"
+#include "policy/rank_policy.h"
 
 namespace drrl {
 namespace {

@@ -10,6 +10,7 @@
 #include "models/causal_lm/tensor_parallel.h"
 #include "policy/agent/agent.h"
 #include "policy/calibration/calibration.h"
+#include "policy/rank_policy.h"
 #ifdef DRRL_WITH_CUDA
 #include <cuda_runtime_api.h>
 #endif

@@ -22,9 +22,10 @@ namespace drrl {
 ///
 /// Names are Hugging Face's, with two exceptions: what is multiplied by the same input is stored
 /// stacked, as one matrix product wants it, and says so in its name (the way Phi-3 does):
-///   model.layers.N.self_attn.qkv_proj.{weight,bias}   rows [q_proj; k_proj; v_proj] of this rank's
-///   heads model.layers.N.mlp.gate_up_proj.{weight,bias}     rows [gate_proj; up_proj] of this
-///   rank's columns
+///   model.layers.N.self_attn.qkv_proj.{weight,bias}
+///     rows [q_proj; k_proj; v_proj] of this rank's heads
+///   model.layers.N.mlp.gate_up_proj.{weight,bias}
+///     rows [gate_proj; up_proj] of this rank's columns
 /// All matrices are [out, in], GPT-2's too, whose files hold [in, out]. Loading and saving stack,
 /// split and turn them; files only ever hold Hugging Face's own names.
 struct Parameter {

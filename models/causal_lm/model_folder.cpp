@@ -121,7 +121,8 @@ void note_unread(const std::filesystem::path& folder, const WeightStore& weights
 
 bool is_weight_file(const std::string& name) {
   static const std::regex pattern(
-      R"((model|pytorch_model)-\d{5}-of-\d{5}\.(safetensors|bin)|model\.safetensors\.index\.json|pytorch_model\.bin(\.index\.json)?)");
+      R"((model|pytorch_model)-\d{5}-of-\d{5}\.(safetensors|bin))"
+      R"(|model\.safetensors\.index\.json|pytorch_model\.bin(\.index\.json)?)");
   return std::regex_match(name, pattern);
 }
 

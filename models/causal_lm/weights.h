@@ -31,7 +31,7 @@ struct ParameterNames {
 };
 const ParameterNames& parameter_names(const ModelConfig& config);
 
-/// One parameter of the model as rank `tp_rank` of `tp_size` holds it: its name (llama.h), its
+/// One parameter of the model as rank `tp_rank` of `tp_size` holds it: its name (causal_lm.h), its
 /// local shape, and its parts in the file, more than one where matrices are stacked.
 struct ParameterLayout {
   std::string name;

@@ -11,10 +11,12 @@ namespace drrl {
 /// in Liger Kernel (arXiv 2410.10989), gradients are computed in the same sweep, while the chunk's
 /// probabilities are at hand: a second product with the head is never needed.
 ///
-///   x [N, hidden] (the same on all ranks), weight [rows_local, hidden] the vocabulary rows from
-///   `first_row` on, labels [N] int64, of which kIgnoredLabel (llama.h) does not count; others are
-///   in [0, vocabulary), checked by the caller. loss = sum over counted rows of logsumexp(x_i W^T)
-///   - x_i W^T[label_i], scalar fp32 (fp64 with fp64), the same on all ranks.
+///   x       [N, hidden], the same on all ranks
+///   weight  [rows_local, hidden], the vocabulary rows from `first_row` on
+///   labels  [N] int64, of which kIgnoredLabel (causal_lm.h) does not count; others are in
+///           [0, vocabulary), checked by the caller
+///   loss    sum over counted rows of logsumexp(x_i W^T) - x_i W^T[label_i], scalar fp32 (fp64 with
+///           fp64), the same on all ranks
 ///
 /// Backward yields loss_scale times the gradient: d_x is returned to autograd, d_weight added to
 /// weight.grad in place (gradients.h). Products run in the dtype of x, softmax and sums in fp32.

@@ -5,6 +5,8 @@
 
 #include <ATen/ATen.h>
 
+#include "models/ops/op_results.h"
+
 namespace drrl {
 
 /// The element-wise operators of a decoder layer, each one pass over memory in either direction,
@@ -50,15 +52,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_split(const at::Tensor& qkv,
 /// The same without autograd, and their adjoints. `dh` and `weight` gradients as in cpu_loops.h.
 namespace raw {
 
-struct NormResult {
-  at::Tensor y, rstd;
-};
 NormResult rms_norm_forward(const at::Tensor& x, const at::Tensor& weight, double eps,
                             Implementation how);
 
-struct NormGradients {
-  at::Tensor x, weight;
-};
 /// `dh` is added to the gradient of x; it may be undefined.
 NormGradients rms_norm_backward(const at::Tensor& dy, const at::Tensor& dh, const at::Tensor& x,
                                 const at::Tensor& weight, const at::Tensor& rstd,
@@ -73,10 +69,6 @@ at::Tensor rope_split_backward(const at::Tensor& dq, const at::Tensor& dk, const
 /// gate_up [N, 2 n] = [gate | up] -> silu(gate) * up [N, n]
 at::Tensor swiglu_forward(const at::Tensor& gate_up, Implementation how);
 
-struct SwigluGradients {
-  at::Tensor gate_up;  ///< [N, 2 n]
-  at::Tensor y;        ///< the forward's result once more, so that nobody needs to keep it
-};
 SwigluGradients swiglu_backward(const at::Tensor& gate_up, const at::Tensor& dy,
                                 Implementation how);
 

@@ -18,7 +18,8 @@ namespace drrl {
 /// Atomic checkpoint folders. Layout under `root`:
 ///   step-00000120/             complete, never changed again
 ///     manifest.json            step, number of the save among all of the root, world size, and
-///     size + XXH3 checksum of every file; written last, protected by a checksum of its own
+///                              size + XXH3 checksum of every file; written last, protected by a
+///                              checksum of its own
 ///     <whatever the ranks wrote>
 ///   latest                     one line, "step-00000120", replaced atomically
 ///   .tmp-*                     never looked at by a reader; removed by the next save

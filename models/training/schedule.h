@@ -8,8 +8,9 @@ namespace drrl {
 /// the shape of the run:
 ///
 ///   t < warmup:            lr * t / warmup
-///   warmup <= t < total:   min_lr + (lr - min_lr) * (1 + cos(pi * (t - warmup) / (total -
-///   warmup))) / 2 t >= total:            min_lr
+///   warmup <= t < total:   min_lr + (lr - min_lr)
+///                          * (1 + cos(pi * (t - warmup) / (total - warmup))) / 2
+///   t >= total:            min_lr
 ///
 /// The update that ends at token t uses rate(t): the first update is never a zero step and the last
 /// one is made at min_lr.

@@ -6,7 +6,10 @@
 #include <optional>
 #include <string>
 
-#include "models/training/trainer.h"
+#include "distributed/topology/mesh.h"
+#include "models/causal_lm/causal_lm.h"
+#include "models/training/optimizer.h"
+#include "models/training/policy_hooks.h"
 
 namespace drrl {
 
@@ -18,11 +21,12 @@ struct TrainingPosition {
 };
 
 /// Everything that a run needs to continue. Files of a checkpoint (models/training/checkpoint.h):
-///   run.json                        position, layout, fingerprint of the options; by world rank 0
-///   shard-tpT.safetensors           weights ("model.NAME") and moments ("optimizer.exp_avg.NAME",
-///   ...) of tensor-parallel rank T;
-///                                   by its data-parallel rank 0, because all of them hold the same
-///   rank-tpT-dpD.safetensors, .policy   random generators and policy state of one rank
+///   run.json                 position, layout, fingerprint of the options; by world rank 0
+///   shard-tpT.safetensors    weights ("model.NAME") and moments ("optimizer.exp_avg.NAME", ...) of
+///                            tensor-parallel rank T; by its data-parallel rank 0, because all of
+///                            them hold the same
+///   rank-tpT-dpD.safetensors, .policy
+///                            random generators and policy state of one rank
 struct TrainingState {
   CausalLM& model;
   AdamW& optimizer;

@@ -53,18 +53,18 @@ double mean_damage(const std::vector<double>& sequences);
 /// expectation is exact.
 ///
 /// 1. Value fit: the factor on the calibrated damage is fitted by the gamma deviance y e^-f + f,
-/// whose minimum is the conditional mean of y given the state,
-///    however heavy the tail of y. With gates the share of entries that each makes exact is fitted
-///    likewise.
+///    whose minimum is the conditional mean of y given the state, however heavy the tail of y. With
+///    gates the share of entries that each makes exact is fitted likewise.
 /// 2. Policy gradient: at prices drawn from those of `budgets`, choices are drawn from
-/// softmax(-(damage + price operations) / temperature) and the expected
-///    cost sum_a pi(a) (true damage + price operations) is lowered by its exact gradient, while the
-///    temperature is annealed
-///    ("reward: fidelity against latency", arXiv 2512.15973, with operations for latency).
+///    softmax(-(damage + price operations) / temperature) and the expected cost
+///    sum_a pi(a) (true damage + price operations) is lowered by its exact gradient, while the
+///    temperature is annealed ("reward: fidelity against latency", arXiv 2512.15973, with
+///    operations for latency).
 /// 3. Trust: the strength in {0, 1/4, .. 1} that surely gains most on the validation sequences,
-/// over all budgets: its gain over the calibration's choices less
-///    twice that gain's standard error over the sequences. An agent that has learned nothing that
-///    carries over gets 0, and decides like the calibration.
+///    over all budgets: its gain over the calibration's choices less twice that gain's standard
+///    error over the sequences. An agent that has learned nothing that carries over gets 0, and
+///    decides like the calibration.
+///
 /// Finally factors on the prices are found with which the agent meets each budget on the training
 /// sequences.
 ///

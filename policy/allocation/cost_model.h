@@ -9,8 +9,8 @@
 namespace drrl {
 
 /// What the attention of one layer costs by its ranks, on sequences of one tree: what an allocation
-/// of ranks spends. Operations, or time (latency.h), in a unit so small that a whole one does not
-/// matter.
+/// of ranks spends. Operations, or time (latency_table.h), in a unit so small that a whole one does
+/// not matter.
 struct Prices {
   double exact = 0;  ///< exact attention, all KV groups
   double fixed = 0;  ///< what no rank changes, all KV groups: exact blocks, sinks, Grams of blocks

@@ -9,7 +9,7 @@
 #include "core/io/file_io.h"
 #include "core/linalg/least_squares.h"
 #include "distributed/collectives/agreement.h"
-#include "policy/rank_policy.h"
+#include "policy/rank_table.h"
 
 namespace drrl {
 namespace {

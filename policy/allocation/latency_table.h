@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "core/attention/lowrank_attention.h"
 #include "core/types/block_tree.h"
+#include "core/types/ranks.h"
 #include "policy/allocation/cost_model.h"
 
 namespace drrl {

@@ -8,7 +8,7 @@
 #include "core/attention/kv_cache.h"
 #include "core/attention/rows.h"
 #include "core/linalg/gram.h"
-#include "policy/attention/lowrank_controller.h"
+#include "policy/attention/layer_plan.h"
 
 namespace drrl {
 namespace {

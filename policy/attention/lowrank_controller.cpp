@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/attention/exact_attention.h"
+#include "core/attention/lowrank_attention.h"
 #include "core/cpu_clock.h"
 #include "core/device.h"
 #include "core/error.h"

@@ -10,22 +10,17 @@
 #include "core/attention/far_bases.h"
 #include "core/attention/flops.h"
 #include "core/attention/kv_cache.h"
-#include "core/attention/lowrank_attention.h"
-#include "core/linalg/basis.h"
+#include "core/types/basis.h"
+#include "core/types/lowrank_plan.h"
 #include "distributed/attention/context_attention.h"
 #include "distributed/attention/shared_heads.h"
 #include "policy/attention/attention_controller.h"
 #include "policy/attention/attention_statistics.h"
+#include "policy/attention/layer_plan.h"
 #include "policy/calibration/damage_sampler.h"
 #include "policy/rank_policy.h"
 
 namespace drrl {
-
-struct LayerPlan {
-  c10::intrusive_ptr<LowRankPlan> lowrank;     ///< null: exact attention
-  c10::intrusive_ptr<ContextPlan> context;     ///< under context parallelism, instead
-  std::shared_ptr<const DamageSample> sample;  ///< rows to measure in the backward pass; null: none
-};
 
 /// How the bases of far pairs are made.
 struct BasisOptions {

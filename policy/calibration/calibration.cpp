@@ -9,12 +9,14 @@
 #include <ATen/Parallel.h>
 
 #include "core/attention/exact_attention.h"
+#include "core/attention/far_bases.h"
 #include "core/attention/lowrank_attention.h"
 #include "core/attention/rows.h"
 #include "core/error.h"
+#include "core/linalg/basis.h"
 #include "core/linalg/gram.h"
 #include "distributed/collectives/agreement.h"
-#include "policy/attention/lowrank_controller.h"
+#include "policy/attention/layer_plan.h"
 #include "policy/calibration/pair_features.h"
 #include "policy/calibration/policy_file.h"
 

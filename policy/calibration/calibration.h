@@ -7,12 +7,12 @@
 
 #include <ATen/ATen.h>
 
-#include "core/attention/lowrank_attention.h"
 #include "core/io/safetensors.h"
 #include "core/types/block_tree.h"
+#include "core/types/ranks.h"
 #include "policy/allocation/cost_model.h"
 #include "policy/attention/attention_controller.h"
-#include "policy/rank_policy.h"
+#include "policy/rank_table.h"
 
 namespace drrl {
 

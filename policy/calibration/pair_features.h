@@ -34,7 +34,8 @@ inline int64_t pair_features(const std::vector<int64_t>& ranks) {
 ///
 ///   log(stale_loss(r) / total)  for scores and values at each of `ranks`, clamped below at e^-12
 ///   log of the mean squared score, total / (queries keys d), and of the mean squared value as W_O
-///   sees it level / 8, log2(1 + index of the pair's first query block) / 8
+///     sees it
+///   level / 8, log2(1 + index of the pair's first query block) / 8
 ///
 /// grams of `count` pairs of `tree` from number `first_pair` on, [B, G, count, d, d], sums over
 /// heads_per_group query heads; start [B G, 2, d, d] right factors. Returns [B, G, count,

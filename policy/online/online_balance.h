@@ -16,8 +16,8 @@ namespace drrl {
 ///
 ///   each step      a process notes its speed
 ///   every N steps  one all-gather of the medians, at the end of a step, where a sum over all
-///   processes waits anyway; everybody then computes the same ranks,
-///                  which are in effect from the next step on if they save enough
+///                  processes waits anyway; everybody then computes the same ranks, which are in
+///                  effect from the next step on if they save enough
 ///
 /// Members of a group have the same ranks; data-parallel replicas need not: each balances itself,
 /// as its members wait for each other at every layer, and one without a slow process keeps the

@@ -21,9 +21,11 @@ namespace drrl {
 /// 2512.15973), on every process the same object:
 ///
 ///   each step      the sampler measures damages of all ranks on a few rows of the text at hand;
-///   the controller's ms and guard counters add up every N steps  each process sends what it has to
-///   the OnlineTrainer on rank 0 (RewardChannel), and goes on N steps later  all processes take the
-///   factors that came back, and decide by them from the next step on
+///                  the controller's ms and guard counters add up
+///   every N steps  each process sends what it has to the OnlineTrainer on rank 0 (RewardChannel),
+///                  and goes on
+///   N steps later  all processes take the factors that came back, and decide by them from the next
+///                  step on
 ///
 /// So an update has N steps of time to travel and to be computed, and all processes change their
 /// decisions at the same step whatever the speed of anyone: decisions are alike and runs can be

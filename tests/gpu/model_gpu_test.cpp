@@ -118,8 +118,11 @@ INSTANTIATE_TEST_SUITE_P(Dtypes, GpuOperators,
 TEST(GpuModel, TrainsAsOnTheCpu) {
   DRRL_NEEDS_GPU();
   const ModelConfig config = ModelConfig::parse(
-      R"({"model_type": "llama", "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true})",
+      R"({"model_type": "llama", "vocab_size": 97, "hidden_size": 64, )"
+      R"("intermediate_size": 96, "num_hidden_layers": 2, )"
+      R"("num_attention_heads": 4,
+          "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, )"
+      R"("rope_theta": 10000.0, "tie_word_embeddings": true})",
       "test");
   const at::Tensor tokens = at::randint(0, 97, {2, 257}, at::kLong);
   const auto gradients = [&](at::Device device, at::ScalarType dtype) {

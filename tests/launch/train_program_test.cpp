@@ -15,6 +15,7 @@
 #include "models/causal_lm/causal_lm.h"
 #include "models/data/token_file.h"
 #include "policy/attention/attention_controller.h"
+#include "policy/rank_policy.h"
 #include "tests/launch/shell.h"
 #include "tests/support/io_support.h"
 
@@ -34,9 +35,12 @@ std::string mpirun(int ranks) {
 }
 
 constexpr const char* kConfig = R"({
-  "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 61, "hidden_size": 48, "intermediate_size": 56,
-  "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-  "rope_theta": 10000.0, "tie_word_embeddings": true, "hidden_act": "silu", "initializer_range": 0.05})";
+  "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 61, )"
+                                R"("hidden_size": 48, "intermediate_size": 56,
+  "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, )"
+                                R"("max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+  "rope_theta": 10000.0, "tie_word_embeddings": true, "hidden_act": "silu", )"
+                                R"("initializer_range": 0.05})";
 
 class TrainProgram : public testing::Test {
  protected:

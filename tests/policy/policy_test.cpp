@@ -6,9 +6,12 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include "core/attention/exact_attention.h"
+#include "core/attention/far_bases.h"
 #include "core/attention/flops.h"
+#include "core/attention/lowrank_attention.h"
 #include "core/error.h"
 #include "core/io/safetensors.h"
+#include "policy/attention/layer_plan.h"
 #include "policy/attention/lowrank_controller.h"
 #include "policy/calibration/calibration.h"
 #include "policy/calibration/pair_features.h"

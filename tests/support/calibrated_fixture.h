@@ -13,9 +13,12 @@ inline constexpr Geometry kGeometry{32, 1};
 
 inline ModelConfig config() {
   return ModelConfig::parse(R"({
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 61, "hidden_size": 48, "intermediate_size": 56,
-    "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0, "tie_word_embeddings": true, "hidden_act": "silu", "initializer_range": 0.2})",
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 61, )"
+                            R"("hidden_size": 48, "intermediate_size": 56,
+    "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, )"
+                            R"("max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "tie_word_embeddings": true, "hidden_act": "silu", )"
+                            R"("initializer_range": 0.2})",
                             "tiny");
 }
 

@@ -1,6 +1,10 @@
 #pragma once
 
-#include "models/ops/fused_ops.h"
+#include <tuple>
+
+#include <ATen/ATen.h>
+
+#include "models/ops/op_results.h"
 
 /// drrl::raw on CUDA tensors, one kernel each: arguments, results and requirements are those of
 /// fused_ops.h. Asynchronous. Errors: Error(kInternal) with the CUDA call that failed.

@@ -2,8 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include "core/attention/lowrank_attention.h"
 #include "core/attention/reference.h"
 #include "core/attention/rows.h"
+#include "core/linalg/basis.h"
 #include "core/linalg/gram.h"
 
 namespace drrl {

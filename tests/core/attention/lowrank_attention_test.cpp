@@ -6,6 +6,7 @@
 #include "core/attention/exact_attention.h"
 #include "core/attention/flops.h"
 #include "core/attention/reference.h"
+#include "core/linalg/basis.h"
 #include "core/linalg/gram.h"
 
 namespace drrl {

@@ -80,8 +80,8 @@ TEST(Safetensors, SlicesOfEveryDimension) {
 TEST(Safetensors, UnalignedTensorsAreRead) {
   const TemporaryDirectory folder;
   const float value = 1.5F;
-  const std::string header =
-      R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"F32","shape":[1],"data_offsets":[1,5]}} )";
+  const std::string header = R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},)"
+                             R"("b":{"dtype":"F32","shape":[1],"data_offsets":[1,5]}} )";
   write_bytes(
       folder / "u.safetensors",
       with_length(header.size(), header,
@@ -141,9 +141,9 @@ std::vector<Hostile> hostile_files() {
            "],\"data_offsets\":[0,8]"),
        {"longer than 16"}},
       {"duplicate tensor",
-       file_of(
-           R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})",
-           8),
+       file_of(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},)"
+               R"("a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})",
+               8),
        {"\"a\" occurs twice"}},
       {"duplicate field",
        one(R"("dtype":"F32","shape":[2],"shape":[2],"data_offsets":[0,8])"),
@@ -217,24 +217,24 @@ std::vector<Hostile> hostile_files() {
        one(R"("dtype":"F32","shape":[1],"data_offsets":[4,8])"),
        {"bytes 0 to 4", "belong to no tensor"}},
       {"overlap",
-       file_of(
-           R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}})",
-           8),
+       file_of(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},)"
+               R"("b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}})",
+               8),
        {"\"b\" begins at byte 4", "inside tensor \"a\"", "ends at 8"}},
       {"same bytes twice",
-       file_of(
-           R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})",
-           8),
+       file_of(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},)"
+               R"("b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})",
+               8),
        {"inside tensor \"a\""}},
       {"hole between",
-       file_of(
-           R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[8,12]}})",
-           12),
+       file_of(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},)"
+               R"("b":{"dtype":"F32","shape":[1],"data_offsets":[8,12]}})",
+               12),
        {"bytes 4 to 8", "before tensor \"b\""}},
       {"empty tensor inside another",
-       file_of(
-           R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[0],"data_offsets":[4,4]}})",
-           8),
+       file_of(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},)"
+               R"("b":{"dtype":"F32","shape":[0],"data_offsets":[4,4]}})",
+               8),
        {"\"b\" begins at byte 4"}},
       {"metadata is a list", file_of(R"({"__metadata__":[]})", 0), {"__metadata__ is []"}},
       {"metadata value is a number",
@@ -374,9 +374,10 @@ TEST(WeightStore, OneFileAndShards) {
   const TemporaryDirectory sharded;
   write_safetensors(sharded / "model-00001-of-00002.safetensors", {{"a", a}});
   write_safetensors(sharded / "model-00002-of-00002.safetensors", {{"b", b}});
-  write_bytes(
-      sharded / "model.safetensors.index.json",
-      R"({"metadata":{"total_size":60},"weight_map":{"a":"model-00001-of-00002.safetensors","b":"model-00002-of-00002.safetensors"}})");
+  write_bytes(sharded / "model.safetensors.index.json",
+              R"({"metadata":{"total_size":60},)"
+              R"("weight_map":{"a":"model-00001-of-00002.safetensors",)"
+              R"("b":"model-00002-of-00002.safetensors"}})");
   for (const auto* folder : {&single, &sharded}) {
     const WeightStore store = WeightStore::open(folder->path());
     EXPECT_EQ(store.names(), (std::vector<std::string>{"a", "b"}));

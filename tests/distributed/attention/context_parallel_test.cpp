@@ -6,6 +6,7 @@
 #include "distributed/topology/mesh.h"
 #include "models/causal_lm/causal_lm.h"
 #include "models/causal_lm/tensor_parallel.h"
+#include "policy/attention/layer_plan.h"
 #include "policy/attention/lowrank_controller.h"
 #include "tests/support/io_support.h"
 #include "tests/support/reference_llama.h"

@@ -6,7 +6,9 @@
 
 #include "core/attention/far_bases.h"
 #include "core/error.h"
+#include "policy/attention/layer_plan.h"
 #include "policy/attention/lowrank_controller.h"
+#include "policy/rank_policy.h"
 #include "tests/support/io_support.h"
 #include "tests/support/reference_llama.h"
 #include "tests/support/tensor_parallel_fixture.h"

@@ -17,6 +17,7 @@
 #include "models/causal_lm/causal_lm.h"
 #include "models/data/token_file.h"
 #include "policy/attention/attention_controller.h"
+#include "policy/rank_policy.h"
 #include "tests/launch/shell.h"
 #include "tests/support/error_of.h"
 #include "tests/support/io_support.h"
@@ -152,9 +153,12 @@ TEST(SvgPlot, IsWellFormedWhateverItIsGiven) {
 }
 
 constexpr const char* kConfig = R"({
-  "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 61, "hidden_size": 64, "intermediate_size": 56,
-  "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
-  "rope_theta": 10000.0, "tie_word_embeddings": true, "hidden_act": "silu", "initializer_range": 0.3})";
+  "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 61, )"
+                                R"("hidden_size": 64, "intermediate_size": 56,
+  "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, )"
+                                R"("max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+  "rope_theta": 10000.0, "tie_word_embeddings": true, "hidden_act": "silu", )"
+                                R"("initializer_range": 0.3})";
 
 class BenchProgram : public testing::Test {
  protected:

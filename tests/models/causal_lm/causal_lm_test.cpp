@@ -304,10 +304,11 @@ TEST(Gpt2Test, ParametersSayWhatTheyAre) {
 }
 
 ModelConfig written_gpt2_config() {
-  return ModelConfig::parse(
-      R"({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 53, "n_embd": 48, "n_layer": 2,
-                                "n_head": 3, "n_inner": 37, "n_positions": 64, "torch_dtype": "float32"})",
-      "test");
+  return ModelConfig::parse(R"({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], )"
+                            R"("vocab_size": 53, "n_embd": 48, "n_layer": 2,
+                                "n_head": 3, "n_inner": 37, "n_positions": 64, )"
+                            R"("torch_dtype": "float32"})",
+                            "test");
 }
 
 TEST(Gpt2Test, ExportsAndReloadsWithAndWithoutThePrefix) {
@@ -372,16 +373,16 @@ TEST(LlamaTest, InitializationDependsOnTheSeedAlone) {
 
 ModelConfig written_config(const ModelConfig& config) {
   return ModelConfig::parse(
-      c10::str(
-          R"({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "torch_dtype": "float32")",
-          R"(, "vocab_size": )", config.vocab_size, R"(, "hidden_size": )", config.hidden_size,
-          R"(, "intermediate_size": )", config.intermediate_size, R"(, "num_hidden_layers": )",
-          config.num_hidden_layers, R"(, "num_attention_heads": )", config.num_attention_heads,
-          R"(, "num_key_value_heads": )", config.num_key_value_heads, R"(, "head_dim": )",
-          config.head_dim, R"(, "max_position_embeddings": )", config.max_position_embeddings,
-          R"(, "rms_norm_eps": 1e-5, "rope_theta": 1000.0, "tie_word_embeddings": )",
-          config.tie_word_embeddings ? "true" : "false",
-          R"(, "attention_bias": true, "mlp_bias": true})"),
+      c10::str(R"({"model_type": "llama", "architectures": ["LlamaForCausalLM"], )"
+               R"("hidden_act": "silu", "torch_dtype": "float32")",
+               R"(, "vocab_size": )", config.vocab_size, R"(, "hidden_size": )", config.hidden_size,
+               R"(, "intermediate_size": )", config.intermediate_size, R"(, "num_hidden_layers": )",
+               config.num_hidden_layers, R"(, "num_attention_heads": )", config.num_attention_heads,
+               R"(, "num_key_value_heads": )", config.num_key_value_heads, R"(, "head_dim": )",
+               config.head_dim, R"(, "max_position_embeddings": )", config.max_position_embeddings,
+               R"(, "rms_norm_eps": 1e-5, "rope_theta": 1000.0, "tie_word_embeddings": )",
+               config.tie_word_embeddings ? "true" : "false",
+               R"(, "attention_bias": true, "mlp_bias": true})"),
       "test");
 }
 

@@ -120,12 +120,17 @@ TEST_F(TensorParallel, InitializesShardsOfOneModel) {
 TEST_F(TensorParallel, SavesOneModelAndLoadsItsShards) {
   const int64_t groups = size_ < 4 ? 3 : 5;
   const std::string llama = c10::str(
-      R"({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "vocab_size": 53, "hidden_size": 40,
-               "intermediate_size": 37, "num_hidden_layers": 2, "head_dim": 16, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-               "rope_theta": 1000.0, "attention_bias": true, "mlp_bias": true, "tie_word_embeddings": false, "num_attention_heads": )",
+      R"({"model_type": "llama", )"
+      R"("architectures": ["LlamaForCausalLM"], "hidden_act": "silu", )"
+      R"("vocab_size": 53, "hidden_size": 40,
+               "intermediate_size": 37, "num_hidden_layers": 2, "head_dim": 16, )"
+      R"("max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+               "rope_theta": 1000.0, "attention_bias": true, "mlp_bias": true, )"
+      R"("tie_word_embeddings": false, "num_attention_heads": )",
       2 * groups, R"(, "num_key_value_heads": )", groups, "}");
   const std::string gpt2 = c10::str(
-      R"({"model_type": "gpt2", "vocab_size": 53, "n_inner": 37, "n_layer": 2, "n_positions": 64, "n_head": )",
+      R"({"model_type": "gpt2", "vocab_size": 53, "n_inner": 37, "n_layer": 2, )"
+      R"("n_positions": 64, "n_head": )",
       groups, R"(, "n_embd": )", 16 * groups, "}");
   // One KV head of all ranks.
   const std::string shared = std::regex_replace(

@@ -287,8 +287,8 @@ TEST(Tokenizer, IsToldByItsWords) {
   words(R"({"b": 1, "é": 0})");
   EXPECT_NO_THROW(compare());
   // printf '0\té\n1\tb\n' | sha1sum
-  const std::string made =
-      R"({"tokens": 3, "vocabulary": {"tokenizer": "their/tokenizer.json", "size": 2, "sha1": "3c542fe110e29619a09c16166f92c1ada8204b14"}})";
+  const std::string made = R"({"tokens": 3, "vocabulary": {"tokenizer": "their/tokenizer.json", )"
+                           R"("size": 2, "sha1": "3c542fe110e29619a09c16166f92c1ada8204b14"}})";
   note(made);
   EXPECT_NO_THROW(compare());
   EXPECT_NO_THROW(check_tokenizer(folder / "text.bin", folder.path()));

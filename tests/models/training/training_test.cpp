@@ -182,8 +182,7 @@ TEST(Sequences, RefusesARangeThatIsTooShort) {
   expect_error(ErrorKind::kUsage, {"seq_len"}, [&] { SequenceDataset(file, 0, 50, 0, 1); });
 }
 
-// ---- TensorBoard
-// ---------------------------------------------------------------------------------------------------------
+// ---- TensorBoard --------------------------------------------------------------------------------
 
 uint64_t read_varint(const std::string& bytes, size_t& at) {
   uint64_t value = 0;

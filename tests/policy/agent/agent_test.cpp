@@ -7,8 +7,10 @@
 
 #include "core/error.h"
 #include "policy/agent/agent_training.h"
+#include "policy/attention/layer_plan.h"
 #include "policy/attention/lowrank_controller.h"
 #include "policy/calibration/pair_features.h"
+#include "policy/rank_policy.h"
 #include "tests/support/error_of.h"
 #include "tests/support/temporary.h"
 

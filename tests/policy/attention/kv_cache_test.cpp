@@ -4,7 +4,9 @@
 
 #include <gtest/gtest.h>
 
+#include "core/linalg/basis.h"
 #include "policy/attention/lowrank_controller.h"
+#include "policy/rank_policy.h"
 
 namespace drrl {
 namespace {

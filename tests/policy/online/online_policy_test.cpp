@@ -7,6 +7,8 @@
 #include "models/causal_lm/causal_lm.h"
 #include "models/causal_lm/tensor_parallel.h"
 #include "models/training/trainer.h"
+#include "policy/attention/lowrank_controller.h"
+#include "policy/rank_policy.h"
 #include "tests/support/calibrated_fixture.h"
 #include "tests/support/strict_nccl.h"
 

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "core/attention/exact_attention.h"
+#include "core/attention/far_bases.h"
 #include "core/error.h"
 #include "policy/attention/lowrank_controller.h"
 #include "policy/calibration/damage_sampler.h"
