@@ -15,6 +15,6 @@ run(${CMAKE_COMMAND} --build ${WORK}/build)
 run(${LAUNCHER} -np 2 ${WORK}/build/train)
 
 file(GLOB library ${WORK}/prefix/lib*/libdrrl_torch_ops.so)
-string(CONCAT program "import drrl_attention; "
+string(CONCAT program "import drrl_attention\n"
   "print(drrl_attention.register('${library}', head_dim=64, rank=32).describe())")
 run(${CMAKE_COMMAND} -E env PYTHONPATH=${WORK}/prefix/share/drrl ${DRRL_PYTHON} -c "${program}")
