@@ -1,21 +1,28 @@
 #!/usr/bin/env python3
-"""Low-rank attention against Performer, Nystromformer and Linformer, from their Python packages, on the queries, keys and values that the layers
-of a real model see of a real text: output error at equal operations, and time, in one table.
+"""Low-rank attention against Performer, Nystromformer and Linformer, from their Python packages, on
+the queries, keys and values that the layers of a real model see of a real text: output error at
+equal operations, and time, in one table.
 
-    launch/bench/peers.py --model DIR --data PREFIX [--seq_len 4096] [--layers 3,15,27] [--ranks 16,32] [--json FILE]
+    launch/bench/peers.py --model DIR --data PREFIX [--seq_len 4096] [--layers 3,15,27]
+            [--ranks 16,32] [--json FILE]
 
-drrl-bench peers measures PyTorch's SDPA and drrl's own methods and hands over its inputs; then the packages are measured here, on as many threads.
-SDPA is measured here once more, and speeds are against the SDPA of the same process. For every drrl row, each peer gets the size (features,
+drrl-bench peers measures PyTorch's SDPA and drrl's own methods and hands over its inputs; then the
+packages are measured here, on as many threads. SDPA is measured here once more, and speeds are
+against the SDPA of the same process. For every drrl row, each peer gets the size (features,
 landmarks, projected length) that spends the same share of the operations of exact attention.
 
-Only Performer has a causal form, whose package runs a slow loop of running sums unless a CUDA extension of pytorch-fast-transformers is there. Nystromformer and Linformer mix later tokens into earlier ones by construction, so they are compared with exact
-attention *without* the causal mask, at the same share of its operations, which are twice as many. None of the peers is trained to be one: each
-stands in for exact attention as drrl does. Linformer's learned projection is taken twice: random, as the package starts it, and as the mean of
-neighbouring tokens, the untrained choice that its paper names.
+Only Performer has a causal form, whose package runs a slow loop of running sums unless a CUDA
+extension of pytorch-fast-transformers is there. Nystromformer and Linformer mix later tokens into
+earlier ones by construction, so they are compared with exact attention *without* the causal mask,
+at the same share of its operations, which are twice as many. None of the peers is trained to be
+one: each stands in for exact attention as drrl does. Linformer's learned projection is taken twice:
+random, as the package starts it, and as the mean of neighbouring tokens, the untrained choice that
+its paper names.
 
-Packages (installed into a folder of their own under the cache, without dependencies): performer-pytorch, nystrom-attention, linformer, and
-einops, local-attention and axial-positional-embedding, which they import. Papers: Performer arXiv 2009.14794, Nystromformer arXiv 2102.03902,
-Linformer arXiv 2006.04768.
+Packages (installed into a folder of their own under the cache, without dependencies):
+performer-pytorch, nystrom-attention, linformer, and einops, local-attention and
+axial-positional-embedding, which they import. Papers: Performer arXiv 2009.14794, Nystromformer
+arXiv 2102.03902, Linformer arXiv 2006.04768.
 
 Exit status: 0 measured, 1 a program, pip or a package failed.
 """
@@ -57,7 +64,8 @@ def install_packages():
 
 
 def largest(cost, budget, limit):
-    """The largest size in 1..limit whose cost is within the budget (costs grow with the size), at least 1."""
+    """The largest size in 1..limit whose cost is within the budget (costs grow with the size), at
+    least 1."""
     low, high = 1, limit
     while low < high:
         middle = (low + high + 1) // 2
@@ -65,7 +73,8 @@ def largest(cost, budget, limit):
     return low
 
 
-# Operations of one head, multiply and add as two, of length L, head dim d and size m, as the packages execute them.
+# Operations of one head, multiply and add as two, of length L, head dim d and size m, as the
+# packages execute them.
 def performer_flops(L, d, m):
     return (
         8 * L * d * m
@@ -83,7 +92,8 @@ def linformer_flops(L, d, m):
 
 
 class Columns:
-    """In place of a layer's input projection: the queries, keys or values out of rows [q | k | v]."""
+    """In place of a layer's input projection: the queries, keys or values out of rows [q | k |
+    v]."""
 
     def __init__(self, index, width):
         self.part = slice(index * width, (index + 1) * width)
@@ -171,7 +181,7 @@ def peers_at(share, L, d, heads):
         ("Linformer, random", False, linformer_flops, lambda m: linformer(L, d, heads, m, False)),
         ("Linformer, pooled", False, linformer_flops, lambda m: linformer(L, d, heads, m, True)),
     ]:
-        size = largest(lambda m: flops(L, d, m), share * exact[causal], L)
+        size = largest(lambda m, flops=flops: flops(L, d, m), share * exact[causal], L)
         rows.append((name, causal, size, flops(L, d, size) / exact[causal], make(size)))
     return rows
 
@@ -211,7 +221,7 @@ def measure_packages(layers, projections, shares, repeats):
     for turn in range(
         repeats + 1
     ):  # all in turn, so that a slow moment hits all; the first turn is a warm-up
-        for i, (name, causal, size, _, run) in enumerate(methods):
+        for i, (_, causal, _, _, run) in enumerate(methods):
             if turn and times[i] and times[i][0] > ONCE_MS:
                 continue
             start = time.perf_counter()
@@ -247,7 +257,8 @@ def measure_packages(layers, projections, shares, repeats):
 
 
 def load_layers(path):
-    """[(q, k, v)] with keys and values copied for each query head, which is what the packages take; [W_O]."""
+    """[(q, k, v)] with keys and values copied for each query head, which is what the packages take;
+    [W_O]."""
     from safetensors.torch import load_file
 
     tensors = load_file(path)
@@ -342,10 +353,12 @@ def main():
         f"forward, {result['inputs']}, fp32, {options.threads} threads, median of {options.repeats}"
     )
     print(
-        "error: ||O' - O||_F / ||O||_F against exact attention, causal or not as the method is, mean over the layers;"
+        "error: ||O' - O||_F / ||O||_F against exact attention, causal or not as the method is, "
+        "mean over the layers;"
     )
     print(
-        "after W_O: the same of the layers' outputs; ms: of all layers; speed: against SDPA of the same mask"
+        "after W_O: the same of the layers' outputs; ms: of all layers; speed: against SDPA of the "
+        "same mask"
     )
     print("and process; size: rank, features, landmarks or projected length")
     print_table(result["results"])

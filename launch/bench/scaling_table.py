@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Puts runs of drrl-bench scaling side by side: scaling_table.py OUT RUN.json... Prints the table; OUT gets {"runs", "efficiency"}.
+"""Puts runs of drrl-bench scaling side by side: scaling_table.py OUT RUN.json... Prints the table;
+OUT gets {"runs", "efficiency"}.
 
-Efficiency is tokens per second and process, basis_ratio the processor time that the slowest process spends on Grams and bases, both over those of the
-smallest run. Processors of shared machines become slower and faster from one second to the next: on a CPU, times are counted in those of the yardsticks
-meanwhile. Runs must differ in nothing but their processes.
+Efficiency is tokens per second and process, basis_ratio the processor time that the slowest process
+spends on Grams and bases, both over those of the smallest run. Processors of shared machines become
+slower and faster from one second to the next: on a CPU, times are counted in those of the
+yardsticks meanwhile. Runs must differ in nothing but their processes.
 """
 
 import json
@@ -30,7 +32,8 @@ def shape_of_run(run):
 
 
 def speedless(run):
-    """Of a step of this run, times in those of the yardsticks meanwhile, on CUDA in ms: the step, Grams and bases of the slowest process (None on CUDA)."""
+    """Of a step of this run, times in those of the yardsticks meanwhile, on CUDA in ms: the step,
+    Grams and bases of the slowest process (None on CUDA)."""
     yardsticks = [step["yardstick_ms"] for step in run["steps"]]
     if None in yardsticks:
         return run["step_ms"], None
@@ -87,23 +90,31 @@ def main():
         rows = efficiency(runs)
     except KeyError as missing:
         print(
-            f"scaling_table: error: {', '.join(paths)}: expected the key {missing}, which drrl-bench scaling writes",
+            f"scaling_table: error: {', '.join(paths)}: expected the key {missing}, which "
+            "drrl-bench scaling writes",
             file=sys.stderr,
         )
         return 2
-    cell = lambda value, pattern: "-" if value is None else pattern % value  # null on CUDA
-    share = lambda value: cell(value and 100 * value, "%.1f %%")
+
+    def cell(value, pattern):
+        return "-" if value is None else pattern % value  # null on CUDA
+
+    def share(value):
+        return cell(value and 100 * value, "%.1f %%")
+
     print(f"{runs[0]['scaling']} scaling, {runs[0]['attention']}")
     print(
-        f"{'processes':>9} {'tp x cp x dp':>12} {'step ms':>9} {'tokens/s':>9} {'efficiency':>10} {'exposed':>8} {'bases':>7} {'ratio':>6} {'sent MB':>9} "
-        f"{'of bases':>9}"
+        f"{'processes':>9} {'tp x cp x dp':>12} {'step ms':>9} {'tokens/s':>9} {'efficiency':>10} "
+        f"{'exposed':>8} {'bases':>7} {'ratio':>6} {'sent MB':>9} {'of bases':>9}"
     )
     for row in rows:
         layout = f"{row['tp']} x {row['cp']} x {row['dp']}"
         print(
-            f"{row['world_size']:>9} {layout:>12} {row['step_ms']:>9.1f} {row['tokens_per_second']:>9.0f} {row['efficiency']:>10.2f} "
-            f"{share(row['exposed_share']):>8} {share(row['basis_share']):>7} {cell(row['basis_ratio'], '%.2f'):>6} "
-            f"{row['sent_bytes'] / 1e6:>9.3f} {row['basis_bytes'] / 1e6:>9.3f}"
+            f"{row['world_size']:>9} {layout:>12} {row['step_ms']:>9.1f} "
+            f"{row['tokens_per_second']:>9.0f} {row['efficiency']:>10.2f} "
+            f"{share(row['exposed_share']):>8} {share(row['basis_share']):>7} "
+            f"{cell(row['basis_ratio'], '%.2f'):>6} {row['sent_bytes'] / 1e6:>9.3f} "
+            f"{row['basis_bytes'] / 1e6:>9.3f}"
         )
     write_atomically(out, json.dumps({"runs": runs, "efficiency": rows}, indent=2) + "\n")
     return 0

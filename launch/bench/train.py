@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Training speed of drrl-train against Transformers + PyTorch SDPA + fused AdamW: the same model, tokens, order, precision, threads and
-machine, runs alternating so that a slow minute hits both. The first step of every run (allocation, warm-up) is not counted.
+"""Training speed of drrl-train against Transformers + PyTorch SDPA + fused AdamW: the same model,
+tokens, order, precision, threads and machine, runs alternating so that a slow minute hits both. The
+first step of every run (allocation, warm-up) is not counted.
 
     launch/bench/train.py --model DIR --data PREFIX [--seq_len 2048 8192] [--rounds 3] [--json FILE]
 
-Prints a table of median tokens/s, their ratio (above 1: drrl is faster) and peak memory, and whether the losses agree; writes JSON.
+Prints a table of median tokens/s, their ratio (above 1: drrl is faster) and peak memory, and
+whether the losses agree; writes JSON.
 Exit status: 0 measured, 1 a run failed or the losses disagree.
 """
 
@@ -30,7 +32,8 @@ class RunFailed(Exception):
 
 
 def measure(command, threads):
-    """Runs to the end; returns peak resident memory in GiB. Output goes to our standard error if it fails."""
+    """Runs to the end; returns peak resident memory in GiB. Output goes to our standard error if it
+    fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
@@ -84,7 +87,11 @@ def transformers_run(options, seq_len, work):
         command.append("--activation_checkpoint")
     memory = measure([str(c) for c in command], options.threads)
     lines = read_lines(out)
-    return [l["loss"] for l in lines], [seq_len / l["seconds"] for l in lines[1:]], memory
+    return (
+        [line["loss"] for line in lines],
+        [seq_len / line["seconds"] for line in lines[1:]],
+        memory,
+    )
 
 
 def drrl_run(options, seq_len, work, further=()):
@@ -121,7 +128,8 @@ def drrl_run(options, seq_len, work, further=()):
     ]
     memory = measure([str(c) for c in command], options.threads)
     lines = read_lines(out / "metrics/metrics.jsonl")
-    return [l["loss"] for l in lines], [l["tokens_per_second"] for l in lines[1:]], memory
+    losses = [line["loss"] for line in lines]
+    return losses, [line["tokens_per_second"] for line in lines[1:]], memory
 
 
 def lowrank_run(options, seq_len, work):
@@ -196,7 +204,8 @@ def main():
     parser.add_argument("--activation_checkpoint", action="store_true", help="in both")
     parser.add_argument(
         "--policy",
-        help="a file of drrl-policy calibrate: drrl-train with --rank_policy=dp takes part too (its losses are its own)",
+        help="a file of drrl-policy calibrate: drrl-train with --rank_policy=dp takes part too "
+        "(its losses are its own)",
     )
     parser.add_argument("--rank_budget", type=float, default=0.585, help="with --policy")
     parser.add_argument(
@@ -234,23 +243,28 @@ def main():
         return 1
     agree = True
     print(
-        f"training, tokens/s (median of {options.rounds} runs), {options.dtype}, {options.threads} threads, batch 1"
+        f"training, tokens/s (median of {options.rounds} runs), {options.dtype}, {options.threads} "
+        "threads, batch 1"
     )
     print(
-        f"{'L':>6} {'transformers':>13} {'drrl':>9} {'ratio':>6} {'GiB t.':>7} {'GiB drrl':>8}  losses differ by at most"
+        f"{'L':>6} {'transformers':>13} {'drrl':>9} {'ratio':>6} {'GiB t.':>7} {'GiB drrl':>8}  "
+        "losses differ by at most"
     )
     for r in results:
         speed, memory = r["tokens_per_second"], r["peak_memory_gib"]
         agree &= r["worst_relative_loss_difference"] <= LOSS_TOLERANCE[options.dtype]
         print(
-            f"{r['seq_len']:>6} {speed['transformers']:>13.1f} {speed['drrl']:>9.1f} {r['ratio']:>6.2f} {memory['transformers']:>7.1f} "
-            f"{memory['drrl']:>8.1f}  {r['worst_relative_loss_difference']:.1e}"
+            f"{r['seq_len']:>6} {speed['transformers']:>13.1f} {speed['drrl']:>9.1f} "
+            f"{r['ratio']:>6.2f} {memory['transformers']:>7.1f} {memory['drrl']:>8.1f}  "
+            f"{r['worst_relative_loss_difference']:.1e}"
         )
         if "low rank" in speed:
             print(
-                f"{'':>6} low rank, {lowrank_label(options)}: {speed['low rank']:.1f} tokens/s, {r['lowrank_ratio']:.2f} of transformers, "
-                f"{speed['low rank'] / speed['drrl']:.2f} of drrl's exact attention, {memory['low rank']:.1f} GiB; last loss "
-                f"{r['losses']['low rank'][-1]:.4f} against {r['losses']['drrl'][-1]:.4f}"
+                f"{'':>6} low rank, {lowrank_label(options)}: {speed['low rank']:.1f} tokens/s, "
+                f"{r['lowrank_ratio']:.2f} of transformers, "
+                f"{speed['low rank'] / speed['drrl']:.2f} of drrl's exact attention, "
+                f"{memory['low rank']:.1f} GiB; last loss {r['losses']['low rank'][-1]:.4f} "
+                f"against {r['losses']['drrl'][-1]:.4f}"
             )
     if options.json:
         write_atomically(
@@ -275,7 +289,8 @@ def main():
         )
     if not agree:
         print(
-            "bench_train: error: the two programs do not train alike, so their speeds do not compare",
+            "bench_train: error: the two programs do not train alike, so their speeds do not "
+            "compare",
             file=sys.stderr,
         )
         return 1

@@ -1,10 +1,14 @@
 #!/usr/bin/env python3
-"""A plain data-parallel trainer, a stock Transformers Llama under torchrun, with drrl's attention in it.
+"""A plain data-parallel trainer, a stock Transformers Llama under torchrun, with drrl's attention
+in it.
 
-    torchrun --nproc_per_node 2 launch/embed_torchrun/train.py --library build/cpu-release/lib/libdrrl_torch_ops.so --model DIR --tokens FILE.npy --rank 32
+    torchrun --nproc_per_node 2 launch/embed_torchrun/train.py
+            --library build/cpu-release/lib/libdrrl_torch_ops.so --model DIR --tokens FILE.npy
+            --rank 32
 
---tokens is numpy.save of token ids [sequences, L + 1], trained on in this order. Over NCCL where there are GPUs, else over Gloo.
-The first process prints one JSON object a step: step, loss (mean, nats), grad_norm (before clipping), flops (of exact attention's)."""
+--tokens is numpy.save of token ids [sequences, L + 1], trained on in this order. Over NCCL where
+there are GPUs, else over Gloo. The first process prints one JSON object a step: step, loss (mean,
+nats), grad_norm (before clipping), flops (of exact attention's)."""
 
 import argparse
 import json
@@ -50,7 +54,8 @@ def train(options, device):
     share = options.global_batch // size
     if share * size != options.global_batch or len(tokens) < options.steps * options.global_batch:
         raise ValueError(
-            f"{options.steps} steps of {options.global_batch} sequences on {size} processes and {len(tokens)} sequences"
+            f"{options.steps} steps of {options.global_batch} sequences on {size} processes and "
+            f"{len(tokens)} sequences"
         )
 
     for step in range(options.steps):

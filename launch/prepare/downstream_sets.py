@@ -1,29 +1,41 @@
 #!/usr/bin/env python3
 """Questions about long contexts, made of real text, for drrl-eval --examples.
 
-    downstream_sets.py lastword --model DIR --input FILE... --out FILE.jsonl [--length 2048] [--near 256] [--count 500] [--together 1] [--seed 1]
-    downstream_sets.py passkey  --model DIR --input FILE... --out FILE.jsonl [--length 2048] [--count 200] [--seed 1]
-    downstream_sets.py sentiment --model DIR --input FILE.tsv --out FILE.jsonl [--length 2048] [--count 1000] [--together 1] [--seed 1]
+    downstream_sets.py lastword --model DIR --input FILE... --out FILE.jsonl [--length 2048]
+            [--near 256] [--count 500] [--together 1] [--seed 1]
+    downstream_sets.py passkey --model DIR --input FILE... --out FILE.jsonl [--length 2048]
+            [--count 200] [--seed 1]
+    downstream_sets.py sentiment --model DIR --input FILE.tsv --out FILE.jsonl [--length 2048]
+            [--count 1000] [--together 1] [--seed 1]
 
-lastword, after LAMBADA: `length` tokens of one document, cut before a word of four letters or more that stands at the end of a sentence or clause (before
-one of . , ; : ! ?). The word occurs in the context, but not among its last `near` tokens, which low-rank attention sees exactly: whoever remembers it
-has looked far back. Words whose tokens do not begin and end with them are left out. Of all such places `count` are drawn, at most one of a sentence.
+lastword, after LAMBADA: `length` tokens of one document, cut before a word of four letters or more
+that stands at the end of a sentence or clause (before one of . , ; : ! ?). The word occurs in the
+context, but not among its last `near` tokens, which low-rank attention sees exactly: whoever
+remembers it has looked far back. Words whose tokens do not begin and end with them are left out. Of
+all such places `count` are drawn, at most one of a sentence.
 
-passkey: "The pass key is 48213. Remember it." in a haystack of `length` tokens of text, at depths of 0.1, 0.2, .. 0.9 in turn, and the question at the end;
-the target is the five digits. Where both are more tokens than the model's positions, the haystack is cut. Haystacks begin at random tokens of the documents, put one
-after the other.
+passkey: "The pass key is 48213. Remember it." in a haystack of `length` tokens of text, at depths
+of 0.1, 0.2, .. 0.9 in turn, and the question at the end; the target is the five digits. Where both
+are more tokens than the model's positions, the haystack is cut. Haystacks begin at random tokens of
+the documents, put one after the other.
 
-sentiment: is a sentence about a film negative or positive? Labelled sentences, as many as `length` tokens hold (the first is cut), then one without its label, and both labels
-as targets. Sentences whose mean rating is within 1 of neutral are left out, half of the questions are of each label, and no question is among the labelled
-sentences of another. The input is of `prepare.py corpus --name reviews`.
+sentiment: is a sentence about a film negative or positive? Labelled sentences, as many as `length`
+tokens hold (the first is cut), then one without its label, and both labels as targets. Sentences
+whose mean rating is within 1 of neutral are left out, half of the questions are of each label, and
+no question is among the labelled sentences of another. The input is of `prepare.py corpus --name
+reviews`.
 
---together N: an example is `length` tokens with up to N questions in their second half, which a model answers in one pass, as it predicts all tokens of a text from
-those before. Of last words, texts begin half a `length` after each other, so that each place is in the second half of one only, and N places are drawn of
-each; the word has occurred in the text, but not among its last `near` tokens. Of sentences, the last N that fit into the second half of labelled ones are asked about.
+--together N: an example is `length` tokens with up to N questions in their second half, which a
+model answers in one pass, as it predicts all tokens of a text from those before. Of last words,
+texts begin half a `length` after each other, so that each place is in the second half of one only,
+and N places are drawn of each; the word has occurred in the text, but not among its last `near`
+tokens. Of sentences, the last N that fit into the second half of labelled ones are asked about.
 
-Examples come in random order, so that the first N are a sample too; `seed` decides all that is random, and the same inputs give the same file.
-FILE.jsonl.json says which tokenizer's the ids are. Beside what drrl-eval reads, each question holds "word" and "distance" to its last occurrence [tokens], "key" and "depth", or "sentence". Exit status: 0 written, 2
-wrong usage, 3 wrong or missing input.
+Examples come in random order, so that the first N are a sample too; `seed` decides all that is
+random, and the same inputs give the same file. FILE.jsonl.json says which tokenizer's the ids are.
+Beside what drrl-eval reads, each question holds "word" and "distance" to its last occurrence
+[tokens], "key" and "depth", or "sentence". Exit status: 0 written, 2 wrong usage, 3 wrong or
+missing input.
 """
 
 import argparse
@@ -57,7 +69,8 @@ LABELS = (" negative", " positive")
 
 
 def read_named_documents(paths):
-    """[(name, text)], named after their files; what would have the name of another one, such as a file's second document, is NAME-1, NAME-2, .."""
+    """[(name, text)], named after their files; what would have the name of another one, such as a
+    file's second document, is NAME-1, NAME-2, .."""
     documents = {}
     for path in paths:
         for text in read_documents(path):
@@ -74,7 +87,8 @@ def read_named_documents(paths):
 
 
 def lastword_places(text, tokenizer, near):
-    """The tokens of a document, and all its places as (sentence, first token, token after, word, distance)."""
+    """The tokens of a document, and all its places as (sentence, first token, token after, word,
+    distance)."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
     ids, starts, ends = (
         encoding.ids,
@@ -90,7 +104,8 @@ def lastword_places(text, tokenizer, near):
         if before is None or not ENDED_WORD.match(text, begin):
             continue
         after = bisect.bisect_left(ends, end) + 1
-        # The word's first token may hold the blank before it, as in GPT-2's vocabulary, and nothing else.
+        # The word's first token may hold the blank before it, as in GPT-2's vocabulary, and nothing
+        # else.
         whole = starts[first] in (begin - 1, begin) and ends[after - 1] == end
         if whole and near < first - before:
             places.append((bisect.bisect(sentences, begin), first, after, word, first - before))
@@ -98,7 +113,8 @@ def lastword_places(text, tokenizer, near):
 
 
 def lastword_alone(documents, length, draw):
-    """An example for each place with `length` tokens before it, all at the end of texts of their own, one of a sentence."""
+    """An example for each place with `length` tokens before it, all at the end of texts of their
+    own, one of a sentence."""
     places = [
         (name, place)
         for name, (_, places) in documents.items()
@@ -124,7 +140,8 @@ def lastword_alone(documents, length, draw):
 
 
 def lastword_together(documents, length, together, draw):
-    """An example for each text of `length` tokens, half a length after each other, with up to `together` of the places of its second half, one of a sentence."""
+    """An example for each text of `length` tokens, half a length after each other, with up to
+    `together` of the places of its second half, one of a sentence."""
     examples = []
     for name, (ids, places) in documents.items():
         draw.shuffle(places)
@@ -173,8 +190,8 @@ def command_lastword(options):
     )
     if not examples:
         raise BadInput(
-            f"no word of {', '.join(map(str, options.input))} has {options.length} tokens before it and occurs there, but not in the last "
-            f"{options.near}"
+            f"no word of {', '.join(map(str, options.input))} has {options.length} tokens before "
+            f"it and occurs there, but not in the last {options.near}"
         )
     return examples
 
@@ -187,7 +204,10 @@ def positions_of(model):
 
 def command_passkey(options):
     tokenizer = load_tokenizer(options.model)
-    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
     text = [
         token for _, document in read_named_documents(options.input) for token in encode(document)
     ]
@@ -213,7 +233,8 @@ def command_passkey(options):
         )
         if room < 1 or room > len(text):
             raise BadInput(
-                f"--length {options.length} leaves {room} tokens of text beside needle and question, expected 1 to {len(text)}, all that there is"
+                f"--length {options.length} leaves {room} tokens of text beside needle and "
+                f"question, expected 1 to {len(text)}, all that there is"
             )
         start, at = draw.randrange(len(text) - room + 1), round(depth * room)
         hay = text[start : start + room]
@@ -243,7 +264,8 @@ def read_ratings(paths):
                 rating = float(rating)
             except ValueError as error:
                 raise BadInput(
-                    f"{path}, line {number}: {line[:80]!r}, expected number, rating and sentence, tabs between"
+                    f"{path}, line {number}: {line[:80]!r}, expected number, rating and sentence, "
+                    "tabs between"
                 ) from error
             if abs(rating) >= 1:
                 by_label[rating > 0].append(sentence.strip())
@@ -252,7 +274,10 @@ def read_ratings(paths):
 
 def command_sentiment(options):
     tokenizer = load_tokenizer(options.model)
-    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
     draw = random.Random(options.seed)
     by_label = read_ratings(options.input)
     for sentences in by_label:
@@ -265,7 +290,8 @@ def command_sentiment(options):
     ]
 
     def asked(sentence, label):
-        """Tokens up to the label, those of each label, and what the sentence is when it is labelled."""
+        """Tokens up to the label, those of each label, and what the sentence is when it is
+        labelled."""
         question, end = REVIEW.format(sentence=sentence), encode("\n")
         context, answered = encode(question), [encode(question + word) for word in LABELS]
         shown = encode(question + LABELS[label] + "\n")
@@ -274,7 +300,8 @@ def command_sentiment(options):
             or shown != answered[label] + end
         ):
             raise BadInput(
-                f"{options.model}: the tokenizer joins the label with what stands around it in {sentence!r}"
+                f"{options.model}: the tokenizer joins the label with what stands around it in "
+                f"{sentence!r}"
             )
         return context, [tokens[len(context) :] for tokens in answered], shown
 
@@ -305,7 +332,8 @@ def command_sentiment(options):
             context = shot + context
         if len(context) < options.length:
             raise BadInput(
-                f"--length {options.length}: the {len(shots)} sentences to show and the question are {len(context)} tokens"
+                f"--length {options.length}: the {len(shots)} sentences to show and the question "
+                f"are {len(context)} tokens"
             )
         for question in questions:
             question["at"] += options.length - end
@@ -317,7 +345,8 @@ def command_sentiment(options):
         )
     if not examples:
         raise BadInput(
-            f"{', '.join(map(str, options.input))}: {len(by_label[0])} negative and {len(by_label[1])} positive sentences, expected 2 of each or more"
+            f"{', '.join(map(str, options.input))}: {len(by_label[0])} negative and "
+            f"{len(by_label[1])} positive sentences, expected 2 of each or more"
         )
     draw.shuffle(examples)
     return examples
@@ -337,7 +366,8 @@ def first_questions(examples, count):
 
 
 def check_examples(examples, model):
-    """Raises BadInput for what drrl-eval with this model would refuse (models/data/examples.cpp)."""
+    """Raises BadInput for what drrl-eval with this model would refuse
+    (models/data/examples.cpp)."""
     config = Path(model) / "config.json"
     vocabulary = (
         json.loads(config.read_text()).get("vocab_size", math.inf) if config.is_file() else math.inf
@@ -361,11 +391,13 @@ def check_examples(examples, model):
         )
         if longest > positions:
             raise BadInput(
-                f"{where}: {len(context)} tokens and a target are longer than the {positions} positions of {model}: choose a smaller --length"
+                f"{where}: {len(context)} tokens and a target are longer than the {positions} "
+                f"positions of {model}: choose a smaller --length"
             )
         if max(context + sum(targets, [])) >= vocabulary:
             raise BadInput(
-                f"{where}: the tokenizer gives token {max(context + sum(targets, []))}, {config} says vocab_size {vocabulary}"
+                f"{where}: the tokenizer gives token {max(context + sum(targets, []))}, {config} "
+                f"says vocab_size {vocabulary}"
             )
         ids.add(example["id"])
 
@@ -404,7 +436,8 @@ def main():
             "--input",
             required=True,
             nargs="+",
-            help="text that no training has seen: .txt or .jsonl, as prepare.py text takes them; of sentiment: .tsv",
+            help="text that no training has seen: .txt or .jsonl, as prepare.py text takes them; "
+            "of sentiment: .tsv",
         )
         command.add_argument("--out", required=True, type=Path, help="file to write")
         command.add_argument(
@@ -437,7 +470,8 @@ def main():
         return EXIT_BAD_INPUT
     questions = sum(len(example.get("questions", [None])) for example in examples)
     print(
-        f"downstream_sets: {options.out}: {questions} questions, {len(examples)} examples of {options.length} tokens"
+        f"downstream_sets: {options.out}: {questions} questions, {len(examples)} examples of "
+        f"{options.length} tokens"
     )
     return 0
 

@@ -1,4 +1,5 @@
-"""Python packages that only some programs of this folder need: kept out of launch/setup/requirements.txt, in a folder of their own under the cache."""
+"""Python packages that only some programs of this folder need: kept out of
+launch/setup/requirements.txt, in a folder of their own under the cache."""
 
 import hashlib
 import os
@@ -9,7 +10,8 @@ from pathlib import Path
 
 
 def add(name, packages):
-    """Makes pinned packages importable, without dependencies, after everything that is there; pip installs them the first time."""
+    """Makes pinned packages importable, without dependencies, after everything that is there; pip
+    installs them the first time."""
     cache = Path(
         os.environ.get("DRRL_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "drrl"

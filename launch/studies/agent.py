@@ -1,21 +1,29 @@
 #!/usr/bin/env python3
-"""What an agent that looks at the text can gain over `dp`, what it does gain, and how sure that is: agents of several seeds, trained on the same traces.
+"""What an agent that looks at the text can gain over `dp`, what it does gain, and how sure that is:
+agents of several seeds, trained on the same traces.
 
-    launch/studies/agent.py --policy FILE --traces FILE... --model DIR [--seeds 5] [--held_out 4] [--validation 4] [--out DIR] [--json FILE]
-                          [-- --gates --latency=FILE ...]
+    launch/studies/agent.py --policy FILE --traces FILE... --model DIR [--seeds 5] [--held_out 4]
+                          [--validation 4] [--out DIR] [--json FILE] [-- --gates --latency=FILE ...]
 
-FILE is of drrl-policy calibrate, traces are of drrl-policy record with it; what follows -- goes to drrl-policy train. For each length and budget, on the
-sequences held out, at equal cost: the damage of `dp` [1e-3 nats per token], and what share of it is saved by
+FILE is of drrl-policy calibrate, traces are of drrl-policy record with it; what follows -- goes to
+drrl-policy train. For each length and budget, on the sequences held out, at equal cost: the damage
+of `dp` [1e-3 nats per token], and what share of it is saved by
   refitted   dp with the damages of the training sequences, pair by pair: nothing looks at the text,
-  agent      mean of the seeds, with the 95 % bootstrap interval over the sequences held out, of their means,
-  oracle     choices by one measurement of the very sequence, judged by another one: noise misleads them,
-  bound      choices by all measurements, judged by the same: noise included, no policy can save more,
-  worth      by how much larger a budget would bring `dp` where the oracle is, its damage interpolated between budgets.
-Then what can be foretold at all: by how much a pair's damage at the smallest rank, with the middle gate and without one, and the entries which that gate
-makes exact, differ from their mean over texts; share of the variance of the logarithm that linear regressions explain on sequences that they have not seen, each left
-out in turn (R^2; 0 or less: nothing),
+  agent      mean of the seeds, with the 95 % bootstrap interval over the sequences held out, of
+             their means,
+  oracle     choices by one measurement of the very sequence, judged by another one: noise misleads
+             them,
+  bound      choices by all measurements, judged by the same: noise included, no policy can save
+             more,
+  worth      by how much larger a budget would bring `dp` where the oracle is, its damage
+             interpolated between budgets.
+Then what can be foretold at all: by how much a pair's damage at the smallest rank, with the middle
+gate and without one, and the entries which that gate makes exact, differ from their mean over
+texts; share of the variance of the logarithm that linear regressions explain on sequences that they
+have not seen, each left out in turn (R^2; 0 or less: nothing),
   by states  of the pair, what an agent sees,
-  by past    what was really done to all earlier pairs of the same text, layer and KV group, and of the same text: more than any policy can know.
+  by past    what was really done to all earlier pairs of the same text, layer and KV group, and of
+             the same text: more than any policy can know.
 --out keeps the policy files, agent-SEED.safetensors. Exit status: 0 measured, 1 a run failed.
 """
 
@@ -64,8 +72,8 @@ PENALTIES = (10, 100, 1000)  # of squared weights, beside squares summed over se
 
 
 def add_worth(rows):
-    """ "worth" of each row: what more of the budget saves `dp` as much as the oracle saves; None where no larger budget was measured or
-    none spoils less."""
+    """ "worth" of each row: what more of the budget saves `dp` as much as the oracle saves; None
+    where no larger budget was measured or none spoils less."""
     for row in rows:
         larger = [
             other
@@ -83,8 +91,8 @@ def add_worth(rows):
 
 
 def explained(features, target, out):
-    """Squares that ridge regressions on the other sequences leave on sequence `out`, one for each penalty, and all of them; features [sequences, .., n], target
-    [sequences, ..]."""
+    """Squares that ridge regressions on the other sequences leave on sequence `out`, one for each
+    penalty, and all of them; features [sequences, .., n], target [sequences, ..]."""
     columns, others = features.shape[-1], numpy.arange(len(target)) != out
     x, y = features[others].reshape(-1, columns), target[others].ravel()
     scale = x.std(axis=0) + 1e-3
@@ -104,7 +112,8 @@ def beyond_mean(values, out):
 
 
 def text_features(file, traces, embeddings, first, begin, directions=8):
-    """[sequences, pairs, 3 directions]: mean input embeddings of the pair's key blocks [first, begin), of the last of them, and of all blocks before `begin`."""
+    """[sequences, pairs, 3 directions]: mean input embeddings of the pair's key blocks [first,
+    begin), of the last of them, and of all blocks before `begin`."""
     with safetensors.safe_open(file, framework="numpy") as opened:
         block, sinks = (int(opened.metadata()[name]) for name in ("near_block", "sink_tokens"))
     tokens = traces["tokens"][:, sinks:]
@@ -131,13 +140,12 @@ def text_features(file, traces, embeddings, first, begin, directions=8):
 
 
 def foretold(file, embeddings):
-    """{what: {by what: R^2}} of a trace file of three sequences or more; embeddings [vocabulary, hidden]."""
+    """{what: {by what: R^2}} of a trace file of three sequences or more; embeddings [vocabulary,
+    hidden]."""
     traces = safetensors.numpy.load_file(file)
-    state = traces[
-        "state"
-    ].astype(
-        numpy.float64
-    )  # [sequences, layers, groups, pairs, features]; the last two: level / 8, log2(1 + first block) / 8
+    # [sequences, layers, groups, pairs, features]; the last two: level / 8,
+    # log2(1 + first block) / 8
+    state = traces["state"].astype(numpy.float64)
     level, begin = state[0, 0, 0, :, -2] * 8, 2 ** (state[0, 0, 0, :, -1] * 8) - 1
     level, begin = level.round().astype(int), begin.round().astype(int)
     end = begin + 2**level
@@ -211,7 +219,8 @@ def input_embeddings(model):
                 if name in opened.keys():
                     return opened.get_tensor(name).float().numpy()
     sys.exit(
-        f"agent.py: error: no input embeddings in {model}/*.safetensors; expected model.embed_tokens.weight or wte.weight"
+        f"agent.py: error: no input embeddings in {model}/*.safetensors; expected "
+        "model.embed_tokens.weight or wte.weight"
     )
 
 
@@ -253,7 +262,8 @@ def main():
         f"(seeds 1 to {arguments.seeds})",
     )
     print(
-        f"{'L':>6} {'budget':>7} {'dp':>8} {'refitted':>9} {'agent':>8}  95 % interval     {'oracle':>8} {'bound':>8} {'worth':>8}"
+        f"{'L':>6} {'budget':>7} {'dp':>8} {'refitted':>9} {'agent':>8}  95 % interval     "
+        f"{'oracle':>8} {'bound':>8} {'worth':>8}"
     )
     for reports in zip(*(run["held_out"] for run in runs)):
         first = reports[0]
@@ -277,7 +287,8 @@ def main():
         share, low, high = (100 * x for x in row["agent"])
         worth = "" if row["worth"] is None else f"{row['worth']:+8.3f}"
         print(
-            f"{row['seq_len']:6} {row['budget']:7} {1e3 * row['dp']:8.3f} {100 * row['refitted']:+7.1f} % {share:+6.1f} %  {low:+6.1f} .. {high:+5.1f} % "
+            f"{row['seq_len']:6} {row['budget']:7} {1e3 * row['dp']:8.3f} "
+            f"{100 * row['refitted']:+7.1f} % {share:+6.1f} %  {low:+6.1f} .. {high:+5.1f} % "
             f"{100 * row['oracle']:+6.1f} % {100 * row['bound']:+6.1f} % {worth}"
         )
     embeddings = input_embeddings(arguments.model)

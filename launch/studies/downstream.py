@@ -1,13 +1,20 @@
 #!/usr/bin/env python3
-"""What low-rank attention does to answers: accuracy under rank policies against exact attention, on the same examples.
+"""What low-rank attention does to answers: accuracy under rank policies against exact attention, on
+the same examples.
 
-    launch/studies/downstream.py --model DIR --policy FILE --sets FILE.jsonl... [--limit N] [--jobs N] [--out DIR] [--json FILE] [-- --device=cuda ...]
+    launch/studies/downstream.py --model DIR --policy FILE --sets FILE.jsonl... [--limit N]
+            [--jobs N] [--out DIR] [--json FILE] [-- --device=cuda ...]
 
-Sets are files for drrl-eval --examples (launch/prepare/downstream_sets.py), policies `dp` at --budget with and without gates, and `fixed`, or some of them. For each: right answers, the
-difference in points with its 95 % interval (paired bootstrap over examples, each with all of its questions), the same for the answer's loss in nats, and a verdict.
-"equivalent": two one-sided tests exclude a difference of --margin points or more, at level 0.05 (the 90 % score interval, widened by as much as questions of an example
-are alike, lies within +- margin); else "worse" or "better" if the 95 % interval excludes 0; else "undecided": too few questions to tell. What follows -- goes to drrl-eval. --out keeps what became of each example,
-SET.POLICY.jsonl; --log lets an interrupted study go on. On a CPU with many cores --jobs, a core each, are faster than one process with all of them. Exit status: 0 measured, 1 a run failed.
+Sets are files for drrl-eval --examples (launch/prepare/downstream_sets.py), policies `dp` at
+--budget with and without gates, and `fixed`, or some of them. For each: right answers, the
+difference in points with its 95 % interval (paired bootstrap over examples, each with all of its
+questions), the same for the answer's loss in nats, and a verdict. "equivalent": two one-sided tests
+exclude a difference of --margin points or more, at level 0.05 (the 90 % score interval, widened by
+as much as questions of an example are alike, lies within +- margin); else "worse" or "better" if
+the 95 % interval excludes 0; else "undecided": too few questions to tell. What follows -- goes to
+drrl-eval. --out keeps what became of each example, SET.POLICY.jsonl; --log lets an interrupted
+study go on. On a CPU with many cores --jobs, a core each, are faster than one process with all of
+them. Exit status: 0 measured, 1 a run failed.
 """
 
 import argparse
@@ -46,7 +53,8 @@ def policies(arguments):
 
 
 def answer(arguments, log, examples, flags, out):
-    """What ran, and what became of each of the examples, lines of a file, under one policy; the latter is kept in the file `out`. Errors: study.Refused."""
+    """What ran, and what became of each of the examples, lines of a file, under one policy; the
+    latter is kept in the file `out`. Errors: study.Refused."""
     flags = [str(flag) for flag in (*flags, *(["--threads=1"] if arguments.jobs > 1 else []))]
 
     def part(asked):
@@ -85,7 +93,8 @@ def answer(arguments, log, examples, flags, out):
             run,
         )
 
-    # Several parts a job, as some examples take longer than others; small ones for a log, which is of whole parts.
+    # Several parts a job, as some examples take longer than others; small ones for a log, which is
+    # of whole parts.
     size = -(-len(examples) // (4 * arguments.jobs if arguments.jobs > 1 else 1))
     size = min(PART, size) if arguments.log else size
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
@@ -180,7 +189,8 @@ def main():
     rows, log = [], study.Log(arguments.log, arguments.build, arguments.policy)
     with study.kept_or_temporary(arguments.out) as out:
         print(
-            f"{'set':24} {'policy':14} {'operations':>10} {'accuracy':>9} {'exact':>7} {'difference in points, 95 %':>28} {'90 % of TOST':>16}  "
+            f"{'set':24} {'policy':14} {'operations':>10} {'accuracy':>9} {'exact':>7} "
+            f"{'difference in points, 95 %':>28} {'90 % of TOST':>16}  "
             f"{'nats of the answer, 95 %':>28}  verdict at +-{arguments.margin:g}"
         )
         for examples in arguments.sets:
@@ -226,8 +236,9 @@ def main():
                 rows.append(row)
                 if lines is exact:
                     print(
-                        f"{examples.stem:24} {name:14} {1:10.4f} {100 * row['accuracy']:9.1f} {'':7} {len(lines)} questions, "
-                        f"{nll:.3f} nats an answer, attention {row['attention_ms']:.0f} ms",
+                        f"{examples.stem:24} {name:14} {1:10.4f} {100 * row['accuracy']:9.1f} "
+                        f"{'':7} {len(lines)} questions, {nll:.3f} nats an answer, attention "
+                        f"{row['attention_ms']:.0f} ms",
                         flush=True,
                     )
                     continue
@@ -237,9 +248,10 @@ def main():
                     row["nll_difference"],
                 )
                 print(
-                    f"{examples.stem:24} {name:14} {operations:10.4f} {100 * row['accuracy']:9.1f} {100 * row['exact_accuracy']:7.1f} "
-                    f"{points[0]:+9.2f} ({points[1]:+.2f} .. {points[2]:+.2f}) {tost[0]:+7.2f} .. {tost[1]:+.2f}  "
-                    f"{nats[0]:+9.4f} ({nats[1]:+.4f} .. {nats[2]:+.4f})  {row['verdict']}",
+                    f"{examples.stem:24} {name:14} {operations:10.4f} {100 * row['accuracy']:9.1f} "
+                    f"{100 * row['exact_accuracy']:7.1f} {points[0]:+9.2f} ({points[1]:+.2f} .. "
+                    f"{points[2]:+.2f}) {tost[0]:+7.2f} .. {tost[1]:+.2f}  {nats[0]:+9.4f} "
+                    f"({nats[1]:+.4f} .. {nats[2]:+.4f})  {row['verdict']}",
                     flush=True,
                 )
     study.save(arguments, rows=rows)

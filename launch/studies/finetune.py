@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
-"""Fine-tuning with low-rank attention against fine-tuning with exact attention: the same model, tokens, order and steps; then the loss on held-out text.
+"""Fine-tuning with low-rank attention against fine-tuning with exact attention: the same model,
+tokens, order and steps; then the loss on held-out text.
 
-    launch/studies/finetune.py --model DIR --data PREFIX --valid_data PREFIX --policy FILE [--steps 200] [--seq_len 2048] [--budgets 0.585] [--gates]
+    launch/studies/finetune.py --model DIR --data PREFIX --valid_data PREFIX --policy FILE
+                             [--steps 200] [--seq_len 2048] [--budgets 0.585] [--gates]
                              [--device cuda --eval_device cpu] [--json FILE]
 
-One run of drrl-train with exact attention and one with `dp` for each budget. Each model that was trained at low rank is evaluated as it was trained, and with exact
-attention beside it, and compared with the exactly trained one: difference of perplexity with a 95 % bootstrap interval over sequences, operations, and time of
-the forward attention over that of exact attention on --eval_device (drrl-eval --compare_full). On a CPU also the time that attention took while training, forward and backward, over
-that of the exact run. Exit status: 0 measured, 1 a run failed.
+One run of drrl-train with exact attention and one with `dp` for each budget. Each model that was
+trained at low rank is evaluated as it was trained, and with exact attention beside it, and compared
+with the exactly trained one: difference of perplexity with a 95 % bootstrap interval over
+sequences, operations, and time of the forward attention over that of exact attention on
+--eval_device (drrl-eval --compare_full). On a CPU also the time that attention took while training,
+forward and backward, over that of the exact run. Exit status: 0 measured, 1 a run failed.
 """
 
 import json
@@ -20,7 +24,8 @@ import study
 
 
 def train(arguments, output, flags):
-    """drrl-train into `output`; the losses of its steps, and the seconds of all and those that attention took on world rank 0. The model lies in output/hf."""
+    """drrl-train into `output`; the losses of its steps, and the seconds of all and those that
+    attention took on world rank 0. The model lies in output/hf."""
     study.run(
         [
             arguments.build / "bin/drrl-train",
@@ -91,12 +96,14 @@ def main():
             evaluate(folder / "exact/hf", ["--attention=full"]),
         )
         print(
-            f"exact attention: perplexity {before['perplexity']:.3f} -> {exact['perplexity']:.3f}, {len(exact['sequence_nll'])} sequences of "
-            f"{arguments.seq_len} tokens, {arguments.steps} steps, training loss {losses[0]:.4f} -> {losses[-1]:.4f}",
+            f"exact attention: perplexity {before['perplexity']:.3f} -> {exact['perplexity']:.3f}, "
+            f"{len(exact['sequence_nll'])} sequences of {arguments.seq_len} tokens, "
+            f"{arguments.steps} steps, training loss {losses[0]:.4f} -> {losses[-1]:.4f}",
             flush=True,
         )
         print(
-            f"{'budget':>7} {'evaluated':>10} {'operations':>10} {'time':>6} {'perplexity':>11}  95 % interval"
+            f"{'budget':>7} {'evaluated':>10} {'operations':>10} {'time':>6} {'perplexity':>11}  "
+            "95 % interval"
         )
         for budget in arguments.budgets:
             flags = [
@@ -132,7 +139,8 @@ def main():
                     }
                 )
                 print(
-                    f"{budget:7} {name:>10} {operations:10.4f} {rows[-1]['time']:6.2f} {percent[0]:+10.2f} %  {percent[1]:+.2f} .. {percent[2]:+.2f} %",
+                    f"{budget:7} {name:>10} {operations:10.4f} {rows[-1]['time']:6.2f} "
+                    f"{percent[0]:+10.2f} %  {percent[1]:+.2f} .. {percent[2]:+.2f} %",
                     flush=True,
                 )
             ratios = {

@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
-"""Pictures of what the studies wrote with --json, as SVG: launch/studies/plots.py [--out DIR] RESULT.json...
+"""Pictures of what the studies wrote with --json, as SVG: launch/studies/plots.py [--out DIR]
+RESULT.json...
 
-    policies         increase of perplexity over operations, and over attention time if it was measured, a row of panels for each length
+    policies         increase of perplexity over operations, and over attention time if it was
+                     measured, a row of panels for each length
     updates          the same over decompositions, and over the time of Grams and bases
-    ranks            NAME-map: ranks by layer, KV group and level; NAME-along: by layer and position in the sequence
+    ranks            NAME-map: ranks by layer, KV group and level; NAME-along: by layer and position
+                     in the sequence
     ablations        increase of perplexity over dp
 
-Bars and dots with whiskers: 95 % intervals. The same figures make the same file. Matplotlib (installed into a folder of its own under the cache, not part of
-launch/setup/requirements.txt). Exit status: 0 drawn, 1 pip failed or a file is none of theirs.
+Bars and dots with whiskers: 95 % intervals. The same figures make the same file. Matplotlib
+(installed into a folder of its own under the cache, not part of launch/setup/requirements.txt).
+Exit status: 0 drawn, 1 pip failed or a file is none of theirs.
 """
 
 import argparse
@@ -31,7 +35,8 @@ PACKAGES = [
     "six==1.17.0",
 ]
 
-# Colours that the colour-blind can tell apart: Okabe and Ito, Color Universal Design, 2008; and a marker each.
+# Colours that the colour-blind can tell apart: Okabe and Ito, Color Universal Design, 2008; and a
+# marker each.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 POLICIES = [
@@ -70,7 +75,8 @@ def line(axes, points, **look):
 
 
 def loss_axis(axes, name="y"):
-    """An axis of increases in percent: logarithmic, but for what is smaller than 0.1 or negative."""
+    """An axis of increases in percent: logarithmic, but for what is smaller than 0.1 or
+    negative."""
     {"x": axes.set_xscale, "y": axes.set_yscale}[name]("symlog", linthresh=0.1, linscale=0.5)
     {"x": axes.xaxis, "y": axes.yaxis}[name].set_major_formatter("{x:+g} %")
     {"x": axes.axvline, "y": axes.axhline}[name](0, color="#777777", linewidth=0.8)

@@ -1,18 +1,23 @@
 #!/usr/bin/env python3
-"""Rank policies against each other on the same text: perplexity over attention operations and time, with paired bootstrap intervals.
+"""Rank policies against each other on the same text: perplexity over attention operations and time,
+with paired bootstrap intervals.
 
-    launch/studies/policies.py --model DIR --data PREFIX --policy FILE [--seq_len 2048 8192] [--budgets 0.3 0.4 0.5 0.6 0.7 0.8] [--time]
-                             [--json FILE] [--log FILE] [--markdown FILE]
+    launch/studies/policies.py --model DIR --data PREFIX --policy FILE [--seq_len 2048 8192]
+                             [--budgets 0.3 0.4 0.5 0.6 0.7 0.8] [--time] [--json FILE] [--log FILE]
+                             [--markdown FILE]
 
-Every sequence is evaluated by drrl-eval under exact attention, `fixed` ranks, `energy`, and `random`, `greedy`, `dp`, `gates` (dp with --gates) and, if the file holds a
-trained agent, `rl` (with --gates if it has learned with them), each at every budget and all from the same file; those without gates are given the operations that `rl`
-really took. --time: exact attention runs beside
-every policy, sequence by sequence, and the time of its attention is the unit. Intervals: 95 %, over sequences, of the paired difference of mean loss. A budget that
-cannot be met at a length is a row that says so.
+Every sequence is evaluated by drrl-eval under exact attention, `fixed` ranks, `energy`, and
+`random`, `greedy`, `dp`, `gates` (dp with --gates) and, if the file holds a trained agent, `rl`
+(with --gates if it has learned with them), each at every budget and all from the same file; those
+without gates are given the operations that `rl` really took. --time: exact attention runs beside
+every policy, sequence by sequence, and the time of its attention is the unit. Intervals: 95 %, over
+sequences, of the paired difference of mean loss. A budget that cannot be met at a length is a row
+that says so.
 
-Then `gates` is compared with `dp`, and `rl` with that of the two that has the same choices, at equal operations and at equal time: losses of the other one between two
-of its budgets are interpolated, sequence by sequence. Prints tables; writes all figures as JSON, and the comparison of arXiv 2512.15973 (full rank, fixed, adaptive SVD,
-random, DR-RL, and what drrl adds) as Markdown.
+Then `gates` is compared with `dp`, and `rl` with that of the two that has the same choices, at
+equal operations and at equal time: losses of the other one between two of its budgets are
+interpolated, sequence by sequence. Prints tables; writes all figures as JSON, and the comparison of
+arXiv 2512.15973 (full rank, fixed, adaptive SVD, random, DR-RL, and what drrl adds) as Markdown.
 Exit status: 0 measured, 1 a run failed.
 """
 
@@ -35,7 +40,8 @@ TITLES = {
 
 
 def compare(rows, exact, unit, against):
-    """What policies save of the damage of others at the same cost, at one length; against: name -> name of the other."""
+    """What policies save of the damage of others at the same cost, at one length; against: name ->
+    name of the other."""
     for row in rows:
         static = sorted(
             (other for other in rows if other["policy"] == against.get(row["policy"])),
@@ -71,9 +77,15 @@ def markdown(study_of, seq_lens):
             "",
             f"L = {seq_len}, {len(exact['sequence_nll'])} sequences",
             "",
-            "| policy | perplexity | increase (95 %) | operations | attention time | mean rank of scores / values | decompositions |",
+            (
+                "| policy | perplexity | increase (95 %) | operations | attention time | "
+                "mean rank of scores / values | decompositions |"
+            ),
             "|---|---|---|---|---|---|---|",
-            f"| full rank | {exact['perplexity']:.3f} | | 1 | {'1' if any(row.get('time') for row in study_of.rows) else ''} | | 0 |",
+            (
+                f"| full rank | {exact['perplexity']:.3f} | | 1 | "
+                f"{'1' if any(row.get('time') for row in study_of.rows) else ''} | | 0 |"
+            ),
         ]
         for row in study_of.rows:
             if row["seq_len"] != seq_len:
@@ -85,8 +97,9 @@ def markdown(study_of, seq_lens):
             mean, low, high = row["increase_percent"]
             time = f"{row['time']:.2f}" if row["time"] else ""
             lines.append(
-                f"| {title} | {row['perplexity']:.3f} | {mean:+.2f} % ({low:+.2f} .. {high:+.2f}) | {row['operations']:.3f} | {time} | "
-                f"{row['mean_rank_qk']:.1f} / {row['mean_rank_v']:.1f} | {row['refreshes']} |"
+                f"| {title} | {row['perplexity']:.3f} | {mean:+.2f} % ({low:+.2f} .. {high:+.2f}) "
+                f"| {row['operations']:.3f} | {time} | {row['mean_rank_qk']:.1f} / "
+                f"{row['mean_rank_v']:.1f} | {row['refreshes']} |"
             )
     return "\n".join(lines[1:]) + "\n"
 
@@ -117,7 +130,7 @@ def main():
     comparisons = []
     for seq_len in arguments.seq_len:
 
-        def report(name, value, *flags):
+        def report(name, value, *flags, seq_len=seq_len):
             row = runs.row(
                 name, value, seq_len, "--policy", arguments.policy, *flags, time=arguments.time
             )
@@ -143,7 +156,8 @@ def main():
                 )
 
         print(
-            "against another policy at the same cost, interpolated between its budgets: damage saved, and difference of loss in 1e-3 nats per token"
+            "against another policy at the same cost, interpolated between its budgets: damage "
+            "saved, and difference of loss in 1e-3 nats per token"
         )
         met = [row for row in runs.rows if row["met"] and row["seq_len"] == seq_len]
         for unit in ("operations", "time") if arguments.time else ("operations",):
@@ -151,8 +165,9 @@ def main():
                 comparisons.append(c)
                 mean, low, high = (1e3 * x for x in c["nats"])
                 print(
-                    f"{c['policy'] + ' ' + str(c['value']):14} against {c['against']:5} {unit:10} {c['cost']:.3f} {100 * c['saved']:+6.1f} %  "
-                    f"{mean:+.3f} ({low:+.3f} .. {high:+.3f})"
+                    f"{c['policy'] + ' ' + str(c['value']):14} against {c['against']:5} {unit:10} "
+                    f"{c['cost']:.3f} {100 * c['saved']:+6.1f} %  {mean:+.3f} ({low:+.3f} .. "
+                    f"{high:+.3f})"
                 )
     runs.save("policies", comparisons=comparisons)
     if arguments.markdown:

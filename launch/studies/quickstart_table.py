@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The closing table of quickstart.sh from the files under its output folder; exit 1 if training did not help."""
+"""The closing table of quickstart.sh from the files under its output folder; exit 1 if training did
+not help."""
 
 import json
 import statistics
@@ -31,15 +32,17 @@ def main():
     attention_ms = {"full": measured["full_attention_ms"], "lowrank": measured["attention_ms"]}
     fraction = {"full": 1.0, "lowrank": measured["attention_flops_fraction"]}
     print(
-        f"held-out text: {measured['tokens']:,} tokens in sequences of {measured['seq_len']:,}; attention measured in one run on the same "
-        f"tokens, forward only, bases and ranks included"
+        f"held-out text: {measured['tokens']:,} tokens in sequences of {measured['seq_len']:,}; "
+        f"attention measured in one run on the same tokens, forward only, bases and ranks included"
     )
     print()
     print(
-        f"{'':10} {'held-out perplexity':>21} {'attention FLOPs':>16} {'attention':>13} {'training':>14} {'training loss':>16}"
+        f"{'':10} {'held-out perplexity':>21} {'attention FLOPs':>16} {'attention':>13} "
+        f"{'training':>14} {'training loss':>16}"
     )
     print(
-        f"{'':10} {'before':>10} {'after':>10} {'of exact':>16} {'ms':>13} {'tokens/s':>14} {'first -> last':>16}"
+        f"{'':10} {'before':>10} {'after':>10} {'of exact':>16} {'ms':>13} {'tokens/s':>14} "
+        f"{'first -> last':>16}"
     )
     problems = []
     for kind, title in KINDS.items():
@@ -49,11 +52,13 @@ def main():
         first, last = statistics.mean(losses[:few]), statistics.mean(losses[-few:])
         speed = statistics.median(s["tokens_per_second"] for s in steps[kind][1:] or steps[kind])
         print(
-            f"{title:10} {earlier:>10.3f} {later:>10.3f} {fraction[kind]:>16.3f} {attention_ms[kind]:>13.0f} {speed:>14.0f} {f'{first:.3f} -> {last:.3f}':>16}"
+            f"{title:10} {earlier:>10.3f} {later:>10.3f} {fraction[kind]:>16.3f} "
+            f"{attention_ms[kind]:>13.0f} {speed:>14.0f} {f'{first:.3f} -> {last:.3f}':>16}"
         )
         if not last < first:
             problems.append(
-                f"{title}: the training loss did not fall ({first:.4f} -> {last:.4f}, means over {few} steps)"
+                f"{title}: the training loss did not fall ({first:.4f} -> {last:.4f}, means over "
+                f"{few} steps)"
             )
         if not later < earlier:
             problems.append(
@@ -62,11 +67,13 @@ def main():
     full, low = (perplexity[kind][1] for kind in KINDS)
     print()
     print(
-        f"low rank against full rank: perplexity {100 * (low / full - 1):+.2f} %, attention FLOPs {100 * (fraction['lowrank'] - 1):+.1f} %, "
-        f"attention time {100 * (attention_ms['lowrank'] / attention_ms['full'] - 1):+.1f} %"
+        f"low rank against full rank: perplexity {100 * (low / full - 1):+.2f} %, attention FLOPs "
+        f"{100 * (fraction['lowrank'] - 1):+.1f} %, attention time "
+        f"{100 * (attention_ms['lowrank'] / attention_ms['full'] - 1):+.1f} %"
     )
     print(
-        f"fine-tuned models: {out}/full/hf, {out}/lowrank/hf (Hugging Face directories); curves for TensorBoard: {out}/*/metrics"
+        f"fine-tuned models: {out}/full/hf, {out}/lowrank/hf (Hugging Face directories); curves "
+        f"for TensorBoard: {out}/*/metrics"
     )
     for problem in problems:
         print(f"quickstart: error: {problem}", file=sys.stderr)

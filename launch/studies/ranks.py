@@ -1,11 +1,15 @@
 #!/usr/bin/env python3
 """Which ranks policies choose: by layer, KV group and tree level, and along the sequence.
 
-    launch/studies/ranks.py --model DIR --data PREFIX --policy FILE [--seq_len 4096] [--budget 0.585] [--energy 0.99] --out DIR [--json FILE] [--log FILE]
+    launch/studies/ranks.py --model DIR --data PREFIX --policy FILE [--seq_len 4096]
+            [--budget 0.585] [--energy 0.99] --out DIR [--json FILE] [--log FILE]
 
-`dp`, `gates` (dp with --gates), `energy` and, if the file holds a trained agent, `rl`. Every decision goes to OUT/POLICY.jsonl (drrl-eval --decisions, launch/OPTIONS.md); --json
-holds their means over sequences: ranks of scores and values for each layer, KV group and level, and for each layer along the sequence, over the KV groups and the far
-pairs that a block of queries sees; with gates also the share of entries that were exact. launch/studies/plots.py draws both. Exit status: 0 measured, 1 a run failed.
+`dp`, `gates` (dp with --gates), `energy` and, if the file holds a trained agent, `rl`. Every
+decision goes to OUT/POLICY.jsonl (drrl-eval --decisions, launch/OPTIONS.md); --json holds their
+means over sequences: ranks of scores and values for each layer, KV group and level, and for each
+layer along the sequence, over the KV groups and the far pairs that a block of queries sees; with
+gates also the share of entries that were exact. launch/studies/plots.py draws both. Exit status: 0
+measured, 1 a run failed.
 """
 
 import json
@@ -16,8 +20,8 @@ import study
 
 
 def summary(lines):
-    """Means of a --decisions file: {"map": {kind: [layers, groups, levels]}, "along": {"begin", "end" of stretches of queries that see the
-    same far pairs, kind: [layers, stretches]}}."""
+    """Means of a --decisions file: {"map": {kind: [layers, groups, levels]}, "along": {"begin",
+    "end" of stretches of queries that see the same far pairs, kind: [layers, stretches]}}."""
     kinds = ["rank_qk", "rank_v"] + (["exact"] if any(line["exact"] for line in lines) else [])
     first, layers = lines[0], 1 + max(line["layer"] for line in lines)
     begin, rows, level = (numpy.array(first[key]) for key in ("query_begin", "query_rows", "level"))

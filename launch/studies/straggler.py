@@ -1,11 +1,16 @@
 #!/usr/bin/env python3
-"""What balance of ranks recovers when one of two tensor-parallel processes is slow: SmolLM2, say, on two cores, one of which it shares with a busy loop.
+"""What balance of ranks recovers when one of two tensor-parallel processes is slow: SmolLM2, say,
+on two cores, one of which it shares with a busy loop.
 
-    launch/studies/straggler.py --model DIR --data PREFIX --valid_data PREFIX --policy FILE [--seq_len 8192] [--budgets 1 0.585] [--slow 0] [--json FILE]
+    launch/studies/straggler.py --model DIR --data PREFIX --valid_data PREFIX --policy FILE
+            [--seq_len 8192] [--budgets 1 0.585] [--slow 0] [--json FILE]
 
-For each --rank_budget, drrl-train with --tp 2, one thread a process, each on a core of its own, three times: undisturbed, with a busy loop on the core of process
---slow, and so with --balance_every. Reported are medians of ms a step, the share of the lost time that balance recovers, and the difference of perplexity, by
-drrl-eval, between the ranks that balance arrived at and those without, with a 95 % bootstrap interval over sequences. Exit status: 0 measured, 1 a run failed.
+For each --rank_budget, drrl-train with --tp 2, one thread a process, each on a core of its own,
+three times: undisturbed, with a busy loop on the core of process --slow, and so with
+--balance_every. Reported are medians of ms a step, the share of the lost time that balance
+recovers, and the difference of perplexity, by drrl-eval, between the ranks that balance arrived at
+and those without, with a 95 % bootstrap interval over sequences. Exit status: 0 measured, 1 a run
+failed.
 """
 
 import contextlib
@@ -83,7 +88,8 @@ def train(arguments, flags, cores, untimed):
         )
         if done.returncode != 0:
             sys.exit(
-                f"{' '.join(map(str, command))}: exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+                f"{' '.join(map(str, command))}: exit status "
+                f"{done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
             )
         lines = [
             json.loads(line) for line in (output / "metrics/metrics.jsonl").read_text().splitlines()
@@ -147,7 +153,8 @@ def main():
         f"two processes on L = {arguments.seq_len}, process {arguments.slow} slowed down; ms a step"
     )
     print(
-        f"{'budget':>7} {'undisturbed':>12} {'slowed':>9} {'balanced':>9} {'recovered':>10} {'speeds':>12} {'perplexity':>11}  95 % interval",
+        f"{'budget':>7} {'undisturbed':>12} {'slowed':>9} {'balanced':>9} {'recovered':>10} "
+        f"{'speeds':>12} {'perplexity':>11}  95 % interval",
         flush=True,
     )
     for budget in arguments.budgets:
@@ -187,7 +194,8 @@ def main():
             }
         )
         print(
-            f"{budget:7} {ms['undisturbed']:12.0f} {ms['slowed']:9.0f} {ms['balanced']:9.0f} {100 * recovered:8.0f} % {','.join(map(str, speeds)) or 'plain':>12}",
+            f"{budget:7} {ms['undisturbed']:12.0f} {ms['slowed']:9.0f} {ms['balanced']:9.0f} "
+            f"{100 * recovered:8.0f} % {','.join(map(str, speeds)) or 'plain':>12}",
             end="",
             flush=True,
         )

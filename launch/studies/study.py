@@ -1,4 +1,5 @@
-"""What the studies of rank policies share: runs of drrl-eval on the same sequences, and statistics of paired differences."""
+"""What the studies of rank policies share: runs of drrl-eval on the same sequences, and statistics
+of paired differences."""
 
 import argparse
 import contextlib
@@ -40,7 +41,8 @@ def run(command):
 
 
 def flagfile(folder, flags):
-    """A flag of drrl's programs for these, which several runs share: in a file of `folder`, since what one of the runs has no use for is an error elsewhere."""
+    """A flag of drrl's programs for these, which several runs share: in a file of `folder`, since
+    what one of the runs has no use for is an error elsewhere."""
     file = pathlib.Path(folder) / "shared.flags"
     file.write_text("".join(f"{flag}\n" for flag in flags))
     return f"--flagfile={file}"
@@ -90,8 +92,8 @@ def log_argument(parser):
     parser.add_argument(
         "--log",
         type=pathlib.Path,
-        help="file that gets all that drrl-eval reports, a line as soon as a run ends; what it holds already of the "
-        "same programs and --policy is not run again",
+        help="file that gets all that drrl-eval reports, a line as soon as a run ends; what it "
+        "holds already of the same programs and --policy is not run again",
     )
 
 
@@ -154,7 +156,8 @@ def evaluate_held_out(arguments, model, flags):
 
 
 class Log:
-    """What runs of drrl-eval told, a line of JSON each in the file `path`, as soon as it is known; None: kept in memory alone."""
+    """What runs of drrl-eval told, a line of JSON each in the file `path`, as soon as it is known;
+    None: kept in memory alone."""
 
     def __init__(self, path, build, policy):
         used = [
@@ -178,7 +181,8 @@ class Log:
             }
 
     def result(self, flags, run):
-        """run(), or what the log holds of the same programs, policy file and flags, strings. May be called by several threads. Errors: Refused, now or then."""
+        """run(), or what the log holds of the same programs, policy file and flags, strings. May be
+        called by several threads. Errors: Refused, now or then."""
         if flags not in self.held:
             try:
                 result = run()
@@ -198,7 +202,8 @@ class Log:
 
 
 class Study:
-    """Runs of drrl-eval as `arguments` (above) say, compared with exact attention on the same sequences."""
+    """Runs of drrl-eval as `arguments` (above) say, compared with exact attention on the same
+    sequences."""
 
     def __init__(self, options):
         self.options, self.rows, self.exact_runs = options, [], {}
@@ -229,15 +234,18 @@ class Study:
         if seq_len not in self.exact_runs:
             self.exact_runs[seq_len] = result = self.evaluate(seq_len, "--attention=full")
             print(
-                f"exact attention: perplexity {result['perplexity']:.3f}, {len(result['sequence_nll'])} sequences of {seq_len} tokens\n"
+                f"exact attention: perplexity {result['perplexity']:.3f}, "
+                f"{len(result['sequence_nll'])} sequences of {seq_len} tokens\n"
                 f"{'policy':22} {'operations':>10} {'time':>6} {'perplexity':>11}  95 % interval",
                 flush=True,
             )
         return self.exact_runs[seq_len]
 
     def row(self, name, value, seq_len, *flags, time=False):
-        """The figures of low-rank attention under these flags, printed and added to `rows`. time: exact attention runs beside it, sequence by sequence, and the
-        time of its attention is the unit. A budget that cannot be met makes a row of "met": False and "reason", and None is returned."""
+        """The figures of low-rank attention under these flags, printed and added to `rows`. time:
+        exact attention runs beside it, sequence by sequence, and the time of its attention is the
+        unit. A budget that cannot be met makes a row of "met": False and "reason", and None is
+        returned."""
         exact = numpy.array(self.exact(seq_len)["sequence_nll"])
         row = {"policy": name, "value": value, "seq_len": seq_len, "met": True}
         self.rows.append(row)
@@ -266,7 +274,8 @@ class Study:
         )
         shown = f"{row['time']:6.3f}" if time else ""
         print(
-            f"{label:22} {row['operations']:10.4f} {shown:>6} {percent[0]:+10.2f} %  {percent[1]:+.2f} .. {percent[2]:+.2f} %",
+            f"{label:22} {row['operations']:10.4f} {shown:>6} {percent[0]:+10.2f} %  "
+            f"{percent[1]:+.2f} .. {percent[2]:+.2f} %",
             flush=True,
         )
         return row
@@ -318,7 +327,8 @@ def has_gates(policy):
 
 
 def interval(difference, seed=1, draws=10000, level=0.95, groups=None):
-    """Mean and bootstrap interval of paired differences. groups [n]: what each belongs to; groups are drawn whole, as what they hold may be alike."""
+    """Mean and bootstrap interval of paired differences. groups [n]: what each belongs to; groups
+    are drawn whole, as what they hold may be alike."""
     sums, counts = difference, numpy.ones(len(difference))
     if groups is not None:
         members = numpy.unique(groups, return_inverse=True)[1]
@@ -331,8 +341,9 @@ def interval(difference, seed=1, draws=10000, level=0.95, groups=None):
 
 
 def design_effect(difference, groups):
-    """By how much the variance of the mean of `difference` [n] is larger than of n that have nothing to do with each other, where those of a group [n] may
-    be alike; 1 at least, n for a single group (Rao and Scott, Biometrics 48, 1992)."""
+    """By how much the variance of the mean of `difference` [n] is larger than of n that have
+    nothing to do with each other, where those of a group [n] may be alike; 1 at least, n for a
+    single group (Rao and Scott, Biometrics 48, 1992)."""
     members = numpy.unique(groups, return_inverse=True)[1]
     away = difference - difference.mean()
     k, n, alone = int(members.max()) + 1, len(difference), (away**2).sum()
@@ -343,10 +354,12 @@ def design_effect(difference, groups):
 
 
 def score_statistic(better, worse, n, delta):
-    """Tango's score statistic (Statistics in Medicine 17, 1998) of n pairs, for a difference `delta` of their two rates. It falls as delta grows.
+    """Tango's score statistic (Statistics in Medicine 17, 1998) of n pairs, for a difference
+    `delta` of their two rates. It falls as delta grows.
 
-    better, worse: pairs of which only the first, only the second counts. The variance is that under delta, so that pairs that all agree still leave
-    doubt: without any difference, 268 pairs are needed to exclude one of 0.01 at level 0.05.
+    better, worse: pairs of which only the first, only the second counts. The variance is that under
+    delta, so that pairs that all agree still leave doubt: without any difference, 268 pairs are
+    needed to exclude one of 0.01 at level 0.05.
     """
     a, b, c = (
         2 * n,
@@ -359,11 +372,13 @@ def score_statistic(better, worse, n, delta):
 
 
 def tost(difference, margin, alpha=0.05, groups=None):
-    """Two one-sided tests of equivalence: is the mean of paired differences of right (1) and wrong (0) answers within +- margin?
+    """Two one-sided tests of equivalence: is the mean of paired differences of right (1) and wrong
+    (0) answers within +- margin?
 
-    difference [n] of -1, 0 and 1. Returns {"p": the larger of the two p values, "interval": Tango's, of level 1 - 2 alpha, "equivalent": p < alpha,
-    which is the same as the interval within the margin (Nam, Biometrics 53, 1997), "design_effect": of groups [n], what each belongs to, by which the counts
-    are divided; 1 without}.
+    difference [n] of -1, 0 and 1. Returns {"p": the larger of the two p values, "interval":
+    Tango's, of level 1 - 2 alpha, "equivalent": p < alpha, which is the same as the interval within
+    the margin (Nam, Biometrics 53, 1997), "design_effect": of groups [n], what each belongs to, by
+    which the counts are divided; 1 without}.
     """
     if not numpy.isin(difference, (-1, 0, 1)).all():
         raise ValueError("differences of right and wrong answers are -1, 0 or 1")

@@ -1,11 +1,15 @@
 #!/usr/bin/env python3
-"""What incremental updates of bases save against decompositions: perplexity over the number of decompositions, and over the time of Grams and bases.
+"""What incremental updates of bases save against decompositions: perplexity over the number of
+decompositions, and over the time of Grams and bases.
 
-    launch/studies/updates.py --model DIR --data PREFIX --policy FILE [--seq_len 4096] [--budgets 0.4 0.585] [--updates 0 1 2 4 -1] [--json FILE] [--log FILE]
+    launch/studies/updates.py --model DIR --data PREFIX --policy FILE [--seq_len 4096]
+            [--budgets 0.4 0.585] [--updates 0 1 2 4 -1] [--json FILE] [--log FILE]
 
-For each number of rounds (drrl-eval --basis_updates; 0: starting bases as they are, -1: every far pair decomposed) `dp`, and `gates` (dp with --gates) if the file
-has some, run at each budget, where bases start from the calibration and the budget counts what updates or decompositions take; and `fixed`, which starts from each sequence's first block, so that a few decompositions
-are made. Intervals as in policies.py. Exit status: 0 measured, 1 a run failed.
+For each number of rounds (drrl-eval --basis_updates; 0: starting bases as they are, -1: every far
+pair decomposed) `dp`, and `gates` (dp with --gates) if the file has some, run at each budget, where
+bases start from the calibration and the budget counts what updates or decompositions take; and
+`fixed`, which starts from each sequence's first block, so that a few decompositions are made.
+Intervals as in policies.py. Exit status: 0 measured, 1 a run failed.
 """
 
 import study
@@ -44,13 +48,16 @@ def main():
             runs.save("updates")
 
     print(
-        f"{'policy, rounds of updates':40} {'decompositions':>14} {'per 1000 tokens':>15} {'Grams and bases ms':>18} {'of the attention':>16} {'perplexity':>11}"
+        f"{'policy, rounds of updates':40} {'decompositions':>14} {'per 1000 tokens':>15} "
+        f"{'Grams and bases ms':>18} {'of the attention':>16} {'perplexity':>11}"
     )
     for row in runs.rows:
         if row["met"]:
             print(
-                f"{row['policy'] + ', ' + str(row['value']):40} {row['refreshes']:14} {1e3 * row['refreshes'] / row['tokens']:15.2f} {row['solves_ms']:18.0f} "
-                f"{row['solves_ms'] / row['attention_ms']:16.3f} {row['increase_percent'][0]:+9.2f} %"
+                f"{row['policy'] + ', ' + str(row['value']):40} {row['refreshes']:14} "
+                f"{1e3 * row['refreshes'] / row['tokens']:15.2f} {row['solves_ms']:18.0f} "
+                f"{row['solves_ms'] / row['attention_ms']:16.3f} "
+                f"{row['increase_percent'][0]:+9.2f} %"
             )
 
 

@@ -1,13 +1,19 @@
 #!/usr/bin/env python3
-"""Damages the files that drrl's programs read, one place at a time, and checks that each is refused by name or read as what it is.
+"""Damages the files that drrl's programs read, one place at a time, and checks that each is refused
+by name or read as what it is.
 
-    DRRL_BIN=build/cpu-release/bin tests/faults/inputs.py [--trials 100] [--only REGEX] [--seed 1] [--json inputs.json]
+    DRRL_BIN=build/cpu-release/bin tests/faults/inputs.py [--trials 100] [--only REGEX] [--seed 1]
+            [--json inputs.json]
 
-A tiny model of random weights, its text, questions, calibrated ranks with an agent, traces, a latency table and a checkpoint are made first. Each trial damages one of
-these files (a value of its JSON or header replaced or left out, all numbers of a tensor replaced, a bit flipped, bytes cut or added, the file empty, gone or a folder)
-and runs the program that reads it. It must end within a minute and in 8 GiB of address space, and then either by exit code 0, with only finite numbers in what it
-writes, or by the code documented for such a file with the file's name in the message, or by 8 where tensors are read that are not finite. A model, tokenizer or latency table
-that is sound but of another case than text and options may be refused as these are, by 2 or 4. Exit status: 0 when all trials did.
+A tiny model of random weights, its text, questions, calibrated ranks with an agent, traces, a
+latency table and a checkpoint are made first. Each trial damages one of these files (a value of its
+JSON or header replaced or left out, all numbers of a tensor replaced, a bit flipped, bytes cut or
+added, the file empty, gone or a folder) and runs the program that reads it. It must end within a
+minute and in 8 GiB of address space, and then either by exit code 0, with only finite numbers in
+what it writes, or by the code documented for such a file with the file's name in the message, or by
+8 where tensors are read that are not finite. A model, tokenizer or latency table that is sound but
+of another case than text and options may be refused as these are, by 2 or 4. Exit status: 0 when
+all trials did.
 """
 
 import argparse

@@ -3,13 +3,18 @@
 
     DRRL_BIN=build/cpu-release/bin tests/faults/study.py --repeats 20 --json faults.json
 
-Each trial trains a tiny random model with drrl-train under mpirun, injects one fault, and then asks:
-  ended     the job ended by itself, within the timeout and some seconds, with a documented exit code
+Each trial trains a tiny random model with drrl-train under mpirun, injects one fault, and then
+asks:
+  ended     the job ended by itself, within the timeout and some seconds, with a documented exit
+            code
   clean     no process of it is left
-  sound     a restart with --resume finds a checkpoint that nothing is wrong with (or none, when none was due), at most --save_every steps back
-  equal     the restarted run logs, step by step, bit for bit the losses of a run that nothing happened to
-A fault that a run must survive (a slow or lossy link, a short outage, a wall clock that jumps) is checked for that instead. Faults that this machine cannot make (no root, no
-network namespaces) are reported as skipped, with the reason. Exit status: 0 when every promise was kept.
+  sound     a restart with --resume finds a checkpoint that nothing is wrong with (or none, when
+            none was due), at most --save_every steps back
+  equal     the restarted run logs, step by step, bit for bit the losses of a run that nothing
+            happened to
+A fault that a run must survive (a slow or lossy link, a short outage, a wall clock that jumps) is
+checked for that instead. Faults that this machine cannot make (no root, no network namespaces) are
+reported as skipped, with the reason. Exit status: 0 when every promise was kept.
 """
 
 import argparse
@@ -86,7 +91,7 @@ def expect(condition, text):
         raise Broken(text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what is trained
 
 
@@ -221,7 +226,8 @@ class Run:
         return True
 
     def processes(self):
-        """(pid, world rank or None for mpirun and orted) of everything that still runs, zombies left out."""
+        """(pid, world rank or None for mpirun and orted) of everything that still runs, zombies
+        left out."""
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -246,7 +252,8 @@ class Run:
         return found[0] if found else None
 
     def end(self, seconds):
-        """Exit code, or None when it is still there after so many seconds. Whatever is left is then removed."""
+        """Exit code, or None when it is still there after so many seconds. Whatever is left is then
+        removed."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -269,9 +276,9 @@ def losses(output):
     return {row["step"]: (row["loss"], row["grad_norm"]) for row in rows}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# faults: each a function (trial) that breaks trial.run and says which exit codes that may have. It returns None when the run was over
-# before the fault could be made: the trial is then repeated.
+# --------------------------------------------------------------------------------------------------
+# faults: each a function (trial) that breaks trial.run and says which exit codes that may have. It
+# returns None when the run was over before the fault could be made: the trial is then repeated.
 
 
 def random_moment(trial):
@@ -299,7 +306,8 @@ def checkpoint_moment(trial):
 
 
 def watch_restart(trial):
-    """Waits for run_with_restarts.sh to give the broken job up: how long that took, and by which exit code."""
+    """Waits for run_with_restarts.sh to give the broken job up: how long that took, and by which
+    exit code."""
     begun = time.monotonic()
     trial.run.wait_for(r"^run_with_restarts: exit code", max(TIMEOUT, WATCHDOG) + HANG + PATIENCE)
     trial.took = time.monotonic() - begun
@@ -318,7 +326,8 @@ def kill_rank(moment):
 
 
 def stop_rank(moment):
-    """The others end the job, unless they were done already: then mpirun waits for the stopped one, and run_with_restarts.sh ends that."""
+    """The others end the job, unless they were done already: then mpirun waits for the stopped one,
+    and run_with_restarts.sh ends that."""
 
     def fault(trial):
         rank = trial.rng.randrange(trial.world)
@@ -349,8 +358,9 @@ def kill_mpirun(trial):
 
 
 def broken_memory(trial):
-    """A NaN in the memory of one process: its copy of a norm's weights, found by the bytes of a checkpoint that was written just now. The step after it
-    changes them, so it must be a new one each time that they are not found."""
+    """A NaN in the memory of one process: its copy of a norm's weights, found by the bytes of a
+    checkpoint that was written just now. The step after it changes them, so it must be a new one
+    each time that they are not found."""
     rank = trial.rng.randrange(trial.world)
     pid = random_moment(trial) and trial.run.pid(rank)
     if not pid:
@@ -390,7 +400,8 @@ def broken_memory(trial):
 
 
 def poke(pid, pattern, value):
-    """Overwrites the start of each occurrence of `pattern` in writable anonymous memory; returns how many there were."""
+    """Overwrites the start of each occurrence of `pattern` in writable anonymous memory; returns
+    how many there were."""
     hits = 0
     with (
         open(f"/proc/{pid}/maps") as maps,
@@ -415,7 +426,8 @@ def poke(pid, pattern, value):
 
 
 def present(pages, begin, end):
-    """The stretches of [begin, end) that are in memory: reading what was only reserved takes longer than the trial."""
+    """The stretches of [begin, end) that are in memory: reading what was only reserved takes longer
+    than the trial."""
     pages.seek(begin // mmap.PAGESIZE * 8)
     entries = array.array("Q", pages.read((end - begin) // mmap.PAGESIZE * 8))
     at = begin
@@ -443,7 +455,8 @@ def full_disk(trial):
 
 
 def hung_write(trial):
-    """The log of metrics blocks for ever: a pipe that is full and that nobody reads any more, as a dead network file system would."""
+    """The log of metrics blocks for ever: a pipe that is full and that nobody reads any more, as a
+    dead network file system would."""
     return {HUNG} if trial.world == 1 else {COMMUNICATION, HUNG}
 
 
@@ -493,7 +506,8 @@ def lossy_link(trial):
 
 
 def clock_jump(trial):
-    """The wall clock of all processes is set forward or back by up to a day, and a little later set right."""
+    """The wall clock of all processes is set forward or back by up to a day, and a little later set
+    right."""
     pid = random_moment(trial) and trial.run.pid(0)
     if not pid:
         return None
@@ -574,7 +588,8 @@ class Network:
         # What mpirun calls in place of ssh: HOST COMMAND.
         agent = folder / "agent.sh"
         agent.write_text(
-            f'#!/bin/sh\nshift\nexec ip netns exec {b} unshare -u sh -c \'hostname hostb; exec "$@"\' - sh -c "$*"\n'
+            f"#!/bin/sh\nshift\nexec ip netns exec {b} unshare -u sh -c 'hostname hostb; exec "
+            '"$@"\' - sh -c "$*"\n'
         )
         agent.chmod(0o755)
         self.prefix = [
@@ -622,7 +637,8 @@ class Network:
         ).stdout
 
     def shape(self, rate, **queue):
-        """From now on so many bits a second one way, and no more waiting than queue says (of tc-tbf: latency or limit); what does not fit is lost."""
+        """From now on so many bits a second one way, and no more waiting than queue says (of
+        tc-tbf: latency or limit); what does not fit is lost."""
         self.tc(
             "qdisc",
             "add",
@@ -718,7 +734,8 @@ class Trial:
             code = self.run.end((90 if self.kind in GOES_ON else max(TIMEOUT, WATCHDOG)) + PATIENCE)
             expect(
                 code is not None,
-                f"the job has not ended after the fault; left: {self.run.processes()}\n{self.run.text()[-3000:]}",
+                "the job has not ended after the fault; left: "
+                f"{self.run.processes()}\n{self.run.text()[-3000:]}",
             )
             left = self.leftovers()
             took = self.took or time.monotonic() - injected
@@ -860,7 +877,10 @@ class Study:
 
 def table(results):
     lines = [
-        "| fault | trials | kept | exit codes of the broken job | seconds to the end: median, most | steps lost: most |",
+        (
+            "| fault | trials | kept | exit codes of the broken job | "
+            "seconds to the end: median, most | steps lost: most |"
+        ),
         "|---|---|---|---|---|---|",
     ]
     for kind in FAULTS:
@@ -873,7 +893,8 @@ def table(results):
             codes = ", ".join(str(c) for c in sorted({r["codes"][0] for r in good}))
             lost = max((max(r["step"] - r["resumed"], 0) for r in good if "step" in r), default="-")
             lines.append(
-                f"| {kind} | {len(mine)} | {len(good)} | {codes} | {times[len(times) // 2]:.1f}, {times[-1]:.1f} | {lost} |"
+                f"| {kind} | {len(mine)} | {len(good)} | {codes} | {times[len(times) // 2]:.1f}, "
+                f"{times[-1]:.1f} | {lost} |"
             )
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""launch/run_with_restarts.sh with stand-ins for mpirun and drrl-train; and that no timeout can be moved by a change of the date."""
+"""launch/run_with_restarts.sh with stand-ins for mpirun and drrl-train; and that no timeout can be
+moved by a change of the date."""
 
 import os
 import re
@@ -95,7 +96,8 @@ save() {{ printf 'step-%08d\\n' "$run" > checkpoints/latest; }}
                 (self.folder / "calls").unlink(missing_ok=True)
                 script = subprocess.Popen(
                     self.command(
-                        "trap 'sleep 0.3; exit 10' USR1; touch ready; while true; do sleep 0.05; done"
+                        "trap 'sleep 0.3; exit 10' USR1; touch ready; while true; do sleep 0.05; "
+                        "done"
                     )
                 )
                 while not (self.folder / "ready").exists():
@@ -113,8 +115,12 @@ save() {{ printf 'step-%08d\\n' "$run" > checkpoints/latest; }}
             self.assertEqual(script.wait(10), 10)
 
     def test_the_terminal_reaches_the_script_alone(self):
-        """Ctrl-C, and a terminal that is closed: the command hears neither, but is asked to save, even if it cannot hear that at first."""
-        body = "trap 'echo INT >> heard; exit 1' INT; trap 'echo HUP >> heard; exit 1' HUP; touch ready; sleep 1; trap 'exit 10' USR1; while true; do sleep 0.05; done"
+        """Ctrl-C, and a terminal that is closed: the command hears neither, but is asked to save,
+        even if it cannot hear that at first."""
+        body = (
+            "trap 'echo INT >> heard; exit 1' INT; trap 'echo HUP >> heard; exit 1' HUP; "
+            "touch ready; sleep 1; trap 'exit 10' USR1; while true; do sleep 0.05; done"
+        )
         for number in (signal.SIGINT, signal.SIGHUP):
             with self.subTest(number):
                 (self.folder / "ready").unlink(missing_ok=True)
@@ -165,7 +171,8 @@ class ClockTest(unittest.TestCase):
             "launch/bench/bench.cpp": 1,
         }
         pattern = re.compile(
-            r"system_clock|high_resolution_clock|std::time\(|gettimeofday|CLOCK_REALTIME|time\(nullptr\)"
+            r"system_clock|high_resolution_clock|std::time\(|gettimeofday|CLOCK_REALTIME|"
+            r"time\(nullptr\)"
         )
         found = {}
         for area in ("core", "distributed", "policy", "models", "launch"):

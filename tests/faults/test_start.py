@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The start and the stop of the programs: files on a file system that does not answer, and signals at every moment, from terminals too."""
+"""The start and the stop of the programs: files on a file system that does not answer, and signals
+at every moment, from terminals too."""
 
 import os
 import pty
@@ -179,13 +180,15 @@ class StuckFileTest(Programs):
         self.assertEqual(code, COMMUNICATION, text)
         self.assertRegex(
             text,
-            r"world rank 1, group 'agreement' \(rank 1 of 2\) has not come to the agreement on inputs",
+            r"world rank 1, group 'agreement' \(rank 1 of 2\) has not come to the agreement on "
+            r"inputs",
         )
 
 
 class StopTest(Programs):
     def on_terminal(self, command, until):
-        """Starts it on a terminal of its own, types Ctrl-C when it has written `until`, and returns its exit code and what it wrote."""
+        """Starts it on a terminal of its own, types Ctrl-C when it has written `until`, and returns
+        its exit code and what it wrote."""
         pid, terminal = pty.fork()
         if pid == 0:
             os.execvpe(command[0], command, self.environment)

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Every flag file of configs/ is understood by its program: with it, a model that is not there is what the program complains about."""
+"""Every flag file of configs/ is understood by its program: with it, a model that is not there is
+what the program complains about."""
 
 import os
 import subprocess

@@ -1,6 +1,8 @@
-"""Reads and writes the formats of models/ with the libraries that define them; called by the C++ tests.
+"""Reads and writes the formats of models/ with the libraries that define them; called by the C++
+tests.
 
-safetensors OURS THEIRS   checks the file that the C++ test wrote, and writes one with the same content
+safetensors OURS THEIRS   checks the file that the C++ test wrote, and writes one with the same
+                          content
 tokens PREFIX             writes a Megatron-LM token file from the format's description
 configs DIR               writes config.json files and what Transformers makes of each
 """

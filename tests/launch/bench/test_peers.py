@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""launch/bench/peers.py: its sizes, and that each package, fed queries, keys and values directly, computes attention where it should."""
+"""launch/bench/peers.py: its sizes, and that each package, fed queries, keys and values directly,
+computes attention where it should."""
 
 import subprocess
 import unittest
@@ -27,7 +28,9 @@ class SizesTest(unittest.TestCase):
         for length, share in ((1024, 0.3), (4096, 0.5)):
             for flops in (bench_peers.performer_flops, bench_peers.linformer_flops):
                 m = bench_peers.largest(
-                    lambda m: flops(length, 64, m), share * 4 * 64 * length**2, length
+                    lambda m, flops=flops, length=length: flops(length, 64, m),
+                    share * 4 * 64 * length**2,
+                    length,
                 )
                 self.assertAlmostEqual(m, share * length / 2, delta=1)
 
@@ -37,8 +40,8 @@ class PackagesTest(unittest.TestCase):
     def setUpClass(cls):
         try:
             bench_peers.install_packages()
-        except subprocess.CalledProcessError:
-            raise unittest.SkipTest("pip cannot install the peers' packages here")
+        except subprocess.CalledProcessError as error:
+            raise unittest.SkipTest("pip cannot install the peers' packages here") from error
 
     def error(self, method, exact):
         with torch.no_grad():

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""What drrl's attention in a Python trainer refuses, and that it leaves the process alone; every process of torchrun runs it.
+"""What drrl's attention in a Python trainer refuses, and that it leaves the process alone; every
+process of torchrun runs it.
 
 torchrun --nproc_per_node 2 tests/launch/embed_torchrun/embed_refusals.py MODEL"""
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""launch/embed_torchrun, two processes over Gloo: a stock Transformers Llama with drrl's attention against drrl-train, and wrong arguments.
+"""launch/embed_torchrun, two processes over Gloo: a stock Transformers Llama with drrl's attention
+against drrl-train, and wrong arguments.
 Environment: DRRL_BIN, DRRL_TORCH_OPS (libdrrl_torch_ops.so)."""
 
 import json
@@ -97,7 +98,8 @@ class EmbedTest(SharedModel):
                 numpy.divide([s[key] for s in steps], [s[key] for s in expected]) - 1
             )
             print(
-                f"{self.id().split('.')[-1]}: largest relative difference of {key} {difference.max():.1e}"
+                f"{self.id().split('.')[-1]}: largest relative difference of {key} "
+                f"{difference.max():.1e}"
             )
             self.assertLess(difference.max(), TOLERANCE)
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""launch/prepare/prepare.py: token files byte for byte, splits, idempotence, what it refuses, and the way of a GGUF to a Hugging Face model."""
+"""launch/prepare/prepare.py: token files byte for byte, splits, idempotence, what it refuses, and
+the way of a GGUF to a Hugging Face model."""
 
 import io
 import json
@@ -98,7 +99,10 @@ class OutputTest(unittest.TestCase):
         self.assertEqual(os.read(reader, 100), b"through")
         os.close(reader)
         self.assertTrue(pipe.is_fifo())
-        code = "import prepare; print('before'); prepare.write_atomically('/dev/stdout', 'text\\n'); print('after')"
+        code = (
+            "import prepare; print('before'); "
+            "prepare.write_atomically('/dev/stdout', 'text\\n'); print('after')"
+        )
         with open(self.folder / "out", "wb") as out:
             subprocess.run(
                 [sys.executable, "-c", code],
@@ -500,7 +504,8 @@ class TextTest(unittest.TestCase):
 
 
 class GgufTest(unittest.TestCase):
-    """A small random Llama is written as a GGUF as llama.cpp does it, converted back, and must compute the same logits."""
+    """A small random Llama is written as a GGUF as llama.cpp does it, converted back, and must
+    compute the same logits."""
 
     HEADS, GROUPS, DIM, LAYERS, FF, VOCAB = 6, 3, 8, 2, 96, 258
 
@@ -626,7 +631,8 @@ class CorpusTest(unittest.TestCase):
             genesis = (Path(folder) / "kjv/train/01-Genesis.txt").read_text()
             self.assertTrue(
                 genesis.startswith(
-                    "Genesis\n\nChapter 1\n\nIn the beginning God created the heaven and the earth.\n"
+                    "Genesis\n\nChapter 1\n\nIn the beginning God created the heaven and the "
+                    "earth.\n"
                 )
             )
             self.assertEqual(genesis.count("Chapter "), 50)

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Questions about long contexts: launch/prepare/downstream_sets.py, drrl-eval --examples against Transformers and over several processes, and launch/studies/downstream.py
-with its statistics. Environment: DRRL_BIN."""
+"""Questions about long contexts: launch/prepare/downstream_sets.py, drrl-eval --examples against
+Transformers and over several processes, and launch/studies/downstream.py with its statistics.
+Environment: DRRL_BIN."""
 
 import json
 import subprocess

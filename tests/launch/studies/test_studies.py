@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Reduced runs of the studies in launch/ on a small random model: what they report is what the programs measured, and what launch/studies/plots.py draws. Environment: DRRL_BIN."""
+"""Reduced runs of the studies in launch/ on a small random model: what they report is what the
+programs measured, and what launch/studies/plots.py draws. Environment: DRRL_BIN."""
 
 import json
 import os
@@ -349,7 +350,9 @@ class StudiesTest(SharedModel):
         for spent in (result["training"], low["training"]):
             self.assertTrue(0 < spent["attention_seconds"] < spent["step_seconds"])
         self.assertIn(
-            f"attention {low['training']['attention_seconds'] / result['training']['attention_seconds']:.3f} of",
+            "attention "
+            f"{low['training']['attention_seconds'] / result['training']['attention_seconds']:.3f} "
+            "of",
             table,
         )
 
@@ -384,7 +387,8 @@ class StudiesTest(SharedModel):
             row["recovered"], (row["ms"]["slowed"] - row["ms"]["balanced"]) / lost
         )
         self.assertIn("process 1 slowed down", table)
-        # So short a step may escape the loop; whatever was measured, ranks and speeds must fit each other.
+        # So short a step may escape the loop; whatever was measured, ranks and speeds must fit each
+        # other.
         self.assertTrue(0 < row["balance_slowest"] <= 1)
         if row["speeds"]:
             self.assertEqual((len(row["speeds"]), max(row["speeds"])), (2, 1))
@@ -457,7 +461,7 @@ class StudiesTest(SharedModel):
         )
         result = json.loads(out.read_text())
         self.assertEqual([run["seed"] for run in result["runs"]], [1, 2])
-        for row, *reports in zip(result["rows"], *(run["held_out"] for run in result["runs"])):
+        for row, *reports in zip(result["rows"], *(one["held_out"] for one in result["runs"])):
             dp = numpy.mean(reports[0]["dp"])
             self.assertAlmostEqual(
                 row["agent"][0], 1 - numpy.mean([report["agent"] for report in reports]) / dp

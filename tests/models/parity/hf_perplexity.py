@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Perplexity of a Hugging Face model over a token file with Transformers + SDPA: what drrl-eval's figure must equal.
+"""Perplexity of a Hugging Face model over a token file with Transformers + SDPA: what drrl-eval's
+figure must equal.
 
-The file is cut into windows as drrl-eval cuts it (window w: tokens w L ... (w + 1) L, L of them labels), in order.
+The file is cut into windows as drrl-eval cuts it (window w: tokens w L ... (w + 1) L, L of them
+labels), in order.
 """
 
 import argparse

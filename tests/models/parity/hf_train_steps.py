@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Training steps with Transformers + SDPA + torch.optim.AdamW on the tokens, in the order and with the schedule of drrl-train:
-what drrl-train's losses must follow. One JSON object a step: step, loss (mean, nats), grad_norm (before clipping), lr, seconds."""
+"""Training steps with Transformers + SDPA + torch.optim.AdamW on the tokens, in the order and with
+the schedule of drrl-train: what drrl-train's losses must follow. One JSON object a step: step, loss
+(mean, nats), grad_norm (before clipping), lr, seconds."""
 
 import argparse
 import json

@@ -1,4 +1,5 @@
-"""What the comparison programs share: drrl's data order, written a second time (models/data/sequence_dataset.h is the first), and model loading."""
+"""What the comparison programs share: drrl's data order, written a second time
+(models/data/sequence_dataset.h is the first), and model loading."""
 
 import struct
 import sys
@@ -59,7 +60,8 @@ class Windows:
         return row[:, :-1], row[:, 1:]
 
     def sample(self, index):
-        """(tokens, labels) of a global training sample: a new permutation of the windows in each epoch"""
+        """(tokens, labels) of a global training sample: a new permutation of the windows in each
+        epoch"""
         epoch, position = divmod(index, self.count)
         return self.ordered(
             permuted_index(position, self.count, mix(self.seed) ^ mix(epoch ^ 0x5EED << 32))

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""drrl's executables against Transformers, on small random models and (RealModelTest) on SmolLM2: logits, perplexity, training steps on
-several layouts, and the way back from an exported folder. Environment: DRRL_BIN (folder of the executables), DRRL_MODEL, DRRL_DATA."""
+"""drrl's executables against Transformers, on small random models and (RealModelTest) on SmolLM2:
+logits, perplexity, training steps on several layouts, and the way back from an exported folder.
+Environment: DRRL_BIN (folder of the executables), DRRL_MODEL, DRRL_DATA."""
 
 import json
 import os
@@ -55,7 +56,8 @@ def run(command, ranks=1):
     )
     if done.returncode:
         raise AssertionError(
-            f"exit {done.returncode}: {' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            f"exit {done.returncode}: "
+            f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         )
     return done.stdout
 
@@ -65,7 +67,8 @@ def script(name, *arguments):
 
 
 def small_model(folder, kind="llama", **changes):
-    """A random model with three KV groups, large enough in its weights that a wrong detail shows."""
+    """A random model with three KV groups, large enough in its weights that a wrong detail
+    shows."""
     from transformers import (
         GPT2Config,
         GPT2LMHeadModel,
@@ -117,7 +120,7 @@ def small_model(folder, kind="llama", **changes):
         )
     torch.manual_seed(1)
     model = model_class(config_class(**{**settings, **changes}))
-    for name, parameter in model.named_parameters():  # biases and norms must matter as well
+    for parameter in model.parameters():  # biases and norms must matter as well
         if parameter.ndim == 1:
             with torch.no_grad():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -213,7 +216,8 @@ class SmallModelTest(Folder):
                 )
 
     def test_a_head_that_differs_from_a_tied_embedding(self):
-        """Both are in the file: Transformers keeps them apart. The head alone: it serves as embedding, too."""
+        """Both are in the file: Transformers keeps them apart. The head alone: it serves as
+        embedding, too."""
         for kind in ("llama", "qwen2", "gpt2"):
             model = small_model(self.folder / kind, kind, tie_word_embeddings=False)
             config = json.loads((model / "config.json").read_text())
@@ -297,7 +301,8 @@ class SmallModelTest(Folder):
         (self.folder / "run/hf/tokenizer.json").write_text(json.dumps(words))
         with self.assertRaisesRegex(
             AssertionError,
-            "exit 4: (.|\n)*another tokenizer(.|\n)*model/tokenizer.json(.|\n)*run/hf/tokenizer.json",
+            "exit 4: (.|\n)*another "
+            "tokenizer(.|\n)*model/tokenizer.json(.|\n)*run/hf/tokenizer.json",
         ):
             run([BIN / "drrl-eval", "--model", self.folder / "run/hf", *shape])
 
@@ -443,7 +448,8 @@ class SmallModelTest(Folder):
             )  # every process decides for its own KV groups, all the same
 
     def goes_on_with(self, file, action):
-        """As though the action that wrote the traces had been interrupted after two sequences of several."""
+        """As though the action that wrote the traces had been interrupted after two sequences of
+        several."""
         whole = safetensors.numpy.load_file(file)
         with safetensors.safe_open(file, "numpy") as opened:
             metadata = opened.metadata()
@@ -586,8 +592,10 @@ class SmallModelTest(Folder):
             with self.subTest(layout=name):
                 losses[name] = self.train(model, self.folder / name, ranks, *flags)
                 print(
-                    f"{name}: largest relative difference to Transformers {numpy.max(numpy.abs(numpy.divide(losses[name], expected) - 1)):.1e}, "
-                    f"to one process {numpy.max(numpy.abs(numpy.divide(losses[name], losses['one']) - 1)):.1e}"
+                    f"{name}: largest relative difference to Transformers "
+                    f"{numpy.max(numpy.abs(numpy.divide(losses[name], expected) - 1)):.1e}, to one "
+                    "process "
+                    f"{numpy.max(numpy.abs(numpy.divide(losses[name], losses['one']) - 1)):.1e}"
                 )
                 numpy.testing.assert_allclose(losses[name], expected, rtol=STEP_TOLERANCE)
                 numpy.testing.assert_allclose(losses[name], losses["one"], rtol=LAYOUT_TOLERANCE)
@@ -622,7 +630,8 @@ class RealModelTest(unittest.TestCase):
             )
             self.assertEqual(ours["tokens"], theirs["tokens"])
             print(
-                f"perplexity {ours['perplexity']:.6f}, Transformers {theirs['perplexity']:.6f}, over {ours['tokens']} tokens"
+                f"perplexity {ours['perplexity']:.6f}, Transformers {theirs['perplexity']:.6f}, "
+                f"over {ours['tokens']} tokens"
             )
             self.assertLess(
                 abs(ours["perplexity"] / theirs["perplexity"] - 1), PERPLEXITY_TOLERANCE
