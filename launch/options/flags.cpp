@@ -12,7 +12,7 @@
 #include "distributed/collectives/agreement.h"
 #include "distributed/topology/environment.h"
 #include "distributed/topology/mesh.h"
-#include "launch/runtime/program.h"
+#include "launch/runtime/process.h"
 #include "models/causal_lm/causal_lm.h"
 #include "models/causal_lm/config.h"
 #include "models/causal_lm/model_folder.h"

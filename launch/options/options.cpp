@@ -25,7 +25,7 @@
 #include "core/error.h"
 #include "distributed/topology/environment.h"
 #include "launch/runtime/exit_codes.h"
-#include "launch/runtime/program.h"
+#include "launch/runtime/process.h"
 
 // Exported by gflags, but in none of its headers: what it calls after it has reported a bad command
 // line.

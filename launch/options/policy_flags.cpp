@@ -6,7 +6,7 @@
 #include "distributed/collectives/agreement.h"
 #include "launch/options/flags.h"
 #include "launch/options/options.h"
-#include "launch/runtime/program.h"
+#include "launch/runtime/process.h"
 #include "models/causal_lm/tensor_parallel.h"
 #include "policy/agent/agent.h"
 #include "policy/calibration/calibration.h"

@@ -11,7 +11,7 @@
 #include "distributed/topology/mesh.h"
 #include "launch/options/flags.h"
 #include "launch/options/options.h"
-#include "launch/runtime/program.h"
+#include "launch/runtime/process.h"
 #include "models/causal_lm/weight_store.h"
 #include "models/data/token_file.h"
 

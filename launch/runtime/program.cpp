@@ -15,7 +15,6 @@
 #include <thread>
 
 #include <ATen/Parallel.h>
-#include <torch/version.h>
 
 #include "core/io/file_io.h"
 #include "core/io/file_watch.h"
@@ -35,7 +34,6 @@ namespace {
 
 bool stops_by_signal = false;
 std::atomic<bool> stop_asked{false};
-std::shared_ptr<Watchdog> process_watchdog;
 std::atomic<int> last_exit_code{0};
 std::mutex last_file_mutex;
 std::string last_file;  // that was opened, read or written, or is being
@@ -133,23 +131,12 @@ void abort_mpi(ExitCode code) {
     MPI_Abort(MPI_COMM_WORLD, static_cast<int>(code));
   }
 }
-
-std::string mpi_version() {
-  char library[MPI_MAX_LIBRARY_VERSION_STRING] = "";
-  int length = 0;
-  MPI_Get_library_version(library, &length);
-  const std::string mpi(library, static_cast<size_t>(length));
-  return mpi.substr(0, mpi.find(','));
-}
 #else
 // Who needs MPI and does not have it is told so by Mesh::create, which every program of several
 // processes calls.
 void start_mpi(int* /*argc*/, char*** /*argv*/) {}
 void end_mpi() {}
 void abort_mpi(ExitCode /*code*/) {}
-std::string mpi_version() {
-  return "no MPI";
-}
 #endif
 
 /// Ends this process with `code` after a while, whatever hangs meanwhile: MPI_Abort, or a message
@@ -181,8 +168,8 @@ void start_watchdog(const Environment& environment) {
                                                       : 3 * FLAGS_timeout_s;
   if (limit > 0) {
     watch_files(&on_file);
-    process_watchdog = std::make_shared<Watchdog>(c10::str("world rank ", environment.world_rank),
-                                                  std::chrono::seconds(limit), &on_hung);
+    set_watchdog(std::make_shared<Watchdog>(c10::str("world rank ", environment.world_rank),
+                                            std::chrono::seconds(limit), &on_hung));
   }
 }
 
@@ -207,16 +194,6 @@ void start_watchdog(const Environment& environment) {
 
 }  // namespace
 
-const std::shared_ptr<Watchdog>& watchdog() noexcept {
-  return process_watchdog;
-}
-
-void sign_of_life() {
-  if (process_watchdog) {
-    process_watchdog->alive();
-  }
-}
-
 Mesh create_mesh(const Environment& environment, MeshShape shape, at::Device device) {
   const char* tasks = std::getenv("SLURM_NTASKS");
   if (environment.launcher == Launcher::kSingle && tasks != nullptr && std::string(tasks) != "1") {
@@ -227,10 +204,6 @@ Mesh create_mesh(const Environment& environment, MeshShape shape, at::Device dev
   Mesh mesh = Mesh::create(environment, shape, device, std::chrono::seconds(FLAGS_timeout_s));
   mesh.watch(watchdog());
   return mesh;
-}
-
-std::string version_line() {
-  return std::string("drrl ") + DRRL_VERSION + ", LibTorch " + TORCH_VERSION + ", " + mpi_version();
 }
 
 bool stdout_is_terminal(const Environment& environment) {

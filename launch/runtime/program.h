@@ -1,13 +1,12 @@
 #pragma once
 
 #include <functional>
-#include <memory>
 #include <string>
 
-#include "distributed/collectives/watchdog.h"
 #include "distributed/topology/environment.h"
 #include "distributed/topology/mesh.h"
 #include "launch/runtime/exit_codes.h"
+#include "launch/runtime/process.h"
 
 namespace drrl {
 
@@ -26,21 +25,10 @@ namespace drrl {
 int run_program(int argc, char** argv, const std::string& command, const std::string& summary,
                 const std::function<ExitCode(const Environment&)>& body);
 
-/// "drrl 0.1.0, LibTorch 2.11.0, Open MPI v4.1.4".
-std::string version_line();
-
 /// Runs `work` and, when it throws, ends the job from inside the handler: what was constructed
 /// before `guarded` is not destroyed, so no group or pending collective waits for ranks that will
 /// not come. Programs put everything after the creation of groups in here.
 void guarded(const Environment& environment, const std::function<void()>& work);
-
-/// The watchdog of this process, which run_program starts as --watchdog_timeout_s says; null: off.
-/// It ends the process with ExitCode::kHung, saying what hung. It watches the start and the end of
-/// MPI; programs hand it to their groups and trainer.
-const std::shared_ptr<Watchdog>& watchdog() noexcept;
-
-/// A sign of life for it. Reading and writing files gives one for each piece.
-void sign_of_life();
 
 /// Mesh::create with --timeout_s, watched by the watchdog. Warns if Slurm was asked for several
 /// processes and this is the only one.
