@@ -18,7 +18,6 @@
 #include "models/causal_lm/model_folder.h"
 #include "models/causal_lm/tokenizer.h"
 #include "models/data/token_file.h"
-#include "policy/rank_policy.h"
 
 DEFINE_string(model, "", "Hugging Face model directory (config.json, *.safetensors)");
 DEFINE_string(data, "",

@@ -5,7 +5,6 @@
 #include <gflags/gflags.h>
 
 #include "launch/options/options.h"
-#include "policy/rank_policy.h"
 
 namespace drrl {
 namespace {

@@ -17,7 +17,6 @@
 #include "models/causal_lm/causal_lm.h"
 #include "models/data/token_file.h"
 #include "policy/attention/attention_controller.h"
-#include "policy/rank_policy.h"
 #include "tests/launch/shell.h"
 #include "tests/support/error_of.h"
 #include "tests/support/io_support.h"
