@@ -35,8 +35,8 @@ struct LayerObservation {
   /// Share of the energy ||X Y^T||_F^2 that is lost at rank r, column r of [B G pairs, d + 1]
   /// float64, from each pair's own spectrum: of the scores and of the values as W_O sees them.
   /// Defined only if the policy `needs_spectra()`.
-  at::Tensor score_loss;
-  at::Tensor value_loss;
+  at::Tensor score_loss = {};
+  at::Tensor value_loss = {};
   at::Tensor state =
       {};  ///< pair_state, [B, G, pairs, features]; defined only if the policy has state_ranks()
   int64_t

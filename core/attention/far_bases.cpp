@@ -124,15 +124,6 @@ at::Tensor residual_factors(const PairGrams& grams, const Basis& scores,
                          on_device(counts, key_grams.device()), of_scores);
 }
 
-at::Tensor residual_of(const PairGrams& grams, const std::vector<Ranks>& ranks,
-                       const std::vector<int64_t>& keys, FarBases& bases) {
-  const int64_t d = grams.keys.size(4);
-  for (const Ranks& r : ranks) {
-    bases.flops += r.qk < d ? residual_factor_flops(d, r.qk) : 0;
-  }
-  return residual_factors(grams, bases.scores, ranks, keys);
-}
-
 std::vector<int64_t> key_counts(const BlockTree& tree) {
   std::vector<int64_t> keys;
   for (const PairRun& run : tree.runs()) {
@@ -204,9 +195,20 @@ int64_t leave_exact(const PairGrams& grams, const UsablePairs& usable, int64_t h
   return changed;
 }
 
+void complete_bases(FarBases& bases, const PairGrams& grams, const UsablePairs& usable,
+                    int64_t heads_per_group, const std::vector<int64_t>& keys,
+                    std::vector<Ranks>& ranks) {
+  const int64_t d = grams.keys.size(4);
+  for (const Ranks& r : ranks) {
+    bases.flops += r.qk < d ? residual_factor_flops(d, r.qk) : 0;
+  }
+  bases.residual = residual_factors(grams, bases.scores, ranks, keys);
+  bases.exact_pairs = leave_exact(grams, usable, heads_per_group, keys, bases.residual, ranks);
+}
+
 c10::intrusive_ptr<LowRankPlan> make_plan(const BlockTree& tree, std::vector<Ranks> ranks,
-                                          const PairGrams& grams, FarBases& bases) {
-  auto residual = residual_of(grams, ranks, key_counts(tree), bases);
+                                          const PairGrams& grams, const FarBases& bases) {
+  auto residual = residual_factors(grams, bases.scores, ranks, key_counts(tree));
   return c10::make_intrusive<LowRankPlan>(tree, std::move(ranks), bases.scores, bases.values,
                                           std::move(residual));
 }

@@ -17,9 +17,24 @@ namespace drrl {
 struct FarBases {
   Basis scores;
   Basis values;
-  int64_t solves = 0;   ///< full decompositions
-  int64_t updates = 0;  ///< rounds of update_basis, summed over pairs
-  double flops = 0;     ///< of solves, updates, residual factors and the output Gram
+  at::Tensor residual;      ///< residual_factors of the scores, once complete_bases has made them
+  int64_t solves = 0;       ///< full decompositions
+  int64_t updates = 0;      ///< rounds of update_basis, summed over pairs
+  int64_t exact_pairs = 0;  ///< items that complete_bases made exact
+  double flops = 0;         ///< of solves, updates, residual factors and the output Gram
+};
+
+/// How the bases of far pairs are made.
+struct BasisOptions {
+  /// Rounds of `update_basis` from the starting bases; kSolve: a full decomposition for each pair
+  /// instead.
+  int64_t update_steps = 2;
+  /// Starting bases, [layers, G, 2, d, d] of this process's KV groups (Calibration::bases);
+  /// undefined: from each sequence's first block, or solved in full if that has fewer tokens than
+  /// d.
+  at::Tensor start;
+
+  static constexpr int64_t kSolve = -1;
 };
 
 /// The Grams that bases are made from: pair_grams with keys and values weighted by attention_mass,
@@ -61,10 +76,6 @@ std::vector<int64_t> key_counts(const BlockTree& tree);
 at::Tensor residual_factors(const PairGrams& grams, const Basis& scores,
                             const std::vector<Ranks>& ranks, const std::vector<int64_t>& keys);
 
-/// The same of bases just made. Adds its operations to bases.flops.
-at::Tensor residual_of(const PairGrams& grams, const std::vector<Ranks>& ranks,
-                       const std::vector<int64_t>& keys, FarBases& bases);
-
 /// What bases can be made of, for each item (B G pairs): Grams of traces from 1e-30 to 1e30, within
 /// which float32 sums of squares mean something.
 struct UsablePairs {
@@ -89,9 +100,16 @@ int64_t leave_exact(const PairGrams& grams, const UsablePairs& usable, int64_t h
                     std::vector<Ranks>& ranks);
 inline constexpr double kHopelessCorrection = 4, kHopelessScore = 1e5;
 
-/// A plan of these bases at these ranks, with the residual factors of its scores. Adds the
-/// operations of the latter to bases.flops.
+/// Finishes bases just made for these ranks (B G pairs): makes their residual factors, counts the
+/// operations of that, then calls leave_exact, which may change `ranks`, and notes how many items
+/// did change. Other arguments as there.
+void complete_bases(FarBases& bases, const PairGrams& grams, const UsablePairs& usable,
+                    int64_t heads_per_group, const std::vector<int64_t>& keys,
+                    std::vector<Ranks>& ranks);
+
+/// A plan of these bases at these ranks, with the residual factors of its scores, which are made
+/// here. Leaves nothing exact that the ranks do not.
 c10::intrusive_ptr<LowRankPlan> make_plan(const BlockTree& tree, std::vector<Ranks> ranks,
-                                          const PairGrams& grams, FarBases& bases);
+                                          const PairGrams& grams, const FarBases& bases);
 
 }  // namespace drrl

@@ -115,14 +115,14 @@ struct Forward {
   std::vector<KeysValues> arrivals;  // by part, of all its keys, where this process has queries
 };
 
-Forward forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, ContextPlan& plan) {
+Forward forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                const ContextPlan& plan) {
   const int64_t me = plan.group.rank(), d = q.size(3);
   const double scale = 1.0 / std::sqrt(static_cast<double>(d));
   const auto legs = legs_of(plan);
 
   std::vector<KeysValues> projected(plan.parts.size());
   std::vector<at::Tensor> contents;
-  plan.exact_bytes = 0;
   for (const Leg& leg : legs) {
     const ContextPart& part = plan.parts[leg.part];
     KeysValues& low = projected[leg.part];
@@ -132,13 +132,8 @@ Forward forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, C
              into_basis(rows.take(v, rows.keys), part.p_v)};
     }
     contents.insert(contents.end(), {low.k, low.v});
-    if (leg.from == me && leg.to != me) {
-      plan.exact_bytes += static_cast<int64_t>(part.sequences.size()) * leg.rows * 2 * d *
-                          q.element_size();
-    }
   }
   Exchange exchange(plan.group, messages_of(legs, plan, /*backward=*/false), contents, q.options());
-  plan.bytes_sent = exchange.bytes_sent();
 
   Forward result{at::empty(q.sizes(), q.options()), {}, std::vector<KeysValues>(plan.parts.size())};
   auto near = at::empty(
@@ -331,6 +326,16 @@ std::vector<ContextPart> context_parts(const SequenceSplit& split, const std::ve
     }
   }
   return parts;
+}
+
+int64_t ContextPlan::exact_elements(int64_t head_dim) const {
+  int64_t elements = 0;
+  for (const Leg& leg : legs_of(*this)) {
+    if (leg.from == group.rank() && leg.to != leg.from) {
+      elements += static_cast<int64_t>(parts[leg.part].sequences.size()) * leg.rows * 2 * head_dim;
+    }
+  }
+  return elements;
 }
 
 at::Tensor context_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,

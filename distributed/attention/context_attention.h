@@ -40,9 +40,10 @@ struct ContextPlan : torch::CustomClassHolder {
   SequenceSplit split;  ///< into group.size() parts
   Group group;
   std::vector<ContextPart> parts;
-  /// Of the last forward: bytes of keys and values that left this process, and what they would be
-  /// at rank d. The backward pass sends as many back.
-  int64_t bytes_sent = 0, exact_bytes = 0;
+
+  /// Elements of keys and values that would leave this process in a forward pass at rank d. The
+  /// backward pass sends as many back.
+  int64_t exact_elements(int64_t head_dim) const;
 };
 
 /// lowrank_attention of a sequence that is split over processes: the same near part, sinks and far
@@ -56,7 +57,7 @@ struct ContextPlan : torch::CustomClassHolder {
 /// the tree, which brings them to 0.8 to 1.3 times that. The backward pass sends the gradients of
 /// the projected keys and values back and projects them up where the keys are.
 ///
-/// q [B, H, rows, d], k and v [B, G, rows, d] of this process' rows, split.positions(group.rank());
+/// q [B, H, rows, d], k and v [B, G, rows, d] of this process's rows, split.positions(group.rank());
 /// returns [B, H, rows, d], differentiable in q, k, v. Collective over plan->group, and so is its
 /// backward pass. Errors: c10::Error on shapes that disagree with the plan; those of Group.
 at::Tensor context_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,

@@ -122,15 +122,22 @@ void check_shares(const at::Tensor& flat, const std::vector<int64_t>& shares, co
               " elements for ", group.size(), " members");
 }
 
-// Counts a call that sends so many bytes (none: it only goes on), and how long it holds its caller.
-class Counted {
+}  // namespace
+
+/// Counts a call that sends so many bytes (none: it only goes on), and how long it holds its
+/// caller.
+class CountedCall {
  public:
-  Counted(const Group& group, const char* operation,
-          std::optional<double> sent_bytes = std::nullopt)
-      : group_(group), operation_(operation), sent_bytes_(sent_bytes) {}
-  Counted(const Counted&) = delete;
-  Counted& operator=(const Counted&) = delete;
-  ~Counted() {
+  CountedCall(const Group& group, const char* operation,
+              std::optional<double> sent_bytes = std::nullopt)
+      : group_(group), operation_(operation), sent_bytes_(sent_bytes) {
+    if (sent_bytes_ && group_.sent_bytes_) {
+      *group_.sent_bytes_ += static_cast<int64_t>(*sent_bytes_);
+    }
+  }
+  CountedCall(const CountedCall&) = delete;
+  CountedCall& operator=(const CountedCall&) = delete;
+  ~CountedCall() {
     if (group_.traffic()) {
       const std::chrono::duration<double, std::milli> waited = std::chrono::steady_clock::now() -
                                                                begun_;
@@ -145,6 +152,8 @@ class Counted {
   std::optional<double> sent_bytes_;
   std::chrono::steady_clock::time_point begun_ = std::chrono::steady_clock::now();
 };
+
+namespace {
 
 // Starts a collective on a message of `bytes`, of which this process sends `sent_bytes` (none: what
 // bus_factor says), through the dispatcher, out of autograd's sight, and returns the handle that
@@ -161,12 +170,12 @@ Pending start(const Group& group, const char* operation, std::size_t bytes, cons
     const double sent = sent_bytes
                             ? static_cast<double>(*sent_bytes)
                             : static_cast<double>(bytes) * bus_factor(operation, group.size());
-    const Counted counted(group, operation, sent);
+    const CountedCall counted(group, operation, sent);
     const auto held = hold(group, number);
     work = translated(group, operation, launch);
   }
   return Pending([group, operation, number, work = std::move(work)] {
-    const Counted counted(group, operation);
+    const CountedCall counted(group, operation);
     const auto held = hold(group, number);
     translated(group, operation, [&] { return work->wait(); });
     if (group.watchdog()) {
@@ -214,6 +223,7 @@ Group::Group(std::string name, c10::intrusive_ptr<c10d::ProcessGroup> process_gr
   if (process_group_) {
     rank_ = process_group_->getRank();
     size_ = process_group_->getSize();
+    sent_bytes_ = std::make_shared<std::atomic<int64_t>>(0);
   }
   check(ErrorKind::kUsage,
         world_ranks_.empty() || static_cast<int64_t>(world_ranks_.size()) == size_, "group '",

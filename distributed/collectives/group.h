@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <functional>
@@ -20,6 +21,8 @@ class Work;
 }  // namespace c10d
 
 namespace drrl {
+
+class CountedCall;
 
 enum class ReduceOp { kSum, kMax, kMin };
 
@@ -96,6 +99,11 @@ class Group {
   void count(std::shared_ptr<Traffic> traffic) { traffic_ = std::move(traffic); }
   const std::shared_ptr<Traffic>& traffic() const noexcept { return traffic_; }
 
+  /// What this process has sent in the collectives of this group and its copies so far, in bytes:
+  /// message times bus_factor; of all_to_all, gather and send what does leave it. One counter for
+  /// all who want to know what a piece of work sends: read it before and after.
+  int64_t sent_bytes() const noexcept { return sent_bytes_ ? sent_bytes_->load() : 0; }
+
   std::chrono::milliseconds timeout() const noexcept { return timeout_; }
 
   /// Where small tensors of the program's own bookkeeping should live to travel in this group: the
@@ -144,12 +152,15 @@ class Group {
   void barrier() const;
 
  private:
+  friend class CountedCall;  // group.cpp
+
   std::string name_ = "self";
   c10::intrusive_ptr<c10d::ProcessGroup> process_group_;
   std::chrono::milliseconds timeout_{0};
   std::vector<int64_t> world_ranks_;
   std::shared_ptr<Watchdog> watchdog_;
   std::shared_ptr<Traffic> traffic_;
+  std::shared_ptr<std::atomic<int64_t>> sent_bytes_;  // null: a group of one
   int64_t rank_ = 0;
   int64_t size_ = 1;
 };

@@ -14,7 +14,7 @@
 #include "core/linalg/basis.h"
 #include "core/linalg/least_squares.h"
 #include "distributed/attention/context_attention.h"
-#include "distributed/attention/context_bases.h"
+#include "distributed/attention/context_parallel_bases.h"
 #include "distributed/collectives/traffic.h"
 #include "distributed/topology/sequence_split.h"
 #include "launch/bench/bench.h"
@@ -105,10 +105,10 @@ ContextBytes context_bytes(const Workload& w, const SequenceSplit& split, int64_
   const std::vector<Ranks> ranks(static_cast<size_t>(groups * split.tree().num_pairs()),
                                  Ranks{rank, rank});
   ContextBytes bytes{std::vector<double>(members), std::vector<double>(members)};
-  const auto makers = rank < d ? basis_makers(split, ranks, d) : std::vector<int64_t>();
+  const auto owners = rank < d ? basis_owners(split, ranks, d) : std::vector<int64_t>();
   for (const ContextPart& part : context_parts(split, ranks, d)) {
     const bool low = part.ranks.qk < d;
-    const int64_t maker = low ? makers[static_cast<size_t>(part.pair)] : -1;
+    const int64_t owner = low ? owners[static_cast<size_t>(part.pair)] : -1;
     for (int64_t member = 0; member < split.parts(); ++member) {
       const int64_t keys = split.rows_of(member, part.keys).count;
       const bool queries = split.rows_of(member, part.queries).count > 0;
@@ -120,14 +120,14 @@ ContextBytes context_bytes(const Workload& w, const SequenceSplit& split, int64_
           bytes.keys_values[static_cast<size_t>(other)] += size;
         }
       }
-      if (low && member != maker) {
+      if (low && member != owner) {
         bytes.bases[static_cast<size_t>(member)] += keys > 0 ? static_cast<double>(3 * groups * d *
                                                                                    (d + 1) / 2) *
                                                                    4
                                                              : 0;  // triangles of Grams, in fp32
         const int64_t columns = (keys > 0 ? 2 * part.ranks.qk : 0) +
                                 (queries ? 2 * part.ranks.qk + std::min(kResidualColumns, d) : 0);
-        bytes.bases[static_cast<size_t>(maker)] += static_cast<double>(groups * d * columns *
+        bytes.bases[static_cast<size_t>(owner)] += static_cast<double>(groups * d * columns *
                                                                        w.element_bytes);
       }
     }

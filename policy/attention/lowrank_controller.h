@@ -7,42 +7,17 @@
 
 #include <ATen/ATen.h>
 
-#include "core/attention/far_bases.h"
-#include "core/attention/flops.h"
 #include "core/attention/kv_cache.h"
-#include "core/types/basis.h"
-#include "core/types/lowrank_plan.h"
-#include "distributed/attention/context_attention.h"
-#include "distributed/attention/shared_heads.h"
+#include "core/types/attention_call.h"
+#include "distributed/attention/basis_provider.h"
+#include "distributed/topology/sequence_split.h"
 #include "policy/attention/attention_controller.h"
-#include "policy/attention/attention_statistics.h"
+#include "policy/attention/attention_recorder.h"
 #include "policy/attention/layer_plan.h"
+#include "policy/attention/rank_decider.h"
 #include "policy/calibration/damage_sampler.h"
-#include "policy/rank_policy.h"
 
 namespace drrl {
-
-/// How the bases of far pairs are made.
-struct BasisOptions {
-  /// Rounds of `update_basis` from the starting bases; kSolve: a full decomposition for each pair
-  /// instead.
-  int64_t update_steps = 2;
-  /// Starting bases, [layers, G, 2, d, d] of this process' KV groups (Calibration::bases);
-  /// undefined: from each sequence's first block, or solved in full if that has fewer tokens than
-  /// d.
-  at::Tensor start;
-
-  static constexpr int64_t kSolve = -1;
-};
-
-/// The guard over decisions ("actions whose certified loss exceeds eps are masked", arXiv
-/// 2512.15973): a pair's rank is raised to the smallest bucket at which the starting bases lose at
-/// most the share eps of the root of the energy, by start_loss; updates only lose less. Full rank
-/// is always allowed.
-struct GuardOptions {
-  double eps = 0;                     ///< 0: no guard
-  std::vector<int64_t> buckets = {};  ///< ascending, head_dim the last
-};
 
 /// What a study leaves out of the method, to see what it is worth.
 struct Ablation {
@@ -52,11 +27,12 @@ struct Ablation {
                           ///< (attention_mass); starting bases are what they are
 };
 
-/// The near + sinks + far attention of a model: per call and layer, ask the policy for ranks, make
-/// the bases they need, run the operator.
+/// The near + sinks + far attention of a model. For each call and layer it asks RankDecider for
+/// ranks, BasisProvider for the bases they need, runs the operator (LayerPlan::run), and tells
+/// AttentionRecorder what that took.
 class LowRankController final : public AttentionController {
  public:
-  /// first_group: the first of this process' KV groups among the model's, under tensor parallelism.
+  /// first_group: the first of this process's KV groups among the model's, under tensor parallelism.
   /// A guard needs starting bases. context: the processes that each sequence is split over; then
   /// Error(kUsage) for a guard and for policies that look at Grams (`energy`, `rl`), of which no
   /// process has all, and `attend` for gates, when a policy chooses some. kv: the tensor-parallel
@@ -82,89 +58,68 @@ class LowRankController final : public AttentionController {
 
   /// Wall time of forward calls, on CUDA with a synchronization around each: for evaluation, not
   /// for training.
-  void set_timing(bool on) { timing_ = on; }
+  void set_timing(bool on) { recorder_.set_timing(on); }
 
   /// The guard's eps from now on; only if there was one.
-  void set_guard_eps(double eps) { guard_.eps = eps; }
+  void set_guard_eps(double eps) { decider_.set_guard_eps(eps); }
 
   /// From now on, in `attend`. Errors: Error(kUsage) under context parallelism.
   void leave_out(Ablation ablation);
 
   /// Whether other processes hold this one's KV head, too.
-  bool shares_kv_head() const { return shared_.shared(); }
+  bool shares_kv_head() const { return kv_.size() > 1; }
 
   /// Measures damages while the model is trained, whenever it is active; null: nobody does. Not
   /// under context parallelism, nor where a KV head is shared.
   void set_sampler(std::shared_ptr<DamageSampler> sampler) { sampler_ = std::move(sampler); }
 
   /// What was spent since the last call.
-  AttentionStatistics take_statistics();
+  AttentionStatistics take_statistics() { return recorder_.take(); }
 
   /// 64-bit hash of the policy's description and of every rank decided since the last call: what
   /// processes that hold the same layers compare (check_agreement) if their policy does not look at
   /// the text. Processes that share a sequence or KV head call it alike: `split` compares what they
   /// have.
-  uint64_t take_decisions_digest();
+  uint64_t take_decisions_digest() { return decider_.take_digest(describe()); }
 
-  const std::shared_ptr<RankPolicy>& policy() const { return policy_; }
-  void set_policy(std::shared_ptr<RankPolicy> policy) { policy_ = std::move(policy); }
-  const BasisOptions& bases() const { return bases_; }
+  const std::shared_ptr<RankPolicy>& policy() const { return decider_.policy(); }
+  void set_policy(std::shared_ptr<RankPolicy> policy) { decider_.set_policy(std::move(policy)); }
+  const BasisOptions& bases() const { return provider_->options(); }
 
   /// One line for banners.
   std::string describe() const;
 
  private:
-  /// Bases as the options say. `start` [B G, 2, d, d] is where updates start from; if it is
-  /// undefined it becomes the calibration's, or made from the first of these pairs.
-  FarBases make_bases(int64_t layer, const PairGrams& grams, const at::Tensor& w_o,
-                      const std::vector<Ranks>& ranks, at::Tensor& start);
+  /// What a layer is attended at, and what it took to make.
+  struct Planned {
+    std::vector<Ranks> ranks = {};
+    double flops = 0;  ///< of decisions and bases
+  };
 
-  /// `attend` of a split sequence.
-  at::Tensor attend_split(int64_t layer, const at::Tensor& q, const at::Tensor& k,
-                          const at::Tensor& v, const at::Tensor& w_o, LayerPlan& plan);
+  void check_call(const AttentionCall& call) const;
 
-  /// Makes this process' share of the bases and plan.context, with what it needs of all bases.
-  /// ranks <- those at which pairs are attended. Returns the cost.
-  FarBases make_split_plan(int64_t layer, const at::Tensor& q, const at::Tensor& k,
-                           const at::Tensor& v, const at::Tensor& w_o, std::vector<Ranks>& ranks,
-                           LayerPlan& plan);
+  /// Decides and makes bases for a call, into `plan`: of a whole sequence, and of this process's
+  /// rows of a split one.
+  Planned plan_layer(const AttentionCall& call, LayerPlan& plan);
+  Planned plan_split_layer(const AttentionCall& call, LayerPlan& plan);
 
-  /// Whether updates start from bases of the sequence's first pair.
-  bool starts_from_first_pair(int64_t head_dim) const;
-
-  /// Asks the policy, showing it what it wants to see, and counts its decisions. bases <- those
-  /// that were made for it, if any, and the operations.
-  std::vector<Ranks> decide(LayerObservation& observation, const PairGrams& grams,
-                            const at::Tensor& w_o, FarBases& bases);
-
-  void raise_to_guard(const LayerObservation& observation, const PairGrams& grams,
-                      const at::Tensor& w_o, std::vector<Ranks>& ranks, FarBases& bases);
+  /// Asks the decider, and counts.
+  RankDecision decide(LayerObservation& observation, const PairGrams& grams, const at::Tensor& w_o);
 
   /// Ranks and bases of one far pair of the cache's horizon: what `attend` decides for it when it
-  /// sees the whole sequence.
+  /// sees the whole sequence. grams: of own query heads.
   NodeFactors decide_node(int64_t layer, LayerCache& cache, int64_t level, int64_t pair,
                           const PairGrams& grams, const at::Tensor& w_o);
 
-  /// Counts pairs that no low rank serves.
-  void count_exact(int64_t pairs);
-
-  /// Counts a call of attend.
-  void spent(int64_t layer, double ms);
-
-  std::shared_ptr<RankPolicy> policy_;
   Geometry geometry_;
-  BasisOptions bases_;
   int64_t first_group_;
-  GuardOptions guard_;
-  Group context_;
-  SharedHeads shared_;
+  Group context_, kv_;
+  std::unique_ptr<BasisProvider> provider_;
+  RankDecider decider_;
+  AttentionRecorder recorder_;
+  std::shared_ptr<DamageSampler> sampler_;
   std::optional<SequenceSplit> split_;  // of the pass under way
   Ablation ablation_;
-  std::shared_ptr<DamageSampler> sampler_;
-  double first_eps_;  // as constructed, for describe()
-  bool timing_ = false;
-  AttentionStatistics statistics_;
-  uint64_t decisions_digest_ = 0;
 };
 
 }  // namespace drrl

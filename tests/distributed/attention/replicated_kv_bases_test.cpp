@@ -1,6 +1,6 @@
 // Processes that hold the same KV head, each with some of its query heads, against one process with
 // all of them.
-#include "distributed/attention/shared_heads.h"
+#include "distributed/attention/replicated_kv_bases.h"
 
 #include <ATen/CPUGeneratorImpl.h>
 
@@ -20,7 +20,7 @@ constexpr int64_t kHeads = 7, kHeadDim = 16, kHidden = 24, kBatch = 2;
 constexpr Geometry kGeometry{16, 2};
 constexpr int64_t kLength = 2 + 7 * 16 + 5;  // eight blocks, the last one short
 
-class SharedHeadsTest : public TensorParallelTest {
+class ReplicatedKvBasesTest : public TensorParallelTest {
  protected:
   void SetUp() override {
     TensorParallelTest::SetUp();
@@ -66,7 +66,7 @@ class SharedHeadsTest : public TensorParallelTest {
   Share own_{};
 };
 
-TEST_F(SharedHeadsTest, OutputsEqualOneProcessAndBasesAreBitEqual) {
+TEST_F(ReplicatedKvBasesTest, OutputsEqualOneProcessAndBasesAreBitEqual) {
   for (const BasisOptions& bases : basis_options()) {
     for (const auto& policy : policies()) {
       SCOPED_TRACE(c10::str(policy->describe(), ", ", bases.update_steps, " updates from ",
@@ -104,7 +104,7 @@ TEST_F(SharedHeadsTest, OutputsEqualOneProcessAndBasesAreBitEqual) {
   }
 }
 
-TEST_F(SharedHeadsTest, MorePartnersThanPairs) {
+TEST_F(ReplicatedKvBasesTest, MorePartnersThanPairs) {
   const int64_t length = kGeometry.sink_tokens + kGeometry.near_block + 3;  // a single pair
   const auto cut = [&](const at::Tensor& x) { return x.narrow(2, 0, length).contiguous(); };
   for (const BasisOptions& bases : basis_options()) {
@@ -117,7 +117,7 @@ TEST_F(SharedHeadsTest, MorePartnersThanPairs) {
   }
 }
 
-TEST_F(SharedHeadsTest, AGuardSeesAllHeads) {
+TEST_F(ReplicatedKvBasesTest, AGuardSeesAllHeads) {
   const GuardOptions guard{0.3, {4, 8, 12, 16}};
   LowRankController alone(make_fixed_policy(4, kHeadDim), kGeometry, {2, start_}, 0, guard),
       shared(make_fixed_policy(4, kHeadDim), kGeometry, {2, start_}, 0, guard, Group(), tp_);
@@ -131,7 +131,7 @@ TEST_F(SharedHeadsTest, AGuardSeesAllHeads) {
   EXPECT_EQ(mine.guard_raises, rank_ == 0 ? raises : 0);
 }
 
-TEST_F(SharedHeadsTest, GrowingSequences) {
+TEST_F(ReplicatedKvBasesTest, GrowingSequences) {
   for (const BasisOptions& bases : basis_options()) {
     for (const auto& policy : policies()) {
       SCOPED_TRACE(c10::str(policy->describe(), ", ", bases.update_steps, " updates"));
@@ -154,7 +154,7 @@ TEST_F(SharedHeadsTest, GrowingSequences) {
   }
 }
 
-TEST_F(SharedHeadsTest, DecisionsMustAgree) {
+TEST_F(ReplicatedKvBasesTest, DecisionsMustAgree) {
   LowRankController shared(make_fixed_policy(rank_ == size_ - 1 ? 6 : 4, kHeadDim), kGeometry, {},
                            0, GuardOptions{}, Group(), tp_);
   expect_error(ErrorKind::kCommunication,
