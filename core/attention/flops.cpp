@@ -18,7 +18,6 @@ AttentionFlops& AttentionFlops::operator+=(const AttentionFlops& other) {
   far += other.far;
   projections += other.projections;
   grams += other.grams;
-  tests += other.tests;
   solves += other.solves;
   return *this;
 }

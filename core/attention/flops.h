@@ -16,10 +16,9 @@ struct AttentionFlops {
   double far = 0;          ///< scores of far pairs at rank r, values at rank r_v
   double projections = 0;  ///< into and out of the bases
   double grams = 0;        ///< block Grams and their sums
-  double tests = 0;        ///< tail_loss
   double solves = 0;       ///< bases: Cholesky, products, symmetric eigenproblem
 
-  double total() const { return near + sinks + far + projections + grams + tests + solves; }
+  double total() const { return near + sinks + far + projections + grams + solves; }
   AttentionFlops& operator+=(const AttentionFlops& other);
 };
 
