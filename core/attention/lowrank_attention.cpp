@@ -16,8 +16,8 @@
 
 namespace drrl {
 
-// What a run's items need, one after the other as calls take them: a call's part of each tensor is
-// a view, so that ranks may differ at the cost of more calls alone.
+// The data of one run's items, stored in call order. Each call takes a view of every tensor, so
+// different ranks cost more calls but no copies.
 struct RunCalls {
   // Items (batch, group, pair) that go through one call, of the largest of their ranks; columns
   // that an item has less are zero.
@@ -83,9 +83,9 @@ struct Projections {
   }
 };
 
-// Items of equal keys share a call. Those with a gate all do, since their scores take many small
-// steps. So do on CUDA ranks up to 64: its kernels take as long for less, and longer for many small
-// calls.
+// Items of equal keys share a call. All gated items share a key, since their scores take many small
+// steps. On CUDA all ranks up to 64 share one: smaller ranks are not faster there, and many small
+// calls are slower.
 Ranks call_key(const Ranks& own, int64_t d, bool cuda) {
   const bool gated = own.gated(d);
   const auto width = [&](int64_t rank) {

@@ -21,8 +21,8 @@ struct PairGrams {
 /// back: what travels of a Gram.
 at::Tensor lower_triangle(const at::Tensor& symmetric);
 at::Tensor from_lower_triangle(const at::Tensor& lower, int64_t d);
-/// In which it travels: float32, as precise as the products that it is made of, but float64 where
-/// the inputs are.
+/// Dtype of Grams in messages: float64 if the inputs are float64, else float32, which is as precise
+/// as the products that make a Gram.
 at::ScalarType travelling_type(at::ScalarType of_inputs);
 
 /// How much attention keys get, estimated from queries that see them: w_j = rows ((1 - m) mean_h

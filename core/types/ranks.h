@@ -23,10 +23,11 @@ struct Ranks {
   auto operator<=>(const Ranks&) const = default;
 };
 
-/// A row's softmax so far, where a gate looks: the weights of its own block, the sinks, and of its
-/// far pairs by ascending level in chunks of so many keys from the pair's first on, the entry's own
-/// chunk at low rank, earlier chunks with what was exact in them. Of the row itself and older
-/// tokens alone, so causal row by row.
+/// Keys of a chunk, the step in which a gate reads far pairs. An entry is exact if its low-rank
+/// weight is at least `gate` times the running softmax sum of its row. The sum covers the row's own
+/// block, the sinks, then its far pairs by ascending level, chunk by chunk from a pair's first key.
+/// The entry's own chunk counts at low rank, earlier chunks with their exact entries. Only the row
+/// itself and older tokens count, so the test is causal.
 inline constexpr int64_t kGateChunk = 256;
 
 }  // namespace drrl
