@@ -49,7 +49,8 @@ constexpr Command kCommands[] = {
      "mpirun, srun or torchrun",
      &collectives, true},
     {"scaling",
-     "steps per second, exposed communication, bytes and solves of training on the processes it "
+     "steps per second, exposed communication, bytes and decompositions of training on the "
+     "processes it "
      "was started with",
      &scaling, true},
     {"model",

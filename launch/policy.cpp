@@ -279,7 +279,7 @@ ExitCode calibrate(const Environment& environment) {
     const BasisOptions bases{
         .update_steps = FLAGS_basis_updates,
         .start = result.bases.narrow(1, groups.begin, groups.count).to(m.device)};
-    const auto low_controller = std::make_shared<LowRankController>(make_full_policy(), m.geometry,
+    const auto low_controller = std::make_shared<LowRankController>(make_exact_policy(), m.geometry,
                                                                     bases, groups.begin);
     const auto low = m.new_model(low_controller);
     const int64_t d = m.config.head_dim;

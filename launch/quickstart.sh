@@ -51,17 +51,17 @@ evaluate() {
     --model "$model" --data "$DRRL_DATA/kjv-valid" --json "$out/$name.json" "$@"
 }
 
-# --compare_full evaluates each sequence with both kinds of attention and times both.
+# --compare_exact evaluates each sequence with both kinds of attention and times both.
 stage "held-out perplexity before training"
-evaluate before "$DRRL_MODEL" "${lowrank[@]}" --compare_full
-stage "fine-tuning, full rank"
-train full --attention=full
+evaluate before "$DRRL_MODEL" "${lowrank[@]}" --compare_exact
+stage "fine-tuning, exact attention"
+train exact --attention=exact
 stage "fine-tuning, low rank"
 train lowrank "${lowrank[@]}"
-stage "held-out perplexity after training, full rank"
-evaluate after-full "$out/full/hf" --attention=full
+stage "held-out perplexity after training, exact attention"
+evaluate after-exact "$out/exact/hf" --attention=exact
 stage "held-out perplexity after training, low rank"
-evaluate after-lowrank "$out/lowrank/hf" "${lowrank[@]}" --compare_full
+evaluate after-lowrank "$out/lowrank/hf" "${lowrank[@]}" --compare_exact
 
 stage "result"
 "$DRRL_PYTHON" launch/studies/quickstart_table.py "$out"

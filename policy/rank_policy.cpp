@@ -15,13 +15,13 @@
 namespace drrl {
 namespace {
 
-class FullPolicy final : public RankPolicy {
+class ExactPolicy final : public RankPolicy {
  public:
   std::vector<Ranks> decide(const LayerObservation& o) override {
     return std::vector<Ranks>(static_cast<size_t>(o.items()), Ranks{o.head_dim, o.head_dim});
   }
   bool exact() const override { return true; }
-  std::string describe() const override { return "full"; }
+  std::string describe() const override { return "exact"; }
 };
 
 class FixedPolicy final : public RankPolicy {
@@ -343,8 +343,8 @@ std::vector<int64_t> rank_buckets(const at::Device& device, int64_t head_dim) {
   return buckets;
 }
 
-std::unique_ptr<RankPolicy> make_full_policy() {
-  return std::make_unique<FullPolicy>();
+std::unique_ptr<RankPolicy> make_exact_policy() {
+  return std::make_unique<ExactPolicy>();
 }
 
 std::unique_ptr<RankPolicy> make_fixed_policy(int64_t rank, int64_t head_dim) {

@@ -72,7 +72,7 @@ class RankPolicy {
 };
 
 /// Every rank is the head dim: exact attention.
-std::unique_ptr<RankPolicy> make_full_policy();
+std::unique_ptr<RankPolicy> make_exact_policy();
 
 /// The same rank everywhere. Errors: Error(kUsage) unless 1 <= rank <= head_dim.
 std::unique_ptr<RankPolicy> make_fixed_policy(int64_t rank, int64_t head_dim);

@@ -42,7 +42,7 @@ FarBases solve_far_bases(const PairGrams& grams, const at::Tensor& w_o, bool sco
     const Problem p = problem_of(kind, grams, w_o);
     into = solve_basis(p.gram_x,
                        p.gram_y.repeat_interleave(p.gram_x.size(0) / p.gram_y.size(0), 0));
-    bases.solves += p.gram_x.size(0);
+    bases.decompositions += p.gram_x.size(0);
   };
   if (scores) {
     solve(FarKind::kScores, bases.scores);
@@ -51,7 +51,7 @@ FarBases solve_far_bases(const PairGrams& grams, const at::Tensor& w_o, bool sco
     solve(FarKind::kValues, bases.values);
     bases.flops += output_gram_flops(w_o.size(0), w_o.size(1) / d, d);
   }
-  bases.flops += static_cast<double>(bases.solves) * basis_solve_flops(d);
+  bases.flops += static_cast<double>(bases.decompositions) * basis_solve_flops(d);
   return bases;
 }
 

@@ -17,11 +17,11 @@ namespace drrl {
 struct FarBases {
   Basis scores;
   Basis values;
-  at::Tensor residual;      ///< residual_factors of the scores, once complete_bases has made them
-  int64_t solves = 0;       ///< full decompositions
-  int64_t updates = 0;      ///< rounds of update_basis, summed over pairs
-  int64_t exact_pairs = 0;  ///< items that complete_bases made exact
-  double flops = 0;         ///< of solves, updates, residual factors and the output Gram
+  at::Tensor residual;  ///< residual_factors of the scores, once complete_bases has made them
+  int64_t decompositions = 0;  ///< full ones
+  int64_t updates = 0;         ///< rounds of update_basis, summed over pairs
+  int64_t exact_pairs = 0;     ///< items that complete_bases made exact
+  double flops = 0;            ///< of decompositions, updates, residual factors and the output Gram
 };
 
 /// How the bases of far pairs are made.

@@ -18,7 +18,7 @@ AttentionFlops& AttentionFlops::operator+=(const AttentionFlops& other) {
   far += other.far;
   projections += other.projections;
   grams += other.grams;
-  solves += other.solves;
+  bases += other.bases;
   return *this;
 }
 
@@ -127,7 +127,7 @@ AttentionFlops lowrank_attention_flops(const LowRankPlan& plan, int64_t batch, i
   }
   flops.far += exact_entry_flops(head_dim, with_backward) *
                static_cast<double>(plan.exact.size());  // beside what they took at low rank
-  flops.solves = basis_flops;
+  flops.bases = basis_flops;
   return flops;
 }
 

@@ -16,9 +16,9 @@ struct AttentionFlops {
   double far = 0;          ///< scores of far pairs at rank r, values at rank r_v
   double projections = 0;  ///< into and out of the bases
   double grams = 0;        ///< block Grams and their sums
-  double solves = 0;       ///< bases: Cholesky, products, symmetric eigenproblem
+  double bases = 0;        ///< Cholesky, products, symmetric eigenproblem
 
-  double total() const { return near + sinks + far + projections + grams + solves; }
+  double total() const { return near + sinks + far + projections + grams + bases; }
   AttentionFlops& operator+=(const AttentionFlops& other);
 };
 

@@ -16,17 +16,17 @@ FarBases LocalBases::make(int64_t layer, const PairGrams& grams, const at::Tenso
     };
     return solve_far_bases(grams, w_o, any_below_d(&Ranks::qk), any_below_d(&Ranks::v));
   }
-  int64_t solves = 0;
+  int64_t decompositions = 0;
   if (!start.defined()) {
     start = calibrated_start(layer, batch);
   }
   if (!start.defined()) {
     start = first_pair_bases(grams, w_o);
-    solves = 2 * batch * groups;
+    decompositions = 2 * batch * groups;
   }
   FarBases bases = update_far_bases(grams, w_o, ranks, start, options().update_steps);
-  bases.solves += solves;
-  bases.flops += static_cast<double>(solves) * basis_solve_flops(d);
+  bases.decompositions += decompositions;
+  bases.flops += static_cast<double>(decompositions) * basis_solve_flops(d);
   return bases;
 }
 

@@ -151,9 +151,10 @@ void agree_on_ranks(std::vector<Ranks>& ranks, const Group& group) {
 
 // first_pair_bases, [B G, 2, d, d] on all processes: process 0, whose Grams begin with pair 0,
 // scatters the 2 B G problems, each process solves its share, and the results are gathered by all.
-// Elsewhere only batch and groups of `grams` are looked at. solves += those of this process.
+// Elsewhere only batch and groups of `grams` are looked at. decompositions += those of this
+// process.
 at::Tensor scattered_first_pair_bases(const PairGrams& grams, const at::Tensor& w_o,
-                                      const Group& group, int64_t& solves) {
+                                      const Group& group, int64_t& decompositions) {
   const int64_t sequences = grams.keys.size(0) * grams.keys.size(1), d = grams.keys.size(4);
   const auto share = [&](int64_t process) {
     return partition(2 * sequences, group.size(), process);
@@ -174,7 +175,7 @@ at::Tensor scattered_first_pair_bases(const PairGrams& grams, const at::Tensor& 
       scattered.wait()[static_cast<size_t>(group.rank())].to(at::kDouble), d);
   const auto solved = own.size(1) > 0 ? solve_basis(own[0], own[1]).right
                                       : at::empty({0, d, d}, own.options().dtype(at::kFloat));
-  solves += own.size(1);
+  decompositions += own.size(1);
 
   messages.clear();
   contents.clear();
@@ -316,9 +317,9 @@ PlannedContext make_context_plan(const AttentionCall& call, const SequenceSplit&
 
   FarBases& bases = planned.bases;
   at::Tensor start;
-  int64_t solves = 0;
+  int64_t decompositions = 0;
   if (provider.starts_from_first_pair(d)) {
-    start = scattered_first_pair_bases(grams, call.w_o, group, solves);
+    start = scattered_first_pair_bases(grams, call.w_o, group, decompositions);
   }
   const std::vector<Ranks> decided = ranks;
   if (!owned.pairs.empty()) {
@@ -327,8 +328,8 @@ PlannedContext make_context_plan(const AttentionCall& call, const SequenceSplit&
     complete_bases(bases, grams, usable, heads_per_group, owned.keys, own_ranks);
     owned.put(own_ranks, ranks);
   }
-  bases.solves += solves;
-  bases.flops += static_cast<double>(solves) * basis_solve_flops(d);
+  bases.decompositions += decompositions;
+  bases.flops += static_cast<double>(decompositions) * basis_solve_flops(d);
   bases.exact_pairs = 0;
   if (call.q.is_cpu()) {  // where complete_bases may have made some exact
     agree_on_ranks(ranks, group);

@@ -56,9 +56,9 @@ FarBases ReplicatedKvBases::make(int64_t layer, const PairGrams& grams, const at
                                  const std::vector<Ranks>& ranks, at::Tensor& start) {
   at::NoGradGuard no_grad;
   const int64_t batch = grams.keys.size(0), pairs = grams.keys.size(2), d = grams.keys.size(4);
-  int64_t solves = 0;
+  int64_t decompositions = 0;
   if (!start.defined() && starts_from_first_pair(d)) {
-    start = shared_first_pair_bases(grams, w_o, solves);
+    start = shared_first_pair_bases(grams, w_o, decompositions);
   } else if (!start.defined() && !decomposes(d)) {
     start = calibrated_start(layer, batch);
   }
@@ -78,18 +78,18 @@ FarBases ReplicatedKvBases::make(int64_t layer, const PairGrams& grams, const at
                         own_ranks, start);
   }
   gather(bases, ranks, batch, pairs, grams.keys.options(), d);
-  bases.solves += solves;
-  bases.flops += static_cast<double>(solves) * basis_solve_flops(d);
+  bases.decompositions += decompositions;
+  bases.flops += static_cast<double>(decompositions) * basis_solve_flops(d);
   return bases;
 }
 
 at::Tensor ReplicatedKvBases::shared_first_pair_bases(const PairGrams& grams, const at::Tensor& w_o,
-                                                      int64_t& solves) const {
+                                                      int64_t& decompositions) const {
   const auto problems = first_pair_problems(grams, w_o);
   const int64_t count = problems.size(1), d = problems.size(2);
   const Share own = partition(count, group_.size(), group_.rank());
   const auto of_own = problems.narrow(1, own.begin, own.count);
-  solves += own.count;
+  decompositions += own.count;
   const auto solved = own.count > 0 ? solve_basis(of_own[0], of_own[1]).right
                                     : at::empty({0, d, d}, problems.options().dtype(at::kFloat));
   return all_rows(solved, count).unflatten(0, {-1, 2});

@@ -32,9 +32,10 @@ class ReplicatedKvBases final : public BasisProvider {
                 const std::vector<Ranks>& ranks, at::Tensor& start) override;
 
  private:
-  /// first_pair_bases, each of the 2 B problems solved by one process. solves += this process's.
+  /// first_pair_bases, each of the 2 B problems solved by one process. decompositions += this
+  /// process's.
   at::Tensor shared_first_pair_bases(const PairGrams& grams, const at::Tensor& w_o,
-                                     int64_t& solves) const;
+                                     int64_t& decompositions) const;
   /// The bases of all pairs [0, pairs), of which this process made its share.
   void gather(FarBases& made, const std::vector<Ranks>& ranks, int64_t batch, int64_t pairs,
               const at::TensorOptions& options, int64_t head_dim) const;

@@ -48,7 +48,7 @@ class CapturingController final : public AttentionController {
   std::vector<Inputs> take() { return std::move(captured_); }
 
  private:
-  std::shared_ptr<AttentionController> exact_ = make_full_attention();
+  std::shared_ptr<AttentionController> exact_ = make_exact_attention();
   std::vector<int64_t> layers_;
   std::vector<Inputs> captured_;
 };
@@ -173,7 +173,7 @@ at::Tensor lowrank(const Inputs& in, Ranks ranks, Geometry geometry, double* flo
     *flops_fraction = spent.flops / spent.exact_flops;
   }
   if (basis_ms != nullptr) {
-    *basis_ms = spent.solve_ms;
+    *basis_ms = spent.basis_ms;
   }
   return out;
 }

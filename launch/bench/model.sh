@@ -82,15 +82,15 @@ for ((round = 1; round <= rounds; ++round)); do
   fi
   fitted+=,$out/collectives$suffix.json
 
-  measure held_out held-out-full-dp 1,2,4 dp --attention=full --seq_len=2048 --sequences=1
+  measure held_out held-out-full-dp 1,2,4 dp --attention=exact --seq_len=2048 --sequences=1
   measure held_out held-out-lowrank-dp 1,2,4 dp --attention=lowrank --seq_len=2048 --sequences=1
-  measure held_out held-out-full-tp-dp 4 dp --attention=full --tp=2 --seq_len=1024 --sequences=1
+  measure held_out held-out-full-tp-dp 4 dp --attention=exact --tp=2 --seq_len=1024 --sequences=1
   measure held_out held-out-lowrank-tp-dp 4 dp --attention=lowrank --tp=2 --seq_len=4096 \
     --sequences=1
-  measure held_out held-out-full-cp 2 cp --attention=full --seq_len=2048 --sequences=1
+  measure held_out held-out-full-cp 2 cp --attention=exact --seq_len=2048 --sequences=1
   measure held_out held-out-lowrank-cp-dp 4 dp --attention=lowrank --cp=2 --seq_len=2048 \
     --sequences=1
-  measure held_out held-out-full-tp-cp 4 dp --attention=full --tp=2 --cp=2 --seq_len=4096 \
+  measure held_out held-out-full-tp-cp 4 dp --attention=exact --tp=2 --cp=2 --seq_len=4096 \
     --sequences=1
 done
 

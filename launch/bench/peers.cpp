@@ -60,17 +60,17 @@ Basis for_pairs(const Basis& of_groups, int64_t pairs) {
   return {repeat(of_groups.left), repeat(of_groups.right), repeat(of_groups.singular_values)};
 }
 
-/// Our operator with bases from elsewhere; `solves` basis problems, and Grams if there were any,
-/// count.
+/// Our operator with bases from elsewhere; `decompositions` basis problems, and Grams if there were
+/// any, count.
 at::Tensor with_bases(const Inputs& in, Ranks ranks, const BlockTree& tree, Basis scores,
-                      Basis values, int64_t solves, double* flops_fraction) {
+                      Basis values, int64_t decompositions, double* flops_fraction) {
   const auto plan = c10::make_intrusive<LowRankPlan>(
       tree, std::vector<Ranks>(static_cast<size_t>(in.groups() * tree.num_pairs()), ranks),
       std::move(scores), std::move(values));
   AttentionFlops flops = lowrank_attention_flops(*plan, 1, in.heads(), in.groups(), in.head_dim(),
                                                  0, /*with_backward=*/false);
-  flops.solves = static_cast<double>(solves) * basis_solve_flops(in.head_dim());
-  flops.grams = solves > 0 ? flops.grams : 0;
+  flops.bases = static_cast<double>(decompositions) * basis_solve_flops(in.head_dim());
+  flops.grams = decompositions > 0 ? flops.grams : 0;
   *flops_fraction = flops.total() /
                     exact_attention_flops(1, in.heads(), in.length(), in.head_dim(), false);
   return lowrank_attention(in.q, in.k, in.v, plan);

@@ -1,6 +1,6 @@
 // drrl-bench scaling: training steps on the processes that the program was started with, and what
-// of their time is communication and solves. launch/bench/scaling.sh runs several numbers of
-// processes and compares them.
+// of their time is communication and decompositions. launch/bench/scaling.sh runs several numbers
+// of processes and compares them.
 
 #include <unistd.h>
 
@@ -225,9 +225,9 @@ class Recorder {
         {"step_ms", median(ms)},
         {"exposed_share",
          exposed_ms.is_null() ? Json() : Json(exposed_ms.get<double>() * steps / all_ms)},
-        {"basis_ms", on_cpu(spent_.solve_ms / steps)},
-        {"basis_cpu_ms", on_cpu(spent_.solve_cpu_ms / steps)},
-        {"basis_share", on_cpu(spent_.solve_ms / all_ms)},
+        {"basis_ms", on_cpu(spent_.basis_ms / steps)},
+        {"basis_cpu_ms", on_cpu(spent_.basis_cpu_ms / steps)},
+        {"basis_share", on_cpu(spent_.basis_ms / all_ms)},
         {"basis_bytes", static_cast<double>(spent_.basis_bytes) / steps},
         {"attention_forward_ms", on_cpu(spent_.attention_ms / steps)}};
     report.update(sent);
@@ -295,7 +295,7 @@ void check_options(const MeshShape& shape) {
   check(ErrorKind::kUsage, FLAGS_scaling == "weak" || FLAGS_sequences >= shape.dp,
         "--sequences=", FLAGS_sequences, " in all (--scaling=strong) cannot be dealt out to ",
         shape.dp, " data-parallel processes");
-  check(ErrorKind::kUsage, FLAGS_attention == "full" || FLAGS_rank_policy == "fixed",
+  check(ErrorKind::kUsage, FLAGS_attention == "exact" || FLAGS_rank_policy == "fixed",
         "drrl-bench scaling has random weights, for which only "
         "--rank_policy=fixed makes sense, got ",
         FLAGS_rank_policy);

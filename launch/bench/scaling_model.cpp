@@ -499,6 +499,11 @@ void check_setting(const Reader& in, const Json& run, std::optional<std::string>
   }
 }
 
+// Runs of version 0.1 say "full".
+bool exact_run(const std::string& attention) {
+  return attention == "exact" || attention == "full";
+}
+
 Workload workload_of(const Reader& in, const Json& run) {
   const Json& options = in.field(run, "options");
   Workload w;
@@ -506,7 +511,7 @@ Workload workload_of(const Reader& in, const Json& run) {
   w.shape = {.tp = in.count(run, "tp"), .dp = in.count(run, "dp"), .cp = in.count(run, "cp")};
   w.seq_len = in.option(run, "seq_len");
   w.sequences = in.count(run, "sequences_per_step");
-  w.rank = in.text(options, "attention") == "full" ? w.config.head_dim : in.option(run, "rank");
+  w.rank = exact_run(in.text(options, "attention")) ? w.config.head_dim : in.option(run, "rank");
   w.geometry = {in.option(run, "near_block"), in.option(run, "sink_tokens")};
   w.basis_updates = in.option(run, "basis_updates");
   w.first_block_bases = in.text(options, "policy").empty();

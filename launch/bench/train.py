@@ -115,7 +115,7 @@ def drrl_run(options, seq_len, work, further=()):
         options.lr,
         "--min_lr=0",
         "--warmup_tokens=0",
-        "--attention=full",
+        "--attention=exact",
         "--valid_fraction=0",
         f"--dtype={options.dtype}",
         f"--device={options.device}",

@@ -84,7 +84,7 @@ class LowRankAttention : public torch::CustomClassHolder {
     figures.insert("exact_flops", s.exact_flops);
     figures.insert("mean_rank_qk", s.rank_qk / decisions);
     figures.insert("mean_rank_v", s.rank_v / decisions);
-    figures.insert("solves", static_cast<double>(s.solves));
+    figures.insert("decompositions", static_cast<double>(s.decompositions));
     return figures;
   }
 

@@ -44,11 +44,11 @@ DEFINE_int64(
     "-1: three times --timeout_s; 0: never [s]");
 DEFINE_string(json, "", "file for the results, as JSON");
 
-DEFINE_string(attention, "full",
-              "full: exact; lowrank: exact near and sink tokens, low-rank factors for far ones");
+DEFINE_string(attention, "exact",
+              "exact, or lowrank: exact near and sink tokens, low-rank factors for far ones");
 DEFINE_string(
     rank_policy, "fixed",
-    "who chooses the ranks of --attention=lowrank: full, fixed, energy, random, greedy, dp or rl");
+    "who chooses the ranks of --attention=lowrank: exact, fixed, energy, random, greedy, dp or rl");
 DEFINE_int64(rank, 32, "rank of scores and values of far tokens under --rank_policy=fixed");
 DEFINE_string(rank_buckets, "",
               "the ranks to choose from, ascending, e.g. 16,32,48; exact is always there; empty: "

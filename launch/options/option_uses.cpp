@@ -119,7 +119,7 @@ const std::vector<OptionUse>& option_uses() {
       // drrl-eval.
       {"generate examples examples_out audit_rows decisions ablate balance_speeds", "drrl-eval",
        ""},
-      {"max_tokens compare_full", "drrl-eval", "!generate !examples"},
+      {"max_tokens compare_exact", "drrl-eval", "!generate !examples"},
       {"balance_damage", "drrl-eval", "balance_speeds"},
       {"prompt_tokens temperature", "drrl-eval", "generate"},
       {"top_k", "drrl-eval", "generate temperature"},

@@ -140,13 +140,18 @@ const std::set<std::string> kSpending = {"random", "greedy", "dp",
                                          "rl"};  // the policies that spend a budget
 
 /// The rank policy that --attention, --rank_policy, --rank, --energy, --rank_budget, --policy and
-/// --latency describe; --attention=full is the policy "full".
+/// --latency describe; --attention=exact is the policy "exact".
 std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const at::Device& device,
                                               CalibrationFlag& calibration) {
-  check(ErrorKind::kUsage, FLAGS_attention == "full" || FLAGS_attention == "lowrank",
-        "--attention must be full or lowrank, got '", FLAGS_attention, "'");
-  if (FLAGS_attention == "full" || FLAGS_rank_policy == "full") {
-    return make_full_policy();
+  const auto check_name = [](const char* option, const std::string& value) {
+    check(ErrorKind::kUsage, value != "full", option, "=full is called ", option, "=exact now");
+  };
+  check_name("--attention", FLAGS_attention);
+  check_name("--rank_policy", FLAGS_rank_policy);
+  check(ErrorKind::kUsage, FLAGS_attention == "exact" || FLAGS_attention == "lowrank",
+        "--attention must be exact or lowrank, got '", FLAGS_attention, "'");
+  if (FLAGS_attention == "exact" || FLAGS_rank_policy == "exact") {
+    return make_exact_policy();
   }
   if (FLAGS_rank_policy == "fixed") {
     return make_fixed_policy(FLAGS_rank, config.head_dim);
@@ -156,7 +161,7 @@ std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const a
     return make_energy_policy(FLAGS_energy, buckets);
   }
   check(ErrorKind::kUsage, kSpending.contains(FLAGS_rank_policy),
-        "--rank_policy must be full, fixed, energy, random, greedy, dp or rl, got '",
+        "--rank_policy must be exact, fixed, energy, random, greedy, dp or rl, got '",
         FLAGS_rank_policy, "'");
   check(ErrorKind::kUsage, !FLAGS_policy.empty(), "--rank_policy=", FLAGS_rank_policy,
         " needs --policy=FILE, made by drrl-policy ",

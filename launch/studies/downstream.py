@@ -37,7 +37,7 @@ def policies(arguments):
     """name -> flags of drrl-eval"""
     lowrank = ["--attention=lowrank", "--policy", arguments.policy]
     dp = [*lowrank, "--rank_policy=dp", f"--rank_budget={arguments.budget}"]
-    result = {"exact": ["--attention=full"]}
+    result = {"exact": ["--attention=exact"]}
     if "dp" in arguments.policies:
         result[f"dp {arguments.budget}"] = dp
     if "gates" in arguments.policies:

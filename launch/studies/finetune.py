@@ -10,7 +10,7 @@ One run of drrl-train with exact attention and one with `dp` for each budget. Ea
 trained at low rank is evaluated as it was trained, and with exact attention beside it, and compared
 with the exactly trained one: difference of perplexity with a 95 % bootstrap interval over
 sequences, operations, and time of the forward attention over that of exact attention on
---eval_device (drrl-eval --compare_full). On a CPU also the time that attention took while training,
+--eval_device (drrl-eval --compare_exact). On a CPU also the time that attention took while training,
 forward and backward, over that of the exact run. Exit status: 0 measured, 1 a run failed.
 """
 
@@ -90,10 +90,10 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        losses, spent = train(arguments, folder / "exact", ["--attention=full"])
+        losses, spent = train(arguments, folder / "exact", ["--attention=exact"])
         before, exact = (
-            evaluate(arguments.model, ["--attention=full"]),
-            evaluate(folder / "exact/hf", ["--attention=full"]),
+            evaluate(arguments.model, ["--attention=exact"]),
+            evaluate(folder / "exact/hf", ["--attention=exact"]),
         )
         print(
             f"exact attention: perplexity {before['perplexity']:.3f} -> {exact['perplexity']:.3f}, "
@@ -116,11 +116,11 @@ def main():
             ]
             flags += ["--gates"] if arguments.gates else []
             own_losses, own_spent = train(arguments, folder / str(budget), flags)
-            result = evaluate(folder / str(budget) / "hf", [*flags, "--compare_full"])
-            time = result["attention_ms"] / result["full_attention_ms"]
+            result = evaluate(folder / str(budget) / "hf", [*flags, "--compare_exact"])
+            time = result["attention_ms"] / result["exact_attention_ms"]
             for name, losses_of, operations in (
                 ("low rank", result["sequence_nll"], result["attention_flops_fraction"]),
-                ("exact", result["full_sequence_nll"], 1.0),
+                ("exact", result["exact_sequence_nll"], 1.0),
             ):
                 mean, low, high = study.interval(
                     numpy.array(losses_of) - numpy.array(exact["sequence_nll"])

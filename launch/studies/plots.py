@@ -127,8 +127,8 @@ def updates(result, new_figure):
     rows = [row for row in result["rows"] if row["met"]]
     figure, (panels,) = new_figure(1, 2)
     xs = {
-        "full decompositions per 1000 tokens": "refreshes",
-        "Grams and bases, ms per 1000 tokens": "solves_ms",
+        "full decompositions per 1000 tokens": "decompositions",
+        "Grams and bases, ms per 1000 tokens": "basis_ms",
     }
     for axes, (label, key) in zip(panels, xs.items()):
         for i, name in enumerate(dict.fromkeys(row["policy"] for row in rows)):
@@ -141,7 +141,7 @@ def updates(result, new_figure):
                 axes,
                 [point[:2] for point in points],
                 label=name,
-                **{**style(i), "linestyle": ":" if key == "solves_ms" else ""},
+                **{**style(i), "linestyle": ":" if key == "basis_ms" else ""},
             )
             for x, y, value in points:
                 axes.annotate(

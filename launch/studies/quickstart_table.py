@@ -7,7 +7,7 @@ import statistics
 import sys
 from pathlib import Path
 
-KINDS = {"full": "full rank", "lowrank": "low rank"}
+KINDS = {"exact": "exact", "lowrank": "low rank"}
 
 
 def main():
@@ -17,7 +17,7 @@ def main():
         {k: json.loads((out / f"after-{k}.json").read_text()) for k in KINDS},
     )
     perplexity = {
-        "full": (before["full_perplexity"], after["full"]["perplexity"]),
+        "exact": (before["exact_perplexity"], after["exact"]["perplexity"]),
         "lowrank": (before["perplexity"], after["lowrank"]["perplexity"]),
     }
     steps = {
@@ -29,8 +29,8 @@ def main():
     }
 
     measured = after["lowrank"]  # both kinds of attention, sequence by sequence
-    attention_ms = {"full": measured["full_attention_ms"], "lowrank": measured["attention_ms"]}
-    fraction = {"full": 1.0, "lowrank": measured["attention_flops_fraction"]}
+    attention_ms = {"exact": measured["exact_attention_ms"], "lowrank": measured["attention_ms"]}
+    fraction = {"exact": 1.0, "lowrank": measured["attention_flops_fraction"]}
     print(
         f"held-out text: {measured['tokens']:,} tokens in sequences of {measured['seq_len']:,}; "
         f"attention measured in one run on the same tokens, forward only, bases and ranks included"
@@ -64,15 +64,15 @@ def main():
             problems.append(
                 f"{title}: the held-out perplexity did not fall ({earlier:.4f} -> {later:.4f})"
             )
-    full, low = (perplexity[kind][1] for kind in KINDS)
+    exact, low = (perplexity[kind][1] for kind in KINDS)
     print()
     print(
-        f"low rank against full rank: perplexity {100 * (low / full - 1):+.2f} %, attention FLOPs "
+        f"low rank against exact attention: perplexity {100 * (low / exact - 1):+.2f} %, attention FLOPs "
         f"{100 * (fraction['lowrank'] - 1):+.1f} %, attention time "
-        f"{100 * (attention_ms['lowrank'] / attention_ms['full'] - 1):+.1f} %"
+        f"{100 * (attention_ms['lowrank'] / attention_ms['exact'] - 1):+.1f} %"
     )
     print(
-        f"fine-tuned models: {out}/full/hf, {out}/lowrank/hf (Hugging Face directories); curves "
+        f"fine-tuned models: {out}/exact/hf, {out}/lowrank/hf (Hugging Face directories); curves "
         f"for TensorBoard: {out}/*/metrics"
     )
     for problem in problems:

@@ -232,7 +232,7 @@ class Study:
     def exact(self, seq_len):
         """Exact attention at this length; announces it the first time."""
         if seq_len not in self.exact_runs:
-            self.exact_runs[seq_len] = result = self.evaluate(seq_len, "--attention=full")
+            self.exact_runs[seq_len] = result = self.evaluate(seq_len, "--attention=exact")
             print(
                 f"exact attention: perplexity {result['perplexity']:.3f}, "
                 f"{len(result['sequence_nll'])} sequences of {seq_len} tokens\n"
@@ -255,7 +255,7 @@ class Study:
                 seq_len,
                 "--attention=lowrank",
                 *flags,
-                *(["--compare_full"] if time else []),
+                *(["--compare_exact"] if time else []),
                 shared=self.options.flag,
             )
         except Refused as refused:
@@ -267,7 +267,7 @@ class Study:
         ]
         row.update(
             operations=result["attention_flops_fraction"],
-            time=result["attention_ms"] / result["full_attention_ms"] if time else None,
+            time=result["attention_ms"] / result["exact_attention_ms"] if time else None,
             perplexity=result["perplexity"],
             increase_percent=percent,
             **{key: result[key] for key in KEPT},
@@ -295,10 +295,10 @@ class Study:
 # Of drrl-eval's report, in a row.
 KEPT = (
     "attention_ms",
-    "solves_ms",
-    "refreshes",
+    "basis_ms",
+    "decompositions",
     "basis_updates",
-    "guard_violations",
+    "guard_raises",
     "mean_rank_qk",
     "mean_rank_v",
     "tokens",

@@ -7,7 +7,7 @@
 namespace drrl {
 namespace {
 
-class FullAttention final : public AttentionController {
+class ExactAttention final : public AttentionController {
  public:
   at::Tensor attend(int64_t /*layer*/, const at::Tensor& q, const at::Tensor& k,
                     const at::Tensor& v, const at::Tensor& /*w_o*/,
@@ -33,8 +33,8 @@ at::Tensor AttentionController::extend(int64_t layer, const at::Tensor& q, const
   return cache.layer(layer).extend(q, k, v, /*decide=*/nullptr);
 }
 
-std::shared_ptr<AttentionController> make_full_attention() {
-  return std::make_shared<FullAttention>();
+std::shared_ptr<AttentionController> make_exact_attention() {
+  return std::make_shared<ExactAttention>();
 }
 
 }  // namespace drrl

@@ -60,6 +60,6 @@ class AttentionController {
 };
 
 /// Exact attention in every layer, nothing decided and nothing counted.
-std::shared_ptr<AttentionController> make_full_attention();
+std::shared_ptr<AttentionController> make_exact_attention();
 
 }  // namespace drrl

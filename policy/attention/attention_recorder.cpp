@@ -43,7 +43,7 @@ void AttentionRecorder::count(const RankDecision& decision) {
 }
 
 void AttentionRecorder::count(const FarBases& bases) {
-  statistics_.solves += bases.solves;
+  statistics_.decompositions += bases.decompositions;
   statistics_.updates += bases.updates;
   statistics_.exact_pairs += kv_.rank() == 0 ? bases.exact_pairs : 0;
 }

@@ -48,8 +48,8 @@ class AttentionRecorder {
     const int64_t before = context_.sent_bytes() + kv_.sent_bytes();
     make();
     statistics_.basis_bytes += context_.sent_bytes() + kv_.sent_bytes() - before;
-    statistics_.solve_ms += watch.ms();
-    statistics_.solve_cpu_ms += watch.cpu_ms();
+    statistics_.basis_ms += watch.ms();
+    statistics_.basis_cpu_ms += watch.cpu_ms();
   }
 
   void count(const RankDecision& decision);

@@ -1,8 +1,6 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <functional>
 #include <vector>
 
 namespace drrl {
@@ -11,16 +9,16 @@ namespace drrl {
 /// steps and ranks add up.
 struct AttentionStatistics {
   int64_t calls = 0;
-  double flops = 0;  ///< spent, everything counted: near, sinks, far, projections, Grams, solves
-  double exact_flops = 0;        ///< of exact causal attention on the same shapes
+  double flops = 0;        ///< everything counted: near, sinks, far, projections, Grams, bases
+  double exact_flops = 0;  ///< of exact causal attention on the same shapes
   std::vector<double> layer_ms;  ///< attention_ms by layer, of attend(); empty unless timing is on
-  double attention_ms = 0;  ///< forward calls of attend(), solves included; 0 unless timing is on
-  double solve_ms = 0;      ///< Grams and bases, under context parallelism or with a shared KV head
+  double attention_ms = 0;  ///< forward calls of attend(), bases included; 0 unless timing is on
+  double basis_ms = 0;      ///< Grams and bases, under context parallelism or with a shared KV head
                             ///< with their exchange; 0 unless timing is on
-  double solve_cpu_ms = 0;  ///< processor time of the calling thread in solve_ms: no wait for
+  double basis_cpu_ms = 0;  ///< processor time of the calling thread in basis_ms: no wait for
                             ///< another process or for a core. Says nothing about CUDA
-  int64_t solves = 0;       ///< full decompositions of d x d basis problems
-  int64_t updates = 0;      ///< rounds of incremental basis updates
+  int64_t decompositions = 0;      ///< full ones, of d x d basis problems
+  int64_t updates = 0;             ///< rounds of incremental basis updates
   double rank_qk = 0, rank_v = 0;  ///< sums over decisions
   int64_t guard_raises = 0;        ///< decisions for scores or values that the guard raised
   int64_t exact_pairs = 0;    ///< (sequence, KV group, pair) that no low rank serves, with exact
@@ -34,27 +32,21 @@ struct AttentionStatistics {
                           ///< make none. Like raises and ranks, of a KV head that processes share
                           ///< on the first of them alone
 
-  AttentionStatistics& operator+=(const AttentionStatistics& other) {
-    calls += other.calls;
-    flops += other.flops;
-    exact_flops += other.exact_flops;
-    attention_ms += other.attention_ms;
-    layer_ms.resize(std::max(layer_ms.size(), other.layer_ms.size()), 0.0);
-    std::transform(other.layer_ms.begin(), other.layer_ms.end(), layer_ms.begin(), layer_ms.begin(),
-                   std::plus<>());
-    solve_ms += other.solve_ms;
-    solve_cpu_ms += other.solve_cpu_ms;
-    solves += other.solves;
-    updates += other.updates;
-    rank_qk += other.rank_qk;
-    rank_v += other.rank_v;
-    guard_raises += other.guard_raises;
-    exact_pairs += other.exact_pairs;
-    context_bytes += other.context_bytes;
-    context_exact_bytes += other.context_exact_bytes;
-    basis_bytes += other.basis_bytes;
-    decisions += other.decisions;
-    return *this;
+  AttentionStatistics& operator+=(const AttentionStatistics& other);
+
+  /// All sums but times, in a fixed order, so that processes can add them up in one message; and
+  /// back. Exact for counts up to 2^53.
+  std::vector<double> counts() const;
+  void set_counts(const std::vector<double>& counts);
+
+  /// Mean rank over decisions; head_dim if there were none.
+  double mean_rank_qk(int64_t head_dim) const { return mean_rank(rank_qk, head_dim); }
+  double mean_rank_v(int64_t head_dim) const { return mean_rank(rank_v, head_dim); }
+
+ private:
+  double mean_rank(double sum, int64_t head_dim) const {
+    return static_cast<double>(decisions > 0 ? sum / static_cast<double>(decisions)
+                                             : static_cast<double>(head_dim));
   }
 };
 

@@ -46,7 +46,7 @@ class TrainProgram : public testing::Test {
  protected:
   static void SetUpTestSuite() {
     shared_ = new TemporaryDirectory;
-    CausalLM model(ModelConfig::parse(kConfig, "tiny"), Group(), make_full_attention());
+    CausalLM model(ModelConfig::parse(kConfig, "tiny"), Group(), make_exact_attention());
     model.initialize(5);
     model.save(*shared_ / "model");
     std::vector<std::vector<int64_t>> documents(1);
@@ -114,7 +114,7 @@ TEST_F(TrainProgram, TrainsExportsAndReports) {
   EXPECT_EQ(json["options"]["global_batch"], "4");
 
   // What was exported can be trained on.
-  CausalLM reloaded(ModelConfig::load(own_ / "out/hf"), Group(), make_full_attention());
+  CausalLM reloaded(ModelConfig::load(own_ / "out/hf"), Group(), make_exact_attention());
   EXPECT_NO_THROW(reloaded.load(own_ / "out/hf"));
   const auto names = test::listing(own_ / "out/metrics");
   ASSERT_EQ(names.size(), 3U);
@@ -137,7 +137,7 @@ TEST_F(TrainProgram, TwoProcessesPrintOnce) {
 std::string calibrated_model(const TemporaryDirectory& folder, const std::filesystem::path& text) {
   const std::string longer = std::regex_replace(
       kConfig, std::regex("\"max_position_embeddings\": 64"), "\"max_position_embeddings\": 512");
-  CausalLM model(ModelConfig::parse(longer, "tiny"), Group(), make_full_attention());
+  CausalLM model(ModelConfig::parse(longer, "tiny"), Group(), make_exact_attention());
   model.initialize(5);
   model.save(folder / "model");
   const std::string common = " --model=" + (folder / "model").string() +
@@ -401,10 +401,10 @@ TEST_F(TrainProgram, OptionsWithoutEffectAreRefused) {
                  {"--prompt_tokens=8 needs --generate", "--temperature=1 needs --generate",
                   "--top_k=3 needs --generate", "--balance_damage=1 needs --balance_speeds",
                   "--guard_decay=0.5 has no effect in drrl-eval", "--seed=3 needs"});
-  expect_failure(eval + "--generate=3 --max_tokens=8 --compare_full --seq_len=8 --top_k=3",
+  expect_failure(eval + "--generate=3 --max_tokens=8 --compare_exact --seq_len=8 --top_k=3",
                  ExitCode::kUsage,
                  {"--max_tokens=8 has no effect with --generate=3",
-                  "--compare_full=true has no effect with --generate=3",
+                  "--compare_exact=true has no effect with --generate=3",
                   "--seq_len=8 has no effect with --generate=3", "--top_k=3 needs --temperature"});
   expect_failure(bin +
                      "drrl-policy calibrate --model=m --data=d --policy=p --json=j --held_out=2 "

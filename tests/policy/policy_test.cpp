@@ -93,17 +93,17 @@ double operations_of(const RankTable& table, const BlockTree& tree, int64_t head
   double sum = 0;
   for (int64_t layer = 0; layer < table.layers(); ++layer) {
     AttentionFlops flops = exact_part_flops(tree, 1, heads, table.groups(), d, false);
-    flops.solves += output_gram_flops(heads * d, heads, d);
+    flops.bases += output_gram_flops(heads * d, heads, d);
     for (int64_t group = 0; group < table.groups(); ++group) {
       for (const PairRun& run : tree.runs()) {
         const Ranks r = table.at(layer, group, run.level);
         for (int64_t i = 0; i < run.count; ++i) {
           flops += far_pair_flops(run, FarKind::kScores, r.qk, heads_per_group, d, false);
           flops += far_pair_flops(run, FarKind::kValues, r.v, heads_per_group, d, false);
-          flops.solves += r.qk < d
-                              ? basis_update_flops(d, r.qk, kSteps) + residual_factor_flops(d, r.qk)
-                              : 0;
-          flops.solves += r.v < d ? basis_update_flops(d, r.v, kSteps) : 0;
+          flops.bases += r.qk < d
+                             ? basis_update_flops(d, r.qk, kSteps) + residual_factor_flops(d, r.qk)
+                             : 0;
+          flops.bases += r.v < d ? basis_update_flops(d, r.v, kSteps) : 0;
         }
       }
     }
@@ -337,7 +337,7 @@ struct Rig {
   }
 
   std::vector<std::shared_ptr<RankPolicy>> policies() const {
-    return {make_full_policy(), make_fixed_policy(8, d),
+    return {make_exact_policy(), make_fixed_policy(8, d),
             make_energy_policy(0.9, rank_buckets(at::kCPU, d)),
             make_table_policy(unequal_ranks(), "table")};
   }
@@ -368,13 +368,13 @@ struct Rig {
 
 TEST(Controller, FullPolicyIsExactAttention) {
   const Rig rig;
-  LowRankController controller(make_full_policy(), rig.geometry);
+  LowRankController controller(make_exact_policy(), rig.geometry);
   std::shared_ptr<LayerPlan> plan;
   EXPECT_TRUE(at::equal(controller.attend(0, rig.q, rig.k, rig.v, rig.w_o, plan),
                         exact_attention(rig.q, rig.k, rig.v)));
   const AttentionStatistics s = controller.take_statistics();
   EXPECT_EQ(s.flops, s.exact_flops);
-  EXPECT_EQ(s.solves, 0);
+  EXPECT_EQ(s.decompositions, 0);
   EXPECT_EQ(s.rank_qk / static_cast<double>(s.decisions), 32);
 }
 
@@ -654,12 +654,12 @@ TEST(FarBases, UpdatesComeCloseToSolutions) {
            exact.norm().item<double>();
   };
   const FarBases solved = solve_far_bases(grams, rig.w_o, true, true);
-  EXPECT_EQ(solved.solves, 2 * items);
+  EXPECT_EQ(solved.decompositions, 2 * items);
   const double best = error_of_bases(solved);
   at::manual_seed(3);
   const auto noise = at::randn({rig.groups, 2, rig.d, rig.d});
   const FarBases from_noise = update_far_bases(grams, rig.w_o, ranks, noise, 0);
-  EXPECT_EQ(from_noise.solves, 0);
+  EXPECT_EQ(from_noise.decompositions, 0);
   EXPECT_GT(error_of_bases(from_noise), 1.3 * best) << "a random start must leave something to do";
   EXPECT_LT(error_of_bases(update_far_bases(grams, rig.w_o, ranks, noise, 8)), 1.1 * best);
   const FarBases from_first = update_far_bases(grams, rig.w_o, ranks,

@@ -44,7 +44,7 @@ inline std::vector<std::shared_ptr<RankPolicy>> rank_policies(int64_t levels) {
   for (int64_t i = 0; i < 2 * kGroups * levels; ++i) {
     table.at(i / (kGroups * levels), i / levels % kGroups, i % levels) = choices[i % 5];
   }
-  return {make_full_policy(), make_fixed_policy(6, 16),
+  return {make_exact_policy(), make_fixed_policy(6, 16),
           make_energy_policy(0.95, rank_buckets(at::kCPU, 16)), make_table_policy(table, "table")};
 }
 

@@ -219,7 +219,7 @@ AttentionStatistics statistics_of(CausalLM& model, LowRankController& controller
   const AttentionStatistics own = controller.take_statistics();
   at::Tensor sums = at::tensor(
       {static_cast<double>(own.context_bytes), static_cast<double>(own.context_exact_bytes),
-       own.flops, own.exact_flops, static_cast<double>(own.solves)},
+       own.flops, own.exact_flops, static_cast<double>(own.decompositions)},
       at::kDouble);
   group.all_reduce(sums);
   AttentionStatistics all;
@@ -227,7 +227,7 @@ AttentionStatistics statistics_of(CausalLM& model, LowRankController& controller
   all.context_exact_bytes = sums[1].item<int64_t>();
   all.flops = sums[2].item<double>();
   all.exact_flops = sums[3].item<double>();
-  all.solves = sums[4].item<int64_t>();
+  all.decompositions = sums[4].item<int64_t>();
   return all;
 }
 
@@ -245,7 +245,7 @@ TEST_F(ContextParallel, BytesFallWithTheRanksAndNothingIsSolvedTwice) {
   };
   RankTable table(2, 3, 8, {4, 8});
   const auto policy = std::shared_ptr<RankPolicy>(make_table_policy(table, "table"));
-  const AttentionStatistics low = of(policy, m.cp()), exact = of(make_full_policy(), m.cp()),
+  const AttentionStatistics low = of(policy, m.cp()), exact = of(make_exact_policy(), m.cp()),
                             alone = of(policy, Group());
   EXPECT_EQ(low.context_exact_bytes, exact.context_bytes);
   EXPECT_EQ(exact.context_exact_bytes, exact.context_bytes);
@@ -263,7 +263,7 @@ TEST_F(ContextParallel, BytesFallWithTheRanksAndNothingIsSolvedTwice) {
   EXPECT_EQ(alone.context_bytes, 0);
   EXPECT_NEAR(low.flops, alone.flops, 0.02 * alone.flops);  // the Gram of W_O is made everywhere
   EXPECT_NEAR(low.exact_flops, alone.exact_flops, 1e-9 * alone.exact_flops);
-  EXPECT_EQ(low.solves, alone.solves);
+  EXPECT_EQ(low.decompositions, alone.decompositions);
 }
 
 TEST_F(ContextParallel, BasesThatProcessesShareAreEqualBitForBit) {
@@ -332,7 +332,7 @@ TEST_F(ContextParallel, ProcessesThatDecideOtherwiseAreNamedBeforeAnythingTravel
 
 TEST_F(ContextParallel, RefusesWhatItCannotSplit) {
   const Mesh m = mesh({1, 1, size_});
-  CausalLM split = model(make_full_policy(), {8, 2}, Group(), m.cp());
+  CausalLM split = model(make_exact_policy(), {8, 2}, Group(), m.cp());
   const int64_t blocks = 2 * size_ - 1;
   const Text text = random_text(config_, 1, 2 + 8 * blocks);
   expect_error(ErrorKind::kUsage,

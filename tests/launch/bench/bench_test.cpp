@@ -163,7 +163,7 @@ class BenchProgram : public testing::Test {
  protected:
   static void SetUpTestSuite() {
     shared_ = new TemporaryDirectory;
-    CausalLM model(ModelConfig::parse(kConfig, "tiny"), Group(), make_full_attention());
+    CausalLM model(ModelConfig::parse(kConfig, "tiny"), Group(), make_exact_attention());
     model.initialize(5);
     model.save(*shared_ / "model");
     std::vector<std::vector<int64_t>> documents(1);
@@ -276,7 +276,7 @@ TEST_F(BenchProgram, PeersAreComparedOnTheSameInputs) {
     EXPECT_LT(error[method + " 12"], error[method + " 4"]) << method;
     EXPECT_LT(flops[method + " 4"], flops[method + " 12"]) << method;
   }
-  EXPECT_LT(flops["static bases 4"], flops["key-only PCA 4"]);  // no Grams, no solves
+  EXPECT_LT(flops["static bases 4"], flops["key-only PCA 4"]);  // no Grams, no decompositions
   const SafetensorsFile dump(own_ / "inputs.safetensors");
   EXPECT_EQ(dump.entries().size(), 8U);
   EXPECT_EQ(dump.entry("layers.1.k").shape, (std::vector<int64_t>{1, 2, 100, 16}));

@@ -90,7 +90,7 @@ ordered_json run_json(const Workload& w, const StepModel& model, double pace = 1
           {"threads", 1},
           {"cores_per_node", w.cores_per_node},
           {"options",
-           {{"attention", exact ? "full" : "lowrank"},
+           {{"attention", exact ? "exact" : "lowrank"},
             {"rank", std::to_string(w.rank)},
             {"seq_len", std::to_string(w.seq_len)},
             {"near_block", "32"},

@@ -104,7 +104,7 @@ class EmbedTest(SharedModel):
             self.assertLess(difference.max(), TOLERANCE)
 
     def test_steps_at_a_fixed_rank(self):
-        exact = self.ours("exact", "--attention=full")
+        exact = self.ours("exact", "--attention=exact")
         expected = self.ours("fixed", "--attention=lowrank", "--rank=4", "--near_block=32")
         apart = numpy.abs(
             numpy.divide([s["loss"] for s in expected], [s["loss"] for s in exact]) - 1

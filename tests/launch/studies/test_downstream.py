@@ -537,7 +537,7 @@ class ProgramTest(SharedModel):
             self.assertIn(word, done.stderr)
 
     def test_refusals(self):
-        for flag in (f"--data={self.data}", "--generate=3", "--compare_full"):
+        for flag in (f"--data={self.data}", "--generate=3", "--compare_exact"):
             self.refused(
                 BAD_USAGE, ("--examples", flag.split("=")[0]), "--examples", self.examples, flag
             )

@@ -58,7 +58,7 @@ TEST_P(Llama, EqualsTheReferenceInDouble) {
   const at::Tensor expected_nll = reference_nll(expected, text.labels);
   expected_nll.sum().backward();
 
-  CausalLM model(config, Group(), make_full_attention(),
+  CausalLM model(config, Group(), make_exact_attention(),
                  {.dtype = at::kDouble, .loss_chunk_rows = 7});
   set_weights(model, weights, Group());
   EXPECT_LE(relative_error(model.logits(text.tokens), expected), 1e-10);
@@ -79,7 +79,7 @@ TEST_P(Llama, EqualsTheReferenceInSinglePrecision) {
   const at::Tensor expected = reference_logits(config, weights, text.tokens);
   reference_nll(expected, text.labels).sum().backward();
 
-  CausalLM model(config, Group(), make_full_attention(), {.loss_chunk_rows = 16});
+  CausalLM model(config, Group(), make_exact_attention(), {.loss_chunk_rows = 16});
   set_weights(model, weights, Group());
   EXPECT_LE((model.logits(text.tokens) - expected.detach()).abs().max().item<double>(), 2e-5);
   model.loss(text.tokens, text.labels).loss_sum.backward();
@@ -91,7 +91,7 @@ INSTANTIATE_TEST_SUITE_P(Variants, Llama, testing::ValuesIn(kVariants),
 
 std::vector<at::Tensor> gradients_of(const ModelConfig& config, const Weights& weights,
                                      const Text& text, const ModelOptions& options) {
-  CausalLM model(config, Group(), make_full_attention(), options);
+  CausalLM model(config, Group(), make_exact_attention(), options);
   set_weights(model, weights, Group());
   for (int micro_batch = 0; micro_batch < 2; ++micro_batch) {
     model.loss(text.tokens, text.labels).loss_sum.backward();
@@ -142,7 +142,7 @@ struct PlanCounter : AttentionController {
     }
     return full->attend(layer, q, k, v, w_o, plan);
   }
-  std::shared_ptr<AttentionController> full = make_full_attention();
+  std::shared_ptr<AttentionController> full = make_exact_attention();
   std::map<int64_t, std::shared_ptr<LayerPlan>> plans;
   std::map<int64_t, char> storage;
   int decided = 0, replayed = 0;
@@ -163,8 +163,8 @@ TEST_P(Families, Bfloat16IsCloseAndKeepsFp32Masters) {
   const ModelConfig& config = config_;
   const Weights weights = random_weights(config, 1);
   const Text text = random_text(config, 2, 40);
-  CausalLM exact(config, Group(), make_full_attention());
-  CausalLM rounded(config, Group(), make_full_attention(), {.dtype = at::kBFloat16});
+  CausalLM exact(config, Group(), make_exact_attention());
+  CausalLM rounded(config, Group(), make_exact_attention(), {.dtype = at::kBFloat16});
   set_weights(exact, weights, Group());
   set_weights(rounded, weights, Group());
   const LossResult a = exact.loss(text.tokens, text.labels);
@@ -190,7 +190,7 @@ TEST(LlamaTest, GradientsAccumulateInPlace) {
   config.qkv_bias = true;
   const Weights weights = random_weights(config, 1);
   const Text text = random_text(config, 1, 17);
-  CausalLM model(config, Group(), make_full_attention());
+  CausalLM model(config, Group(), make_exact_attention());
   set_weights(model, weights, Group());
   model.loss(text.tokens, text.labels).loss_sum.backward();
   std::vector<at::Tensor> once, storage;
@@ -209,7 +209,7 @@ TEST(LlamaTest, GradientsAccumulateInPlace) {
 TEST_P(Families, TellsWhichGradientsAreComplete) {
   const ModelConfig& config = config_;
   for (const bool checkpoint : {false, true}) {
-    CausalLM model(config, Group(), make_full_attention(), {.activation_checkpoint = checkpoint});
+    CausalLM model(config, Group(), make_exact_attention(), {.activation_checkpoint = checkpoint});
     model.initialize(3);
     const Text text = random_text(config, 1, 12);
     model.loss(text.tokens, text.labels).loss_sum.backward();
@@ -240,7 +240,7 @@ TEST_P(Families, TellsWhichGradientsAreComplete) {
 
 TEST(LlamaTest, TheFutureChangesNothingBeforeIt) {
   const ModelConfig config = small_config();
-  CausalLM model(config, Group(), make_full_attention());
+  CausalLM model(config, Group(), make_exact_attention());
   set_weights(model, random_weights(config, 1), Group());
   const Text text = random_text(config, 1, 40);
   at::Tensor changed = text.tokens.clone();
@@ -253,7 +253,7 @@ TEST(LlamaTest, TheFutureChangesNothingBeforeIt) {
 
 TEST(LlamaTest, EvaluationBuildsNoGraph) {
   const ModelConfig config = small_config();
-  CausalLM model(config, Group(), make_full_attention(), {.activation_checkpoint = true});
+  CausalLM model(config, Group(), make_exact_attention(), {.activation_checkpoint = true});
   model.initialize(3);
   const Text text = random_text(config, 1, 12);
   EXPECT_FALSE(model.token_nll(text.tokens, text.labels).requires_grad());
@@ -268,7 +268,7 @@ TEST(LlamaTest, EvaluationBuildsNoGraph) {
 TEST(LlamaTest, ParametersSayWhatTheyAre) {
   ModelConfig config = small_config();
   config.qkv_bias = true;
-  const CausalLM model(config, Group(), make_full_attention());
+  const CausalLM model(config, Group(), make_exact_attention());
   int64_t total = 0;
   for (const Parameter& parameter : model.parameters()) {
     total += parameter.value.numel();
@@ -286,7 +286,7 @@ TEST(Gpt2Test, ParametersSayWhatTheyAre) {
   for (const bool tied : {true, false}) {
     ModelConfig config = small_gpt2_config();
     config.tie_word_embeddings = tied;
-    const CausalLM model(config, Group(), make_full_attention());
+    const CausalLM model(config, Group(), make_exact_attention());
     int64_t total = 0;
     for (const Parameter& parameter : model.parameters()) {
       const std::string& name = parameter.name;
@@ -314,7 +314,7 @@ ModelConfig written_gpt2_config() {
 TEST(Gpt2Test, ExportsAndReloadsWithAndWithoutThePrefix) {
   const ModelConfig config = written_gpt2_config();
   const Text text = random_text(config, 1, 20);
-  CausalLM model(config, Group(), make_full_attention());
+  CausalLM model(config, Group(), make_exact_attention());
   set_weights(model, random_weights(config, 1), Group());
   const at::Tensor logits = model.logits(text.tokens);
   const TemporaryDirectory folder;
@@ -325,7 +325,7 @@ TEST(Gpt2Test, ExportsAndReloadsWithAndWithoutThePrefix) {
   EXPECT_EQ(file.entry("transformer.h.0.mlp.c_proj.weight").shape, (std::vector<int64_t>{37, 48}));
   EXPECT_FALSE(file.contains("lm_head.weight"));
   const ModelConfig reread = ModelConfig::load(folder / "model");
-  CausalLM again(reread, Group(), make_full_attention());
+  CausalLM again(reread, Group(), make_exact_attention());
   again.load(folder / "model");
   EXPECT_TRUE(again.logits(text.tokens).equal(logits));
 
@@ -337,14 +337,14 @@ TEST(Gpt2Test, ExportsAndReloadsWithAndWithoutThePrefix) {
   bare.push_back({"h.0.attn.bias", at::ones({1, 1, 64, 64}).tril()});
   bare.push_back({"h.0.attn.masked_bias", at::full({}, -1e4)});
   write_safetensors(folder / "model/model.safetensors", bare);
-  CausalLM original(reread, Group(), make_full_attention());
+  CausalLM original(reread, Group(), make_exact_attention());
   original.load(folder / "model");
   EXPECT_TRUE(original.logits(text.tokens).equal(logits));
 }
 
 TEST(Gpt2Test, DrawsResidualWeightsSmaller) {
   const ModelConfig config = written_gpt2_config();
-  CausalLM model(config, Group(), make_full_attention());
+  CausalLM model(config, Group(), make_exact_attention());
   model.initialize(3);
   for (const Parameter& parameter : model.parameters()) {
     if (parameter.decay) {
@@ -358,8 +358,8 @@ TEST(Gpt2Test, DrawsResidualWeightsSmaller) {
 
 TEST(LlamaTest, InitializationDependsOnTheSeedAlone) {
   const ModelConfig config = small_config();
-  CausalLM a(config, Group(), make_full_attention());
-  CausalLM b(config, Group(), make_full_attention());
+  CausalLM a(config, Group(), make_exact_attention());
+  CausalLM b(config, Group(), make_exact_attention());
   a.initialize(7);
   b.initialize(7);
   EXPECT_TRUE(a.parameters()[0].value.equal(b.parameters()[0].value));
@@ -393,13 +393,13 @@ TEST(LlamaTest, ExportsAndReloads) {
     config = written_config(config);
     ASSERT_TRUE(config.qkv_bias && config.attention_output_bias && config.mlp_bias);
     const Text text = random_text(config, 1, 20);
-    CausalLM model(config, Group(), make_full_attention());
+    CausalLM model(config, Group(), make_exact_attention());
     set_weights(model, random_weights(config, 1), Group());
     const at::Tensor logits = model.logits(text.tokens);
 
     const TemporaryDirectory folder;
     model.save(folder / "fp32");
-    CausalLM again(ModelConfig::load(folder / "fp32"), Group(), make_full_attention());
+    CausalLM again(ModelConfig::load(folder / "fp32"), Group(), make_exact_attention());
     again.load(folder / "fp32");
     EXPECT_TRUE(again.logits(text.tokens).equal(logits));
     EXPECT_EQ(SafetensorsFile(folder / "fp32/model.safetensors").contains("lm_head.weight"), !tied);
@@ -418,7 +418,7 @@ TEST(LlamaTest, ExportsAndReloads) {
     for (const auto& [name, entry] : file.entries()) {
       EXPECT_EQ(entry.dtype, at::kBFloat16) << name;
     }
-    CausalLM rounded(ModelConfig::load(folder / "bf16"), Group(), make_full_attention());
+    CausalLM rounded(ModelConfig::load(folder / "bf16"), Group(), make_exact_attention());
     rounded.load(folder / "bf16");
     EXPECT_LE(relative_error(rounded.logits(text.tokens), logits), 3e-2);
     EXPECT_TRUE(rounded.parameters()[2].value.equal(
@@ -429,10 +429,10 @@ TEST(LlamaTest, ExportsAndReloads) {
 TEST(LlamaTest, DoesNotExportWhatItWouldRefuse) {
   ModelConfig config = written_config(small_config());
   const TemporaryDirectory folder;
-  CausalLM(config, Group(), make_full_attention()).save(folder / "model");
+  CausalLM(config, Group(), make_exact_attention()).save(folder / "model");
   const std::string weights = read_bytes(folder / "model/model.safetensors"),
                     text = read_bytes(folder / "model/config.json");
-  CausalLM large(config, Group(), make_full_attention());
+  CausalLM large(config, Group(), make_exact_attention());
   {
     const at::NoGradGuard no_grad;
     large.parameters()[1].value.fill_(3.4e38);  // finite in fp32
@@ -441,14 +441,14 @@ TEST(LlamaTest, DoesNotExportWhatItWouldRefuse) {
                [&] { large.save(folder / "model", at::kBFloat16); });
   config.original_json = "{}";
   expect_error(ErrorKind::kModel, {"config.json\" was not written", "model_type"},
-               [&] { CausalLM(config, Group(), make_full_attention()).save(folder / "model"); });
+               [&] { CausalLM(config, Group(), make_exact_attention()).save(folder / "model"); });
   EXPECT_EQ(read_bytes(folder / "model/model.safetensors"), weights);
   EXPECT_EQ(read_bytes(folder / "model/config.json"), text);
 }
 
 TEST(LlamaTest, RefusesWeightsThatAreNotTheModels) {
   const ModelConfig config = written_config(small_config());
-  CausalLM model(config, Group(), make_full_attention());
+  CausalLM model(config, Group(), make_exact_attention());
   model.initialize(1);
   const TemporaryDirectory folder;
   model.save(folder / "model");
@@ -493,7 +493,7 @@ TEST(LlamaTest, RefusesWeightsThatAreNotTheModels) {
 // allocated.
 TEST(LlamaTest, HoldsAConfigAgainstItsWeightsFirst) {
   const ModelConfig config = written_config(small_config());
-  CausalLM model(config, Group(), make_full_attention());
+  CausalLM model(config, Group(), make_exact_attention());
   model.initialize(1);
   const TemporaryDirectory folder;
   model.save(folder / "model");
@@ -524,7 +524,7 @@ TEST(LlamaTest, HoldsAConfigAgainstItsWeightsFirst) {
 
 TEST(LlamaTest, NamesWhatItDoesNotRead) {
   const ModelConfig config = written_config(small_config());
-  CausalLM model(config, Group(), make_full_attention());
+  CausalLM model(config, Group(), make_exact_attention());
   model.initialize(1);
   const TemporaryDirectory folder;
   model.save(folder.path());
@@ -564,7 +564,7 @@ TEST_P(Families, AHeadThatDiffersFromATiedEmbeddingIsKept) {
   ModelConfig untied = tied;
   untied.tie_word_embeddings = false;
   const Text text = random_text(tied, 1, 20);
-  CausalLM model(untied, Group(), make_full_attention());
+  CausalLM model(untied, Group(), make_exact_attention());
   set_weights(model, random_weights(untied, 1), Group());
   const TemporaryDirectory folder;
   model.save(folder / "model");
@@ -574,13 +574,13 @@ TEST_P(Families, AHeadThatDiffersFromATiedEmbeddingIsKept) {
   EXPECT_FALSE(read.tie_word_embeddings);
   ASSERT_FALSE(read.warnings.empty());
   EXPECT_NE(read.warnings.back().find("lm_head.weight"), std::string::npos) << read.warnings.back();
-  CausalLM again(read, Group(), make_full_attention());
+  CausalLM again(read, Group(), make_exact_attention());
   again.load(folder / "model");
   EXPECT_TRUE(again.logits(text.tokens).equal(model.logits(text.tokens)));
   again.save(folder / "export");
   EXPECT_FALSE(ModelConfig::load(folder / "export").tie_word_embeddings);
   EXPECT_TRUE(SafetensorsFile(folder / "export/model.safetensors").contains("lm_head.weight"));
-  CausalLM unaware(ModelConfig::load(folder / "model"), Group(), make_full_attention());
+  CausalLM unaware(ModelConfig::load(folder / "model"), Group(), make_exact_attention());
   expect_error(ErrorKind::kModel, {"model.safetensors", "lm_head.weight"},
                [&] { unaware.load(folder / "model"); });
 
@@ -605,7 +605,7 @@ TEST_P(Families, AHeadThatDiffersFromATiedEmbeddingIsKept) {
     const ModelConfig config = load_model_config(folder / "model");
     EXPECT_TRUE(config.tie_word_embeddings);
     EXPECT_EQ(config.warnings, tied.warnings);
-    CausalLM one(config, Group(), make_full_attention());
+    CausalLM one(config, Group(), make_exact_attention());
     one.load(folder / "model");
     const at::Tensor logits = one.logits(text.tokens);
     EXPECT_TRUE(both || logits.equal(equal));
@@ -615,7 +615,7 @@ TEST_P(Families, AHeadThatDiffersFromATiedEmbeddingIsKept) {
 
 // A small model of random weights, and the same in `folder`.
 CausalLM saved_model(const std::filesystem::path& folder) {
-  CausalLM model(written_config(small_config()), Group(), make_full_attention());
+  CausalLM model(written_config(small_config()), Group(), make_exact_attention());
   model.initialize(1);
   model.save(folder);
   return model;
@@ -670,12 +670,12 @@ TEST(LlamaTest, RefusesWhatCannotFitIntoMemory) {
   large.vocab_size = int64_t{1} << 28;
   large.hidden_size = int64_t{1} << 20;
   expect_error(ErrorKind::kUsage, {"weights take", "tensor-parallel"},
-               [&] { CausalLM(large, Group(), make_full_attention()); });
+               [&] { CausalLM(large, Group(), make_exact_attention()); });
 }
 
 TEST(LlamaTest, RefusesBadInputWithTheValues) {
   const ModelConfig config = small_config();
-  CausalLM model(config, Group(), make_full_attention());
+  CausalLM model(config, Group(), make_exact_attention());
   model.initialize(1);
   const at::Tensor tokens = at::zeros({1, 65}, at::kLong);
   expect_error(ErrorKind::kUsage, {"65", "64"}, [&] { model.hidden(tokens); });
@@ -690,7 +690,7 @@ TEST(LlamaTest, RefusesBadInputWithTheValues) {
   expect_error(ErrorKind::kData, {"54", "53"}, [&] { model.loss(good, good + 54); });
   expect_error(ErrorKind::kData, {"-99", "53"}, [&] { model.token_nll(good, good - 99); });
   expect_error(ErrorKind::kUsage, {"Half"},
-               [&] { CausalLM(config, Group(), make_full_attention(), {.dtype = at::kHalf}); });
+               [&] { CausalLM(config, Group(), make_exact_attention(), {.dtype = at::kHalf}); });
   expect_error(ErrorKind::kUsage, {"7", "6 attention heads"},
                [&] { parameter_layouts(config, 7, 0); });
   expect_error(ErrorKind::kStorage, {"/dev/null"}, [&] { model.save("/dev/null/model"); });

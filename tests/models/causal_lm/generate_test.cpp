@@ -65,7 +65,7 @@ TEST_F(GenerationTest, WorksInEveryPrecisionAndWithPlainExactAttention) {
   const Text text = random_text(config, 1, kLength);
   for (const auto& [dtype, tolerance] : {std::pair(at::kDouble, 1e-9), {at::kBFloat16, 5e-2}}) {
     for (const auto& attention :
-         {make_full_attention(),
+         {make_exact_attention(),
           std::shared_ptr<AttentionController>(
               std::make_shared<LowRankController>(make_fixed_policy(8, 16), Geometry{8, 2}))}) {
       CausalLM m = model(config, attention, {.dtype = dtype});
@@ -98,7 +98,7 @@ TEST_F(GenerationTest, GreedyTakesTheMostLikelyToken) {
 TEST_F(GenerationTest, DrawsFollowTheSeed) {
   const ModelConfig config = configs()[0];
   const Text text = random_text(config, 1, 10);
-  CausalLM m = model(config, make_full_attention());
+  CausalLM m = model(config, make_exact_attention());
   const auto draw = [&](uint64_t seed, double temperature) {
     at::Tensor tokens = generate(
                             m, text.tokens[0],
@@ -116,7 +116,7 @@ TEST_F(GenerationTest, DrawsFollowTheSeed) {
 
 TEST_F(GenerationTest, RefusesWhatDoesNotFit) {
   const ModelConfig config = configs()[1];
-  CausalLM m = model(config, make_full_attention());
+  CausalLM m = model(config, make_exact_attention());
   const at::Tensor prompt = at::zeros({100}, at::kLong);
   expect_error(ErrorKind::kUsage, {"129", "128"}, [&] { generate(m, prompt, {.tokens = 29}); });
   expect_error(ErrorKind::kUsage, {"0"}, [&] { generate(m, prompt, {.tokens = 0}); });

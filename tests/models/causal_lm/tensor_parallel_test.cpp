@@ -58,7 +58,7 @@ TEST_F(TensorParallel, LossAndEveryGradientEqualTheReference) {
 
       for (const at::ScalarType dtype : {at::kDouble, at::kFloat}) {
         const double close = dtype == at::kDouble ? 1e-9 : 1e-5;
-        CausalLM model(whole, tp_, make_full_attention(),
+        CausalLM model(whole, tp_, make_exact_attention(),
                        {.dtype = dtype, .activation_checkpoint = checkpoint, .loss_chunk_rows = 7});
         set_weights(model, weights, tp_);
         EXPECT_LE(relative_error(model.logits(text.tokens), expected), close);
@@ -75,7 +75,7 @@ TEST_F(TensorParallel, LossAndEveryGradientEqualTheReference) {
 
 TEST_F(TensorParallel, ReplicatedParametersHaveTheSameGradientBitForBit) {
   for (const ModelConfig& whole : configs()) {
-    CausalLM model(whole, tp_, make_full_attention());
+    CausalLM model(whole, tp_, make_exact_attention());
     model.initialize(4);
     const Text text = random_text(whole, 2, 19);
     model.loss(text.tokens, text.labels).loss_sum.backward();
@@ -95,8 +95,8 @@ TEST_F(TensorParallel, ReplicatedParametersHaveTheSameGradientBitForBit) {
 }
 
 TEST_F(TensorParallel, Bfloat16IsCloseToOneProcess) {
-  CausalLM one(config(), Group(), make_full_attention(), {.dtype = at::kBFloat16});
-  CausalLM many(config(), tp_, make_full_attention(), {.dtype = at::kBFloat16});
+  CausalLM one(config(), Group(), make_exact_attention(), {.dtype = at::kBFloat16});
+  CausalLM many(config(), tp_, make_exact_attention(), {.dtype = at::kBFloat16});
   const Weights weights = random_weights(config(), 1);
   set_weights(one, weights, Group());
   set_weights(many, weights, tp_);
@@ -108,8 +108,8 @@ TEST_F(TensorParallel, Bfloat16IsCloseToOneProcess) {
 
 TEST_F(TensorParallel, InitializesShardsOfOneModel) {
   for (const ModelConfig& whole : configs()) {
-    CausalLM one(whole, Group(), make_full_attention());
-    CausalLM many(whole, tp_, make_full_attention());
+    CausalLM one(whole, Group(), make_exact_attention());
+    CausalLM many(whole, tp_, make_exact_attention());
     one.initialize(9);
     many.initialize(9);
     const Text text = random_text(whole, 1, 19);
@@ -141,17 +141,17 @@ TEST_F(TensorParallel, SavesOneModelAndLoadsItsShards) {
     const std::filesystem::path to = folder / c10::str(name(parsed.architecture),
                                                        parsed.num_key_value_heads);
     const Weights weights = random_weights(parsed, 1);
-    CausalLM saved(parsed, tp_, make_full_attention());
+    CausalLM saved(parsed, tp_, make_exact_attention());
     set_weights(saved, weights, tp_);
     saved.save(to);
     const Text text = random_text(parsed, 1, 19);
 
-    CausalLM one(parsed, Group(), make_full_attention());
+    CausalLM one(parsed, Group(), make_exact_attention());
     one.load(to);
     EXPECT_LE(
         relative_error(one.logits(text.tokens), reference_logits(parsed, weights, text.tokens)),
         1e-5);
-    CausalLM many(parsed, tp_, make_full_attention());
+    CausalLM many(parsed, tp_, make_exact_attention());
     many.load(to);
     for (size_t i = 0; i < many.parameters().size(); ++i) {
       EXPECT_TRUE(many.parameters()[i].value.equal(saved.parameters()[i].value))
@@ -161,15 +161,15 @@ TEST_F(TensorParallel, SavesOneModelAndLoadsItsShards) {
 }
 
 TEST_F(TensorParallel, OneRankThatCannotSaveStopsAll) {
-  CausalLM model(config(), tp_, make_full_attention());
+  CausalLM model(config(), tp_, make_exact_attention());
   expect_error(ErrorKind::kStorage, {}, [&] { model.save("/dev/null/model"); });
 }
 
 TEST_F(TensorParallel, SharedRowsHaveTheSameGradientBitForBitAndCountOnce) {
   const ModelConfig few = configs().back();
   const Group kv = make_kv(few.num_key_value_heads);
-  CausalLM model(few, tp_, make_full_attention());
-  CausalLM alone(few, Group(), make_full_attention());
+  CausalLM model(few, tp_, make_exact_attention());
+  CausalLM alone(few, Group(), make_exact_attention());
   model.initialize(4);
   alone.initialize(4);
   const Text text = random_text(few, 2, 19);
@@ -202,7 +202,7 @@ TEST_F(TensorParallel, SharedRowsHaveTheSameGradientBitForBitAndCountOnce) {
 TEST_F(TensorParallel, RefusesMoreRanksThanHeads) {
   ModelConfig few = small_config(1, 1);
   expect_error(ErrorKind::kUsage, {"1 attention heads", std::to_string(size_)},
-               [&] { CausalLM(few, tp_, make_full_attention()); });
+               [&] { CausalLM(few, tp_, make_exact_attention()); });
 }
 
 }  // namespace

@@ -73,7 +73,7 @@ TEST_F(ExamplesTest, LogprobsAreThoseOfTheLogitsAndTheModelsOwnWordsAreRight) {
 }
 
 TEST_F(ExamplesTest, ATieForTheMostLikelyTokenIsWrong) {
-  CausalLM m(config_, tp_, make_full_attention());  // weights of zero: all tokens are as likely
+  CausalLM m(config_, tp_, make_exact_attention());  // weights of zero: all tokens are as likely
   const QuestionScore
       scored = score(m, asking("0", at::zeros({5}, at::kLong), {at::zeros({2}, at::kLong)})).at(0);
   EXPECT_FALSE(scored.right);
@@ -94,7 +94,7 @@ TEST_F(ExamplesTest, LogitsAtPositions) {
 }
 
 TEST_F(ExamplesTest, UnderBf16TheHeadOfChosenPositionsIsInFp32) {
-  CausalLM m(config_, tp_, make_full_attention(), {.dtype = at::kBFloat16});
+  CausalLM m(config_, tp_, make_exact_attention(), {.dtype = at::kBFloat16});
   set_weights(m, random_weights(config_, 1), tp_);
   const at::Tensor tokens = random_text(config_, 1, 40).tokens;
   const at::Tensor all = m.logits(tokens), chosen = m.logits_at(tokens, at::arange(40));
@@ -181,7 +181,7 @@ TEST_F(ExamplesTest, QuestionsAboutOneTextShareAPass) {
 }
 
 TEST_F(ExamplesTest, WhatTheModelRefusesNamesTheExample) {
-  CausalLM m = model(make_full_attention());
+  CausalLM m = model(make_exact_attention());
   expect_error(ErrorKind::kData,
                {"example 'seven'", "4 tokens", std::to_string(config_.vocab_size)}, [&] {
                  score(m, asking("seven", at::full({4}, config_.vocab_size, at::kLong),

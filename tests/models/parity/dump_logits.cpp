@@ -17,7 +17,7 @@ int main(int argc, char** argv) {
   }
   try {
     const auto config = drrl::load_model_config(argv[1]);
-    drrl::CausalLM model(config, drrl::Group(), drrl::make_full_attention());
+    drrl::CausalLM model(config, drrl::Group(), drrl::make_exact_attention());
     model.load(argv[1]);
     const at::Tensor
         tokens = drrl::TokenFile::open(argv[2]).read(0, std::stoll(argv[3])).unsqueeze(0);

@@ -332,7 +332,7 @@ class SmallModelTest(Folder):
                             self.data,
                             "--seq_len=200",
                             f"--tp={tp}",
-                            "--attention=full",
+                            "--attention=exact",
                             "--json",
                             self.folder / "drrl.json",
                         ],
@@ -364,7 +364,7 @@ class SmallModelTest(Folder):
                 "--attention=lowrank",
                 "--rank_policy=fixed",
                 "--rank=32",
-                "--compare_full",
+                "--compare_exact",
                 "--json",
                 self.folder / "drrl.json",
             ]
@@ -372,9 +372,9 @@ class SmallModelTest(Folder):
         result = json.loads((self.folder / "drrl.json").read_text())
         self.assertLessEqual(result["mean_rank_qk"] + result["mean_rank_v"], 64)
         self.assertGreater(
-            abs(result["perplexity"] / result["full_perplexity"] - 1), 1e-7
+            abs(result["perplexity"] / result["exact_perplexity"] - 1), 1e-7
         )  # low rank really was at work
-        self.assertLess(result["perplexity"] / result["full_perplexity"], 1.2)
+        self.assertLess(result["perplexity"] / result["exact_perplexity"], 1.2)
 
     def test_policy_learned_from_traces(self):
         model = small_model(self.folder / "model")
@@ -490,7 +490,7 @@ class SmallModelTest(Folder):
             theirs.generation_config.eos_token_id = None
             for tp in (1, 2):
                 with self.subTest(kind=kind, tp=tp):
-                    ours = self.generate(model, tp, "--attention=full")
+                    ours = self.generate(model, tp, "--attention=exact")
                     prompt = torch.tensor([ours["prompt"]])
                     expected = theirs.generate(
                         prompt,
@@ -544,7 +544,7 @@ class SmallModelTest(Folder):
         "--weight_decay=0.1",
         "--clip=1.0",
         "--seed=5",
-        "--attention=full",
+        "--attention=exact",
         "--valid_fraction=0",
     ]
 
@@ -620,7 +620,7 @@ class RealModelTest(unittest.TestCase):
                 [
                     BIN / "drrl-eval",
                     *common,
-                    "--attention=full",
+                    "--attention=exact",
                     "--json",
                     Path(folder) / "drrl.json",
                 ]

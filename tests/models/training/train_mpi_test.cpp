@@ -81,7 +81,7 @@ class Training : public TrainingTest {
                 std::shared_ptr<const SequenceDataset> validation = nullptr) {
     Outcome outcome;
     outcome.model = std::make_unique<CausalLM>(tiny_config(), mesh.tp(),
-                                               low_rank_ ? low_rank(mesh) : make_full_attention(),
+                                               low_rank_ ? low_rank(mesh) : make_exact_attention(),
                                                model_options);
     outcome.model->initialize(5);
     callbacks.on_step = [&](const StepReport& report) {
@@ -372,7 +372,7 @@ TEST_F(Training, BucketsAreSentDuringTheBackwardPass) {
     return;
   }
   const Mesh mesh = mesh_of(1, size_);
-  CausalLM model(tiny_config(), mesh.tp(), make_full_attention());
+  CausalLM model(tiny_config(), mesh.tp(), make_exact_attention());
   model.initialize(5);
   GradientReducer reducer(model.parameters(), mesh.dp(), {}, 8 << 10);
   EXPECT_GT(reducer.bucket_count(), 3);
@@ -391,7 +391,7 @@ TEST_F(Training, BucketsAreSentDuringTheBackwardPass) {
   EXPECT_TRUE(reducer.finish());
 
   // The same sum without buckets.
-  CausalLM plain(tiny_config(), Group(), make_full_attention());
+  CausalLM plain(tiny_config(), Group(), make_exact_attention());
   plain.initialize(5);
   const Batch all = train_->samples(0, size_);
   plain.loss(all.tokens, all.labels).loss_sum.backward();
@@ -481,7 +481,7 @@ TEST_F(Training, AllRanksResumeOneCheckpoint) {
 
 TEST_F(Training, WeightsOfReplicasMustBeEqual) {
   const auto error_with = [&](const Mesh& mesh, int rank, const std::string& name) {
-    CausalLM model(tiny_config(), mesh.tp(), make_full_attention());
+    CausalLM model(tiny_config(), mesh.tp(), make_exact_attention());
     model.initialize(5);
     check_replicas(model, mesh);
     const at::NoGradGuard no_grad;
@@ -493,7 +493,7 @@ TEST_F(Training, WeightsOfReplicasMustBeEqual) {
     return error_of(ErrorKind::kCommunication, [&] { check_replicas(model, mesh); });
   };
   if (size_ == 1) {
-    CausalLM model(tiny_config(), Group(), make_full_attention());
+    CausalLM model(tiny_config(), Group(), make_exact_attention());
     check_replicas(model, Mesh());
     return;
   }
@@ -611,7 +611,7 @@ TEST_F(Training, AReshardedStateIsBitForBitTheOld) {
   }
   MPI_Barrier(MPI_COMM_WORLD);
   const auto copy_through = [&](const std::string& from, const std::string& to, const Mesh& mesh) {
-    CausalLM model(tiny_config(), mesh.tp(), make_full_attention());
+    CausalLM model(tiny_config(), mesh.tp(), make_exact_attention());
     model.initialize(6);
     AdamW optimizer(model.parameters(), {});
     const PolicyHooks hooks;
@@ -642,7 +642,7 @@ TEST_F(Training, WeightsThatBrokeAfterTheStepAreNotSaved) {
   TrainerOptions o = options(4);
   o.output = folder_ / "run";
   o.save_every = 2;
-  CausalLM model(tiny_config(), mesh.tp(), make_full_attention());
+  CausalLM model(tiny_config(), mesh.tp(), make_exact_attention());
   model.initialize(5);
   TrainerCallbacks callbacks;
   callbacks.on_step =
@@ -666,7 +666,7 @@ TEST_F(Training, ANanOnOneRankStopsAllBeforeTheUpdate) {
       continue;
     }
     const Mesh mesh = tensor_parallel ? mesh_of(size_, 1) : mesh_of(1, size_);
-    CausalLM model(tiny_config(), mesh.tp(), make_full_attention());
+    CausalLM model(tiny_config(), mesh.tp(), make_exact_attention());
     model.initialize(5);
     int64_t done = 0;
     std::vector<at::Tensor> before;

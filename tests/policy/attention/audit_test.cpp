@@ -122,7 +122,7 @@ TEST(Audit, SeesOutputsThatAreWorseThanTheirCertificate) {
 
 TEST(Audit, ExactAttentionHasNothingToAudit) {
   const Rig rig;
-  AuditController audit(std::make_shared<LowRankController>(make_full_policy(), rig.geometry), 1);
+  AuditController audit(std::make_shared<LowRankController>(make_exact_policy(), rig.geometry), 1);
   std::shared_ptr<LayerPlan> plan;
   audit.attend(0, rig.q, rig.k, rig.v, rig.w_o, plan);
   EXPECT_EQ(pairs_of(audit.report()) + audit.report().blocks, 0);

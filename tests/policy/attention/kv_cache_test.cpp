@@ -75,7 +75,7 @@ TEST(KvCacheTest, FallsWithTheRank) {
   const auto at_end = [&](const std::shared_ptr<RankPolicy>& policy) {
     return bytes_by_length(horizon, policy).back();
   };
-  const int64_t full = at_end(make_full_policy());
+  const int64_t full = at_end(make_exact_policy());
   EXPECT_EQ(full, horizon * 2 * kDim * kBytes);  // plain: no bases, no Grams
   int64_t last = full;
   for (const int64_t rank : {12, 8, 4, 1}) {

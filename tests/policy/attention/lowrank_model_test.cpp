@@ -109,7 +109,7 @@ TEST_F(LowRankModel, LayoutsOfGpt2Agree) {
 
 TEST_F(LowRankModel, LowRankReallyIsAtWork) {
   const Text text = random_text(config_, 1, kLength);
-  CausalLM exact = model(make_full_policy(), tp_);
+  CausalLM exact = model(make_exact_policy(), tp_);
   const at::Tensor expected = exact.logits(text.tokens);
   const double coarse = relative_error(model(make_fixed_policy(4, 16), tp_).logits(text.tokens),
                                        expected);
@@ -128,7 +128,7 @@ TEST_F(LowRankModel, RunsOfOneTokenAreOrdinaryText) {
       Text text = random_text(config_, 1, kLength);
       text.tokens.slice(1, 0, run).fill_(3);
       text.labels.slice(1, 0, run - 1).fill_(3);
-      const double exact = model(make_full_policy(), tp_)
+      const double exact = model(make_exact_policy(), tp_)
                                .loss(text.tokens, text.labels)
                                .loss_sum.item<double>();
       for (const auto& policy : rank_policies(kLevels)) {
