@@ -331,6 +331,41 @@ std::unique_ptr<FolderLock> claim_outputs(const Environment& environment) {
   return lock;
 }
 
+/// Bytes of Grams and bases that this process sent in all steps.
+struct BasisBytes final : StepObserver {
+  void end_step(AttentionStatistics& spent) override { sum += spent.basis_bytes; }
+
+  int64_t sum = 0;
+};
+
+TrainerCallbacks callbacks_of(TrainConsole& console) {
+  TrainerCallbacks callbacks;
+  callbacks.on_step = [&console](const StepReport& report) { console.step(report); };
+  callbacks.on_microbatch = [&console](int64_t step, int64_t done, int64_t total) {
+    console.microbatch(step, done, total);
+  };
+  callbacks.on_note = [&console](const std::string& text) { console.note(text); };
+  callbacks.on_warning = [](const std::string& text) { log_warning(text); };
+  callbacks.stop_requested = &stop_requested;
+  return callbacks;
+}
+
+/// Writes the model, and the policy file that online training has made, into --output.
+void export_results(const Mesh& mesh, CausalLM& model, at::ScalarType dtype,
+                    const OnlinePolicy* online) {
+  const std::filesystem::path output = FLAGS_output;
+  if (mesh.data().rank() == 0) {
+    model.save(output / "hf", dtype);
+  }
+  if (mesh.world().rank() == 0) {
+    if (online != nullptr) {
+      save_online_policy(*online, output / "policy.safetensors");
+    }
+    std::cout << "exported " << FLAGS_output << "/hf"
+              << (online != nullptr ? " and policy.safetensors" : "") << std::endl;
+  }
+}
+
 ExitCode train(const Environment& environment) {
   require("model", FLAGS_model);
   require("data", FLAGS_data);
@@ -377,23 +412,12 @@ ExitCode train(const Environment& environment) {
       print_start(environment, shape, config, *model, attention.controller->describe(), data,
                   options);
     }
-    int64_t basis_bytes = 0;
-    attention.hooks.end_step = [&basis_bytes, end_step = attention.hooks.end_step] {
-      const AttentionStatistics spent = end_step();
-      basis_bytes += spent.basis_bytes;
-      return spent;
-    };
+    const auto basis_bytes = std::make_shared<BasisBytes>();
+    attention.observers.push_back(basis_bytes);
     TrainConsole console(std::cout, leader && stdout_is_terminal(environment), options.steps);
-    TrainerCallbacks callbacks;
-    callbacks.on_step = [&](const StepReport& report) { console.step(report); };
-    callbacks.on_microbatch = [&](int64_t step, int64_t done, int64_t total) {
-      console.microbatch(step, done, total);
-    };
-    callbacks.on_note = [&](const std::string& text) { console.note(text); };
-    callbacks.on_warning = [&](const std::string& text) { log_warning(text); };
-    callbacks.stop_requested = &stop_requested;
+    const TrainerCallbacks callbacks = callbacks_of(console);
     trainer = std::make_unique<Trainer>(options, *model, mesh, data.train, data.valid,
-                                        attention.hooks, callbacks);
+                                        attention.observers, callbacks);
     traffic->take();  // that of the start
     const TrainResult result = trainer->run();
     const auto sent = traffic->take();
@@ -406,21 +430,12 @@ ExitCode train(const Environment& environment) {
       online->finish();
     }
     if (!result.interrupted && !FLAGS_output.empty()) {
-      if (mesh.data().rank() == 0) {
-        model->save(std::filesystem::path(FLAGS_output) / "hf", export_dtype);
-      }
-      if (leader) {
-        if (online) {
-          save_online_policy(*online, std::filesystem::path(FLAGS_output) / "policy.safetensors");
-        }
-        std::cout << "exported " << FLAGS_output << "/hf"
-                  << (online ? " and policy.safetensors" : "") << std::endl;
-      }
+      export_results(mesh, *model, export_dtype, online.get());
     }
     if (!FLAGS_json.empty()) {
       const double steps = std::max<double>(1, static_cast<double>(result.steps_this_run));
       nlohmann::ordered_json own = {{"rank", environment.world_rank},
-                                    {"basis_bytes", static_cast<double>(basis_bytes) / steps}};
+                                    {"basis_bytes", static_cast<double>(basis_bytes->sum) / steps}};
       own.update(traffic_report(sent, steps, device.is_cpu()));
       const auto ranks = gathered(own, mesh.world());
       if (leader) {

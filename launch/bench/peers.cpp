@@ -147,6 +147,81 @@ std::vector<int64_t> layer_list(const ModelConfig& config) {
   return layers;
 }
 
+// Errors: Error(kUsage) for options that do not fit the model or each other.
+void check_options(const ModelConfig& config, const Geometry& geometry,
+                   const std::vector<Method>& all) {
+  check_seq_len(config);
+  check(ErrorKind::kUsage, BlockTree(FLAGS_seq_len, geometry).num_pairs() > 0,
+        "--seq_len=", FLAGS_seq_len, " has no far tokens at --near_block=", geometry.near_block);
+  check(ErrorKind::kUsage,
+        FLAGS_static_tokens > geometry.sink_tokens &&
+            FLAGS_static_tokens <= config.max_position_embeddings,
+        "--static_tokens=", FLAGS_static_tokens, " must be more than --sink_tokens and at most ",
+        config.max_position_embeddings, ", the positions of ", FLAGS_model);
+  for (const Method& method : all) {
+    check(ErrorKind::kUsage,
+          !method.ranks || std::max(method.ranks->qk, method.ranks->v) < config.head_dim,
+          "--ranks=", FLAGS_ranks, ": peers are compared below the head dim of ", config.head_dim);
+  }
+}
+
+// --dump: the layers' inputs.
+void dump(const std::vector<Layer>& layers, const std::vector<int64_t>& indices) {
+  std::vector<NamedTensor> tensors;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const std::string prefix = "layers." + std::to_string(indices[i]) + ".";
+    const Inputs& in = layers[i].in;
+    tensors.insert(tensors.end(), {{prefix + "q", in.q},
+                                   {prefix + "k", in.k},
+                                   {prefix + "v", in.v},
+                                   {prefix + "w_o", in.w_o}});
+  }
+  write_safetensors(FLAGS_dump, tensors);
+}
+
+// The layers' inputs on the first tokens of the data, with static bases from those after them.
+std::vector<Layer> read_layers(const std::vector<int64_t>& indices, const Geometry& geometry,
+                               const at::Device& device, at::ScalarType dtype) {
+  std::vector<Layer> layers;
+  for (Inputs& in : captured_inputs(indices, 0, FLAGS_seq_len)) {
+    layers.push_back({std::move(in), {}, {}});
+  }
+  if (!FLAGS_dump.empty()) {
+    dump(layers, indices);
+  }
+  const auto others = captured_inputs(indices, FLAGS_seq_len, FLAGS_static_tokens);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    calibrate_static(layers[i], others[i], geometry);
+    for (Basis* basis : {&layers[i].static_scores, &layers[i].static_values}) {
+      *basis = {basis->left.to(device), basis->right.to(device), basis->singular_values.to(device)};
+    }
+    layers[i].in = layers[i].in.to(device, dtype);
+  }
+  return layers;
+}
+
+// What a method makes of the layers.
+struct Quality {
+  double flops_fraction = 0;
+  double mean = 0, worst = 0;  // relative errors of the layers' attention
+  double after_w_o = 0;        // mean relative error of the layers' outputs
+};
+
+Quality quality_of(const Method& method, const std::vector<Layer>& layers) {
+  Quality quality;
+  for (const Layer& layer : layers) {
+    const at::Tensor out = method.run(layer, &quality.flops_fraction),
+                     exact = exact_attention(layer.in.q, layer.in.k, layer.in.v);
+    const double error = relative_error(out, exact);
+    quality.mean += error / static_cast<double>(layers.size());
+    quality.worst = std::max(quality.worst, error);
+    quality.after_w_o += relative_error(layer_output(out, layer.in),
+                                        layer_output(exact, layer.in)) /
+                         static_cast<double>(layers.size());
+  }
+  return quality;
+}
+
 }  // namespace
 
 ExitCode peers(const Environment& environment) {
@@ -156,20 +231,8 @@ ExitCode peers(const Environment& environment) {
   const at::ScalarType dtype = dtype_flag("dtype", FLAGS_dtype);
   const Geometry geometry = geometry_flags();
   const ModelConfig config = read_config();
-  check_seq_len(config);
-  check(ErrorKind::kUsage, BlockTree(FLAGS_seq_len, geometry).num_pairs() > 0,
-        "--seq_len=", FLAGS_seq_len, " has no far tokens at --near_block=", geometry.near_block);
-  check(ErrorKind::kUsage,
-        FLAGS_static_tokens > geometry.sink_tokens &&
-            FLAGS_static_tokens <= config.max_position_embeddings,
-        "--static_tokens=", FLAGS_static_tokens, " must be more than --sink_tokens and at most ",
-        config.max_position_embeddings, ", the positions of ", FLAGS_model);
   const auto all = methods(geometry);
-  for (const Method& method : all) {
-    check(ErrorKind::kUsage,
-          !method.ranks || std::max(method.ranks->qk, method.ranks->v) < config.head_dim,
-          "--ranks=", FLAGS_ranks, ": peers are compared below the head dim of ", config.head_dim);
-  }
+  check_options(config, geometry, all);
   const std::vector<int64_t> indices = layer_list(config);
   const std::string source = c10::str(indices.size(), " layers of ", FLAGS_model, " on the first ",
                                       FLAGS_seq_len, " tokens of ", FLAGS_data);
@@ -179,33 +242,7 @@ ExitCode peers(const Environment& environment) {
                 {"versions", version_line()}});
 
   at::NoGradGuard no_grad;
-  std::vector<Layer> layers;
-  for (Inputs& in : captured_inputs(indices, 0, FLAGS_seq_len)) {
-    layers.push_back({std::move(in), {}, {}});
-  }
-  if (!FLAGS_dump.empty()) {
-    std::vector<NamedTensor> tensors;
-    for (size_t i = 0; i < layers.size(); ++i) {
-      const std::string prefix = "layers." + std::to_string(indices[i]) + ".";
-      tensors.push_back({prefix + "q", layers[i].in.q});
-      tensors.push_back({prefix + "k", layers[i].in.k});
-      tensors.push_back({prefix + "v", layers[i].in.v});
-      tensors.push_back({prefix + "w_o", layers[i].in.w_o});
-    }
-    write_safetensors(FLAGS_dump, tensors);
-  }
-  {
-    const auto others = captured_inputs(indices, FLAGS_seq_len, FLAGS_static_tokens);
-    for (size_t i = 0; i < layers.size(); ++i) {
-      calibrate_static(layers[i], others[i], geometry);
-      for (Basis* basis : {&layers[i].static_scores, &layers[i].static_values}) {
-        *basis = {basis->left.to(device), basis->right.to(device),
-                  basis->singular_values.to(device)};
-      }
-      layers[i].in = layers[i].in.to(device, dtype);
-    }
-  }
-
+  const std::vector<Layer> layers = read_layers(indices, geometry, device, dtype);
   std::vector<Work> work;
   double ignored = 0;
   for (const Method& method : all) {
@@ -221,30 +258,22 @@ ExitCode peers(const Environment& environment) {
   std::vector<std::vector<std::string>> table = {
       {"attention", "rank", "FLOPs", "error", "worst layer", "after W_O", "ms", "speed"}};
   for (size_t m = 0; m < all.size(); ++m) {
-    double flops_fraction = 0, mean = 0, worst = 0, mean_after = 0;
-    for (const Layer& layer : layers) {
-      const at::Tensor out = all[m].run(layer, &flops_fraction),
-                       exact = exact_attention(layer.in.q, layer.in.k, layer.in.v);
-      const double error = relative_error(out, exact);
-      mean += error / static_cast<double>(layers.size());
-      worst = std::max(worst, error);
-      mean_after += relative_error(layer_output(out, layer.in), layer_output(exact, layer.in)) /
-                    static_cast<double>(layers.size());
-    }
+    const Quality quality = quality_of(all[m], layers);
     const std::string rank = all[m].ranks ? to_string(*all[m].ranks) : "-";
     const double speed = median(ms[0]) / median(ms[m]);
     rows.push_back({{"method", all[m].name},
                     {"causal", true},
                     {"size", all[m].ranks ? Json(rank) : Json()},
-                    {"flops_fraction", flops_fraction},
-                    {"error", mean},
-                    {"worst_error", worst},
-                    {"layer_error", mean_after},
+                    {"flops_fraction", quality.flops_fraction},
+                    {"error", quality.mean},
+                    {"worst_error", quality.worst},
+                    {"layer_error", quality.after_w_o},
                     {"ms", median(ms[m])},
                     {"speedup", speed}});
-    table.push_back({all[m].name, rank, format("%.3f", flops_fraction), format("%.2e", mean),
-                     format("%.2e", worst), format("%.2e", mean_after),
-                     format("%.1f", median(ms[m])), format("%.2f", speed)});
+    table.push_back({all[m].name, rank, format("%.3f", quality.flops_fraction),
+                     format("%.2e", quality.mean), format("%.2e", quality.worst),
+                     format("%.2e", quality.after_w_o), format("%.1f", median(ms[m])),
+                     format("%.2f", speed)});
   }
   std::cout << "\nforward, " << source
             << "\nerror: ||O' - O||_F / ||O||_F against exact attention, mean over the layers; "

@@ -158,7 +158,7 @@ class Yardstick {
 };
 
 /// What one process sees of the timed steps.
-class Recorder {
+class Recorder final : public StepObserver {
  public:
   Recorder(std::shared_ptr<Traffic> traffic, at::Device device)
       : traffic_(std::move(traffic)), device_(device) {
@@ -167,34 +167,29 @@ class Recorder {
     }
   }
 
-  /// `hooks` that also tell this recorder.
-  PolicyHooks listen(PolicyHooks hooks) {
-    hooks.begin_step = [this, inner = hooks.begin_step](int64_t step) {
-      if (step > FLAGS_warmup_steps) {
-        if (begun_.empty()) {
-          traffic_->take();
-          if (yardstick_) {
-            yardstick_->take();  // of the steps before
-          }
-        } else {
-          end_step();
-        }
-        begun_.push_back(Clock::now());
+  void begin_step(int64_t step) override {
+    if (step <= FLAGS_warmup_steps) {
+      return;
+    }
+    if (begun_.empty()) {
+      traffic_->take();
+      if (yardstick_) {
+        yardstick_->take();  // of the steps before
       }
-      inner(step);
-    };
-    hooks.end_step = [this, inner = hooks.end_step] {
-      const AttentionStatistics spent = inner();
-      if (!begun_.empty()) {
-        spent_ += spent;
-      }
-      return spent;
-    };
-    return hooks;
+    } else {
+      note_end();
+    }
+    begun_.push_back(Clock::now());
+  }
+
+  void end_step(AttentionStatistics& spent) override {
+    if (!begun_.empty()) {
+      spent_ += spent;
+    }
   }
 
   /// After the last step.
-  void finish() { end_step(); }
+  void finish() { note_end(); }
 
   std::vector<double> step_ms() const {
     std::vector<double> ms;
@@ -235,7 +230,7 @@ class Recorder {
   }
 
  private:
-  void end_step() {
+  void note_end() {
     ended_.push_back(Clock::now());
     if (yardstick_) {
       yardsticks_.push_back(yardstick_->take());
@@ -301,6 +296,77 @@ void check_options(const MeshShape& shape) {
         FLAGS_rank_policy);
 }
 
+void print_start(const Environment& environment, const MeshShape& shape, const CausalLM& model,
+                 const std::string& attention, int64_t sequences) {
+  const ModelConfig& config = model.config();
+  print_banner(
+      std::cout, "drrl-bench scaling",
+      {{"model", c10::str(short_count(static_cast<double>(model.parameter_count())),
+                          " random weights: ", config.num_hidden_layers, " layers, hidden ",
+                          config.hidden_size, ", ", config.num_attention_heads, " heads of ",
+                          config.head_dim, " in ", config.num_key_value_heads,
+                          " KV groups, vocabulary ", config.vocab_size)},
+       {"parallel",
+        c10::str("tensor ", shape.tp, " x data ", shape.dp, " x context ", shape.cp, " = ",
+                 environment.world_size, " processes (", name(environment.launcher), "), ",
+                 at::get_num_threads(), " CPU threads each")},
+       {"attention", attention},
+       {"batch", c10::str(FLAGS_scaling, " scaling: ", sequences, " sequences of ", FLAGS_seq_len,
+                          " tokens per step")},
+       {"versions", version_line()}});
+}
+
+// By element the largest that a process has.
+std::vector<double> largest(const std::vector<double>& own, const Group& group) {
+  at::Tensor all = at::tensor(own, at::kDouble).to(group.message_device());
+  group.all_reduce(all, ReduceOp::kMax);
+  all = all.cpu();
+  return {all.data_ptr<double>(), all.data_ptr<double>() + all.numel()};
+}
+
+// Collective: times of the slowest process, figures of all.
+Json results(const Environment& environment, const MeshShape& shape, const Mesh& mesh,
+             const CausalLM& model, const std::string& attention, int64_t sequences,
+             const Recorder& recorder) {
+  const bool on_cpu = model.options().device.is_cpu();
+  const Json ranks = gathered(recorder.report(mesh), mesh.world());
+  const std::vector<double> steps_ms = largest(recorder.step_ms(), mesh.world()),
+                            yardsticks_ms = on_cpu ? largest(recorder.yardstick_ms(), mesh.world())
+                                                   : std::vector<double>();
+  const double step_ms = median(steps_ms);
+  const int64_t step_tokens = sequences * FLAGS_seq_len;
+  Json steps = Json::array();
+  for (size_t i = 0; i < steps_ms.size(); ++i) {
+    steps.push_back(
+        {{"ms", steps_ms[i]}, {"yardstick_ms", on_cpu ? Json(yardsticks_ms[i]) : Json()}});
+  }
+  Json json = provenance("scaling");
+  json.update(Json{{"launcher", name(environment.launcher)},
+                   {"world_size", environment.world_size},
+                   {"processes_per_node", environment.local_size},
+                   {"cores_per_node", std::thread::hardware_concurrency()},
+                   {"tp", shape.tp},
+                   {"cp", shape.cp},
+                   {"dp", shape.dp},
+                   {"scaling", FLAGS_scaling},
+                   {"attention", attention},
+                   {"config", Json::parse(model.config().export_json(at::kFloat))},
+                   {"parameters", model.parameter_count()},
+                   {"sequences_per_step", sequences},
+                   {"tokens_per_step", step_tokens},
+                   {"timed_steps", FLAGS_steps},
+                   {"steps", steps},
+                   {"step_ms", step_ms},
+                   {"steps_per_second", 1e3 / step_ms},
+                   {"tokens_per_second", 1e3 / step_ms * static_cast<double>(step_tokens)},
+                   {"exposed_share", mean(ranks, "exposed_share")},
+                   {"basis_share", mean(ranks, "basis_share")},
+                   {"basis_bytes", mean(ranks, "basis_bytes")},
+                   {"sent_bytes", mean(ranks, "sent_bytes")},
+                   {"ranks", ranks}});
+  return json;
+}
+
 }  // namespace
 
 ExitCode scaling(const Environment& environment) {
@@ -331,70 +397,20 @@ ExitCode scaling(const Environment& environment) {
     attention.controller->set_timing(device.is_cpu());  // on CUDA it would hold up the steps
     CausalLM model(config, mesh.tp(), attention.controller, model_options);
     model.initialize(FLAGS_seed);
+    const std::string description = attention.controller->describe();
     if (leader) {
-      print_banner(
-          std::cout, "drrl-bench scaling",
-          {{"model", c10::str(short_count(static_cast<double>(model.parameter_count())),
-                              " random weights: ", config.num_hidden_layers, " layers, hidden ",
-                              config.hidden_size, ", ", config.num_attention_heads, " heads of ",
-                              config.head_dim, " in ", config.num_key_value_heads,
-                              " KV groups, vocabulary ", config.vocab_size)},
-           {"parallel",
-            c10::str("tensor ", shape.tp, " x data ", shape.dp, " x context ", shape.cp, " = ",
-                     environment.world_size, " processes (", name(environment.launcher), "), ",
-                     at::get_num_threads(), " CPU threads each")},
-           {"attention", attention.controller->describe()},
-           {"batch", c10::str(FLAGS_scaling, " scaling: ", options.global_batch, " sequences of ",
-                              FLAGS_seq_len, " tokens per step")},
-           {"versions", version_line()}});
+      print_start(environment, shape, model, description, options.global_batch);
     }
-    Recorder recorder(traffic, device);
-    Trainer trainer(options, model, mesh, data, nullptr, recorder.listen(attention.hooks));
+    const auto recorder = std::make_shared<Recorder>(traffic, device);
+    StepObservers observers = attention.observers;
+    observers.push_back(recorder);
+    Trainer trainer(options, model, mesh, data, nullptr, observers);
     trainer.run();
     synchronize(device);
-    recorder.finish();
-
-    const Json ranks = gathered(recorder.report(mesh), mesh.world());
-    const auto slowest = [&](const std::vector<double>& own) {
-      at::Tensor all = at::tensor(own, at::kDouble).to(mesh.world().message_device());
-      mesh.world().all_reduce(all, ReduceOp::kMax);
-      all = all.cpu();
-      return std::vector<double>(all.data_ptr<double>(), all.data_ptr<double>() + all.numel());
-    };
-    const std::vector<double> steps_ms = slowest(recorder.step_ms()),
-                              yardsticks_ms = device.is_cpu() ? slowest(recorder.yardstick_ms())
-                                                              : std::vector<double>();
-    const double step_ms = median(steps_ms);
-    Json steps = Json::array();
-    for (size_t i = 0; i < steps_ms.size(); ++i) {
-      steps.push_back({{"ms", steps_ms[i]},
-                       {"yardstick_ms", device.is_cpu() ? Json(yardsticks_ms[i]) : Json()}});
-    }
+    recorder->finish();
+    const Json json = results(environment, shape, mesh, model, description, options.global_batch,
+                              *recorder);
     if (leader) {
-      Json json = provenance("scaling");
-      json.update(Json{{"launcher", name(environment.launcher)},
-                       {"world_size", environment.world_size},
-                       {"processes_per_node", environment.local_size},
-                       {"cores_per_node", std::thread::hardware_concurrency()},
-                       {"tp", shape.tp},
-                       {"cp", shape.cp},
-                       {"dp", shape.dp},
-                       {"scaling", FLAGS_scaling},
-                       {"attention", attention.controller->describe()},
-                       {"config", Json::parse(config.export_json(at::kFloat))},
-                       {"parameters", model.parameter_count()},
-                       {"sequences_per_step", options.global_batch},
-                       {"tokens_per_step", step_tokens},
-                       {"timed_steps", FLAGS_steps},
-                       {"steps", steps},
-                       {"step_ms", step_ms},
-                       {"steps_per_second", 1e3 / step_ms},
-                       {"tokens_per_second", 1e3 / step_ms * static_cast<double>(step_tokens)},
-                       {"exposed_share", mean(ranks, "exposed_share")},
-                       {"basis_share", mean(ranks, "basis_share")},
-                       {"basis_bytes", mean(ranks, "basis_bytes")},
-                       {"sent_bytes", mean(ranks, "sent_bytes")},
-                       {"ranks", ranks}});
       print_results(json);
       if (!FLAGS_json.empty()) {
         write_measured(FLAGS_json, json);

@@ -22,6 +22,7 @@
 #include "models/causal_lm/tensor_parallel.h"
 #include "models/causal_lm/weights.h"
 #include "policy/allocation/cost_model.h"
+#include "policy/attention/attention_statistics.h"
 
 namespace drrl::bench {
 
@@ -196,113 +197,152 @@ double sharing(const Demand& demand, double waiting) {
   return demand.cores_shared * (demand.out_of_turn ? 1 + waiting : 1);
 }
 
+// What a step of one process is made of, beside the workload itself.
+struct Shares {
+  explicit Shares(const Workload& w)
+      : tp(w.shape.tp),
+        dp(w.shape.dp),
+        cp(w.shape.cp),
+        groups(partition(w.config.num_key_value_heads, tp, 0).count),
+        tree(w.seq_len, w.geometry),
+        rank(tree.num_pairs() == 0 ? w.config.head_dim : std::min(w.rank, w.config.head_dim)),
+        low(rank < w.config.head_dim),
+        sequences(static_cast<double>(partition(w.sequences, dp, 0).count)),
+        passes(sequences * static_cast<double>(w.config.num_hidden_layers)),
+        rows(w.seq_len) {
+    if (cp > 1) {
+      split.emplace(tree, cp);
+      rows = 0;
+      for (int64_t part = 0; part < cp; ++part) {
+        rows = std::max(rows, split->rows(part));
+      }
+    }
+  }
+
+  // First-pair problems of a sequence, and those that a context-parallel process solves.
+  int64_t first_problems() const { return 2 * groups; }
+  double first_problems_of(int64_t process) const {
+    return static_cast<double>(partition(first_problems(), cp, process).count);
+  }
+
+  int64_t tp, dp, cp, groups;
+  BlockTree tree;
+  int64_t rank;
+  bool low;
+  double sequences, passes;  // passes: through a layer
+  int64_t rows;              // of a sequence, on the process with most
+  std::optional<SequenceSplit> split;
+};
+
+void add_work(const Shares& s, double multiplied, const AttentionWork& attention, Amounts& a) {
+  a[kLayer] = s.passes;
+  a[kLinear] = s.sequences * 6 * static_cast<double>(s.rows) * multiplied / kGiga;
+  a[s.cp > 1 ? (s.low ? kSplitLowRank : kSplitExact)
+             : (s.low ? kLowRank : kExact)] = s.passes * attention.attention /
+                                              static_cast<double>(s.cp) / kGiga;
+  a[kBases] = s.passes *
+              (attention.bases / static_cast<double>(s.cp) +
+               attention.first_bases * s.first_problems_of(0) /
+                   static_cast<double>(s.first_problems())) /
+              kGiga;
+}
+
+void add_all_reduce(const Workload& w, Demand& demand, Amounts& to, const Members& members,
+                    double calls, double bytes) {
+  if (members.count > 1) {
+    const double sent = calls * bytes * bus_factor("all_reduce", members.count);
+    add_messages(to, "all_reduce", members, w.processes_per_node, calls, sent);
+    demand.sent_bytes += sent;
+  }
+}
+
+// Activations and losses over tensor-parallel processes, sums and gradients over data.
+void add_sums(const Workload& w, const Shares& s, double weights, Demand& demand) {
+  const Members of_tp{s.tp, 1}, of_data{s.dp * s.cp, s.tp};
+  Amounts& a = demand.amounts;
+  const double activations = static_cast<double>(s.rows * w.config.hidden_size * w.element_bytes);
+  add_all_reduce(w, demand, a, of_tp, 4 * s.passes + 2 * s.sequences,
+                 activations);  // two each way of a layer, embedding, gradient of the head's input
+  const double chunks = std::ceil(static_cast<double>(s.rows) / kLossRows);
+  add_all_reduce(
+      w, demand, a, of_tp, 2 * s.sequences * chunks,
+      12 * static_cast<double>(s.rows) / (2 * chunks));  // the softmax: 4 and 8 bytes for each row
+  // Bytes: loss, norm and figures of a step.
+  const double sums = 8 * static_cast<double>(5 + AttentionStatistics().counts().size());
+  add_all_reduce(w, demand, a, of_tp, 1, sums);
+  add_all_reduce(w, demand, a, of_data, 1, sums);
+  const double buckets = std::ceil(4 * weights / static_cast<double>(kBucketBytes));
+  add_all_reduce(w, demand, demand.gradients, of_data, buckets, 4 * weights / buckets);
+}
+
+// Keys, values and bases of split sequences.
+void add_context(const Workload& w, const Shares& s, bool first_bases, Demand& demand) {
+  const Members of_cp{s.cp, s.tp};
+  Amounts& a = demand.amounts;
+  const auto add = [&](const char* operation, double calls, double most, double own) {
+    add_messages(a, operation, of_cp, w.processes_per_node, calls, most);
+    demand.sent_bytes += own;
+  };
+  const ContextBytes bytes = context_bytes(w, *s.split, s.groups, s.rank);
+  const auto most = [](const std::vector<double>& by_process) {
+    return *std::max_element(by_process.begin(), by_process.end());
+  };
+  add("all_to_all", s.passes * 2, s.passes * most(bytes.keys_values),
+      s.passes * bytes.keys_values.front());
+  const double digests = s.sequences * 8 *
+                         static_cast<double>(s.cp - 1);  // of rank decisions, before each pass
+  add("all_gather", s.sequences, digests, digests);
+  if (!s.low) {
+    return;
+  }
+  add("all_to_all", s.passes * 2, s.passes * most(bytes.bases), s.passes * bytes.bases.front());
+  if (w.cores_per_node > 0) {  // the ranks at which pairs are attended: some may turn out exact
+    add_all_reduce(w, demand, a, of_cp, s.passes,
+                   static_cast<double>(s.groups * s.tree.num_pairs()) * 2 * sizeof(float));
+  }
+  if (first_bases) {
+    const int64_t d = w.config.head_dim;
+    const double own = s.first_problems_of(0);
+    const double scattered = static_cast<double>(d * (d + 1) * 4) *
+                             (static_cast<double>(s.first_problems()) -
+                              own);  // two triangles each, in fp32
+    const double gathered = static_cast<double>(d * d * 4 * (s.cp - 1)) * own;
+    const double sent = s.passes * (scattered + gathered);
+    add("all_to_all", s.passes * 2, sent, sent);
+  }
+}
+
+void add_cores(const Workload& w, const Shares& s, Demand& demand) {
+  if (w.cores_per_node == 0) {
+    return;
+  }
+  const auto cores = static_cast<double>(w.cores_per_node),
+             threads = static_cast<double>(w.threads);
+  const double wanted = static_cast<double>(std::min(w.processes_per_node, w.world())) * threads;
+  demand.cores_shared = std::max(1.0, wanted / cores);
+  demand.out_of_turn = demand.cores_shared > 1 && s.tp * s.cp > 1;
+  demand.busy_others = cores > threads ? (std::min(wanted, cores) - threads) / (cores - threads)
+                                       : 0;
+}
+
 }  // namespace
 
 Demand demand_of(const Workload& w) {
-  const int64_t tp = w.shape.tp, dp = w.shape.dp, cp = w.shape.cp;
-  check(ErrorKind::kUsage, tp <= w.config.num_key_value_heads,
-        "the scaling model knows no processes that share a KV head: tensor-parallel size ", tp,
-        " is greater than the model's ", w.config.num_key_value_heads, " KV heads");
-  const int64_t groups = partition(w.config.num_key_value_heads, tp, 0).count;
-  const BlockTree tree(w.seq_len, w.geometry);
-  const int64_t rank = tree.num_pairs() == 0 ? w.config.head_dim
-                                             : std::min(w.rank, w.config.head_dim);
-  const bool low = rank < w.config.head_dim;
-  const auto sequences = static_cast<double>(partition(w.sequences, dp, 0).count);
-  const double passes = sequences * static_cast<double>(w.config.num_hidden_layers);
-  std::optional<SequenceSplit> split;
-  int64_t rows = w.seq_len;
-  if (cp > 1) {
-    split.emplace(tree, cp);
-    rows = 0;
-    for (int64_t part = 0; part < cp; ++part) {
-      rows = std::max(rows, split->rows(part));
-    }
-  }
-
+  check(ErrorKind::kUsage, w.shape.tp <= w.config.num_key_value_heads,
+        "the scaling model knows no processes that share a KV head: tensor-parallel size ",
+        w.shape.tp, " is greater than the model's ", w.config.num_key_value_heads, " KV heads");
+  const Shares shares(w);
+  const auto [weights, multiplied] = weights_of(w.config, shares.tp);
+  const AttentionWork attention = attention_work(w, shares.tree, shares.groups, shares.rank);
   Demand demand;
-  Amounts& a = demand.amounts;
-  const auto [weights, multiplied] = weights_of(w.config, tp);
-  a[kUpdate] = weights / kMega;
-  a[kLayer] = passes;
-  a[kLinear] = sequences * 6 * static_cast<double>(rows) * multiplied / kGiga;
-  const AttentionWork attention = attention_work(w, tree, groups, rank);
-  a[cp > 1 ? (low ? kSplitLowRank : kSplitExact)
-           : (low ? kLowRank : kExact)] = passes * attention.attention / static_cast<double>(cp) /
-                                          kGiga;
-  const int64_t first_problems = 2 * groups;  // of a sequence
-  const auto first_share = [&](int64_t process) {
-    return static_cast<double>(partition(first_problems, cp, process).count);
-  };
-  a[kBases] = passes *
-              (attention.bases / static_cast<double>(cp) +
-               attention.first_bases * first_share(0) / static_cast<double>(first_problems)) /
-              kGiga;
-  demand.hiding = kBackwardShare / sequences;
-
-  const Members of_tp{tp, 1}, of_cp{cp, tp}, of_data{dp * cp, tp};
-  const auto all_reduce = [&](Amounts& to, const Members& members, double calls, double bytes) {
-    if (members.count > 1) {
-      const double sent = calls * bytes * bus_factor("all_reduce", members.count);
-      add_messages(to, "all_reduce", members, w.processes_per_node, calls, sent);
-      demand.sent_bytes += sent;
-    }
-  };
-  const double activations = static_cast<double>(rows * w.config.hidden_size * w.element_bytes);
-  all_reduce(a, of_tp, 4 * passes + 2 * sequences,
-             activations);  // two each way of a layer, embedding, gradient of the head's input
-  const double chunks = std::ceil(static_cast<double>(rows) / kLossRows);
-  all_reduce(
-      a, of_tp, 2 * sequences * chunks,
-      12 * static_cast<double>(rows) / (2 * chunks));  // the softmax: 4 and 8 bytes for each row
-  constexpr double kSums = 88;                         // bytes: loss, norm and figures of a step
-  all_reduce(a, of_tp, 1, kSums);
-  all_reduce(a, of_data, 1, kSums);
-  const double buckets = std::ceil(4 * weights / static_cast<double>(kBucketBytes));
-  all_reduce(demand.gradients, of_data, buckets, 4 * weights / buckets);
-
-  if (cp > 1) {
-    const ContextBytes bytes = context_bytes(w, *split, groups, rank);
-    const auto most = [](const std::vector<double>& of) {
-      return *std::max_element(of.begin(), of.end());
-    };
-    add_messages(a, "all_to_all", of_cp, w.processes_per_node, passes * 2,
-                 passes * most(bytes.keys_values));
-    demand.sent_bytes += passes * bytes.keys_values.front();
-    const double digests = sequences * 8 *
-                           static_cast<double>(cp - 1);  // of rank decisions, before each pass
-    add_messages(a, "all_gather", of_cp, w.processes_per_node, sequences, digests);
-    demand.sent_bytes += digests;
-    if (low) {
-      add_messages(a, "all_to_all", of_cp, w.processes_per_node, passes * 2,
-                   passes * most(bytes.bases));
-      demand.sent_bytes += passes * bytes.bases.front();
-      if (w.cores_per_node >
-          0) {  // the ranks at which pairs are attended, where they may turn out exact
-        all_reduce(a, of_cp, passes,
-                   static_cast<double>(groups * split->tree().num_pairs()) * 2 * sizeof(float));
-      }
-      if (attention.first_bases > 0) {
-        const int64_t d = w.config.head_dim;
-        const double dealt = static_cast<double>(d * (d + 1) * 4) *
-                             (static_cast<double>(first_problems) -
-                              first_share(0));  // two triangles each, in fp32
-        const double gathered = static_cast<double>(d * d * 4 * (cp - 1)) * first_share(0);
-        add_messages(a, "all_to_all", of_cp, w.processes_per_node, passes * 2,
-                     passes * (dealt + gathered));
-        demand.sent_bytes += passes * (dealt + gathered);
-      }
-    }
+  demand.amounts[kUpdate] = weights / kMega;
+  demand.hiding = kBackwardShare / shares.sequences;
+  add_work(shares, multiplied, attention, demand.amounts);
+  add_sums(w, shares, weights, demand);
+  if (shares.cp > 1) {
+    add_context(w, shares, attention.first_bases > 0, demand);
   }
-  if (w.cores_per_node > 0) {
-    const auto cores = static_cast<double>(w.cores_per_node),
-               threads = static_cast<double>(w.threads);
-    const double wanted = static_cast<double>(std::min(w.processes_per_node, w.world())) * threads;
-    demand.cores_shared = std::max(1.0, wanted / cores);
-    demand.out_of_turn = demand.cores_shared > 1 && tp * cp > 1;
-    demand.busy_others = cores > threads ? (std::min(wanted, cores) - threads) / (cores - threads)
-                                         : 0;
-  }
+  add_cores(w, shares, demand);
   return demand;
 }
 

@@ -75,13 +75,12 @@ std::shared_ptr<OnlineBalance> online_balance(int64_t every, const ModelConfig& 
         ": processes that share a sequence must decide alike, and each tensor-parallel group "
         "measures its own speeds");
   check_whole_groups("--balance_every", mesh.tp().size(), config);
+  check(ErrorKind::kUsage, attention.observers.size() == 1,
+        "--balance_every does not go with --policy_update_every: each decides the ranks");
   auto balance = std::make_shared<OnlineBalance>(
       attention.controller, rank_balance("--balance_every", mesh.tp().size(), config, device),
       mesh.tp(), every, device.is_cpu());
-  PolicyHooks& hooks = attention.hooks;
-  check(ErrorKind::kUsage, !hooks.figures,
-        "--balance_every does not go with --policy_update_every: each decides the ranks");
-  follow_steps(hooks, balance);
+  attention.observers.push_back(balance);
   return balance;
 }
 

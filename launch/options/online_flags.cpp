@@ -60,19 +60,7 @@ std::shared_ptr<OnlinePolicy> online_policy_flags(const Environment& environment
   auto online = std::make_shared<OnlinePolicy>(attention.controller, read_calibration(),
                                                groups.begin, groups.count, device,
                                                std::move(channel), std::move(options));
-  PolicyHooks& hooks = attention.hooks;
-  follow_steps(hooks, online);
-  // After the policy's description, up to the first zero byte.
-  hooks.save = [online, save = hooks.save] {
-    return save() + std::string(1, '\0') + online->save();
-  };
-  hooks.load = [online, load = hooks.load](const std::string& state) {
-    const size_t end = state.find('\0');
-    load(state.substr(0, end));
-    if (end != std::string::npos) {
-      online->load(state.substr(end + 1));
-    }
-  };
+  attention.observers.push_back(online);
   return online;
 }
 

@@ -282,21 +282,16 @@ std::vector<Option> options() {
   return ours;
 }
 
-std::string options_table() {
-  std::string table = "| option | type | default | unit | meaning |\n|---|---|---|---|---|\n";
-  for (const Option& option : options()) {
-    table += "| --" + option.name + " | " + option.type + " | " + option.default_value + " | " +
-             option.unit + " | " + option.meaning + " |\n";
-  }
-  return table;
-}
-
 void parse_options(int argc, char** argv, const std::string& command, const std::string& summary) {
   const Environment environment = Environment::detect();
-  const bool help = asks_for(argc, argv, {"--help", "-help", "-h"});
-  if (help || asks_for(argc, argv, {"--version", "-version"})) {
+  const bool help = asks_for(argc, argv, {"--help", "-help", "-h"}),
+             markdown = asks_for(argc, argv, {"--helpmarkdown"});
+  if (help || markdown || asks_for(argc, argv, {"--version", "-version"})) {
     if (environment.world_rank == 0) {
-      std::fputs((help ? summary + "\n\n" + options_table() : version_line() + "\n").c_str(),
+      std::fputs((help       ? options_help(summary)
+                  : markdown ? options_markdown()
+                             : version_line() + "\n")
+                     .c_str(),
                  stdout);
     }
     std::exit(static_cast<int>(ExitCode::kSuccess));

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <map>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -27,7 +28,7 @@ struct OptionUse {
 };
 
 /// The rows of all programs. Every option has one.
-const std::vector<OptionUse>& option_uses();
+std::span<const OptionUse> option_uses();
 
 /// Whether a value is neither "", "0" nor "false".
 bool is_switched_on(const std::string& value);
@@ -39,15 +40,20 @@ std::string why_unused(const std::string& option, const std::string& command);
 /// The options of this program, by name. glog's and gflags' own are not listed.
 std::vector<Option> options();
 
-/// The table as `--help` prints it: Markdown, so that the same text stands in launch/OPTIONS.md.
-std::string options_table();
+/// What --help prints: the summary, the options by subject and the exit codes, in lines of 80
+/// columns.
+std::string options_help(const std::string& summary);
+
+/// The options by subject as Markdown tables, what --helpmarkdown prints and launch/OPTIONS.md
+/// holds.
+std::string options_markdown();
 
 /// Parses the command line of `command`, "drrl-bench model" say (gflags: --name=value, --name
 /// value, --flagfile=FILE). Unknown flags, bad values, stray arguments, and options that this run
 /// would pass over end the program with ExitCode::kUsage; the latter may stand in flag files, which
-/// serve several runs. --help prints `summary` and the table, --version the version, and both end
-/// it with success. In a job of several processes, one a node speaks, and others whose fault is
-/// theirs alone.
+/// serve several runs. --help prints `summary` and options_help, --version the version, and
+/// both end it with success. In a job of several processes, one a node speaks, and others whose
+/// fault is theirs alone.
 void parse_options(int argc, char** argv, const std::string& command, const std::string& summary);
 
 /// The items of a list between separators; "" has none.

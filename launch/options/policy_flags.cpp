@@ -10,13 +10,13 @@
 #include "models/causal_lm/tensor_parallel.h"
 #include "policy/agent/agent.h"
 #include "policy/calibration/calibration.h"
+#include "policy/online/controller_observer.h"
 #include "policy/rank_policy.h"
 #ifdef DRRL_WITH_CUDA
 #include <cuda_runtime_api.h>
 #endif
 
 #include <algorithm>
-#include <cmath>
 #include <fstream>
 #include <optional>
 #include <set>
@@ -228,25 +228,13 @@ AttentionSetup attention_flags(const ModelConfig& config, const Mesh& mesh,
   setup.controller = std::make_shared<LowRankController>(
       policy, geometry_flags(), basis_flags(config, groups, device, calibration), groups.begin,
       guard, mesh.cp(), mesh.kv());
-  const auto controller = setup.controller;
-  const std::string description = c10::str(controller->describe(), ", guard decay ",
-                                           FLAGS_guard_decay);
+  const auto observer = std::make_shared<ControllerObserver>(setup.controller, guard.eps,
+                                                             FLAGS_guard_decay);
   roll_call(mesh.world(), "the rank policy");
   // Options and files are the same; GPUs of other kinds may choose other ranks.
-  check_agreement(exchange_over(mesh.world(), mesh.world().message_device()), {{"it", description}},
-                  ErrorKind::kUsage, "rank policy");
-  setup.hooks.begin_step = [controller, eps = guard.eps](int64_t step) {
-    controller->take_statistics();
-    controller->set_guard_eps(eps * std::pow(FLAGS_guard_decay, static_cast<double>(step - 1)));
-  };
-  setup.hooks.end_step = [controller]() { return controller->take_statistics(); };
-  // Bases are made anew from each sequence, so a resumed run needs no more than the same decisions.
-  setup.hooks.save = [description]() { return description; };
-  setup.hooks.load = [description](const std::string& saved) {
-    check(ErrorKind::kCheckpoint, saved == description,
-          "the checkpoint was written under the rank policy '", saved, "', this run has '",
-          description, "'");
-  };
+  check_agreement(exchange_over(mesh.world(), mesh.world().message_device()),
+                  {{"it", observer->description()}}, ErrorKind::kUsage, "rank policy");
+  setup.observers = {observer};
   return setup;
 }
 

@@ -6,10 +6,10 @@
 
 #include "distributed/topology/mesh.h"
 #include "models/causal_lm/config.h"
-#include "models/training/trainer.h"
 #include "policy/allocation/latency_table.h"
 #include "policy/attention/lowrank_controller.h"
 #include "policy/calibration/calibration.h"
+#include "policy/online/step_observer.h"
 
 namespace drrl {
 
@@ -43,29 +43,13 @@ std::vector<std::string> attention_inputs(std::vector<std::string> inputs);
 
 /// A controller with the rank policy and bases that --attention, --rank_policy, --rank, --energy,
 /// --rank_budget, --policy and --basis_updates describe (with --latency), checked to be the same on
-/// all ranks of the mesh (collective), and its figures for the trainer. Errors: Error(kUsage) for
+/// all ranks of the mesh (collective), and its observer for the trainer. Errors: Error(kUsage) for
 /// values that do not fit each other or the model; Error(kModel) for a damaged --policy file.
 struct AttentionSetup {
   std::shared_ptr<LowRankController> controller;
-  PolicyHooks hooks;
+  StepObservers observers;  ///< the controller's
 };
 AttentionSetup attention_flags(const ModelConfig& config, const Mesh& mesh,
                                const at::Device& device);
-
-/// From now on each step is also begun and ended by `online` (an OnlinePolicy or OnlineBalance),
-/// after what the hooks do already; the figures are its own.
-template <typename Online>
-void follow_steps(PolicyHooks& hooks, const std::shared_ptr<Online>& online) {
-  hooks.begin_step = [online, begin = hooks.begin_step](int64_t step) {
-    begin(step);
-    online->begin_step(step);
-  };
-  hooks.end_step = [online, end = hooks.end_step] {
-    const AttentionStatistics spent = end();
-    online->end_step(spent);
-    return spent;
-  };
-  hooks.figures = [online] { return online->figures(); };
-}
 
 }  // namespace drrl

@@ -24,7 +24,7 @@ constexpr ErrorKind kKind = ErrorKind::kCheckpoint;
 constexpr const char* kManifest = "manifest.json";
 constexpr const char* kLatest = "latest";
 constexpr const char* kFormat = "drrl-checkpoint";
-constexpr int kVersion = 1;
+constexpr int kVersion = 2;  // 1: states of observers in one file
 constexpr std::string_view kTemporaryPrefix = ".tmp-";
 
 std::string folder_name(int64_t step) {
@@ -90,8 +90,9 @@ Json read_manifest(const fs::path& directory) {
     const Json manifest = Json::parse(text);
     check(kKind, manifest.is_object() && manifest.value("format", "") == kFormat, path,
           " is not the manifest of a drrl checkpoint");
-    check(kKind, manifest.value("version", 0) == kVersion, path, " has version ",
-          manifest.value("version", 0), "; version ", kVersion, " is supported");
+    const int version = manifest.value("version", 0);
+    check(kKind, version == 1 || version == kVersion, path, " has version ", version,
+          "; versions 1 to ", kVersion, " are supported");
     const auto stated = manifest.at("manifest_xxh3").get<std::string>();
     const std::string actual = self_checksum(manifest);
     check(kKind, stated == actual, path, " is damaged: its checksum is ", actual, ", and it says ",
@@ -391,6 +392,7 @@ CheckpointReader CheckpointReader::open_directory(const fs::path& directory, boo
   const Json manifest = read_manifest(directory);
   try {
     reader.checksum_ = manifest.at("manifest_xxh3").get<std::string>();
+    reader.version_ = manifest.at("version").get<int>();
     reader.step_ = manifest.at("step").get<int64_t>();
     reader.world_size_ = manifest.at("world_size").get<int64_t>();
     for (const auto& [file, item] : manifest.at("files").items()) {

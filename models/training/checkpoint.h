@@ -103,6 +103,8 @@ class CheckpointReader {
 
   const std::filesystem::path& directory() const noexcept { return directory_; }
   int64_t step() const noexcept { return step_; }
+  /// Of the format.
+  int version() const noexcept { return version_; }
   int64_t world_size() const noexcept { return world_size_; }
   /// That of the manifest, and with it of every file.
   const std::string& checksum() const noexcept { return checksum_; }
@@ -119,6 +121,7 @@ class CheckpointReader {
 
   std::filesystem::path directory_;
   int64_t step_ = 0;
+  int version_ = 0;
   int64_t world_size_ = 0;
   std::string checksum_;
   std::map<std::string, FileDigest> files_;

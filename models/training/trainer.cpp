@@ -32,26 +32,14 @@ struct Totals {
   AttentionStatistics attention;    // counted once per rank; only what a report shows
 
   std::vector<double> pack() const {
-    return {loss_sum,
-            tokens,
-            squared_norm,
-            bad_ranks,
-            stops,
-            attention.flops,
-            attention.exact_flops,
-            attention.rank_qk,
-            attention.rank_v,
-            static_cast<double>(attention.decisions),
-            static_cast<double>(attention.exact_pairs)};
+    std::vector<double> all = {loss_sum, tokens, squared_norm, bad_ranks, stops};
+    const std::vector<double> counts = attention.counts();
+    all.insert(all.end(), counts.begin(), counts.end());
+    return all;
   }
-  static Totals unpack(const double* v) {
+  static Totals unpack(const std::vector<double>& v) {
     Totals t{v[0], v[1], v[2], v[3], v[4], {}};
-    t.attention.flops = v[5];
-    t.attention.exact_flops = v[6];
-    t.attention.rank_qk = v[7];
-    t.attention.rank_v = v[8];
-    t.attention.decisions = std::llround(v[9]);
-    t.attention.exact_pairs = std::llround(v[10]);
+    t.attention.set_counts({v.begin() + 5, v.end()});
     return t;
   }
 };
@@ -67,18 +55,22 @@ double peak_memory_gib() {
 struct Trainer::Impl {
   Impl(TrainerOptions options_in, CausalLM& model_in, const Mesh& mesh_in,
        std::shared_ptr<const SequenceDataset> train_in,
-       std::shared_ptr<const SequenceDataset> validation_in, PolicyHooks policy_in,
+       std::shared_ptr<const SequenceDataset> validation_in, StepObservers observers_in,
        TrainerCallbacks callbacks_in)
       : options(std::move(options_in)),
         model(model_in),
         mesh(mesh_in),
         train(std::move(train_in)),
         validation(std::move(validation_in)),
-        policy(std::move(policy_in)),
+        observers(std::move(observers_in)),
         callbacks(std::move(callbacks_in)),
         optimizer(model_in.parameters(), options.optimizer),
         reducer(model_in.parameters(), mesh.data(), mesh.kv()),
         device(model_in.parameters().front().value.device()) {
+    check_options();
+  }
+
+  void check_options() const {
     if (device.is_cpu()) {
       int64_t weights = 0;
       for (const Parameter& parameter : model.parameters()) {
@@ -118,13 +110,15 @@ struct Trainer::Impl {
   CausalLM& model;
   const Mesh& mesh;
   std::shared_ptr<const SequenceDataset> train, validation;
-  PolicyHooks policy;
+  StepObservers observers;
   TrainerCallbacks callbacks;
   AdamW optimizer;
   GradientReducer reducer;
   at::Device device;
   TrainingPosition position;
-  bool stop = false;  // agreed on by all ranks
+  int64_t first_step = 0;                  // of this run
+  std::unique_ptr<MetricsWriter> metrics;  // null: no row yet
+  bool stop = false;                       // agreed on by all ranks
 
   bool leader() const { return mesh.world().rank() == 0; }
 
@@ -140,7 +134,7 @@ struct Trainer::Impl {
     }
   }
 
-  TrainingState state() { return {model, optimizer, mesh, policy, options.fingerprint}; }
+  TrainingState state() { return {model, optimizer, mesh, observers, options.fingerprint}; }
 
   /// values <- sum over the whole world, the same bits on every rank.
   std::vector<double> sum_over_world(const std::vector<double>& values) const {
@@ -174,8 +168,8 @@ struct Trainer::Impl {
   void step(StepReport& report) {
     const int64_t number = position.step + 1;
     const auto watched = watch_step(mesh.world().watchdog(), number);
-    if (policy.begin_step) {
-      policy.begin_step(number);
+    for (const auto& observer : observers) {
+      observer->begin_step(number);
     }
     const Share share = partition(options.global_batch, mesh.dp().size(), mesh.dp().rank());
     const int64_t microbatches = (share.count + options.micro_batch - 1) / options.micro_batch;
@@ -219,11 +213,11 @@ struct Trainer::Impl {
       mine.loss_sum = 0;
       mine.tokens = 0;
     }
-    if (policy.end_step) {
-      mine.attention = policy.end_step();
+    for (const auto& observer : observers) {
+      observer->end_step(mine.attention);
     }
     const std::vector<double> sums = sum_over_world(mine.pack());
-    const Totals all = Totals::unpack(sums.data());
+    const Totals all = Totals::unpack(sums);
 
     check(ErrorKind::kData, all.tokens > 0, "step ", number,
           ": no label of the global batch counts");
@@ -242,8 +236,8 @@ struct Trainer::Impl {
     report.grad_norm = norm;
     report.lr = lr;
     if (all.attention.decisions > 0) {
-      report.mean_rank_qk = all.attention.rank_qk / static_cast<double>(all.attention.decisions);
-      report.mean_rank_v = all.attention.rank_v / static_cast<double>(all.attention.decisions);
+      report.mean_rank_qk = all.attention.mean_rank_qk(0);
+      report.mean_rank_v = all.attention.mean_rank_v(0);
       report.exact_pairs = static_cast<double>(all.attention.exact_pairs) /
                            static_cast<double>(all.attention.decisions);
     }
@@ -256,9 +250,6 @@ struct Trainer::Impl {
     check(ErrorKind::kUsage, validation != nullptr, "there is no validation data");
     const auto watched = watch(mesh.world().watchdog(), "evaluation");
     const at::NoGradGuard no_grad;
-    if (policy.evaluation) {
-      policy.evaluation(true);
-    }
     int64_t windows = validation->windows();
     if (options.eval_tokens > 0) {
       windows = std::min(windows, (options.eval_tokens - 1) / validation->seq_len() + 1);
@@ -275,9 +266,6 @@ struct Trainer::Impl {
                  .item<double>();
       tokens += static_cast<double>((batch.labels != kIgnoredLabel).sum().item<int64_t>());
       sign_of_life();
-    }
-    if (policy.evaluation) {
-      policy.evaluation(false);
     }
     const bool counts = mesh.tp().rank() == 0 &&
                         mesh.cp().rank() ==
@@ -315,69 +303,105 @@ struct Trainer::Impl {
     return folder;
   }
 
+  /// Refuses an output that holds another run, or resumes from it as the options say.
+  void restore() {
+    const auto watched = watch(mesh.world().watchdog(), "restoring");
+    const auto root = options.output / "checkpoints";
+    // World rank 0 looks, all of them hear: a shared file system may show the folder late to some.
+    const bool exists = leader() && CheckpointReader::any(root);
+    const bool any = sum_over_world({exists ? 1.0 : 0.0})[0] > 0;
+    check(ErrorKind::kUsage, options.resume || !any, options.output.string(),
+          " already holds checkpoints: resume that run (--resume), or choose another folder "
+          "(--output)");
+    if (!options.resume) {
+      return;
+    }
+    const auto restored = restore_training_state(root, state(), options.resume_override,
+                                                 [&](const std::string& text) {
+                                                   if (callbacks.on_warning) {
+                                                     callbacks.on_warning(text);
+                                                   }
+                                                 });
+    if (restored) {
+      position = *restored;
+      note(c10::str("resumed after step ", position.step, " (", position.tokens, " tokens)"));
+    } else {
+      note("nothing to resume: starting from the beginning");
+    }
+  }
+
+  /// Writes a row of metrics. The file is opened by the first: a run that is refused before leaves
+  /// no trace.
+  void log(const MetricRow& row) {
+    if (!options.output.empty() && leader()) {
+      if (!metrics) {
+        metrics = std::make_unique<MetricsWriter>(options.output / "metrics", first_step);
+      }
+      metrics->write(row);
+    }
+  }
+
+  void evaluate_before(TrainResult& result) {
+    result.valid_loss_before = evaluate();
+    note(c10::str("validation loss before training ", result.valid_loss_before));
+    if (position.step == 0) {
+      MetricRow row{0, {}};
+      row.set("valid_loss", result.valid_loss_before);
+      row.set("valid_ppl", std::exp(result.valid_loss_before));
+      log(row);
+    }
+  }
+
+  /// Steps since the last logged row.
+  struct Unlogged {
+    double seconds = 0;
+    int64_t steps = 0;
+  };
+
+  void log_step(StepReport& report, const TrainResult& result, Unlogged& unlogged) {
+    report.step = position.step;
+    report.steps = options.steps;
+    report.tokens = position.tokens;
+    report.tokens_per_second = static_cast<double>(unlogged.steps * options.global_batch *
+                                                   train->seq_len()) /
+                               unlogged.seconds;
+    report.ms_per_step = unlogged.seconds * 1000.0 / static_cast<double>(unlogged.steps);
+    report.eta_seconds = result.step_seconds / static_cast<double>(result.steps_this_run) *
+                         static_cast<double>(options.steps - position.step);
+    unlogged = {};
+    MetricRow row = to_row(report);
+    for (const auto& observer : observers) {
+      const auto figures = observer->figures();
+      row.values.insert(row.values.end(), figures.begin(), figures.end());
+    }
+    log(row);
+    if (leader() && callbacks.on_step) {
+      callbacks.on_step(report);
+    }
+  }
+
   TrainResult run() {
     const bool has_output = !options.output.empty();
     if (has_output) {
-      const auto watched = watch(mesh.world().watchdog(), "restoring");
-      // World rank 0 looks, all of them hear: a shared file system may show the folder late to
-      // some.
-      const bool exists = leader() && CheckpointReader::any(options.output / "checkpoints");
-      const bool any = sum_over_world({exists ? 1.0 : 0.0})[0] > 0;
-      check(ErrorKind::kUsage, options.resume || !any, options.output.string(),
-            " already holds checkpoints: resume that run (--resume), or choose another folder "
-            "(--output)");
-      if (options.resume) {
-        const auto restored = restore_training_state(options.output / "checkpoints", state(),
-                                                     options.resume_override,
-                                                     [&](const std::string& text) {
-                                                       if (callbacks.on_warning) {
-                                                         callbacks.on_warning(text);
-                                                       }
-                                                     });
-        if (restored) {
-          position = *restored;
-          note(c10::str("resumed after step ", position.step, " (", position.tokens, " tokens)"));
-        } else {
-          note("nothing to resume: starting from the beginning");
-        }
-      }
+      restore();
     }
     const auto watched = watch(mesh.world().watchdog(), "training");
-    // Opened by the first row: a run that is refused before leaves no trace.
-    std::unique_ptr<MetricsWriter> metrics;
-    const auto log = [&, first_step = position.step](const MetricRow& row) {
-      if (has_output && leader()) {
-        if (!metrics) {
-          metrics = std::make_unique<MetricsWriter>(options.output / "metrics", first_step);
-        }
-        metrics->write(row);
-      }
-    };
-
+    first_step = position.step;
     TrainResult result;
     result.steps = position.step;
     result.tokens = position.tokens;
-    const bool work_left = position.step < options.steps;
-    if (validation && work_left) {
-      result.valid_loss_before = evaluate();
-      note(c10::str("validation loss before training ", result.valid_loss_before));
-      if (position.step == 0) {
-        MetricRow row{0, {}};
-        row.set("valid_loss", result.valid_loss_before);
-        row.set("valid_ppl", std::exp(result.valid_loss_before));
-        log(row);
-      }
+    if (validation && position.step < options.steps) {
+      evaluate_before(result);
     }
-    double unlogged_seconds = 0;
-    int64_t unlogged_steps = 0;
+    Unlogged unlogged;
     while (position.step < options.steps && !stop) {
       StepReport report;
       const auto start = Clock::now();
       step(report);
       const double elapsed = seconds_since(start);
       result.step_seconds += elapsed;
-      unlogged_seconds += elapsed;
-      ++unlogged_steps;
+      unlogged.seconds += elapsed;
+      ++unlogged.steps;
       ++result.steps_this_run;
       if (result.steps_this_run == 1) {
         result.first_loss = report.loss;
@@ -386,39 +410,17 @@ struct Trainer::Impl {
 
       const bool last = position.step == options.steps;
       // Whoever asked to stop may kill the process soon: save first, evaluate never.
-      const bool evaluates = validation && !(stop && !last) &&
-                             (last ||
-                              (options.eval_every > 0 && position.step % options.eval_every == 0));
+      const bool evaluates = validation && !(stop && !last) && (last || due(options.eval_every));
       if (evaluates) {
         report.valid_loss = evaluate();
         if (last) {
           result.valid_loss_after = report.valid_loss;
         }
       }
-      if (position.step % options.log_every == 0 || last || stop || evaluates ||
-          result.steps_this_run == 1) {
-        report.step = position.step;
-        report.steps = options.steps;
-        report.tokens = position.tokens;
-        report.tokens_per_second = static_cast<double>(unlogged_steps * options.global_batch *
-                                                       train->seq_len()) /
-                                   unlogged_seconds;
-        report.ms_per_step = unlogged_seconds * 1000.0 / static_cast<double>(unlogged_steps);
-        report.eta_seconds = result.step_seconds / static_cast<double>(result.steps_this_run) *
-                             static_cast<double>(options.steps - position.step);
-        unlogged_seconds = 0;
-        unlogged_steps = 0;
-        const auto figures = policy.figures ? policy.figures()
-                                            : std::vector<std::pair<std::string, double>>();
-        MetricRow row = to_row(report);
-        row.values.insert(row.values.end(), figures.begin(), figures.end());
-        log(row);
-        if (leader() && callbacks.on_step) {
-          callbacks.on_step(report);
-        }
+      if (due(options.log_every) || last || stop || evaluates || result.steps_this_run == 1) {
+        log_step(report, result, unlogged);
       }
-      if (has_output &&
-          (last || stop || (options.save_every > 0 && position.step % options.save_every == 0))) {
+      if (has_output && (last || stop || due(options.save_every))) {
         result.checkpoint = save();
       }
     }
@@ -427,6 +429,8 @@ struct Trainer::Impl {
     result.interrupted = stop && position.step < options.steps;
     return result;
   }
+
+  bool due(int64_t every) const { return every > 0 && position.step % every == 0; }
 
   MetricRow to_row(const StepReport& report) const {
     MetricRow row{report.step, {}};
@@ -449,10 +453,10 @@ struct Trainer::Impl {
 
 Trainer::Trainer(TrainerOptions options, CausalLM& model, const Mesh& mesh,
                  std::shared_ptr<const SequenceDataset> train,
-                 std::shared_ptr<const SequenceDataset> validation, PolicyHooks policy,
+                 std::shared_ptr<const SequenceDataset> validation, StepObservers observers,
                  TrainerCallbacks callbacks)
     : impl_(std::make_unique<Impl>(std::move(options), model, mesh, std::move(train),
-                                   std::move(validation), std::move(policy),
+                                   std::move(validation), std::move(observers),
                                    std::move(callbacks))) {}
 
 Trainer::~Trainer() = default;

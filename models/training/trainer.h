@@ -14,9 +14,8 @@
 #include "models/causal_lm/causal_lm.h"
 #include "models/data/sequence_dataset.h"
 #include "models/training/optimizer.h"
-#include "models/training/policy_hooks.h"
 #include "models/training/schedule.h"
-#include "policy/attention/attention_statistics.h"
+#include "policy/online/step_observer.h"
 
 namespace drrl {
 
@@ -93,7 +92,7 @@ struct TrainResult {
 /// Error(kNumerics) naming the rank and the step.
 ///
 /// Checkpoints hold weights, moments, random generators of every rank, consumed samples, the
-/// policy's state and the options; a run resumed on the same layout (and thread count) continues
+/// observers' states and the options; a run resumed on the same layout (and thread count) continues
 /// bit for bit, on another one equal up to rounding. What would be saved is checked first: weights
 /// that are not finite are an Error(kNumerics), and the older checkpoints stay.
 class Trainer {
@@ -102,7 +101,7 @@ class Trainer {
   /// null. Errors: Error(kUsage) for options that contradict each other.
   Trainer(TrainerOptions options, CausalLM& model, const Mesh& mesh,
           std::shared_ptr<const SequenceDataset> train,
-          std::shared_ptr<const SequenceDataset> validation = nullptr, PolicyHooks policy = {},
+          std::shared_ptr<const SequenceDataset> validation = nullptr, StepObservers observers = {},
           TrainerCallbacks callbacks = {});
   ~Trainer();
 

@@ -162,6 +162,28 @@ std::string differences(const std::map<std::string, std::string>& saved,
   return text;
 }
 
+/// What an observer saved in the checkpoint of a process; nullopt if it has no state, or was not
+/// there. Version 1 has one file with what is now the state of "rank-policy" and, after a zero
+/// byte, that of "online-policy"; and exact attention is called full.
+std::optional<std::string> observer_state(const CheckpointReader& reader,
+                                          const std::string& process, const std::string& name) {
+  if (reader.version() > 1) {
+    const std::string file = process + "." + name;
+    return !name.empty() && reader.contains(file) ? std::optional(reader.text(file)) : std::nullopt;
+  }
+  const std::string all = reader.text(process + ".policy");
+  const size_t end = std::min(all.find('\0'), all.size());
+  if (name == "online-policy" && end < all.size()) {
+    return all.substr(end + 1);
+  }
+  std::string description = all.substr(0, end);
+  const std::string full = "ranks: full", exact = "ranks: exact";
+  if (const size_t at = description.find(full); at != std::string::npos) {
+    description.replace(at, full.size(), exact);
+  }
+  return name == "rank-policy" && !description.empty() ? std::optional(description) : std::nullopt;
+}
+
 }  // namespace
 
 std::filesystem::path save_training_state(const std::filesystem::path& root,
@@ -181,7 +203,11 @@ std::filesystem::path save_training_state(const std::filesystem::path& root,
     rng.push_back({name, generator.get_state()});
   }
   writer.write_tensors(rank_file(tp, dp, ".safetensors"), rng);
-  writer.write_text(rank_file(tp, dp, ".policy"), state.policy.save ? state.policy.save() : "");
+  for (const auto& observer : state.observers) {
+    if (const std::string name = observer->state_name(); !name.empty()) {
+      writer.write_text(rank_file(tp, dp, ("." + name).c_str()), observer->save());
+    }
+  }
   if (world.rank() == 0) {
     const nlohmann::ordered_json run = {
         {"step", position.step},
@@ -256,6 +282,13 @@ std::optional<TrainingPosition> restore_training_state(
         chosen, "/", kRunFile, " says tensor_parallel = ", tensor_parallel,
         ", data_parallel = ", data_parallel, " and context_parallel = ", context_parallel,
         "; expected at least 1");
+  if (reader.version() == 1) {
+    for (const char* option : {"attention", "rank_policy"}) {
+      if (const auto found = saved.find(option); found != saved.end() && found->second == "full") {
+        found->second = "exact";
+      }
+    }
+  }
   const std::string changed = differences(saved, state.fingerprint);
   check(ErrorKind::kCheckpoint, changed.empty() || allow_changes, chosen,
         " belongs to a run with other options (", changed,
@@ -283,8 +316,11 @@ std::optional<TrainingPosition> restore_training_state(
       generator.set_state(rng.tensor(name));
     }
   }
-  if (state.policy.load) {
-    state.policy.load(reader.text(rank_file(tp, dp, ".policy")));
+  for (const auto& observer : state.observers) {
+    const auto saved_state = observer_state(reader, rank_file(tp, dp, ""), observer->state_name());
+    if (saved_state) {
+      observer->load(*saved_state);
+    }
   }
   return position;
 }

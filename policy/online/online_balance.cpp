@@ -32,7 +32,7 @@ void OnlineBalance::begin_step(int64_t step) {
                           step % every_ == 0);  // on CUDA a clock costs a synchronization
 }
 
-void OnlineBalance::end_step(const AttentionStatistics& spent) {
+void OnlineBalance::end_step(AttentionStatistics& spent) {
   if (std::exchange(warm_, true) &&
       spent.attention_ms > 0) {  // the first step of a run is no measure: memory is new, and
                                  // kernels are being chosen
@@ -68,7 +68,7 @@ void OnlineBalance::end_step(const AttentionStatistics& spent) {
       make_table_policy(ranks_.table, c10::str("dp, balanced for speeds ", speeds_)));
 }
 
-std::vector<std::pair<std::string, double>> OnlineBalance::figures() const {
+std::vector<std::pair<std::string, double>> OnlineBalance::figures() {
   return {{"balance_slowest", *std::min_element(measured_.begin(), measured_.end())},
           {"balance_time", ranks_.time(measured_) / balance_.plain().time(measured_)},
           {"balance_damage", ranks_.damage - balance_.plain().damage}};

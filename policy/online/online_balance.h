@@ -8,6 +8,7 @@
 #include "distributed/collectives/group.h"
 #include "policy/allocation/straggler_balance.h"
 #include "policy/attention/lowrank_controller.h"
+#include "policy/online/step_observer.h"
 
 namespace drrl {
 
@@ -24,7 +25,7 @@ namespace drrl {
 /// plain ranks. Runs depend on measured times and cannot be repeated bit for bit; nothing is kept
 /// in checkpoints, as a resumed job may run elsewhere: it starts with the plain ranks and measures
 /// anew.
-class OnlineBalance {
+class OnlineBalance final : public StepObserver {
  public:
   /// New ranks must save this share of the time that attention takes with those in effect: less is
   /// noise, and new shapes cost something on a GPU.
@@ -36,12 +37,12 @@ class OnlineBalance {
   OnlineBalance(std::shared_ptr<LowRankController> controller, RankBalance balance, Group tp,
                 int64_t every, bool on_cpu);
 
-  void begin_step(int64_t step);
+  void begin_step(int64_t step) override;
   /// Of the step begun last; spent: by the controller in it. Collective over `tp`.
-  void end_step(const AttentionStatistics& spent);
+  void end_step(AttentionStatistics& spent) override;
 
   /// By the keys of metric_fields().
-  std::vector<std::pair<std::string, double>> figures() const;
+  std::vector<std::pair<std::string, double>> figures() override;
   /// In effect now.
   const BalancedRanks& ranks() const { return ranks_; }
   /// Those that the ranks in effect were made for, the fastest 1, in hundredths; empty: they are

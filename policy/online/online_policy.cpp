@@ -95,7 +95,7 @@ void OnlinePolicy::begin_step(int64_t step) {
                                          0);  // on CUDA a clock costs a synchronization
 }
 
-void OnlinePolicy::end_step(const AttentionStatistics& spent) {
+void OnlinePolicy::end_step(AttentionStatistics& spent) {
   sampler_->pause();
   spent_ += spent;
   steps_ += spent.layer_ms.empty() ? 0 : 1;

@@ -14,6 +14,7 @@
 #include "policy/attention/lowrank_controller.h"
 #include "policy/calibration/damage_sampler.h"
 #include "policy/online/online_trainer.h"
+#include "policy/online/step_observer.h"
 
 namespace drrl {
 
@@ -31,7 +32,7 @@ namespace drrl {
 /// decisions at the same step whatever the speed of anyone: decisions are alike and runs can be
 /// repeated. That they are alike is checked by the trainer, off the critical path: records name the
 /// factors in effect.
-class OnlinePolicy {
+class OnlinePolicy final : public StepObserver {
  public:
   struct Options {
     int64_t update_every = 1;  ///< N [steps]
@@ -49,10 +50,10 @@ class OnlinePolicy {
                int64_t first_group, int64_t groups, at::Device device, Group channel,
                Options options);
 
-  void begin_step(int64_t step);
+  void begin_step(int64_t step) override;
   /// Of the step begun last; spent: by the controller in it. Errors: what the trainer found, such
   /// as Error(kCommunication) when processes do not agree.
-  void end_step(const AttentionStatistics& spent);
+  void end_step(AttentionStatistics& spent) override;
   /// Applies what is still under way: after the last step. Collective.
   void finish();
 
@@ -60,11 +61,12 @@ class OnlinePolicy {
   /// bit. On another layout factors and the trainer's knowledge go on, while samples that had not
   /// been sent are dropped, and which rows are drawn later may differ. Collective; waits for the
   /// round under way.
-  std::string save();
-  void load(const std::string& state);
+  std::string save() override;
+  void load(const std::string& state) override;
+  std::string state_name() const override { return "online-policy"; }
 
   /// By the keys of metric_fields(); the same on every process but for times.
-  std::vector<std::pair<std::string, double>> figures();
+  std::vector<std::pair<std::string, double>> figures() override;
 
   /// The calibration by which decisions are made now.
   Calibration calibration() const { return scaled(calibration_, factors_); }

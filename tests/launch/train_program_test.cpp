@@ -366,7 +366,7 @@ TEST_F(TrainProgram, FlagFilesThatLoseOptionsAreRefused) {
 TEST_F(TrainProgram, OptionsWithoutEffectAreRefused) {
   const std::string bin = std::string(DRRL_BINARY_DIR) + "/bin/";
   expect_failure(command("--rank=8"), ExitCode::kUsage,
-                 {"--rank=8 needs --attention=lowrank (is full)\n"});
+                 {"--rank=8 needs --attention=lowrank (is exact)\n"});
   expect_failure(
       command(
           "--rank_policy=energy --gates --policy=p --rank_budget=0.5 --guard_eps=0.1 --energy=0.9 "
@@ -375,7 +375,7 @@ TEST_F(TrainProgram, OptionsWithoutEffectAreRefused) {
           "--keep=3 --export_dtype=bf16 --policy_sample_rows=8 --balance_damage=1"),
       ExitCode::kUsage,
       {"--rank_policy=energy needs --attention=lowrank",
-       "--gates=true needs --attention=lowrank (is full) and --rank_policy=dp or rl (is energy)",
+       "--gates=true needs --attention=lowrank (is exact) and --rank_policy=dp or rl (is energy)",
        "--policy=p needs", "--rank_budget=0.5 needs", "--guard_eps=0.1 needs", "--energy=0.9 needs",
        "--latency=l needs", "--near_block=8 needs", "--sink_tokens=0 needs",
        "--basis_updates=1 needs", "--rank_buckets=8 needs",
@@ -874,21 +874,6 @@ grep resumed next; echo $first was first)");
   }
 }
 
-TEST_F(TrainProgram, OptionsPageIsUpToDate) {
-  const std::string page = read_bytes(std::string(DRRL_SOURCE_DIR) + "/launch/OPTIONS.md");
-  for (const char* program : {"drrl-train", "drrl-eval", "drrl-policy", "drrl-bench"}) {
-    const Ended run = shell(std::string(DRRL_BINARY_DIR) + "/bin/" + program + " --help");
-    EXPECT_EQ(run.code, 0) << run.output;
-    const size_t start = run.output.find("| option");
-    ASSERT_NE(start, std::string::npos) << run.output;
-    const std::string table = run.output.substr(start);
-    EXPECT_NE(page.find(table), std::string::npos)
-        << "launch/OPTIONS.md does not hold the table of " << program << " --help:\n"
-        << table;
-    EXPECT_EQ(count(table, " |  |\n"), 0U) << "every option has a meaning";
-  }
-}
-
 /// Names after "--" in flag files.
 std::set<std::string> flags_in(const std::string& text, const std::regex& pattern) {
   std::set<std::string> names;
@@ -896,6 +881,39 @@ std::set<std::string> flags_in(const std::string& text, const std::regex& patter
     names.insert((*found)[1]);
   }
   return names;
+}
+
+TEST_F(TrainProgram, OptionsPageIsUpToDate) {
+  const std::string page = read_bytes(std::string(DRRL_SOURCE_DIR) + "/launch/OPTIONS.md");
+  for (const char* program : {"drrl-train", "drrl-eval", "drrl-policy", "drrl-bench"}) {
+    const Ended run = shell(std::string(DRRL_BINARY_DIR) + "/bin/" + program + " --helpmarkdown");
+    EXPECT_EQ(run.code, 0) << run.output;
+    ASSERT_NE(run.output.find("| option"), std::string::npos) << run.output;
+    EXPECT_NE(page.find(run.output), std::string::npos)
+        << "launch/OPTIONS.md does not hold the tables of " << program << " --helpmarkdown:\n"
+        << run.output;
+    EXPECT_EQ(count(run.output, " |  |\n"), 0U) << "every option has a meaning";
+    EXPECT_EQ(run.output.find("### Other"), std::string::npos)
+        << program << ": an option has no subject in launch/options/help.cpp\n"
+        << run.output;
+  }
+}
+
+TEST_F(TrainProgram, HelpIsWrappedAndNamesEveryOption) {
+  for (const char* program : {"drrl-train", "drrl-eval", "drrl-policy", "drrl-bench"}) {
+    const std::string call = std::string(DRRL_BINARY_DIR) + "/bin/" + program;
+    const Ended help = shell(call + " --help");
+    EXPECT_EQ(help.code, 0) << help.output;
+    std::istringstream lines(help.output);
+    for (std::string line; std::getline(lines, line);) {
+      EXPECT_LE(line.size(), 80U) << program << ": " << line;
+    }
+    EXPECT_NE(help.output.find("Exit codes: 0 success"), std::string::npos) << help.output;
+    const Ended table = shell(call + " --helpmarkdown");
+    for (const std::string& name : flags_in(table.output, std::regex(R"(\| --(\w+) \|)"))) {
+      EXPECT_NE(help.output.find("  --" + name + "="), std::string::npos) << program << " " << name;
+    }
+  }
 }
 
 TEST_F(TrainProgram, EveryOptionSaysWhereItHasAnEffect) {
@@ -907,7 +925,7 @@ TEST_F(TrainProgram, EveryOptionSaysWhereItHasAnEffect) {
   std::map<std::string, std::set<std::string>> options;  // of a command
   for (const auto& [program, words] : commands) {
     const auto names = flags_in(
-        shell(std::string(DRRL_BINARY_DIR) + "/bin/" + program + " --help").output,
+        shell(std::string(DRRL_BINARY_DIR) + "/bin/" + program + " --helpmarkdown").output,
         std::regex(R"(\| --(\w+) \|)"));
     EXPECT_FALSE(names.empty()) << program;
     for (const std::string& word : words) {
@@ -950,7 +968,7 @@ TEST_F(TrainProgram, FlagFilesKnowTheirFlags) {
   std::set<std::string> known = {"flagfile"};
   for (const char* program : {"drrl-train", "drrl-eval", "drrl-policy", "drrl-bench"}) {
     const auto names = flags_in(
-        shell(std::string(DRRL_BINARY_DIR) + "/bin/" + program + " --help").output,
+        shell(std::string(DRRL_BINARY_DIR) + "/bin/" + program + " --helpmarkdown").output,
         std::regex(R"(\| --(\w+) \|)"));
     EXPECT_FALSE(names.empty()) << program;
     known.insert(names.begin(), names.end());

@@ -97,11 +97,14 @@ struct Hostile {
   std::vector<const char*> fragments;
 };
 
-std::vector<Hostile> hostile_files() {
+// A file of one tensor "a" with these fields.
+std::string file_of_one(const std::string& fields, size_t data = 8) {
+  return file_of("{\"a\":{" + fields + "}}", data);
+}
+
+// The length before the header, and the header as JSON.
+std::vector<Hostile> hostile_headers() {
   const std::string good = R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})";
-  const auto one = [](const std::string& fields, size_t data = 8) {
-    return file_of("{\"a\":{" + fields + "}}", data);
-  };
   std::string flipped = good;
   flipped[10] = static_cast<char>(flipped[10] ^ 0x80);
   return {
@@ -132,89 +135,104 @@ std::vector<Hostile> hostile_files() {
       {"deep nesting", file_of("{\"a\":" + std::string(100000, '[') + "}", 8), {"nests deeper"}},
       {"deep nesting of objects", file_of("{\"a\":{\"b\":{\"c\":{}}}}", 8), {"nests deeper"}},
       {"long list",
-       one("\"dtype\":\"F32\",\"shape\":[1" + std::string(2000, ' ') +
-           [] {
-             std::string list;
-             for (int i = 0; i < 1000; ++i) list += ",1";
-             return list;
-           }() +
-           "],\"data_offsets\":[0,8]"),
+       file_of_one("\"dtype\":\"F32\",\"shape\":[1" + std::string(2000, ' ') +
+                   [] {
+                     std::string list;
+                     for (int i = 0; i < 1000; ++i) list += ",1";
+                     return list;
+                   }() +
+                   "],\"data_offsets\":[0,8]"),
        {"longer than 16"}},
+  };
+}
+
+// What a header says of a tensor.
+std::vector<Hostile> hostile_entries() {
+  return {
       {"duplicate tensor",
        file_of(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},)"
                R"("a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})",
                8),
        {"\"a\" occurs twice"}},
       {"duplicate field",
-       one(R"("dtype":"F32","shape":[2],"shape":[2],"data_offsets":[0,8])"),
+       file_of_one(R"("dtype":"F32","shape":[2],"shape":[2],"data_offsets":[0,8])"),
        {"\"shape\" occurs twice"}},
       {"entry is not an object",
        file_of(R"({"a":7})", 0),
        {"tensor \"a\"", "7", "not by an object"}},
-      {"no dtype", one(R"("shape":[2],"data_offsets":[0,8])"), {"\"a\" has no \"dtype\""}},
-      {"no shape", one(R"("dtype":"F32","data_offsets":[0,8])"), {"no \"shape\""}},
-      {"no offsets", one(R"("dtype":"F32","shape":[2])"), {"no \"data_offsets\""}},
+      {"no dtype", file_of_one(R"("shape":[2],"data_offsets":[0,8])"), {"\"a\" has no \"dtype\""}},
+      {"no shape", file_of_one(R"("dtype":"F32","data_offsets":[0,8])"), {"no \"shape\""}},
+      {"no offsets", file_of_one(R"("dtype":"F32","shape":[2])"), {"no \"data_offsets\""}},
       {"unknown dtype",
-       one(R"("dtype":"F33","shape":[2],"data_offsets":[0,8])"),
+       file_of_one(R"("dtype":"F33","shape":[2],"data_offsets":[0,8])"),
        {"dtype \"F33\"", "supported are F32"}},
       {"8-bit floats",
-       one(R"("dtype":"F8_E4M3","shape":[8],"data_offsets":[0,8])"),
+       file_of_one(R"("dtype":"F8_E4M3","shape":[8],"data_offsets":[0,8])"),
        {"F8_E4M3", "supported are"}},
-      {"dtype is a number", one(R"("dtype":4,"shape":[2],"data_offsets":[0,8])"), {"dtype 4"}},
+      {"dtype is a number",
+       file_of_one(R"("dtype":4,"shape":[2],"data_offsets":[0,8])"),
+       {"dtype 4"}},
       {"negative extent",
-       one(R"("dtype":"F32","shape":[-2],"data_offsets":[0,8])"),
+       file_of_one(R"("dtype":"F32","shape":[-2],"data_offsets":[0,8])"),
        {"shape is [-2]", "from 0"}},
       {"fractional extent",
-       one(R"("dtype":"F32","shape":[2.0],"data_offsets":[0,8])"),
+       file_of_one(R"("dtype":"F32","shape":[2.0],"data_offsets":[0,8])"),
        {"shape is [2.0]"}},
       {"extent beyond int64",
-       one(R"("dtype":"F32","shape":[9223372036854775808],"data_offsets":[0,8])"),
+       file_of_one(R"("dtype":"F32","shape":[9223372036854775808],"data_offsets":[0,8])"),
        {"9223372036854775808"}},
       {"extent beyond uint64",
-       one(R"("dtype":"F32","shape":[99999999999999999999],"data_offsets":[0,8])"),
+       file_of_one(R"("dtype":"F32","shape":[99999999999999999999],"data_offsets":[0,8])"),
        {"shape is [1e+20]"}},
       {"shape is a string",
-       one(R"("dtype":"F32","shape":"2","data_offsets":[0,8])"),
+       file_of_one(R"("dtype":"F32","shape":"2","data_offsets":[0,8])"),
        {"shape is \"2\"", "not a list"}},
       {"product that wraps to the right size",
-       one(R"("dtype":"F32","shape":[4611686018427387905,2],"data_offsets":[0,8])"),
+       file_of_one(R"("dtype":"F32","shape":[4611686018427387905,2],"data_offsets":[0,8])"),
        {"overflows"}},
       {"overflow hidden behind a zero",
-       one(R"("dtype":"F32","shape":[0,4611686018427387904,4],"data_offsets":[0,0])", 0),
+       file_of_one(R"("dtype":"F32","shape":[0,4611686018427387904,4],"data_offsets":[0,0])", 0),
        {"overflows"}},
       {"size of another shape",
-       one(R"("dtype":"F32","shape":[3],"data_offsets":[0,8])"),
+       file_of_one(R"("dtype":"F32","shape":[3],"data_offsets":[0,8])"),
        {"span 8 bytes", "takes 12"}},
       {"size of another dtype",
-       one(R"("dtype":"F64","shape":[2],"data_offsets":[0,8])"),
+       file_of_one(R"("dtype":"F64","shape":[2],"data_offsets":[0,8])"),
        {"span 8 bytes", "takes 16"}},
+  };
+}
+
+// Where tensors lie in the file, and the metadata.
+std::vector<Hostile> hostile_places() {
+  return {
       {"end before begin",
-       one(R"("dtype":"F32","shape":[2],"data_offsets":[8,0])"),
+       file_of_one(R"("dtype":"F32","shape":[2],"data_offsets":[8,0])"),
        {"[8,0]", "begin <= end"}},
       {"one offset",
-       one(R"("dtype":"F32","shape":[2],"data_offsets":[0])"),
+       file_of_one(R"("dtype":"F32","shape":[2],"data_offsets":[0])"),
        {"expected [begin, end]"}},
       {"three offsets",
-       one(R"("dtype":"F32","shape":[2],"data_offsets":[0,8,8])"),
+       file_of_one(R"("dtype":"F32","shape":[2],"data_offsets":[0,8,8])"),
        {"expected [begin, end]"}},
       {"offsets beyond the file",
-       one(R"("dtype":"F32","shape":[2],"data_offsets":[8,16])"),
+       file_of_one(R"("dtype":"F32","shape":[2],"data_offsets":[8,16])"),
        {"[8,16]", "only 8 bytes", "truncated"}},
       {"offsets near 2^63",
-       one(R"("dtype":"F32","shape":[2],"data_offsets":[9223372036854775799,9223372036854775807])"),
+       file_of_one(
+           R"("dtype":"F32","shape":[2],"data_offsets":[9223372036854775799,9223372036854775807])"),
        {"only 8 bytes"}},
       {"negative offset",
-       one(R"("dtype":"F32","shape":[2],"data_offsets":[-8,0])"),
+       file_of_one(R"("dtype":"F32","shape":[2],"data_offsets":[-8,0])"),
        {"data_offsets is [-8,0]"}},
       {"truncated data",
-       one(R"("dtype":"F32","shape":[2],"data_offsets":[0,8])", 7),
+       file_of_one(R"("dtype":"F32","shape":[2],"data_offsets":[0,8])", 7),
        {"only 7 bytes", "truncated"}},
       {"data after the last tensor",
-       one(R"("dtype":"F32","shape":[2],"data_offsets":[0,8])", 9),
+       file_of_one(R"("dtype":"F32","shape":[2],"data_offsets":[0,8])", 9),
        {"end at byte 8", "has 9"}},
       {"data and no tensor", file_of("{}", 1), {"end at byte 0", "has 1"}},
       {"hole at the beginning",
-       one(R"("dtype":"F32","shape":[1],"data_offsets":[4,8])"),
+       file_of_one(R"("dtype":"F32","shape":[1],"data_offsets":[4,8])"),
        {"bytes 0 to 4", "belong to no tensor"}},
       {"overlap",
        file_of(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},)"
@@ -245,7 +263,11 @@ std::vector<Hostile> hostile_files() {
 
 TEST(Safetensors, HostileFilesAreRefusedByName) {
   const TemporaryDirectory folder;
-  for (const Hostile& item : hostile_files()) {
+  std::vector<Hostile> files = hostile_headers();
+  for (const auto& more : {hostile_entries(), hostile_places()}) {
+    files.insert(files.end(), more.begin(), more.end());
+  }
+  for (const Hostile& item : files) {
     SCOPED_TRACE(item.what);
     write_bytes(folder / "hostile.safetensors", item.bytes);
     std::vector<std::string> fragments(item.fragments.begin(), item.fragments.end());

@@ -66,31 +66,18 @@ TEST(ModelConfig, ReadsTheFileOrItsDirectory) {
                [&] { ModelConfig::load(folder / "nowhere"); });
 }
 
-TEST(ModelConfig, RefusesByName) {
-  struct Case {
-    json config;
-    std::vector<std::string> fragments;
-  };
-  const json mistral = [] {
-    json value = small_llama();
-    value["model_type"] = "mistral";
-    value["architectures"] = {"MistralForCausalLM"};
-    return value;
-  }();
-  const json qwen2 = [] {
-    json value = small_llama();
-    value["model_type"] = "qwen2";
-    value["architectures"] = {"Qwen2ForCausalLM"};
-    return value;
-  }();
-  const json gpt2 = {
-      {"model_type", "gpt2"}, {"vocab_size", 100}, {"n_embd", 48}, {"n_layer", 2}, {"n_head", 3}};
+struct Refused {
+  json config;
+  std::vector<std::string> fragments;
+};
+
+std::vector<Refused> refused_shapes() {
   const auto without = [](const char* field) {
     json value = small_llama();
     value.erase(field);
     return value;
   };
-  const std::vector<Case> cases = {
+  return {
       {json::array(), {"not a JSON object"}},
       {without("model_type"), {"no field \"model_type\"", "llama"}},
       {with("model_type", "gemma"), {"model_type is \"gemma\"", "supported are llama"}},
@@ -121,6 +108,11 @@ TEST(ModelConfig, RefusesByName) {
        {"quantization_config", "gptq", "quantized"}},
       {with("auto_map", {{"AutoModel", "x.Y"}}), {"auto_map", "own code"}},
       {with("partial_rotary_factor", 0.5), {"partial_rotary_factor is 0.5", "only 1"}},
+  };
+}
+
+std::vector<Refused> refused_rotations() {
+  return {
       {with("rope_theta", 0), {"rope_theta is 0"}},
       {with("rope_scaling", 3), {"rope_scaling is 3", "object"}},
       {with("rope_scaling", {{"type", "dynamic"}, {"factor", 2.0}}),
@@ -147,6 +139,25 @@ TEST(ModelConfig, RefusesByName) {
       {with("rope_parameters", {{"full_attention", json::object()}},
             with("rope_scaling", {{"type", "linear"}, {"factor", 2.0}})),
        {"rope_parameters is", "full_attention"}},
+  };
+}
+
+std::vector<Refused> refused_families() {
+  const json mistral = [] {
+    json value = small_llama();
+    value["model_type"] = "mistral";
+    value["architectures"] = {"MistralForCausalLM"};
+    return value;
+  }();
+  const json qwen2 = [] {
+    json value = small_llama();
+    value["model_type"] = "qwen2";
+    value["architectures"] = {"Qwen2ForCausalLM"};
+    return value;
+  }();
+  const json gpt2 = {
+      {"model_type", "gpt2"}, {"vocab_size", 100}, {"n_embd", 48}, {"n_layer", 2}, {"n_head", 3}};
+  return {
       {with("layer_types", {"full_attention", "sliding_attention"}),
        {"layer_types", "full_attention"}},
       {with("layer_types", {"chunked_attention"}, mistral), {"layer_types", "chunked_attention"}},
@@ -186,10 +197,18 @@ TEST(ModelConfig, RefusesByName) {
       {with("add_cross_attention", true, gpt2), {"add_cross_attention is true"}},
       {with("attn_pdrop", "0.1", gpt2), {"attn_pdrop"}},
   };
-  for (const Case& item : cases) {
+}
+
+TEST(ModelConfig, RefusesByName) {
+  std::vector<Refused> cases = refused_shapes();
+  for (std::vector<Refused> (*more)() : {&refused_rotations, &refused_families}) {
+    const auto others = more();
+    cases.insert(cases.end(), others.begin(), others.end());
+  }
+  for (const Refused& item : cases) {
     SCOPED_TRACE(item.config.dump());
     std::vector<std::string> fragments = item.fragments;
-    fragments.push_back("test/config.json");
+    fragments.emplace_back("test/config.json");
     expect_error(ErrorKind::kModel, fragments, [&] { parse(item.config); });
   }
   expect_error(ErrorKind::kModel, {"test/config.json", "nests deeper than 64"},

@@ -103,20 +103,21 @@ TEST(TokenFile, WriterRefusesTokensThatDoNotFit) {
   EXPECT_TRUE(test::listing(folder.path()).empty());
 }
 
-TEST(TokenFile, HostileIndexesAreRefusedByName) {
-  struct Case {
-    std::string what;
-    std::string idx;
-    std::string bin;
-    std::vector<std::string> fragments;
-  };
+struct Hostile {
+  std::string what;
+  std::string idx;
+  std::string bin;
+  std::vector<std::string> fragments;
+};
+
+std::vector<Hostile> hostile_indexes() {
   const auto with = [](const std::function<void(Index&)>& change) {
     Index index;
     change(index);
     return index.bytes();
   };
   const std::string good = Index().bytes();
-  const std::vector<Case> cases = {
+  return {
       {"empty", "", kFiveTokens, {"t.idx", "0 bytes", "34"}},
       {"short", good.substr(0, 33), kFiveTokens, {"t.idx", "33 bytes"}},
       {"magic", with([](Index& i) { i.magic[0] = 'X'; }), kFiveTokens, {"t.idx", "MMIDIDX"}},
@@ -207,14 +208,17 @@ TEST(TokenFile, HostileIndexesAreRefusedByName) {
        kFiveTokens,
        {"last document index is 2", "sequences, 3"}},
   };
+}
+
+TEST(TokenFile, HostileIndexesAreRefusedByName) {
   const TemporaryDirectory folder;
-  for (const Case& item : cases) {
+  for (const Hostile& item : hostile_indexes()) {
     SCOPED_TRACE(item.what);
     write_bytes(folder / "t.idx", item.idx);
     write_bytes(folder / "t.bin", item.bin);
     expect_error(ErrorKind::kData, item.fragments, [&] { TokenFile::open(folder / "t"); });
   }
-  write_bytes(folder / "t.idx", good);
+  write_bytes(folder / "t.idx", Index().bytes());
   write_bytes(folder / "t.bin", kFiveTokens);
   EXPECT_EQ(TokenFile::open(folder / "t").tokens(), 5)
       << "the cases above must fail for their own reason";

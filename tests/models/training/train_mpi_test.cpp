@@ -614,8 +614,8 @@ TEST_F(Training, AReshardedStateIsBitForBitTheOld) {
     CausalLM model(tiny_config(), mesh.tp(), make_exact_attention());
     model.initialize(6);
     AdamW optimizer(model.parameters(), {});
-    const PolicyHooks hooks;
-    const TrainingState state{model, optimizer, mesh, hooks, o.fingerprint};
+    const StepObservers observers;
+    const TrainingState state{model, optimizer, mesh, observers, o.fingerprint};
     const auto position = restore_training_state(folder_ / from / "checkpoints", state, false, {});
     ASSERT_TRUE(position.has_value());
     save_training_state(folder_ / to / "checkpoints", state, *position, 0);

@@ -50,6 +50,42 @@ class OnlineBalancing : public CalibratedTraining {
     double flops = 0;  // of this process' attention in the last step
   };
 
+  /// Tells the balance of times as they would be; writes down its figures.
+  class Followed final : public StepObserver {
+   public:
+    Followed(LowRankController& controller, OnlineBalance& online, Outcome& outcome,
+             double seconds_per_cost, int64_t outlier, size_t process)
+        : controller_(controller),
+          online_(online),
+          outcome_(outcome),
+          seconds_per_cost_(seconds_per_cost),
+          outlier_(outlier),
+          process_(process) {}
+    void begin_step(int64_t step) override { online_.begin_step(step_ = step); }
+    void end_step(AttentionStatistics& spent) override {
+      spent += controller_.take_statistics();
+      EXPECT_GT(spent.attention_ms, 0) << "the controller was not told to measure";
+      outcome_.flops = spent.flops;
+      spent.attention_ms = online_.ranks().cost(process_) * seconds_per_cost_ *
+                           (step_ == outlier_ ? 100 : 1);
+      online_.end_step(spent);
+    }
+    std::vector<std::pair<std::string, double>> figures() override {
+      const auto all = online_.figures();
+      outcome_.figures = {all.begin(), all.end()};
+      return all;
+    }
+
+   private:
+    LowRankController& controller_;
+    OnlineBalance& online_;
+    Outcome& outcome_;
+    double seconds_per_cost_;
+    int64_t outlier_;
+    size_t process_;
+    int64_t step_ = 0;
+  };
+
   /// Six steps in which attention takes `seconds_per_cost` of this process for what its ranks cost,
   /// in step `outlier` a hundred times as long.
   Outcome run(const Mesh& mesh, double seconds_per_cost, int64_t outlier = 0) const {
@@ -58,30 +94,16 @@ class OnlineBalancing : public CalibratedTraining {
     Outcome outcome{{}, {}, online.ranks(), {}};
     CausalLM model(config(), mesh.tp(), attention);
     model.initialize(5);
-    int64_t step = 0;
-    PolicyHooks hooks;
-    hooks.begin_step = [&](int64_t number) { online.begin_step(step = number); };
-    hooks.end_step = [&] {
-      AttentionStatistics spent = attention->take_statistics();
-      EXPECT_GT(spent.attention_ms, 0) << "the controller was not told to measure";
-      outcome.flops = spent.flops;
-      spent.attention_ms = online.ranks().cost(static_cast<size_t>(mesh.tp().rank())) *
-                           seconds_per_cost * (step == outlier ? 100 : 1);
-      online.end_step(spent);
-      return spent;
-    };
-    hooks.figures = [&] {
-      const auto all = online.figures();
-      outcome.figures = {all.begin(), all.end()};
-      return all;
-    };
+    const auto followed = std::make_shared<Followed>(*attention, online, outcome, seconds_per_cost,
+                                                     outlier,
+                                                     static_cast<size_t>(mesh.tp().rank()));
     TrainerOptions o;
     o.global_batch = 4;
     o.steps = 6;
     o.schedule = {.lr = 1e-2, .min_lr = 1e-3, .warmup_tokens = 0, .total_tokens = 6 * 4 * kSeqLen};
     TrainerCallbacks callbacks;
     callbacks.on_step = [&](const StepReport& report) { outcome.losses.push_back(report.loss); };
-    Trainer(o, model, mesh, train_, nullptr, hooks, callbacks).run();
+    Trainer(o, model, mesh, train_, nullptr, {followed}, callbacks).run();
     outcome.ranks = online.ranks();
     outcome.speeds = online.speeds();
     return outcome;

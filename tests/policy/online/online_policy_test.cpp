@@ -66,26 +66,35 @@ class OnlineTraining : public CalibratedTraining {
     int64_t stop_after = 0;
   };
 
+  /// The online policy with its controller's statistics; writes down its figures.
+  class Followed final : public StepObserver {
+   public:
+    Followed(Learner learner, Outcome& outcome) : learner_(std::move(learner)), outcome_(outcome) {}
+    void begin_step(int64_t step) override { learner_.online->begin_step(step); }
+    void end_step(AttentionStatistics& spent) override {
+      spent += learner_.controller->take_statistics();
+      learner_.online->end_step(spent);
+    }
+    std::vector<std::pair<std::string, double>> figures() override {
+      const auto all = learner_.online->figures();
+      outcome_.figures = {all.begin(), all.end()};
+      return all;
+    }
+    std::string state_name() const override { return learner_.online->state_name(); }
+    std::string save() override { return learner_.online->save(); }
+    void load(const std::string& state) override { learner_.online->load(state); }
+
+   private:
+    Learner learner_;
+    Outcome& outcome_;
+  };
+
   Outcome run(const Mesh& mesh, const Plan& plan) const {
     Outcome outcome;
     const Learner policy = learner(mesh, plan.learn ? plan.update_every : 1000);
     CausalLM model(config(), mesh.tp(), policy.controller,
                    {.activation_checkpoint = plan.activation_checkpoint});
     model.initialize(5);
-    PolicyHooks hooks;
-    hooks.begin_step = [&](int64_t step) { policy.online->begin_step(step); };
-    hooks.end_step = [&] {
-      const AttentionStatistics spent = policy.controller->take_statistics();
-      policy.online->end_step(spent);
-      return spent;
-    };
-    hooks.figures = [&] {
-      const auto all = policy.online->figures();
-      outcome.figures = {all.begin(), all.end()};
-      return all;
-    };
-    hooks.save = [&] { return policy.online->save(); };
-    hooks.load = [&](const std::string& state) { policy.online->load(state); };
     TrainerOptions o;
     o.global_batch = 4;
     o.steps = plan.steps;
@@ -98,8 +107,8 @@ class OnlineTraining : public CalibratedTraining {
     TrainerCallbacks callbacks;
     callbacks.on_step = [&](const StepReport& report) { outcome.losses.push_back(report.loss); };
     callbacks.stop_requested = [&] { return plan.stop_after > 0 && ++done == plan.stop_after; };
-    Trainer trainer(o, model, mesh, train_, plan.output.empty() ? valid_ : nullptr, hooks,
-                    callbacks);
+    Trainer trainer(o, model, mesh, train_, plan.output.empty() ? valid_ : nullptr,
+                    {std::make_shared<Followed>(policy, outcome)}, callbacks);
     trainer.run();
     policy.online->finish();
     outcome.learned = policy.online->calibration();
@@ -231,7 +240,8 @@ TEST_F(OnlineTraining, ProcessesThatDecideOtherwiseAreNamed) {
                 state.begin() + 7 * sizeof(double));
     policy.online->load(state);
   }
-  policy.online->end_step({});
+  AttentionStatistics nothing;
+  policy.online->end_step(nothing);
   if (rank_ == 0) {
     const std::string message = error_of(ErrorKind::kCommunication,
                                          [&] { policy.online->finish(); });
