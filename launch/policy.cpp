@@ -31,6 +31,7 @@
 #include "policy/agent/traces.h"
 #include "policy/attention/lowrank_controller.h"
 #include "policy/calibration/calibration.h"
+#include "policy/calibration/calibration_controller.h"
 
 DEFINE_string(traces, "",
               "file that drrl-policy record writes, or goes on with, and train reads, which takes "

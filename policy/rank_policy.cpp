@@ -9,6 +9,8 @@
 
 #include "core/error.h"
 #include "policy/agent/agent.h"
+#include "policy/allocation/allocation.h"
+#include "policy/allocation/candidates.h"
 #include "policy/allocation/latency_table.h"
 #include "policy/calibration/calibration.h"
 
@@ -108,34 +110,27 @@ void check_fits(const Calibration& c, const LayerObservation& o) {
 
 class AllocatedPolicy final : public RankPolicy {
  public:
-  AllocatedPolicy(Calibration calibration, double budget, std::vector<int64_t> buckets,
-                  int64_t update_steps, Spending how, uint64_t seed, bool with_gates,
+  /// request: its heads per group and latency table are filled in here.
+  AllocatedPolicy(Calibration calibration, AllocationRequest request,
                   std::shared_ptr<const LatencyTable> latency)
       : calibration_(std::move(calibration)),
-        budget_(budget),
-        buckets_(std::move(buckets)),
-        update_steps_(update_steps),
-        how_(how),
-        seed_(seed),
-        with_gates_(with_gates),
+        request_(std::move(request)),
         latency_(std::move(latency)),
         digest_(calibration_.digest()) {
-    check(ErrorKind::kUsage, budget > 0 && budget <= 1, "rank budget ", budget,
-          ", expected more than 0 and at most 1");
+    request_.latency = latency_.get();
+    check(ErrorKind::kUsage, request_.budget > 0 && request_.budget <= 1, "rank budget ",
+          request_.budget, ", expected more than 0 and at most 1");
   }
 
   std::vector<Ranks> decide(const LayerObservation& o) override {
     check_fits(calibration_, o);
-    const int64_t heads_per_group = o.heads / o.groups;
-    const auto key = std::pair(o.tree.sequence_length(), heads_per_group);
+    request_.heads_per_group = o.heads / o.groups;
+    const auto key = std::pair(o.tree.sequence_length(), request_.heads_per_group);
     auto found = tables_.find(key);
     if (found == tables_.end()) {
-      found = tables_
-                  .emplace(key, allocate(calibration_, budget_, o.tree, heads_per_group, buckets_,
-                                         update_steps_, how_, seed_, with_gates_, latency_.get()))
-                  .first;
+      found = tables_.emplace(key, allocate(calibration_, o.tree, request_)).first;
     }
-    spent_ = found->second.spent;
+    cost_ = found->second.cost;
     return look_up(found->second.table, o);
   }
 
@@ -146,30 +141,26 @@ class AllocatedPolicy final : public RankPolicy {
   }
 
   std::optional<double> latency_fraction() const override {
-    return latency_ && spent_ > 0 ? std::optional(spent_) : std::nullopt;
+    return latency_ && cost_ > 0 ? std::optional(cost_) : std::nullopt;
   }
 
   std::string describe() const override {
-    const std::string name = how_ == Spending::kBest     ? "dp"
-                             : how_ == Spending::kGreedy ? "greedy"
-                                                         : c10::str("random ", seed_);
-    return c10::str(name, with_gates_ ? " with gates" : "", ", budget ", budget_,
+    const std::string name = request_.method == AllocationMethod::kOptimal ? "dp"
+                             : request_.method == AllocationMethod::kGreedy
+                                 ? "greedy"
+                                 : c10::str("random ", request_.seed);
+    return c10::str(name, request_.with_gates ? " with gates" : "", ", budget ", request_.budget,
                     latency_ ? " of the " + latency_->describe() : "", ", calibrated on ",
                     calibration_.tokens, " tokens of ", calibration_.data, " (", digest_, ")");
   }
 
  private:
   Calibration calibration_;
-  double budget_;
-  std::vector<int64_t> buckets_;
-  int64_t update_steps_;
-  Spending how_;
-  uint64_t seed_;
-  bool with_gates_;
+  AllocationRequest request_;
   std::shared_ptr<const LatencyTable> latency_;
   std::string digest_;  // of the calibration, for describe(), which is called in every pass
   std::map<std::pair<int64_t, int64_t>, Allocation> tables_;
-  double spent_ = 0;
+  double cost_ = 0;  // of the ranks decided last, as a share of exact attention's
 };
 
 class LearnedPolicy final : public RankPolicy {
@@ -223,7 +214,7 @@ class LearnedPolicy final : public RankPolicy {
 
  private:
   struct Priced {
-    Choices choices;
+    RankCandidates choices;
     double price;  // of a unit of cost, in damage
 
     // What is least in damage and price together for one pair, by factors on each calibrated damage
@@ -299,14 +290,21 @@ class LearnedPolicy final : public RankPolicy {
     const auto key = std::pair(o.tree.sequence_length(), o.heads / o.groups);
     auto found = prices_.find(key);
     if (found == prices_.end()) {
-      const double price = allocate(calibration_, budget_, o.tree, key.second, buckets_,
-                                    update_steps_, Spending::kBest, 0, with_gates_, latency_.get())
-                               .price *
+      const double price = allocate(calibration_, o.tree,
+                                    {.budget = budget_,
+                                     .heads_per_group = key.second,
+                                     .buckets = buckets_,
+                                     .update_steps = update_steps_,
+                                     .with_gates = with_gates_,
+                                     .latency = latency_.get()})
+                               .lambda *
                            agent_.price_factor(budget_);
       const int64_t groups = calibration_.groups(), d = calibration_.head_dim();
-      const Prices prices = prices_of(latency_.get(), o.tree, groups, key.second, d, update_steps_);
+      const CostModel costs = cost_model_of(latency_.get(), o.tree, groups, key.second, d,
+                                            update_steps_);
       found = prices_
-                  .emplace(key, Priced{Choices(calibration_, o.tree, buckets_, prices, with_gates_),
+                  .emplace(key, Priced{RankCandidates(calibration_, o.tree, buckets_, costs,
+                                                      with_gates_),
                                        price})
                   .first;
     }
@@ -382,16 +380,24 @@ std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budge
                                            std::vector<int64_t> buckets, int64_t update_steps,
                                            bool with_gates,
                                            std::shared_ptr<const LatencyTable> latency) {
-  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets),
-                                           update_steps, Spending::kBest, 0, with_gates,
+  return std::make_unique<AllocatedPolicy>(std::move(calibration),
+                                           AllocationRequest{.budget = budget,
+                                                             .heads_per_group = 0,
+                                                             .buckets = std::move(buckets),
+                                                             .update_steps = update_steps,
+                                                             .with_gates = with_gates},
                                            std::move(latency));
 }
 
 std::unique_ptr<RankPolicy> make_greedy_policy(Calibration calibration, double budget,
                                                std::vector<int64_t> buckets, int64_t update_steps,
                                                std::shared_ptr<const LatencyTable> latency) {
-  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets),
-                                           update_steps, Spending::kGreedy, 0, false,
+  return std::make_unique<AllocatedPolicy>(std::move(calibration),
+                                           AllocationRequest{.budget = budget,
+                                                             .heads_per_group = 0,
+                                                             .buckets = std::move(buckets),
+                                                             .update_steps = update_steps,
+                                                             .method = AllocationMethod::kGreedy},
                                            std::move(latency));
 }
 
@@ -399,8 +405,13 @@ std::unique_ptr<RankPolicy> make_random_policy(Calibration calibration, double b
                                                std::vector<int64_t> buckets, int64_t update_steps,
                                                uint64_t seed,
                                                std::shared_ptr<const LatencyTable> latency) {
-  return std::make_unique<AllocatedPolicy>(std::move(calibration), budget, std::move(buckets),
-                                           update_steps, Spending::kRandom, seed, false,
+  return std::make_unique<AllocatedPolicy>(std::move(calibration),
+                                           AllocationRequest{.budget = budget,
+                                                             .heads_per_group = 0,
+                                                             .buckets = std::move(buckets),
+                                                             .update_steps = update_steps,
+                                                             .method = AllocationMethod::kRandom,
+                                                             .seed = seed},
                                            std::move(latency));
 }
 

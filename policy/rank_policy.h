@@ -97,7 +97,7 @@ std::unique_ptr<RankPolicy> make_dp_policy(Calibration calibration, double budge
                                            std::shared_ptr<const LatencyTable> latency = nullptr);
 
 /// Baselines that spend the same budget on the same choices: step by step where it helps most at
-/// once, and at random by `seed` (Spending, calibration.h). Errors: as make_dp_policy.
+/// once, and at random by `seed` (AllocationMethod, allocation.h). Errors: as make_dp_policy.
 std::unique_ptr<RankPolicy> make_greedy_policy(
     Calibration calibration, double budget, std::vector<int64_t> buckets, int64_t update_steps,
     std::shared_ptr<const LatencyTable> latency = nullptr);

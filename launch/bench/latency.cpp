@@ -18,6 +18,7 @@
 #include "launch/runtime/console.h"
 #include "launch/runtime/program.h"
 #include "models/causal_lm/config.h"
+#include "policy/allocation/allocation.h"
 #include "policy/attention/layer_plan.h"
 #include "policy/attention/lowrank_controller.h"
 #include "policy/calibration/calibration.h"
@@ -217,10 +218,11 @@ std::vector<LatencyPoint> measure(const Rig& rig, int64_t length, int64_t rounds
 
 double predicted_ms(const LatencyTable& table, const BlockTree& tree, const Inputs& in,
                     const RankTable& ranks) {
-  const Prices prices = table.prices(tree, in.groups(), in.heads() / in.groups(), in.head_dim());
+  const CostModel costs = table.cost_model(tree, in.groups(), in.heads() / in.groups(),
+                                           in.head_dim());
   double ns = 0;
   for (int64_t layer = 0; layer < ranks.layers(); ++layer) {
-    ns += price_of(prices, tree, ranks, layer);
+    ns += cost_of(costs, tree, ranks, layer);
   }
   return ns / 1e6;
 }
@@ -263,9 +265,12 @@ void check_predictions(const Rig& rig, const LatencyTable& table,
         try {
           cases.emplace_back(
               c10::str("dp ", FLAGS_rank_budget, by != nullptr ? " of ms" : " of operations"),
-              allocate(*calibration, FLAGS_rank_budget, tree, in.heads() / in.groups(), rig.ranks,
-                       FLAGS_basis_updates, Spending::kBest, 0,
-                       /*with_gates=*/false, by)
+              allocate(*calibration, tree,
+                       {.budget = FLAGS_rank_budget,
+                        .heads_per_group = in.heads() / in.groups(),
+                        .buckets = rig.ranks,
+                        .update_steps = FLAGS_basis_updates,
+                        .latency = by})
                   .table);
         } catch (const Error& error) {  // cannot be met at this length
           std::cout << error.what() << "\n";
@@ -279,8 +284,8 @@ void check_predictions(const Rig& rig, const LatencyTable& table,
     const auto ms = interleaved_ms(work, FLAGS_repeats, device);
     const double exact = median(ms[0]),
                  predicted_exact = table
-                                       .prices(tree, in.groups(), in.heads() / in.groups(),
-                                               in.head_dim())
+                                       .cost_model(tree, in.groups(), in.heads() / in.groups(),
+                                                   in.head_dim())
                                        .exact /
                                    1e6;
     const auto add = [&](const std::string& name, double layers, double measured,
@@ -311,19 +316,19 @@ void print_latencies(const LatencyTable& table, const Geometry& geometry) {
       rows[0].push_back(kind + std::to_string(rank));
     }
   }
-  const Prices prices = table.prices(tree, 1, table.key.heads_per_group, table.key.head_dim);
+  const CostModel costs = table.cost_model(tree, 1, table.key.heads_per_group, table.key.head_dim);
   for (int64_t level = 0; level < tree.num_levels(); ++level) {
     const PairRun& run = tree.run_of(tree.pair_index(level, 0));
     rows.push_back({std::to_string(level), std::to_string(run.key_rows)});
     for (const FarKind kind : {FarKind::kScores, FarKind::kValues}) {
       for (const int64_t rank : table.ranks) {
-        rows.back().push_back(format("%.4f", prices.pair(run, kind, rank) / 1e6));
+        rows.back().push_back(format("%.4f", costs.pair(run, kind, rank) / 1e6));
       }
     }
   }
   std::cout << "\none KV group at L = " << table.seq_len << " [ms]: exact attention "
-            << format("%.3f", prices.exact / 1e6) << ", what no rank changes "
-            << format("%.3f", prices.fixed / 1e6)
+            << format("%.3f", costs.exact / 1e6) << ", what no rank changes "
+            << format("%.3f", costs.fixed / 1e6)
             << "; one pair at a rank of its scores and of its values\n";
   print_table(std::cout, rows);
 }
@@ -333,18 +338,18 @@ void print_fit(const LatencyTable& table, const std::vector<LatencyPoint>& point
   int64_t count = 0;
   for (const LatencyPoint& p : points) {
     const BlockTree tree(p.seq_len, rig.geometry);
-    const Prices prices = table.prices(tree, table.groups, table.key.heads_per_group,
-                                       table.key.head_dim);
-    double ns = p.ranks ? price_of(prices, tree,
-                                   RankTable(1, table.groups, tree.num_levels(), *p.ranks), 0)
-                        : prices.exact;
+    const CostModel costs = table.cost_model(tree, table.groups, table.key.heads_per_group,
+                                             table.key.head_dim);
+    double ns = p.ranks ? cost_of(costs, tree,
+                                  RankTable(1, table.groups, tree.num_levels(), *p.ranks), 0)
+                        : costs.exact;
     for (const PairRun& run : tree.runs()) {
       if (p.exact_entries) {
-        ns += prices.gated(run) * static_cast<double>(run.count * table.groups);
+        ns += costs.gated(run) * static_cast<double>(run.count * table.groups);
       }
     }
     const PairRun& run = tree.runs().front();
-    ns += static_cast<double>(p.exact_entries.value_or(0)) * prices.exact_entries(run) /
+    ns += static_cast<double>(p.exact_entries.value_or(0)) * costs.exact_entries(run) /
           static_cast<double>(table.key.heads_per_group * run.query_rows * run.key_rows);
     const double error = ns / 1e6 / p.ms - 1;
     squares += error * error;

@@ -152,8 +152,8 @@ AttentionWork attention_work(const Workload& w, const BlockTree& tree, int64_t g
   }
   const AttentionFlops fixed = exact_part_flops(tree, 1, heads, groups, d, /*with_backward=*/true);
   const bool updated = w.basis_updates >= 0 && (!w.first_block_bases || w.geometry.near_block >= d);
-  const Prices prices = operation_prices(tree, groups, per_group, d,
-                                         updated ? w.basis_updates : -1);
+  const CostModel prices = flops_cost_model(tree, groups, per_group, d,
+                                            updated ? w.basis_updates : -1);
   AttentionWork work{fixed.near + fixed.sinks,
                      fixed.grams + output_gram_flops(w.config.hidden_size, heads, d), 0};
   for (const PairRun& run : tree.runs()) {

@@ -8,6 +8,7 @@
 #include "launch/options/flags.h"
 #include "models/causal_lm/tensor_parallel.h"
 #include "policy/agent/agent.h"
+#include "policy/allocation/allocation.h"
 
 DEFINE_int64(policy_update_every, 0,
              "train the rank policy (dp or rl) along with the model, and update it so often; an "
@@ -48,8 +49,13 @@ std::shared_ptr<OnlinePolicy> online_policy_flags(const Environment& environment
     options.allocate = [tree = BlockTree(FLAGS_seq_len, geometry_flags()), heads_per_group, buckets,
                         latency = latency_flag(device, config.head_dim, heads_per_group)](
                            const Calibration& calibration) {
-      return allocate(calibration, FLAGS_rank_budget, tree, heads_per_group, buckets,
-                      FLAGS_basis_updates, Spending::kBest, 0, FLAGS_gates, latency.get())
+      return allocate(calibration, tree,
+                      {.budget = FLAGS_rank_budget,
+                       .heads_per_group = heads_per_group,
+                       .buckets = buckets,
+                       .update_steps = FLAGS_basis_updates,
+                       .with_gates = FLAGS_gates,
+                       .latency = latency.get()})
           .table;
     };
   }

@@ -10,6 +10,8 @@
 
 #include "core/attention/flops.h"
 #include "core/error.h"
+#include "policy/allocation/allocation.h"
+#include "policy/allocation/candidates.h"
 #include "policy/allocation/latency_table.h"
 #include "policy/calibration/pair_features.h"
 
@@ -142,11 +144,11 @@ at::Tensor gamma_deviance(const at::Tensor& y, const at::Tensor& base,
 // What a trace file says of some of its sequences.
 class TraceItems {
  public:
-  TraceItems(const Traces& t, const Calibration& calibration, const Prices& prices,
+  TraceItems(const Traces& t, const Calibration& calibration, const CostModel& prices,
              const AgentTrainingOptions& options)
       : traces_(t) {
     const BlockTree tree(t.seq_len, t.geometry);
-    const Choices choices(calibration, tree, options.buckets, prices, options.with_gates);
+    const RankCandidates choices(calibration, tree, options.buckets, prices, options.with_gates);
     check(ErrorKind::kUsage, choices.columns.size() == calibration.ranks.size(),
           "the device's ranks ", at::IntArrayRef(options.buckets),
           " leave out some of the calibrated ones, ", at::IntArrayRef(calibration.ranks));
@@ -322,9 +324,9 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
           !options.with_gates || (calibration.gates.defined() && t.gates.equal(calibration.gates)),
           "the gates of traces and calibration are not the same: make both again");
     const BlockTree tree(t.seq_len, t.geometry);
-    const Prices prices = prices_of(options.latency.get(), tree, groups, t.heads_per_group, d,
-                                    options.update_steps);
-    const TraceItems items(t, calibration, prices, options);
+    const CostModel costs = cost_model_of(options.latency.get(), tree, groups, t.heads_per_group, d,
+                                          options.update_steps);
+    const TraceItems items(t, calibration, costs, options);
     const int64_t train = t.sequences() - options.held_out - options.validation;
     Length length;
     length.traces = &t;
@@ -332,19 +334,23 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
     length.train_truth = measured(length.train);
     length.validation = items.of(train, options.validation);
     length.held_out = items.of(train + options.validation, options.held_out);
-    length.exact = static_cast<double>(layers) * prices.exact;
-    length.fixed = static_cast<double>(layers) * prices.fixed;
-    const double of_operation = prices.exact / operation_prices(tree, groups, t.heads_per_group, d,
-                                                                options.update_steps)
-                                                   .exact;
+    length.exact = static_cast<double>(layers) * costs.exact;
+    length.fixed = static_cast<double>(layers) * costs.fixed;
+    const double of_operation = costs.exact / flops_cost_model(tree, groups, t.heads_per_group, d,
+                                                               options.update_steps)
+                                                  .exact;
     length.watching = static_cast<double>(layers * groups * tree.num_pairs()) *
                       (start_loss_flops(d) + agent.flops()) * of_operation;
     for (const double budget : options.budgets) {
       try {
-        const Allocation dp = allocate(calibration, budget, tree, t.heads_per_group,
-                                       options.buckets, options.update_steps, Spending::kBest, 0,
-                                       options.with_gates, options.latency.get());
-        length.prices.push_back(dp.price * static_cast<double>(t.seq_len));
+        const Allocation dp = allocate(calibration, tree,
+                                       {.budget = budget,
+                                        .heads_per_group = t.heads_per_group,
+                                        .buckets = options.buckets,
+                                        .update_steps = options.update_steps,
+                                        .with_gates = options.with_gates,
+                                        .latency = options.latency.get()});
+        length.prices.push_back(dp.lambda * static_cast<double>(t.seq_len));
         length.budgets.push_back(budget);
       } catch (const Error&) {  // cannot be met at this length
       }
@@ -418,7 +424,7 @@ std::vector<BudgetReport> train_agent(RankAgent& agent, const Calibration& calib
     l.watching = best > 0 ? l.watching : 0;
   }
 
-  // Prices that meet each budget on average over the lengths.
+  // CostModel that meet each budget on average over the lengths.
   std::vector<double> budgets, factors;
   for (const double budget : options.budgets) {
     std::vector<double> found;

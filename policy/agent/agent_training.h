@@ -12,6 +12,8 @@
 
 namespace drrl {
 
+class LatencyTable;
+
 struct AgentTrainingOptions {
   int64_t fit_steps = 300;     ///< of the first stage
   int64_t reward_steps = 300;  ///< of the second

@@ -9,6 +9,7 @@
 
 #include "core/types/block_tree.h"
 #include "policy/calibration/calibration.h"
+#include "policy/calibration/calibration_controller.h"
 
 namespace drrl {
 

@@ -10,16 +10,16 @@ constexpr double kGathered = 8;
 
 }  // namespace
 
-Prices operation_prices(const BlockTree& tree, int64_t groups, int64_t heads_per_group,
-                        int64_t head_dim, int64_t update_steps) {
+CostModel flops_cost_model(const BlockTree& tree, int64_t groups, int64_t heads_per_group,
+                           int64_t head_dim, int64_t update_steps) {
   const int64_t heads = groups * heads_per_group;
-  Prices prices;
-  prices.exact = exact_attention_flops(1, heads, tree.sequence_length(), head_dim,
-                                       /*with_backward=*/false);
-  prices.fixed = exact_part_flops(tree, 1, heads, groups, head_dim, /*with_backward=*/false)
-                     .total() +
-                 output_gram_flops(heads * head_dim, heads, head_dim);
-  prices.pair = [=](const PairRun& run, FarKind kind, int64_t rank) {
+  CostModel costs;
+  costs.exact = exact_attention_flops(1, heads, tree.sequence_length(), head_dim,
+                                      /*with_backward=*/false);
+  costs.fixed = exact_part_flops(tree, 1, heads, groups, head_dim, /*with_backward=*/false)
+                    .total() +
+                output_gram_flops(heads * head_dim, heads, head_dim);
+  costs.pair = [=](const PairRun& run, FarKind kind, int64_t rank) {
     const double form = kind == FarKind::kScores ? residual_factor_flops(head_dim, rank) : 0;
     const double basis = rank == head_dim
                              ? 0
@@ -30,12 +30,12 @@ Prices operation_prices(const BlockTree& tree, int64_t groups, int64_t heads_per
                .total() +
            basis;
   };
-  prices.gated = [](const PairRun&) { return 0.0; };
-  prices.exact_entries = [=](const PairRun& run) {
+  costs.gated = [](const PairRun&) { return 0.0; };
+  costs.exact_entries = [=](const PairRun& run) {
     return kGathered * static_cast<double>(heads_per_group * run.query_rows * run.key_rows) *
            exact_entry_flops(head_dim, /*with_backward=*/false);
   };
-  return prices;
+  return costs;
 }
 
 }  // namespace drrl

@@ -11,7 +11,7 @@ namespace drrl {
 /// What the attention of one layer costs by its ranks, on sequences of one tree: what an allocation
 /// of ranks spends. Operations, or time (latency_table.h), in a unit so small that a whole one does
 /// not matter.
-struct Prices {
+struct CostModel {
   double exact = 0;  ///< exact attention, all KV groups
   double fixed = 0;  ///< what no rank changes, all KV groups: exact blocks, sinks, Grams of blocks
                      ///< and of W_O
@@ -26,7 +26,7 @@ struct Prices {
 /// Operations as core/attention/flops.h counts them, but entries that gates make exact at eight
 /// times theirs, as they take that long; forward, bases updated in `update_steps` steps or solved;
 /// W_O is taken to be square.
-Prices operation_prices(const BlockTree& tree, int64_t groups, int64_t heads_per_group,
-                        int64_t head_dim, int64_t update_steps);
+CostModel flops_cost_model(const BlockTree& tree, int64_t groups, int64_t heads_per_group,
+                           int64_t head_dim, int64_t update_steps);
 
 }  // namespace drrl

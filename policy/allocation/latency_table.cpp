@@ -197,8 +197,8 @@ LatencyTable LatencyTable::fit(LatencyTable table, const std::vector<LatencyPoin
   return table;
 }
 
-Prices LatencyTable::prices(const BlockTree& tree, int64_t layer_groups, int64_t heads_per_group,
-                            int64_t head_dim) const {
+CostModel LatencyTable::cost_model(const BlockTree& tree, int64_t layer_groups,
+                                   int64_t heads_per_group, int64_t head_dim) const {
   check(ErrorKind::kUsage,
         tree.geometry().near_block == key.near_block && heads_per_group == key.heads_per_group &&
             head_dim == key.head_dim,
@@ -210,23 +210,23 @@ Prices LatencyTable::prices(const BlockTree& tree, int64_t layer_groups, int64_t
     pairs[static_cast<size_t>(run.level)] += static_cast<double>(run.count);
   }
   const double ns = kNanoseconds * static_cast<double>(layer_groups);
-  Prices prices;
-  prices.exact = ns * exact.of_pair(tree.sequence_length(), tree.sequence_length());
-  prices.fixed = ns * fixed.of_pair(tree.sequence_length(), tree.sequence_length());
-  prices.pair = [*this, pairs](const PairRun& run, FarKind kind, int64_t rank) {
+  CostModel costs;
+  costs.exact = ns * exact.of_pair(tree.sequence_length(), tree.sequence_length());
+  costs.fixed = ns * fixed.of_pair(tree.sequence_length(), tree.sequence_length());
+  costs.pair = [*this, pairs](const PairRun& run, FarKind kind, int64_t rank) {
     const LatencyCurve& curve = (kind == FarKind::kScores ? scores : values)[index_of(ranks, rank)];
     return kNanoseconds * (curve.setup / pairs[static_cast<size_t>(run.level)] +
                            curve.of_pair(run.query_rows, run.key_rows));
   };
-  prices.gated = [file = file_, curve = gated](const PairRun& run) {
+  costs.gated = [file = file_, curve = gated](const PairRun& run) {
     check(ErrorKind::kUsage, curve.has_value(), file,
           " holds no latencies of gates; measure them with drrl-bench latency --gates");
     return kNanoseconds * curve->of_pair(run.query_rows, run.key_rows);
   };
-  prices.exact_entries = [ms = exact_entry, heads_per_group](const PairRun& run) {
+  costs.exact_entries = [ms = exact_entry, heads_per_group](const PairRun& run) {
     return kNanoseconds * ms * static_cast<double>(heads_per_group * run.query_rows * run.key_rows);
   };
-  return prices;
+  return costs;
 }
 
 void LatencyTable::check_key(const LatencyKey& expected) const {
@@ -344,21 +344,21 @@ LatencyTable LatencyTable::load(const std::filesystem::path& file) {
   return table;
 }
 
-Prices prices_of(const LatencyTable* latency, const BlockTree& tree, int64_t groups,
-                 int64_t heads_per_group, int64_t head_dim, int64_t update_steps) {
+CostModel cost_model_of(const LatencyTable* latency, const BlockTree& tree, int64_t groups,
+                        int64_t heads_per_group, int64_t head_dim, int64_t update_steps) {
   return latency != nullptr
-             ? latency->prices(tree, groups, heads_per_group, head_dim)
-             : operation_prices(tree, groups, heads_per_group, head_dim, update_steps);
+             ? latency->cost_model(tree, groups, heads_per_group, head_dim)
+             : flops_cost_model(tree, groups, heads_per_group, head_dim, update_steps);
 }
 
-double price_of(const Prices& prices, const BlockTree& tree, const RankTable& table,
-                int64_t layer) {
-  double sum = prices.fixed;
+double cost_of(const CostModel& costs, const BlockTree& tree, const RankTable& table,
+               int64_t layer) {
+  double sum = costs.fixed;
   for (int64_t group = 0; group < table.groups(); ++group) {
     for (const PairRun& run : tree.runs()) {
       const Ranks& ranks = table.at(layer, group, run.level);
-      sum += static_cast<double>(run.count) * (prices.pair(run, FarKind::kScores, ranks.qk) +
-                                               prices.pair(run, FarKind::kValues, ranks.v));
+      sum += static_cast<double>(run.count) * (costs.pair(run, FarKind::kScores, ranks.qk) +
+                                               costs.pair(run, FarKind::kValues, ranks.v));
     }
   }
   return sum;

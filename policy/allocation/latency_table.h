@@ -76,8 +76,8 @@ class LatencyTable {
 
   /// In ns, for a layer of `layer_groups` KV groups. Errors: Error(kUsage) if tree or shape are not
   /// those of the key.
-  Prices prices(const BlockTree& tree, int64_t layer_groups, int64_t heads_per_group,
-                int64_t head_dim) const;
+  CostModel cost_model(const BlockTree& tree, int64_t layer_groups, int64_t heads_per_group,
+                       int64_t head_dim) const;
 
   /// Errors: Error(kUsage) naming the file, the first field that differs, its value and the
   /// expected one.
@@ -100,12 +100,13 @@ class LatencyTable {
 };
 
 /// What an allocation spends: the table's time, or operations where there is none. Errors: as
-/// LatencyTable::prices.
-Prices prices_of(const LatencyTable* latency, const BlockTree& tree, int64_t groups,
-                 int64_t heads_per_group, int64_t head_dim, int64_t update_steps);
+/// LatencyTable::cost_model.
+CostModel cost_model_of(const LatencyTable* latency, const BlockTree& tree, int64_t groups,
+                        int64_t heads_per_group, int64_t head_dim, int64_t update_steps);
 
-/// The prices of one layer of a table of ranks, its gates left out: what attention should take.
+/// The cost of one layer of a table of ranks, its gates left out: what attention should take.
 class RankTable;
-double price_of(const Prices& prices, const BlockTree& tree, const RankTable& table, int64_t layer);
+double cost_of(const CostModel& costs, const BlockTree& tree, const RankTable& table,
+               int64_t layer);
 
 }  // namespace drrl

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "policy/allocation/allocation.h"
 
 namespace drrl {
 namespace {
@@ -66,9 +67,13 @@ RankBalance::RankBalance(const Calibration& calibration, const BlockTree& tree,
       groups_of_model_(calibration.groups()),
       levels_(tree.num_levels()),
       groups_(std::move(groups)),
-      plain_{allocate(calibration, options.budget, tree, heads_per_group, options.buckets,
-                      options.update_steps, Spending::kBest, 0, options.with_gates,
-                      options.latency.get())
+      plain_{allocate(calibration, tree,
+                      {.budget = options.budget,
+                       .heads_per_group = heads_per_group,
+                       .buckets = options.buckets,
+                       .update_steps = options.update_steps,
+                       .with_gates = options.with_gates,
+                       .latency = options.latency.get()})
                  .table,
              0,
              {}} {
@@ -79,24 +84,24 @@ RankBalance::RankBalance(const Calibration& calibration, const BlockTree& tree,
   check(ErrorKind::kUsage, options.damage >= 0, "damage that balance may add is ", options.damage,
         ", expected at least 0");
   const int64_t d = calibration.head_dim();
-  const Prices prices = prices_of(options.latency.get(), tree, groups_of_model_, heads_per_group, d,
-                                  options.update_steps);
-  fixed_ = prices.fixed / static_cast<double>(groups_of_model_);
-  items_ = rank_items(calibration, tree, options.buckets, prices, options.with_gates);
-  std::vector<RankItem> items = items_;
+  const CostModel costs = cost_model_of(options.latency.get(), tree, groups_of_model_,
+                                        heads_per_group, d, options.update_steps);
+  fixed_ = costs.fixed / static_cast<double>(groups_of_model_);
+  items_ = knapsack_items(calibration, tree, options.buckets, costs, options.with_gates);
+  std::vector<KnapsackItem> items = items_;
   for (size_t i = 0; i < items.size(); ++i) {
     const auto at = static_cast<int64_t>(i);
     const Ranks& ranks = plain_.table.at(at / levels_ / groups_of_model_,
                                          at / levels_ % groups_of_model_, at % levels_);
-    const auto found = std::find_if(items[i].options.begin(), items[i].options.end(),
-                                    [&](const RankItem::Option& o) { return o.ranks == ranks; });
-    items[i].chosen = static_cast<size_t>(found - items[i].options.begin());
-    const auto cheaper = [](const RankItem::Option& a, const RankItem::Option& b) {
+    const auto found = std::find_if(items[i].candidates.begin(), items[i].candidates.end(),
+                                    [&](const Candidate& o) { return o.ranks == ranks; });
+    items[i].chosen = static_cast<size_t>(found - items[i].candidates.begin());
+    const auto cheaper = [](const Candidate& a, const Candidate& b) {
       return std::pair(a.cost, a.damage) < std::pair(b.cost, b.damage);
     };
     items_[i].chosen = static_cast<size_t>(
-        std::min_element(items_[i].options.begin(), items_[i].options.end(), cheaper) -
-        items_[i].options.begin());
+        std::min_element(items_[i].candidates.begin(), items_[i].candidates.end(), cheaper) -
+        items_[i].candidates.begin());
   }
   plain_ = balanced(items);
   allowed_ = plain_.damage + options.damage;
@@ -118,11 +123,11 @@ RankBalance::Part RankBalance::part(int64_t layer, size_t process) const {
             0,
             {}};
   for (size_t i = part.begin; i < part.end; ++i) {
-    const RankItem& item = items_[i];
+    const KnapsackItem& item = items_[i];
     part.cost += item.now().cost;
     part.damage += item.now().damage;
     std::vector<Point> points;
-    for (const RankItem::Option& option : item.options) {
+    for (const Candidate& option : item.candidates) {
       points.push_back({option.cost, option.damage});
     }
     const std::vector<size_t> hull = lower_hull(points);
@@ -137,7 +142,7 @@ RankBalance::Part RankBalance::part(int64_t layer, size_t process) const {
   return part;
 }
 
-BalancedRanks RankBalance::balanced(const std::vector<RankItem>& items) const {
+BalancedRanks RankBalance::balanced(const std::vector<KnapsackItem>& items) const {
   BalancedRanks result{chosen_ranks(items, layers_, groups_of_model_), 0, {}};
   size_t next = 0;
   for (int64_t layer = 0; layer < layers_; ++layer) {
@@ -212,7 +217,7 @@ BalancedRanks RankBalance::ranks(const std::vector<double>& speeds) const {
     damage -= move.saved;
   }
 
-  std::vector<RankItem> items = items_;
+  std::vector<KnapsackItem> items = items_;
   for (size_t layer = 0; layer < parts_.size(); ++layer) {
     for (size_t p = 0; p < groups_.size(); ++p) {
       const Part& part = parts_[layer][p];
@@ -224,8 +229,8 @@ BalancedRanks RankBalance::ranks(const std::vector<double>& speeds) const {
         cost += step.cost;
         items[step.item].chosen = step.to;
       }
-      spend_left(std::span(items).subspan(part.begin, part.end - part.begin),
-                 times[layer] * speeds[p] - cost);
+      assign_leftover(std::span(items).subspan(part.begin, part.end - part.begin),
+                      times[layer] * speeds[p] - cost);
     }
   }
   return balanced(items);

@@ -3,8 +3,8 @@
 #include <memory>
 #include <vector>
 
+#include "policy/allocation/knapsack.h"
 #include "policy/allocation/latency_table.h"
-#include "policy/allocation/rank_options.h"
 #include "policy/calibration/calibration.h"
 
 namespace drrl {
@@ -70,14 +70,14 @@ class RankBalance {
     std::vector<Step> steps;
   };
 
-  BalancedRanks balanced(const std::vector<RankItem>& items) const;
+  BalancedRanks balanced(const std::vector<KnapsackItem>& items) const;
   Part part(int64_t layer, size_t process) const;
 
   int64_t layers_, groups_of_model_, levels_;
   double allowed_;    // damage
   double fixed_ = 0;  // what no rank changes, of a layer and KV group
   std::vector<int64_t> groups_;
-  std::vector<RankItem> items_;           // at their cheapest choices
+  std::vector<KnapsackItem> items_;       // at their cheapest choices
   std::vector<std::vector<Part>> parts_;  // [layers][processes]
   BalancedRanks plain_;
 };

@@ -32,11 +32,11 @@ struct Ablation {
 /// AttentionRecorder what that took.
 class LowRankController final : public AttentionController {
  public:
-  /// first_group: the first of this process's KV groups among the model's, under tensor parallelism.
-  /// A guard needs starting bases. context: the processes that each sequence is split over; then
-  /// Error(kUsage) for a guard and for policies that look at Grams (`energy`, `rl`), of which no
-  /// process has all, and `attend` for gates, when a policy chooses some. kv: the tensor-parallel
-  /// processes that hold the same KV head (Mesh::kv).
+  /// first_group: the first of this process's KV groups among the model's, under tensor
+  /// parallelism. A guard needs starting bases. context: the processes that each sequence is split
+  /// over; then Error(kUsage) for a guard and for policies that look at Grams (`energy`, `rl`), of
+  /// which no process has all, and `attend` for gates, when a policy chooses some. kv: the
+  /// tensor-parallel processes that hold the same KV head (Mesh::kv).
   LowRankController(std::shared_ptr<RankPolicy> policy, Geometry geometry, BasisOptions bases = {},
                     int64_t first_group = 0, GuardOptions guard = {}, Group context = {},
                     Group kv = {});

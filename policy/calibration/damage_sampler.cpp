@@ -11,6 +11,7 @@
 #include "core/attention/rows.h"
 #include "core/linalg/basis.h"
 #include "distributed/collectives/agreement.h"
+#include "policy/calibration/loss_sensitivity.h"
 
 namespace drrl {
 
@@ -184,12 +185,10 @@ void DamageSampler::measure(int64_t layer, const BlockTree& tree, const at::Tens
       for (int64_t kind = 0; kind < 2; ++kind) {
         const auto moved = (errors[static_cast<size_t>(kind)] * gradient)
                                .sum(2, /*keepdim=*/false, at::kDouble)
-                               .view({batch, groups, heads, rows})
-                               .sum(2);
-        auto damage = moved.mul_(options_.gradient_scale)
-                          .pow(2)
+                               .view({batch, groups, heads * rows});
+        auto damage = loss_increase(moved, heads, options_.gradient_scale)
                           .mean(2)
-                          .mul_(0.5 * share_of_level[static_cast<size_t>(run.level)]);  // [B, G]
+                          .mul_(share_of_level[static_cast<size_t>(run.level)]);  // [B, G]
         for (size_t s = 0; s < sequences; ++s) {
           const Ranks& r = served[s * static_cast<size_t>(pairs) + static_cast<size_t>(p)];
           if ((kind == 0 ? r.qk : r.v) == d) {  // exact after all

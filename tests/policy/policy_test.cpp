@@ -11,9 +11,11 @@
 #include "core/attention/lowrank_attention.h"
 #include "core/error.h"
 #include "core/io/safetensors.h"
+#include "policy/allocation/allocation.h"
 #include "policy/attention/layer_plan.h"
 #include "policy/attention/lowrank_controller.h"
 #include "policy/calibration/calibration.h"
+#include "policy/calibration/calibration_controller.h"
 #include "policy/calibration/pair_features.h"
 #include "policy/rank_policy.h"
 #include "tests/support/error_of.h"
@@ -138,7 +140,12 @@ TEST(Allocation, IsTheBestOfAllAllocationsUpToOneStep) {
   const double step = 0.03;  // 16 columns of one kind of one layer: half the tokens' square, a
                              // sixth of the kinds, a quarter of the width
   for (const double budget : {0.7, 0.75, 0.8, 0.85, 0.9, 0.95}) {
-    const RankTable chosen = allocate(c, budget, tree, 3, buckets, kSteps).table;
+    const RankTable chosen = allocate(c, tree,
+                                      {.budget = budget,
+                                       .heads_per_group = 3,
+                                       .buckets = buckets,
+                                       .update_steps = kSteps})
+                                 .table;
     EXPECT_LE(operations_of(chosen, tree, 3, 64), budget + 1e-9);
     double bound = 1e300;
     for (const auto& [operations, damage] : all) {
@@ -155,14 +162,24 @@ TEST(Allocation, SpendsTheBudgetWhereItHelps) {
   const BlockTree tree(8196, {256, 4});  // two levels more than were calibrated
   double last = 1e300;
   for (const double budget : {0.35, 0.4, 0.5, 0.6, 0.7, 0.8}) {
-    const RankTable chosen = allocate(c, budget, tree, 3, buckets, kSteps).table;
+    const RankTable chosen = allocate(c, tree,
+                                      {.budget = budget,
+                                       .heads_per_group = 3,
+                                       .buckets = buckets,
+                                       .update_steps = kSteps})
+                                 .table;
     const double spent = operations_of(chosen, tree, 3, 64);
     EXPECT_LE(spent, budget + 1e-9);
     EXPECT_GT(spent, budget - 0.01);
     EXPECT_LT(damage_of(c, chosen), last);
     last = damage_of(c, chosen);
   }
-  const RankTable exact = allocate(c, 1.0, tree, 3, buckets, kSteps).table;
+  const RankTable exact = allocate(c, tree,
+                                   {.budget = 1.0,
+                                    .heads_per_group = 3,
+                                    .buckets = buckets,
+                                    .update_steps = kSteps})
+                              .table;
   EXPECT_EQ(exact.at(0, 0, 0), (Ranks{64, 64}));
 }
 
@@ -171,18 +188,26 @@ TEST(Allocation, BaselinesKeepTheBudgetAndAreWorse) {
   const BlockTree tree(2048, {256, 4});
   const std::vector<int64_t> buckets = {16, 32, 48, 64};
   for (const double budget : {0.6, 0.8}) {
-    const auto table = [&](Spending how, uint64_t seed) {
-      return allocate(c, budget, tree, 3, buckets, 2, how, seed).table;
+    const auto table = [&](AllocationMethod how, uint64_t seed) {
+      return allocate(c, tree,
+                      {.budget = budget,
+                       .heads_per_group = 3,
+                       .buckets = buckets,
+                       .method = how,
+                       .seed = seed})
+          .table;
     };
-    const RankTable best = table(Spending::kBest, 0), greedy = table(Spending::kGreedy, 0),
-                    random = table(Spending::kRandom, 1), other = table(Spending::kRandom, 2);
+    const RankTable best = table(AllocationMethod::kOptimal, 0),
+                    greedy = table(AllocationMethod::kGreedy, 0),
+                    random = table(AllocationMethod::kRandom, 1),
+                    other = table(AllocationMethod::kRandom, 2);
     for (const RankTable* t : {&greedy, &random, &other}) {
       EXPECT_LE(operations_of(*t, tree, 3, 64), budget + 1e-9);
     }
     EXPECT_LE(damage_of(c, best), damage_of(c, greedy) * 1.02);
     EXPECT_LT(damage_of(c, greedy), damage_of(c, random));
     EXPECT_NE(damage_of(c, other), damage_of(c, random));
-    EXPECT_EQ(damage_of(c, table(Spending::kRandom, 1)), damage_of(c, random));
+    EXPECT_EQ(damage_of(c, table(AllocationMethod::kRandom, 1)), damage_of(c, random));
   }
 }
 
@@ -191,15 +216,27 @@ TEST(Allocation, TakesGatesWhereTheyAreCheaperThanRanks) {
   const BlockTree tree(2048, {256, 4});
   const std::vector<int64_t> buckets = {16, 32, 48, 64};
   EXPECT_NE(
-      error_of(
-          ErrorKind::kUsage,
-          [&] { allocate(c, 0.6, tree, 3, buckets, 2, Spending::kBest, 0, /*with_gates=*/true); })
+      error_of(ErrorKind::kUsage,
+               [&] {
+                 allocate(
+                     c, tree,
+                     {.budget = 0.6, .heads_per_group = 3, .buckets = buckets, .with_gates = true});
+               })
           .find("no gates"),
       std::string::npos);
   add_gates(c);
-  const RankTable plain = allocate(c, 0.6, tree, 3, buckets, 2).table;
-  const RankTable
-      gated = allocate(c, 0.6, tree, 3, buckets, 2, Spending::kBest, 0, /*with_gates=*/true).table;
+  const RankTable plain = allocate(c, tree,
+                                   {.budget = 0.6,
+                                    .heads_per_group = 3,
+                                    .buckets = buckets,
+                                    .update_steps = 2})
+                              .table;
+  const RankTable gated = allocate(c, tree,
+                                   {.budget = 0.6,
+                                    .heads_per_group = 3,
+                                    .buckets = buckets,
+                                    .with_gates = true})
+                              .table;
   const auto count = [&](const RankTable& table, auto&& is) {
     int64_t n = 0;
     for (int64_t i = 0; i < 4 * 2 * tree.num_levels(); ++i) {
@@ -244,10 +281,24 @@ TEST(Allocation, RefusesWhatDoesNotFit) {
   const std::vector<int64_t> buckets{16, 32, 48, 64};
   const BlockTree tree(2052, {256, 4});
   EXPECT_NE(
-      error_of(ErrorKind::kUsage, [&] { allocate(c, 0.2, tree, 3, buckets, kSteps); }).find("0.2"),
+      error_of(
+          ErrorKind::kUsage,
+          [&] {
+            allocate(
+                c, tree,
+                {.budget = 0.2, .heads_per_group = 3, .buckets = buckets, .update_steps = kSteps});
+          })
+          .find("0.2"),
       std::string::npos);
   EXPECT_NE(
-      error_of(ErrorKind::kUsage, [&] { allocate(c, 1.5, tree, 3, buckets, kSteps); }).find("1.5"),
+      error_of(
+          ErrorKind::kUsage,
+          [&] {
+            allocate(
+                c, tree,
+                {.budget = 1.5, .heads_per_group = 3, .buckets = buckets, .update_steps = kSteps});
+          })
+          .find("1.5"),
       std::string::npos);
   const auto policy = make_dp_policy(c, 0.8, buckets, kSteps);
   EXPECT_NE(error_of(ErrorKind::kUsage, [&] { policy->decide({3, 1, 3, 1, 0, 64, tree, {}, {}}); })

@@ -5,6 +5,8 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <mpi.h>
 #include <nlohmann/json.hpp>
+#define XXH_INLINE_ALL
+#include <xxhash.h>
 
 #include "core/io/safetensors.h"
 #include "models/causal_lm/causal_lm.h"
@@ -635,6 +637,87 @@ TEST_F(Training, AReshardedStateIsBitForBitTheOld) {
               before.entry("model.model.layers.0.mlp.down_proj.weight").bytes);
   }
   MPI_Barrier(MPI_COMM_WORLD);
+}
+
+/// Has a state and remembers what it loads.
+class Remembering final : public StepObserver {
+ public:
+  Remembering(std::string name, std::string state)
+      : name_(std::move(name)), state_(std::move(state)) {}
+  std::string state_name() const override { return name_; }
+  std::string save() override { return state_; }
+  void load(const std::string& state) override { loaded = state; }
+
+  std::string loaded;
+
+ private:
+  std::string name_, state_;
+};
+
+/// Makes of a checkpoint of one process what version 1 wrote.
+void to_version_1(const std::filesystem::path& folder) {
+  const auto rename = [&](nlohmann::json& files, const std::string& name, const std::string& text) {
+    const std::string old = "rank-tp0-dp0.policy";
+    files.erase(name);
+    files[old] = {{"bytes", text.size()},
+                  {"xxh3", to_hex(XXH3_64bits(text.data(), text.size()))},
+                  {"rank", 0}};
+    std::filesystem::remove(folder / name);
+    test::write_bytes(folder / old, text);
+  };
+  auto manifest = nlohmann::json::parse(test::read_bytes(folder / "manifest.json"));
+  const std::string policy = test::read_bytes(folder / "rank-tp0-dp0.rank-policy"),
+                    online = test::read_bytes(folder / "rank-tp0-dp0.online-policy");
+  rename(manifest["files"], "rank-tp0-dp0.rank-policy", policy);
+  rename(manifest["files"], "rank-tp0-dp0.online-policy", policy + std::string(1, '\0') + online);
+  manifest["version"] = 1;
+  manifest.erase("manifest_xxh3");
+  const std::string text = manifest.dump();
+  manifest["manifest_xxh3"] = to_hex(XXH3_64bits(text.data(), text.size()));
+  test::write_bytes(folder / "manifest.json", manifest.dump());
+}
+
+TEST_F(Training, StatesOfObserversComeBackAlsoFromVersion1) {
+  if (size_ > 1) {
+    return;
+  }
+  const auto restored = [&](const TrainerOptions& o) {
+    CausalLM model(tiny_config(), Group(), make_exact_attention());
+    model.initialize(6);
+    AdamW optimizer(model.parameters(), {});
+    const auto policy = std::make_shared<Remembering>("rank-policy", ""),
+               online = std::make_shared<Remembering>("online-policy", ""),
+               other = std::make_shared<Remembering>("other", "");
+    const StepObservers observers = {online, policy, other};
+    const Mesh mesh;
+    const TrainingState state{model, optimizer, mesh, observers, o.fingerprint};
+    EXPECT_TRUE(restore_training_state(o.output / "checkpoints", state, false, {}).has_value());
+    EXPECT_EQ(other->loaded, "");
+    return std::pair(policy->loaded, online->loaded);
+  };
+  const std::string bytes("a\0b", 3);
+  TrainerOptions o = options(2);
+  o.output = folder_ / "run";
+  o.fingerprint = {{"attention", "exact"}};
+  const auto save = [&](const std::string& policy) {
+    CausalLM model(tiny_config(), Group(), make_exact_attention());
+    model.initialize(5);
+    AdamW optimizer(model.parameters(), {});
+    const StepObservers observers = {std::make_shared<Remembering>("rank-policy", policy),
+                                     std::make_shared<StepObserver>(),
+                                     std::make_shared<Remembering>("online-policy", bytes)};
+    const Mesh mesh;
+    return save_training_state(o.output / "checkpoints",
+                               {model, optimizer, mesh, observers, o.fingerprint},
+                               {.step = 1, .samples = 4, .tokens = 64}, 0);
+  };
+  save("ranks: dp");
+  EXPECT_EQ(restored(o), std::pair(std::string("ranks: dp"), bytes));
+  o.fingerprint = {{"attention", "full"}};
+  const auto old = save("blocks, ranks: full, decay");
+  to_version_1(old);
+  o.fingerprint = {{"attention", "exact"}};
+  EXPECT_EQ(restored(o), std::pair(std::string("blocks, ranks: exact, decay"), bytes));
 }
 
 TEST_F(Training, WeightsThatBrokeAfterTheStepAreNotSaved) {

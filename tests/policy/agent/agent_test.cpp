@@ -9,6 +9,8 @@
 #include "policy/agent/agent_training.h"
 #include "policy/attention/layer_plan.h"
 #include "policy/attention/lowrank_controller.h"
+#include "policy/allocation/candidates.h"
+#include "policy/calibration/calibration_controller.h"
 #include "policy/calibration/pair_features.h"
 #include "policy/rank_policy.h"
 #include "tests/support/error_of.h"
@@ -55,8 +57,8 @@ Traces traces(const Calibration& c, int64_t sequences, bool informative) {
   t.state = at::randn(t.state.sizes());
   const auto sign = informative ? t.state.select(4, 1).sign()
                                 : at::randn(t.state.select(4, 1).sizes()).sign();
-  const Choices choices(c, tree, {16, 32, 48, 64},
-                        operation_prices(tree, c.groups(), 3, c.head_dim(), 2));
+  const RankCandidates choices(c, tree, {16, 32, 48, 64},
+                               flops_cost_model(tree, c.groups(), 3, c.head_dim(), 2));
   for (int64_t pair = 0; pair < tree.num_pairs(); ++pair) {
     const auto at = static_cast<size_t>(pair);
     const auto of_level = c.damage.select(

@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/io/file_io.h"
+#include "policy/allocation/allocation.h"
 #include "policy/calibration/calibration.h"
 #include "policy/rank_policy.h"
 #include "tests/support/error_of.h"
@@ -42,8 +43,8 @@ LatencyTable made_up() {
   return t;
 }
 
-Prices prices_of(const LatencyTable& t, const BlockTree& tree) {
-  return t.prices(tree, kGroups, kHeads, kHeadDim);
+CostModel cost_model_of(const LatencyTable& t, const BlockTree& tree) {
+  return t.cost_model(tree, kGroups, kHeads, kHeadDim);
 }
 
 RankTable uniform(const BlockTree& tree, Ranks all) {
@@ -55,22 +56,22 @@ std::vector<LatencyPoint> measurements(const LatencyTable& t) {
   std::vector<LatencyPoint> points;
   for (const int64_t length : {512, 1024, 2048, 4096, 8192}) {
     const BlockTree tree(length, kGeometry);
-    const Prices prices = prices_of(t, tree);
+    const CostModel costs = cost_model_of(t, tree);
     const auto add = [&](std::optional<Ranks> ranks, std::optional<int64_t> exact, double ns) {
       points.push_back({length, ranks, exact, ns / 1e6});
     };
-    add(std::nullopt, std::nullopt, prices.exact);
-    add(Ranks{64, 64}, std::nullopt, price_of(prices, tree, uniform(tree, {64, 64}), 0));
+    add(std::nullopt, std::nullopt, costs.exact);
+    add(Ranks{64, 64}, std::nullopt, cost_of(costs, tree, uniform(tree, {64, 64}), 0));
     for (const int64_t rank : {16, 32, 48}) {
       for (const Ranks ranks : {Ranks{rank, rank}, Ranks{rank, 64}, Ranks{64, rank}}) {
-        add(ranks, std::nullopt, price_of(prices, tree, uniform(tree, ranks), 0));
+        add(ranks, std::nullopt, cost_of(costs, tree, uniform(tree, ranks), 0));
       }
     }
-    double gated = price_of(prices, tree, uniform(tree, {16, 16}), 0), all_exact = 0;
+    double gated = cost_of(costs, tree, uniform(tree, {16, 16}), 0), all_exact = 0;
     int64_t entries = 0;
     for (const PairRun& run : tree.runs()) {
-      gated += prices.gated(run) * static_cast<double>(run.count * kGroups);
-      all_exact += prices.exact_entries(run) * static_cast<double>(run.count * kGroups);
+      gated += costs.gated(run) * static_cast<double>(run.count * kGroups);
+      all_exact += costs.exact_entries(run) * static_cast<double>(run.count * kGroups);
       entries += run.count * run.query_rows * run.key_rows * kHeads * kGroups;
     }
     add(Ranks{16, 16}, 0, gated);
@@ -93,9 +94,14 @@ Calibration calibration() {
 }
 
 Allocation allocated(double budget, const BlockTree& tree, const LatencyTable* latency,
-                     Spending how = Spending::kBest) {
-  return allocate(calibration(), budget, tree, kHeads, kRanks, 2, how, 1, /*with_gates=*/false,
-                  latency);
+                     AllocationMethod how = AllocationMethod::kOptimal) {
+  return allocate(calibration(), tree,
+                  {.budget = budget,
+                   .heads_per_group = kHeads,
+                   .buckets = kRanks,
+                   .method = how,
+                   .seed = 1,
+                   .latency = latency});
 }
 
 std::set<int64_t> ranks_in(const RankTable& table, FarKind kind) {
@@ -109,12 +115,12 @@ std::set<int64_t> ranks_in(const RankTable& table, FarKind kind) {
 }
 
 double spent_by(const LatencyTable& t, const BlockTree& tree, const RankTable& ranks) {
-  const Prices prices = prices_of(t, tree);
+  const CostModel costs = cost_model_of(t, tree);
   double sum = 0;
   for (int64_t layer = 0; layer < ranks.layers(); ++layer) {
-    sum += price_of(prices, tree, ranks, layer);
+    sum += cost_of(costs, tree, ranks, layer);
   }
-  return sum / (static_cast<double>(ranks.layers()) * prices.exact);
+  return sum / (static_cast<double>(ranks.layers()) * costs.exact);
 }
 
 TEST(Latency, AFitPredictsWhatWasNotMeasured) {
@@ -132,9 +138,9 @@ TEST(Latency, AFitPredictsWhatWasNotMeasured) {
       mixed.at(0, i / tree.num_levels(), i % tree.num_levels()) = {
           kRanks[static_cast<size_t>(i) % 4], kRanks[static_cast<size_t>(i + i / 3) % 4]};
     }
-    const Prices expected = prices_of(truth, tree), got = prices_of(fitted, tree);
+    const CostModel expected = cost_model_of(truth, tree), got = cost_model_of(fitted, tree);
     EXPECT_NEAR(got.exact / expected.exact, 1, 0.01);
-    EXPECT_NEAR(price_of(got, tree, mixed, 0) / price_of(expected, tree, mixed, 0), 1, 0.01)
+    EXPECT_NEAR(cost_of(got, tree, mixed, 0) / cost_of(expected, tree, mixed, 0), 1, 0.01)
         << length;
     const PairRun& run = tree.runs().back();
     EXPECT_NEAR(got.gated(run) / expected.gated(run), 1, 0.05);
@@ -147,12 +153,12 @@ TEST(Latency, AFitPredictsWhatWasNotMeasured) {
   }
   const LatencyTable rough = LatencyTable::fit(blank, noisy);
   const BlockTree tree(8192, kGeometry);
-  const Prices prices = prices_of(rough, tree);
+  const CostModel costs = cost_model_of(rough, tree);
   for (const PairRun& run : tree.runs()) {
     for (const FarKind kind : {FarKind::kScores, FarKind::kValues}) {
-      EXPECT_GE(prices.pair(run, kind, 16), 0);
-      EXPECT_LE(prices.pair(run, kind, 16), prices.pair(run, kind, 32));
-      EXPECT_LE(prices.pair(run, kind, 32), prices.pair(run, kind, 48));
+      EXPECT_GE(costs.pair(run, kind, 16), 0);
+      EXPECT_LE(costs.pair(run, kind, 16), costs.pair(run, kind, 32));
+      EXPECT_LE(costs.pair(run, kind, 32), costs.pair(run, kind, 48));
     }
   }
 }
@@ -160,15 +166,15 @@ TEST(Latency, AFitPredictsWhatWasNotMeasured) {
 TEST(Latency, PricesAddUp) {
   const LatencyTable t = made_up();
   const BlockTree tree(3000, kGeometry);
-  const Prices prices = prices_of(t, tree), one = t.prices(tree, 1, kHeads, kHeadDim);
-  EXPECT_DOUBLE_EQ(prices.exact, kGroups * one.exact);
-  EXPECT_DOUBLE_EQ(prices.fixed, kGroups * one.fixed);
+  const CostModel costs = cost_model_of(t, tree), one = t.cost_model(tree, 1, kHeads, kHeadDim);
+  EXPECT_DOUBLE_EQ(costs.exact, kGroups * one.exact);
+  EXPECT_DOUBLE_EQ(costs.fixed, kGroups * one.fixed);
   const auto changed = [&](std::initializer_list<std::pair<int64_t, int64_t>> places) {
     RankTable table = uniform(tree, {64, 64});
     for (const auto& [group, level] : places) {
       table.at(0, group, level) = {16, 32};
     }
-    return price_of(prices, tree, table, 0);
+    return cost_of(costs, tree, table, 0);
   };
   const double base = changed({});
   EXPECT_NEAR(changed({{0, 1}, {1, 2}}) - base, changed({{0, 1}}) - base + changed({{1, 2}}) - base,
@@ -178,16 +184,17 @@ TEST(Latency, PricesAddUp) {
   for (const PairRun& run : tree.runs()) {
     if (run.level == 0) {
       pairs += static_cast<double>(run.count);
-      sum += static_cast<double>(run.count) * prices.pair(run, FarKind::kScores, 16);
+      sum += static_cast<double>(run.count) * costs.pair(run, FarKind::kScores, 16);
       rows += static_cast<double>(run.count * run.query_rows);
     }
   }
   EXPECT_NEAR(sum / 1e6,
               0.05 + 0.02 * pairs + 3e-4 * (rows + pairs * kBlock) / 2 + 8e-7 * rows * kBlock,
               1e-9);
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { t.prices(tree, kGroups, 4, kHeadDim); }).find("4"),
-            std::string::npos);
-  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { prices.pair(tree.runs()[0], FarKind::kScores, 24); })
+  EXPECT_NE(
+      error_of(ErrorKind::kUsage, [&] { t.cost_model(tree, kGroups, 4, kHeadDim); }).find("4"),
+      std::string::npos);
+  EXPECT_NE(error_of(ErrorKind::kUsage, [&] { costs.pair(tree.runs()[0], FarKind::kScores, 24); })
                 .find("24"),
             std::string::npos);
 }
@@ -201,11 +208,11 @@ TEST(Latency, ARankThatSavesNoTimeIsNotChosen) {
     EXPECT_TRUE(ranks_in(allocated(0.5, tree, nullptr).table, kind).contains(16));
   }
   for (const double budget : {0.65, 0.75, 0.9}) {
-    for (const Spending how : {Spending::kBest, Spending::kGreedy}) {
+    for (const AllocationMethod how : {AllocationMethod::kOptimal, AllocationMethod::kGreedy}) {
       const Allocation by_ms = allocated(budget, tree, &t, how);
-      EXPECT_LE(by_ms.spent, budget + 1e-9);
-      EXPECT_NEAR(by_ms.spent, spent_by(t, tree, by_ms.table), 1e-9);
-      EXPECT_GT(by_ms.spent, budget - 0.02);
+      EXPECT_LE(by_ms.cost, budget + 1e-9);
+      EXPECT_NEAR(by_ms.cost, spent_by(t, tree, by_ms.table), 1e-9);
+      EXPECT_GT(by_ms.cost, budget - 0.02);
       for (const FarKind kind : {FarKind::kScores, FarKind::kValues}) {
         EXPECT_FALSE(ranks_in(by_ms.table, kind).contains(16)) << budget;
       }
@@ -225,10 +232,11 @@ TEST(Latency, ARankThatSavesNoTimeIsNotChosen) {
 TEST(Latency, BudgetsAreMetInMsOrRefused) {
   const LatencyTable t = made_up();
   const BlockTree tree(8192, kGeometry);
-  for (const Spending how : {Spending::kBest, Spending::kGreedy, Spending::kRandom}) {
+  for (const AllocationMethod how :
+       {AllocationMethod::kOptimal, AllocationMethod::kGreedy, AllocationMethod::kRandom}) {
     const Allocation a = allocated(0.6, tree, &t, how);
     EXPECT_LE(spent_by(t, tree, a.table), 0.6 + 1e-9);
-    EXPECT_NEAR(a.spent, spent_by(t, tree, a.table), 1e-9);
+    EXPECT_NEAR(a.cost, spent_by(t, tree, a.table), 1e-9);
   }
   const std::string message = error_of(ErrorKind::kUsage,
                                        [&] { allocated(0.6, BlockTree(1024, kGeometry), &t); });
@@ -263,8 +271,12 @@ TEST(Latency, GatesArePricedOrRefused) {
   c.exact_entries = at::full({4, kGroups, 3, 4, 1}, 0.02, at::kDouble);
   const BlockTree tree(8192, kGeometry);
   const auto gates = [&] {
-    const RankTable table = allocate(c, 0.6, tree, kHeads, kRanks, 2, Spending::kBest, 0,
-                                     /*with_gates=*/true, &t)
+    const RankTable table = allocate(c, tree,
+                                     {.budget = 0.6,
+                                      .heads_per_group = kHeads,
+                                      .buckets = kRanks,
+                                      .with_gates = true,
+                                      .latency = &t})
                                 .table;
     int64_t gated = 0;
     for (int64_t i = 0; i < 4 * kGroups * tree.num_levels(); ++i) {

@@ -8,6 +8,7 @@
 
 #include "core/attention/flops.h"
 #include "core/error.h"
+#include "policy/allocation/allocation.h"
 #include "tests/support/error_of.h"
 
 namespace drrl {
@@ -40,8 +41,12 @@ struct Case {
     return {calibration, tree, kHeads, groups, options};
   }
   Allocation plain() const {
-    return allocate(calibration, options.budget, tree, kHeads, options.buckets,
-                    options.update_steps, Spending::kBest, 0, options.with_gates);
+    return allocate(calibration, tree,
+                    {.budget = options.budget,
+                     .heads_per_group = kHeads,
+                     .buckets = options.buckets,
+                     .update_steps = options.update_steps,
+                     .with_gates = options.with_gates});
   }
   double exact_flops() const {
     return static_cast<double>(calibration.layers()) *
@@ -70,7 +75,7 @@ TEST(Balance, StartsFromThePlainRanks) {
     const BalancedRanks ranks = c.balance({3, 1}).plain();
     expect_same(ranks.table, plain.table);
     EXPECT_NEAR(ranks.damage, expected_damage(c.calibration, plain.table), 1e-12);
-    EXPECT_NEAR(ranks.cost(0) + ranks.cost(1), plain.spent * c.exact_flops(),
+    EXPECT_NEAR(ranks.cost(0) + ranks.cost(1), plain.cost * c.exact_flops(),
                 1e-9 * c.exact_flops());
     EXPECT_NEAR(ranks.time({1, 1e9}), ranks.cost(0), 1);
     EXPECT_NEAR(ranks.time({1e9, 0.5}), 2 * ranks.cost(1), 1);

@@ -12,6 +12,7 @@
 #include "core/attention/reference.h"
 #include "policy/attention/lowrank_controller.h"
 #include "policy/calibration/calibration.h"
+#include "policy/calibration/calibration_controller.h"
 #include "policy/rank_policy.h"
 
 namespace drrl {

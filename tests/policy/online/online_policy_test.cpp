@@ -7,6 +7,7 @@
 #include "models/causal_lm/causal_lm.h"
 #include "models/causal_lm/tensor_parallel.h"
 #include "models/training/trainer.h"
+#include "policy/allocation/allocation.h"
 #include "policy/attention/lowrank_controller.h"
 #include "policy/rank_policy.h"
 #include "tests/support/calibrated_fixture.h"
@@ -37,7 +38,12 @@ class OnlineTraining : public CalibratedTraining {
     options.sampling.gradient_scale = 4.0 * kSeqLen;
     options.sampling.update_steps = kUpdates;
     options.allocate = [buckets](const Calibration& by) {
-      return allocate(by, kBudget, BlockTree(kSeqLen, kGeometry), 2, buckets, kUpdates).table;
+      return allocate(by, BlockTree(kSeqLen, kGeometry),
+                      {.budget = kBudget,
+                       .heads_per_group = 2,
+                       .buckets = buckets,
+                       .update_steps = kUpdates})
+          .table;
     };
     Group channel = mesh.world().size() == 1 ? Group() : make_channel(timeout);
     if (journal_) {

@@ -6,7 +6,9 @@
 #include "core/attention/exact_attention.h"
 #include "core/attention/far_bases.h"
 #include "core/error.h"
+#include "policy/allocation/allocation.h"
 #include "policy/attention/lowrank_controller.h"
+#include "policy/calibration/calibration_controller.h"
 #include "policy/calibration/damage_sampler.h"
 #include "policy/online/online_trainer.h"
 #include "tests/support/error_of.h"
@@ -154,7 +156,12 @@ TEST(OnlineTrainer, LearnsPlantedDamages) {
   // Decisions by what was learned do less of the true damage for the same operations.
   const BlockTree tree(kLength, c.geometry);
   const auto spoils = [&](const Calibration& by) {
-    return expected_damage(scaled(c, planted), allocate(by, 0.8, tree, 3, {4, 8, 12, 16}, 0).table);
+    return expected_damage(
+        scaled(c, planted),
+        allocate(
+            by, tree,
+            {.budget = 0.8, .heads_per_group = 3, .buckets = {4, 8, 12, 16}, .update_steps = 0})
+            .table);
   };
   EXPECT_LT(spoils(scaled(c, trainer.log_factors())), 0.97 * spoils(c));
 }

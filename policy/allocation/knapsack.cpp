@@ -1,16 +1,18 @@
-#include "policy/allocation/rank_options.h"
+#include "policy/allocation/knapsack.h"
 
 #include <algorithm>
 
+#include "policy/allocation/candidates.h"
+
 namespace drrl {
 
-std::vector<RankItem> rank_items(const Calibration& calibration, const BlockTree& tree,
-                                 const std::vector<int64_t>& buckets, const Prices& prices,
-                                 bool with_gates) {
-  const Choices all(calibration, tree, buckets, prices, with_gates);
+std::vector<KnapsackItem> knapsack_items(const Calibration& calibration, const BlockTree& tree,
+                                         const std::vector<int64_t>& buckets,
+                                         const CostModel& cost_model, bool with_gates) {
+  const RankCandidates all(calibration, tree, buckets, cost_model, with_gates);
   const size_t choices = all.ranks.size();
   const auto gates = static_cast<int64_t>(all.gates.size());
-  std::vector<RankItem> items;
+  std::vector<KnapsackItem> items;
   for (int64_t layer = 0; layer < calibration.layers(); ++layer) {
     for (int64_t group = 0; group < calibration.groups(); ++group) {
       for (int64_t level = 0; level < tree.num_levels(); ++level) {
@@ -44,7 +46,7 @@ std::vector<RankItem> rank_items(const Calibration& calibration, const BlockTree
         };
         const auto score_costs = costs(0), value_costs = costs(1), score_damages = damages(0),
                    value_damages = damages(1);
-        RankItem& item = items.emplace_back();
+        KnapsackItem& item = items.emplace_back();
         for (size_t qk = 0; qk < choices; ++qk) {
           for (size_t v = 0; v < choices; ++v) {
             const int64_t some = qk + 1 < choices || v + 1 < choices
@@ -54,8 +56,8 @@ std::vector<RankItem> rank_items(const Calibration& calibration, const BlockTree
               const auto g = static_cast<size_t>(1 + gate);
               Ranks ranks{all.ranks[qk], all.ranks[v]};
               ranks.gate = gate < 0 ? ranks.gate : all.gates[static_cast<size_t>(gate)];
-              item.options.push_back({score_damages[qk][g] + value_damages[v][g],
-                                      score_costs[qk][g] + value_costs[v][g], ranks});
+              item.candidates.push_back({score_damages[qk][g] + value_damages[v][g],
+                                         score_costs[qk][g] + value_costs[v][g], ranks});
             }
           }
         }
@@ -65,15 +67,15 @@ std::vector<RankItem> rank_items(const Calibration& calibration, const BlockTree
   return items;
 }
 
-double spend_left(std::span<RankItem> items, double left) {
+double assign_leftover(std::span<KnapsackItem> items, double left) {
   for (;;) {
     double best = 0;
-    RankItem* at = nullptr;
+    KnapsackItem* at = nullptr;
     size_t to = 0;
-    for (RankItem& item : items) {
-      for (size_t c = 0; c < item.options.size(); ++c) {
-        const double gain = item.now().damage - item.options[c].damage;
-        const double cost = item.options[c].cost - item.now().cost;
+    for (KnapsackItem& item : items) {
+      for (size_t c = 0; c < item.candidates.size(); ++c) {
+        const double gain = item.now().damage - item.candidates[c].damage;
+        const double cost = item.candidates[c].cost - item.now().cost;
         if (gain > 0 && cost <= left && gain / std::max(cost, 1.0) > best) {
           best = gain / std::max(cost, 1.0);
           at = &item;
@@ -84,12 +86,12 @@ double spend_left(std::span<RankItem> items, double left) {
     if (at == nullptr) {
       return left;
     }
-    left -= at->options[to].cost - at->now().cost;
+    left -= at->candidates[to].cost - at->now().cost;
     at->chosen = to;
   }
 }
 
-RankTable chosen_ranks(const std::vector<RankItem>& items, int64_t layers, int64_t groups) {
+RankTable chosen_ranks(const std::vector<KnapsackItem>& items, int64_t layers, int64_t groups) {
   const int64_t levels = static_cast<int64_t>(items.size()) / (layers * groups);
   RankTable table(layers, groups, levels, {});
   size_t next = 0;
