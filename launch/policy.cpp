@@ -72,7 +72,8 @@ at::Tensor sampled_labels(CausalLM& model, const at::Tensor& tokens) {
 /// text (data parallel). Collective.
 Calibration gathered(const CalibrationController& mine, const ModelConfig& config, const Mesh& mesh,
                      double tokens) {
-  const Share groups = partition(config.num_key_value_heads, mesh.tp().size(), mesh.tp().rank());
+  const IndexRange groups = partition(config.num_key_value_heads, mesh.tp().size(),
+                                      mesh.tp().rank());
   const auto whole = [&](const at::Tensor& part) {
     auto sizes = part.sizes().vec();
     sizes[1] = config.num_key_value_heads;
@@ -201,8 +202,8 @@ class Measurement {
 
   bool leader() const { return environment_.world_rank == 0; }
   const Mesh& mesh() const { return *mesh_; }
-  /// This process' KV groups of the model's.
-  Share groups() const {
+  /// This process's KV groups of the model's.
+  IndexRange groups() const {
     return partition(config.num_key_value_heads, mesh().tp().size(), mesh().tp().rank());
   }
   at::Tensor tokens(int64_t sequence) const {
@@ -276,7 +277,7 @@ ExitCode calibrate(const Environment& environment) {
     // independently, those of values less so than those of scores, so each kind is scaled to what
     // is measured when all its items have the middle rank at once.
     const size_t middle = (ranks.size() - 1) / 2;
-    const Share groups = m.groups();
+    const IndexRange groups = m.groups();
     const BasisOptions bases{
         .update_steps = FLAGS_basis_updates,
         .start = result.bases.narrow(1, groups.begin, groups.count).to(m.device)};
@@ -367,7 +368,7 @@ ExitCode record(const Environment& environment) {
       std::cout << FLAGS_traces << " has " << done << " of " << m.windows << " sequences"
                 << std::endl;
     }
-    const Share groups = m.groups();
+    const IndexRange groups = m.groups();
     m.controller->record(calibration.bases.narrow(1, groups.begin, groups.count).to(m.device));
     for (const int64_t members = m.mesh().dp().size(); done < m.windows;) {
       if (const int64_t sequence = done + m.mesh().dp().rank(); sequence < m.windows) {

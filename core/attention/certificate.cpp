@@ -179,8 +179,9 @@ RowBounds certify_rows(const FarErrors& far, const at::Tensor& items, const Serv
   return {e, eq9, at::minimum(at::minimum(before, after), hull)};
 }
 
-RowScores row_scores(const LowRankPlan& plan, const at::Tensor& queries, const at::Tensor& rows,
-                     const at::Tensor& keys, int64_t block, int64_t first_item) {
+RowScores row_scores(const LowRankPlan& plan, const ExactEntries& made_exact,
+                     const at::Tensor& queries, const at::Tensor& rows, const at::Tensor& keys,
+                     int64_t block, int64_t first_item) {
   at::NoGradGuard no_grad;
   const BlockTree& tree = plan.tree;
   const int64_t end = std::min(tree.sequence_length(),
@@ -207,10 +208,10 @@ RowScores row_scores(const LowRankPlan& plan, const at::Tensor& queries, const a
     low.narrow(1, seen.key_begin, seen.key_rows).copy_(far);
   }
   auto spared = at::zeros(exact.sizes(), at::kBool);
-  for (int64_t i = 0; plan.exact.defined() && i < rows.size(0); ++i) {
-    const int64_t row = rows[i].item<int64_t>(), first = plan.exact.begin()[row].item<int64_t>(),
-                  last = plan.exact.begin()[row + 1].item<int64_t>();
-    spared[i].index_fill_(0, plan.exact.keys().slice(0, first, last).to(at::kLong), 1);
+  for (int64_t i = 0; made_exact.defined() && i < rows.size(0); ++i) {
+    const int64_t row = rows[i].item<int64_t>(), first = made_exact.begin()[row].item<int64_t>(),
+                  last = made_exact.begin()[row + 1].item<int64_t>();
+    spared[i].index_fill_(0, made_exact.keys().slice(0, first, last).to(at::kLong), 1);
   }
   const auto later = at::arange(end) > rows.remainder(tree.sequence_length()).unsqueeze(1);
   const auto causal = [&](const at::Tensor& x) { return x.masked_fill(later, -kInfinity); };

@@ -125,10 +125,11 @@ struct RowScores {
 };
 
 /// queries [m, d], the rows `rows` [m] of all [B, H, L], of block `block`; keys [at least T, d] of
-/// their sequence and group, item `first_item` + p belonging to its pair p. plan.exact as the pass
-/// left it that served them.
-RowScores row_scores(const LowRankPlan& plan, const at::Tensor& queries, const at::Tensor& rows,
-                     const at::Tensor& keys, int64_t block, int64_t first_item);
+/// their sequence and group, item `first_item` + p belonging to its pair p. made_exact: by gates,
+/// in the pass that served the rows.
+RowScores row_scores(const LowRankPlan& plan, const ExactEntries& made_exact,
+                     const at::Tensor& queries, const at::Tensor& rows, const at::Tensor& keys,
+                     int64_t block, int64_t first_item);
 
 /// What `scores` of rows that see these pairs say of each, [P, m]; weights = softmax(scores.served)
 /// [m, T].

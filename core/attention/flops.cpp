@@ -101,7 +101,7 @@ AttentionFlops exact_part_flops(const BlockTree& tree, int64_t batch, int64_t he
 
 AttentionFlops lowrank_attention_flops(const LowRankPlan& plan, int64_t batch, int64_t heads,
                                        int64_t groups, int64_t head_dim, double basis_flops,
-                                       bool with_backward) {
+                                       bool with_backward, int64_t exact_entries) {
   const BlockTree& tree = plan.tree;
   AttentionFlops flops;
   const bool exact = std::all_of(plan.ranks.begin(), plan.ranks.end(), [&](const Ranks& r) {
@@ -126,7 +126,7 @@ AttentionFlops lowrank_attention_flops(const LowRankPlan& plan, int64_t batch, i
     }
   }
   flops.far += exact_entry_flops(head_dim, with_backward) *
-               static_cast<double>(plan.exact.size());  // beside what they took at low rank
+               static_cast<double>(exact_entries);  // beside what they took at low rank
   flops.bases = basis_flops;
   return flops;
 }

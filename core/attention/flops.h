@@ -44,11 +44,11 @@ double exact_entry_flops(int64_t head_dim, bool with_backward);
 AttentionFlops exact_part_flops(const BlockTree& tree, int64_t batch, int64_t heads, int64_t groups,
                                 int64_t head_dim, bool with_backward);
 
-/// Operations of lowrank_attention as this library executes it, Grams and what gates made exact in
-/// its last forward pass included; those of making the bases are `basis_flops`.
+/// Operations of lowrank_attention as this library executes it, Grams included. basis_flops: those
+/// of making the bases. exact_entries: how many entries gates made exact.
 AttentionFlops lowrank_attention_flops(const LowRankPlan& plan, int64_t batch, int64_t heads,
                                        int64_t groups, int64_t head_dim, double basis_flops,
-                                       bool with_backward);
+                                       bool with_backward, int64_t exact_entries = 0);
 
 /// Operations of one basis solution at dimension d: Cholesky d^3/3, five products 2 d^3, symmetric
 /// eigenproblem with vectors 9 d^3 (Golub and Van Loan, Matrix Computations, 4th ed., section 8.3).

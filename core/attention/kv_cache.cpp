@@ -3,7 +3,6 @@
 #include <bit>
 #include <cmath>
 #include <limits>
-#include <map>
 #include <utility>
 
 #include "core/attention/exact_attention.h"
@@ -278,10 +277,9 @@ std::vector<LayerCache::FarPart> LayerCache::through_projections(const at::Tenso
 std::vector<LayerCache::FarPart> LayerCache::at_ranks(const at::Tensor& k, const at::Tensor& v,
                                                       const NodeFactors& factors) {
   const int64_t d = k.size(2);
-  std::map<Ranks, std::vector<int64_t>> items_of;
-  for (size_t i = 0; i < factors.ranks.size(); ++i) {
-    items_of[factors.ranks[i]].push_back(static_cast<int64_t>(i));
-  }
+  const auto items_of = group_by_ranks(static_cast<int64_t>(factors.ranks.size()), [&](int64_t i) {
+    return factors.ranks[static_cast<size_t>(i)];
+  });
   std::vector<FarPart> parts;
   for (const auto& [ranks, which] : items_of) {
     FarPart f;

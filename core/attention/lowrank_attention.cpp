@@ -1,7 +1,6 @@
 #include "core/attention/lowrank_attention.h"
 
 #include <cmath>
-#include <map>
 #include <span>
 
 #include <torch/csrc/autograd/custom_function.h>
@@ -114,10 +113,9 @@ std::vector<RunCalls> far_calls(const LowRankPlan& plan, int64_t d,
     const auto in_plan = [&](int64_t i) {
       return i / run.count * pairs + run.first_pair + i % run.count;
     };
-    std::map<Ranks, std::vector<int64_t>> shared;
-    for (int64_t i = 0; i < sequences * run.count; ++i) {
-      shared[call_key(plan.ranks[in_plan(i)], d, options.device().is_cuda())].push_back(i);
-    }
+    const auto shared = group_by_ranks(sequences * run.count, [&](int64_t i) {
+      return call_key(plan.ranks[in_plan(i)], d, options.device().is_cuda());
+    });
     RunCalls& calls = result.emplace_back();
     int64_t place = 0;
     for (const auto& [key, members] : shared) {
@@ -338,119 +336,169 @@ at::Tensor places_of(const at::Tensor& found, int64_t first, int64_t rows, const
   return query * s.length + run.key_begin + pair + found.remainder(run.key_rows);
 }
 
-std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k,
-                                           const at::Tensor& v, const LowRankPlan& plan) {
-  const Shape s(q, k);
-  const BlockTree& tree = plan.tree;
-  auto out = at::empty(q.sizes(), q.options());
-  const auto near_logsumexp = at::empty(
-      {s.batch, s.heads, s.length},
-      q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
-
-  near_attention(q, k, v, tree, out, near_logsumexp);
-  // Of all that was met so far, in the end of everything. In double: the parts' shares add up to
-  // one however large scores are.
-  const auto logsumexp = near_logsumexp.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true),
-             logsumexp4 = logsumexp.unsqueeze(3);
-
-  at::Tensor sink_out, sink_logsumexp;  // [B G, 1, g, L - s, d], [B G, 1, g, L - s]
-  if (has_sink_part(tree, s)) {
-    const auto rows = queries_after_sinks(q, tree, s);
-    sink_out = at::empty(rows.sizes(), q.options());
-    sink_logsumexp = at::empty(rows.sizes().slice(0, 4), near_logsumexp.options());
-    attention_part(rows, sink_keys(k, tree, s), sink_keys(v, tree, s), /*causal=*/false, s.scale,
-                   sink_out, sink_logsumexp);
+// The composed forward pass: near and sinks, then all far pairs of one run after the other.
+class ForwardPass {
+ public:
+  ForwardPass(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+              const LowRankPlan& plan, LowRankContext& context)
+      : q_(q),
+        k_(k),
+        v_(v),
+        tree_(plan.tree),
+        s_(q, k),
+        context_(context),
+        out_(at::empty(q.sizes(), q.options())),
+        near_logsumexp_(at::empty(
+            {s_.batch, s_.heads, s_.length},
+            q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat))) {
+    context_.calls = std::make_shared<const std::vector<RunCalls>>(
+        far_calls(plan, s_.d, q.options()));
   }
 
-  if (sink_out.defined()) {
-    auto rows = queries_after_sinks(logsumexp4, tree, s).squeeze(4);
-    rows.copy_(at::logaddexp(rows, sink_logsumexp));
+  std::tuple<at::Tensor, at::Tensor> run() {
+    near_attention(q_, k_, v_, tree_, out_, near_logsumexp_);
+    // Of all that was met so far, in the end of everything. In double: the parts' shares add up to
+    // one however large scores are.
+    logsumexp_ = near_logsumexp_.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true)
+                     .unsqueeze(3);
+    attend_sinks();
+    for (size_t i = 0; i < tree_.runs().size(); ++i) {
+      attend_far(tree_.runs()[i], (*context_.calls)[i]);
+    }
+    context_.exact = exact_.empty() ? ExactEntries()
+                                    : ExactEntries(at::cat(exact_), s_.batch * s_.heads * s_.length,
+                                                   s_.length);
+    merge();
+    return {out_, logsumexp_.squeeze(3).to(near_logsumexp_.scalar_type())};
   }
-  const auto& runs = tree.runs();
-  plan.calls = std::make_shared<const std::vector<RunCalls>>(far_calls(plan, s.d, q.options()));
-  std::vector<std::vector<at::Tensor>> far_out;  // of each run and call, [n, g rows, r_v], in the
-                                                 // value basis, or [.., d] under a gate
-  std::vector<at::Tensor> far_logsumexp;         // per run, [B G count, g rows]
-  std::vector<at::Tensor> exact;                 // places of each slice
-  plan.exact_slices.clear();
-  for (size_t i = 0; i < runs.size(); ++i) {
-    const PairRun& run = runs[i];
-    const RunCalls& calls = (*plan.calls)[i];
-    far_out.emplace_back();
-    const auto rows_q = calls.ordered(query_rows(q, s.groups, run)),
-               rows_k = calls.ordered(key_rows(k, run)), rows_v = calls.ordered(key_rows(v, run));
-    const auto correction = correction_of(calls, rows_q, near_logsumexp.options());
-    auto met = run_view(logsumexp4, run, s);
+
+ private:
+  // What one run adds.
+  struct FarOut {
+    std::vector<at::Tensor> out;  // of each call, [n, g rows, r_v], in the value basis, or [.., d]
+                                  // under a gate
+    at::Tensor logsumexp;         // [B G count, g rows]
+  };
+
+  at::Tensor after_sinks(const at::Tensor& x) const { return queries_after_sinks(x, tree_, s_); }
+
+  void attend_sinks() {
+    if (!has_sink_part(tree_, s_)) {
+      return;
+    }
+    const auto rows = after_sinks(q_);
+    sink_out_ = at::empty(rows.sizes(), q_.options());
+    sink_logsumexp_ = at::empty(rows.sizes().slice(0, 4), near_logsumexp_.options());
+    attention_part(rows, sink_keys(k_, tree_, s_), sink_keys(v_, tree_, s_), /*causal=*/false,
+                   s_.scale, sink_out_, sink_logsumexp_);
+    auto met = after_sinks(logsumexp_).squeeze(4);
+    met.copy_(at::logaddexp(met, sink_logsumexp_));
+  }
+
+  void attend_far(const PairRun& run, const RunCalls& calls) {
+    const auto rows_q = calls.ordered(query_rows(q_, s_.groups, run)),
+               rows_k = calls.ordered(key_rows(k_, run)), rows_v = calls.ordered(key_rows(v_, run));
+    const auto correction = correction_of(calls, rows_q, near_logsumexp_.options());
+    auto met = run_view(logsumexp_, run, s_);
     const auto before = calls.log_gates.defined()
                             ? calls.ordered(met.reshape(rows_q.sizes().slice(0, 2))
-                                                .to(near_logsumexp.scalar_type()))
+                                                .to(near_logsumexp_.scalar_type()))
                             : at::Tensor();
-    auto sums = at::empty(rows_q.sizes().slice(0, 2), near_logsumexp.options());
+    auto sums = at::empty(rows_q.sizes().slice(0, 2), near_logsumexp_.options());
+    FarOut& far = far_.emplace_back();
     for (const Call& call : calls.calls) {
-      const Projections p(calls, call, s.d);
-      const auto low_q = into_basis(of(call, rows_q), p.p_q),
-                 low_k = into_basis(of(call, rows_k), p.p_k),
-                 low_v = into_basis(of(call, rows_v), p.p_v);
-      if (call.ranks.gated(s.d)) {
-        const auto log_gate = of(call, calls.log_gates).to(near_logsumexp.scalar_type());
-        const auto of_call = [&](const at::Tensor& x) { return of(call, x); };
-        std::vector<at::Tensor> outs;
-        for_row_slices(low_q, run.key_rows, [&](int64_t first, int64_t rows) {
-          const auto slice = [&](const at::Tensor& x) {
-            return x.defined() ? x.narrow(1, first, rows) : x;
-          };
-          const auto gated = gated_weights(slice(of_call(rows_q)), of_call(rows_k), slice(low_q),
-                                           low_k, slice(of_call(correction)),
-                                           slice(of_call(before)), log_gate, s.scale);
-          slice(of_call(sums)).copy_(gated.sums);
-          outs.push_back(out_of_basis(at::bmm(gated.low, low_v), p.p_o)
-                             .add_(at::bmm(gated.heavy, of_call(rows_v))));
-          const auto found = gated.exact.flatten().nonzero().squeeze(1);
-          exact.push_back(places_of(found, first, rows, of_call(calls.order), run, s));
-          plan.exact_slices.push_back(found.to(at::kInt));
-        });
-        far_out.back().push_back(at::cat(outs, 1));
+      const Projections p(calls, call, s_.d);
+      const FarRows rows{of(call, rows_q),
+                         of(call, rows_k),
+                         of(call, rows_v),
+                         into_basis(of(call, rows_q), p.p_q),
+                         into_basis(of(call, rows_k), p.p_k),
+                         into_basis(of(call, rows_v), p.p_v),
+                         of(call, correction)};
+      if (call.ranks.gated(s_.d)) {
+        far.out.push_back(
+            attend_gated(run, calls, call, rows, of(call, before), p.p_o, of(call, sums)));
       } else {
-        auto [part_out, part_logsumexp] = attention_rows(low_q, low_k, low_v, s.scale);
+        auto [part_out, part_logsumexp] = attention_rows(rows.low_q, rows.low_k, rows.low_v,
+                                                         s_.scale);
         of(call, sums)
-            .copy_(correction.defined() ? part_logsumexp + of(call, correction) : part_logsumexp);
-        far_out.back().push_back(part_out);
+            .copy_(rows.correction.defined() ? part_logsumexp + rows.correction : part_logsumexp);
+        far.out.push_back(part_out);
       }
     }
-    far_logsumexp.push_back(calls.as_run(sums));
-    met.copy_(at::logaddexp(met, far_logsumexp.back().view(met.sizes())));
+    far.logsumexp = calls.as_run(sums);
+    met.copy_(at::logaddexp(met, far.logsumexp.view(met.sizes())));
   }
-  plan.exact = exact.empty() ? ExactEntries()
-                             : ExactEntries(at::cat(exact), s.batch * s.heads * s.length, s.length);
+
+  // A call's rows [n, g rows, d], keys and values, and the same in its bases.
+  struct FarRows {
+    at::Tensor q, k, v, low_q, low_k, low_v, correction;
+  };
+
+  // sums <- log-sum-exps of the rows.
+  at::Tensor attend_gated(const PairRun& run, const RunCalls& calls, const Call& call,
+                          const FarRows& x, const at::Tensor& before, const at::Tensor& p_o,
+                          const at::Tensor& sums) {
+    const auto log_gate = of(call, calls.log_gates).to(near_logsumexp_.scalar_type());
+    std::vector<at::Tensor> outs;
+    for_row_slices(x.low_q, run.key_rows, [&](int64_t first, int64_t rows) {
+      const auto slice = [&](const at::Tensor& t) {
+        return t.defined() ? t.narrow(1, first, rows) : t;
+      };
+      const auto gated = gated_weights(slice(x.q), x.k, slice(x.low_q), x.low_k,
+                                       slice(x.correction), slice(before), log_gate, s_.scale);
+      slice(sums).copy_(gated.sums);
+      outs.push_back(
+          out_of_basis(at::bmm(gated.low, x.low_v), p_o).add_(at::bmm(gated.heavy, x.v)));
+      const auto found = gated.exact.flatten().nonzero().squeeze(1);
+      exact_.push_back(places_of(found, first, rows, of(call, calls.order), run, s_));
+      context_.exact_slices.push_back(found.to(at::kInt));
+    });
+    return at::cat(outs, 1);
+  }
 
   // Each part weighted by its share exp(lse_part - lse).
-  out.mul_((near_logsumexp - logsumexp).exp_().unsqueeze(3).to(out.scalar_type()));
-  if (sink_out.defined()) {
-    const auto share = (sink_logsumexp - queries_after_sinks(logsumexp4, tree, s).squeeze(4))
-                           .exp_()
-                           .unsqueeze(4)
-                           .to(out.scalar_type());
-    queries_after_sinks(out, tree, s).addcmul_(sink_out, share);
-  }
-  for (size_t i = 0; i < runs.size(); ++i) {
-    const RunCalls& calls = (*plan.calls)[i];
-    const auto share = (far_logsumexp[i] -
-                        run_view(logsumexp4, runs[i], s).reshape(far_logsumexp[i].sizes()))
-                           .exp_()
-                           .to(near_logsumexp.scalar_type());
-    auto expanded = at::empty({share.size(0), share.size(1), s.d}, out.options());
-    for (size_t c = 0; c < calls.calls.size(); ++c) {
-      const Call& call = calls.calls[c];
-      expand(far_out[i][c],
-             far_out[i][c].size(2) < s.d ? Projections(calls, call, s.d).p_o : at::Tensor(),
-             of(call, expanded));
-      far_out[i][c].reset();
+  void merge() {
+    out_.mul_((near_logsumexp_.unsqueeze(3) - logsumexp_).exp_().to(out_.scalar_type()));
+    if (sink_out_.defined()) {
+      const auto share = (sink_logsumexp_ - after_sinks(logsumexp_).squeeze(4))
+                             .exp_()
+                             .unsqueeze(4)
+                             .to(out_.scalar_type());
+      after_sinks(out_).addcmul_(sink_out_, share);
     }
-    add_rows(out, s.groups, runs[i], runs[i].query_begin, runs[i].query_rows,
-             calls.as_run(expanded), share);
+    for (size_t i = 0; i < far_.size(); ++i) {
+      const PairRun& run = tree_.runs()[i];
+      const RunCalls& calls = (*context_.calls)[i];
+      FarOut& far = far_[i];
+      const auto share = (far.logsumexp -
+                          run_view(logsumexp_, run, s_).reshape(far.logsumexp.sizes()))
+                             .exp_()
+                             .to(near_logsumexp_.scalar_type());
+      auto expanded = at::empty({share.size(0), share.size(1), s_.d}, out_.options());
+      for (size_t c = 0; c < calls.calls.size(); ++c) {
+        const Call& call = calls.calls[c];
+        expand(far.out[c],
+               far.out[c].size(2) < s_.d ? Projections(calls, call, s_.d).p_o : at::Tensor(),
+               of(call, expanded));
+        far.out[c].reset();
+      }
+      add_rows(out_, s_.groups, run, run.query_begin, run.query_rows, calls.as_run(expanded),
+               share);
+    }
   }
-  return {out, logsumexp.to(near_logsumexp.scalar_type())};
-}
+
+  const at::Tensor &q_, &k_, &v_;
+  const BlockTree& tree_;
+  Shape s_;
+  LowRankContext& context_;
+  at::Tensor out_;                        // [B, H, L, d]: of near, in the end of all
+  at::Tensor near_logsumexp_;             // [B, H, L]
+  at::Tensor logsumexp_;                  // [B, H, L, 1] float64
+  at::Tensor sink_out_, sink_logsumexp_;  // [B G, 1, g, L - s, d], [B G, 1, g, L - s]
+  std::vector<FarOut> far_;               // of each run
+  std::vector<at::Tensor> exact_;         // places of each slice
+};
 
 struct Operands {
   at::Tensor q, k, v, grad, logsumexp;  // [n, rows or keys, width], [n, rows]
@@ -501,7 +549,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
                                                         const at::Tensor& q, const at::Tensor& k,
                                                         const at::Tensor& v, const at::Tensor& out,
                                                         const at::Tensor& logsumexp,
-                                                        const LowRankPlan& plan) {
+                                                        const LowRankPlan& plan,
+                                                        const LowRankContext& context) {
   const Shape s(q, k);
   const BlockTree& tree = plan.tree;
   auto grad_q = at::empty(q.sizes(), q.options());
@@ -529,10 +578,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
     sink_keys(grad_v, tree, s).add_(dv);
   }
 
-  auto slice = plan.exact_slices.cbegin();
+  auto slice = context.exact_slices.cbegin();
   for (size_t i = 0; i < tree.runs().size(); ++i) {
     const PairRun& run = tree.runs()[i];
-    const RunCalls& calls = (*plan.calls)[i];
+    const RunCalls& calls = (*context.calls)[i];
     const auto rows_q = calls.ordered(query_rows(q, s.groups, run)),
                rows_k = calls.ordered(key_rows(k, run)), rows_v = calls.ordered(key_rows(v, run));
     const auto rows_grad = calls.ordered(query_rows(grad_out, s.groups, run));
@@ -580,26 +629,31 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
 
 class LowRankAttention : public torch::autograd::Function<LowRankAttention> {
  public:
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& q, const at::Tensor& k,
-                            const at::Tensor& v, const c10::intrusive_ptr<LowRankPlan>& plan) {
+  static at::Tensor forward(AutogradContext* autograd, const at::Tensor& q, const at::Tensor& k,
+                            const at::Tensor& v, const c10::intrusive_ptr<LowRankPlan>& plan,
+                            const c10::intrusive_ptr<LowRankContext>& context) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [out, logsumexp] = cpu::lowrank_available(q, *plan) ? cpu::lowrank_forward(q, k, v, *plan)
-                                                             : drrl::forward(q, k, v, *plan);
-    context->save_for_backward({q, k, v, out, logsumexp});
-    context->saved_data["plan"] = c10::IValue::make_capsule(plan);
+    auto [out, logsumexp] = cpu::lowrank_available(q, *plan)
+                                ? cpu::lowrank_forward(q, k, v, *plan, *context)
+                                : ForwardPass(q, k, v, *plan, *context).run();
+    autograd->save_for_backward({q, k, v, out, logsumexp});
+    autograd->saved_data["plan"] = c10::IValue::make_capsule(plan);
+    autograd->saved_data["context"] = c10::IValue::make_capsule(context);
     return out;
   }
 
-  static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    const auto saved = context->get_saved_variables();
+  static variable_list backward(AutogradContext* autograd, const variable_list& grads) {
+    const auto saved = autograd->get_saved_variables();
     const auto plan = c10::static_intrusive_pointer_cast<LowRankPlan>(
-        context->saved_data["plan"].toCapsule());
+        autograd->saved_data["plan"].toCapsule());
+    const auto context = c10::static_intrusive_pointer_cast<LowRankContext>(
+        autograd->saved_data["context"].toCapsule());
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto& q = saved[0];
     const auto run = cpu::lowrank_available(q, *plan) ? &cpu::lowrank_backward : &drrl::backward;
-    auto [dq, dk, dv] = run(grads[0].contiguous(), q, saved[1], saved[2], saved[3], saved[4],
-                            *plan);
-    return {dq, dk, dv, at::Tensor()};
+    auto [dq, dk, dv] = run(grads[0].contiguous(), q, saved[1], saved[2], saved[3], saved[4], *plan,
+                            *context);
+    return {dq, dk, dv, at::Tensor(), at::Tensor()};
   }
 };
 
@@ -633,25 +687,21 @@ void near_attention_backward(const at::Tensor& grad_out, const at::Tensor& q, co
   }
 }
 
-at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                             const c10::intrusive_ptr<LowRankPlan>& plan) {
-  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes() && q.size(0) == k.size(0) &&
-                  q.size(2) == k.size(2) && q.size(3) == k.size(3) && k.size(1) > 0 &&
-                  q.size(1) % k.size(1) == 0,
-              "lowrank_attention: q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(),
-              ", expected q [B, H, L, d], k and v [B, G, L, d] with H a multiple of G");
-  TORCH_CHECK(plan != nullptr, "lowrank_attention: no plan");
-  const BlockTree& tree = plan->tree;
+namespace {
+
+// Whether anything is of low rank. Errors: c10::Error on ranks or bases that do not fit.
+bool check_plan(const LowRankPlan& plan, const at::Tensor& q, const at::Tensor& k) {
+  const BlockTree& tree = plan.tree;
   const int64_t d = q.size(3);
   TORCH_CHECK(q.size(2) == tree.sequence_length(), "lowrank_attention: q ", q.sizes(),
               " for a plan of ", tree.sequence_length(), " tokens");
   const int64_t items = k.size(0) * k.size(1) * tree.num_pairs();
-  TORCH_CHECK(static_cast<int64_t>(plan->ranks.size()) == items, "lowrank_attention: the plan has ",
-              plan->ranks.size(), " ranks, expected B G pairs = ", k.size(0), " x ", k.size(1),
+  TORCH_CHECK(static_cast<int64_t>(plan.ranks.size()) == items, "lowrank_attention: the plan has ",
+              plan.ranks.size(), " ranks, expected B G pairs = ", k.size(0), " x ", k.size(1),
               " x ", tree.num_pairs());
   int64_t score_columns = 0;  // the largest rank that needs a basis
   int64_t value_columns = 0;
-  for (const Ranks& ranks : plan->ranks) {
+  for (const Ranks& ranks : plan.ranks) {
     TORCH_CHECK(ranks.qk >= 1 && ranks.qk <= d && ranks.v >= 1 && ranks.v <= d,
                 "lowrank_attention: ranks (", ranks.qk, ", ", ranks.v, "), expected 1..", d);
     score_columns = ranks.qk < d ? std::max(score_columns, ranks.qk) : score_columns;
@@ -666,20 +716,41 @@ at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at:
                 ", ", d, ", at least ", columns, "]");
   };
   if (score_columns > 0) {
-    check_basis(plan->scores, "score", score_columns);
+    check_basis(plan.scores, "score", score_columns);
   }
   TORCH_CHECK(
-      !plan->residual.defined() ||
-          plan->residual.sizes() == at::IntArrayRef({items, d, std::min(kResidualColumns, d)}),
-      "lowrank_attention: the plan's residual factors are ", plan->residual.sizes(), ", expected [",
+      !plan.residual.defined() ||
+          plan.residual.sizes() == at::IntArrayRef({items, d, std::min(kResidualColumns, d)}),
+      "lowrank_attention: the plan's residual factors are ", plan.residual.sizes(), ", expected [",
       items, ", ", d, ", ", std::min(kResidualColumns, d), "]");
   if (value_columns > 0) {
-    check_basis(plan->values, "value", value_columns);
+    check_basis(plan.values, "value", value_columns);
   }
-  if (items == 0 || (score_columns == 0 && value_columns == 0)) {
+  return items > 0 && (score_columns > 0 || value_columns > 0);
+}
+
+}  // namespace
+
+at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const c10::intrusive_ptr<LowRankPlan>& plan, ExactEntries* exact) {
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes() && q.size(0) == k.size(0) &&
+                  q.size(2) == k.size(2) && q.size(3) == k.size(3) && k.size(1) > 0 &&
+                  q.size(1) % k.size(1) == 0,
+              "lowrank_attention: q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(),
+              ", expected q [B, H, L, d], k and v [B, G, L, d] with H a multiple of G");
+  TORCH_CHECK(plan != nullptr, "lowrank_attention: no plan");
+  if (!check_plan(*plan, q, k)) {
+    if (exact != nullptr) {
+      *exact = {};
+    }
     return exact_attention(q, k, v);
   }
-  return LowRankAttention::apply(q.contiguous(), k.contiguous(), v.contiguous(), plan);
+  const auto context = c10::make_intrusive<LowRankContext>();
+  auto out = LowRankAttention::apply(q.contiguous(), k.contiguous(), v.contiguous(), plan, context);
+  if (exact != nullptr) {
+    *exact = context->exact;
+  }
+  return out;
 }
 
 }  // namespace drrl

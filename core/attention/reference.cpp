@@ -2,143 +2,158 @@
 
 #include <cmath>
 #include <limits>
-#include <map>
+#include <vector>
 
 namespace drrl::reference {
 namespace {
 
-at::Tensor causal_mask(int64_t length, const at::Tensor& like) {
-  return at::ones({length, length}, like.options().dtype(at::kBool)).tril();
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// One far pair of one head: tokens, and its place in the plan.
+struct FarPair {
+  int64_t item, query_begin, queries, key_begin, keys;
+
+  at::Tensor query_rows(const at::Tensor& x) const { return x.narrow(0, query_begin, queries); }
+  at::Tensor key_rows(const at::Tensor& x) const { return x.narrow(0, key_begin, keys); }
+  // The pair's entries of a matrix [L, L].
+  at::Tensor entries(const at::Tensor& x) const { return query_rows(x).narrow(1, key_begin, keys); }
+};
+
+std::vector<FarPair> far_pairs(const BlockTree& tree, int64_t first_item) {
+  std::vector<FarPair> pairs;
+  for (const PairRun& run : tree.runs()) {
+    for (int64_t i = 0; i < run.count; ++i) {
+      pairs.push_back({first_item + run.first_pair + i, run.query_begin + i * run.stride,
+                       run.query_rows, run.key_begin + i * run.stride, run.key_rows});
+    }
+  }
+  return pairs;
+}
+
+at::Tensor columns(const at::Tensor& basis, int64_t item, int64_t rank, const at::Tensor& like) {
+  return basis[item].narrow(1, 0, rank).to(like.scalar_type());
+}
+
+// [queries, keys]
+at::Tensor low_scores(const FarPair& pair, const at::Tensor& q, const at::Tensor& k,
+                      const LowRankPlan& plan, double scale) {
+  const int64_t rank = plan.ranks[static_cast<size_t>(pair.item)].qk;
+  const auto rows = pair.query_rows(q);
+  const auto low_q = at::matmul(rows, columns(plan.scores.left, pair.item, rank, q)),
+             low_k = at::matmul(pair.key_rows(k), columns(plan.scores.right, pair.item, rank, k));
+  const auto scores = at::matmul(low_q, low_k.t()) * scale;
+  if (!plan.residual.defined()) {
+    return scores;
+  }
+  const auto factor = plan.residual[pair.item].to(q.scalar_type());
+  return scores + at::matmul(rows.detach(), factor).pow(2).sum(1, /*keepdim=*/true);
+}
+
+// All scores of a head [L, L], future ones too.
+at::Tensor scores_of_head(const at::Tensor& exact, const std::vector<FarPair>& pairs,
+                          const at::Tensor& q, const at::Tensor& k, const LowRankPlan& plan,
+                          double scale) {
+  auto scores = exact.clone();
+  for (const FarPair& pair : pairs) {
+    if (plan.ranks[static_cast<size_t>(pair.item)].qk < q.size(1)) {
+      pair.entries(scores).copy_(low_scores(pair, q, k, plan, scale));
+    }
+  }
+  return scores;
+}
+
+// The log-sum-exp of each row's near part, [L]: its own block up to itself, and the sinks.
+at::Tensor near_logsumexp(const at::Tensor& scores, const BlockTree& tree) {
+  const auto token = at::arange(scores.size(0)), row = token.unsqueeze(1);
+  const int64_t sinks = tree.sinks(), block = tree.geometry().near_block;
+  const auto own_block = (row - sinks).div(block, "floor") * block + sinks;
+  const auto near = (token <= row).logical_and((token < sinks).logical_or(token >= own_block));
+  return scores.masked_fill(near.logical_not(), -kInfinity).logsumexp(1);
+}
+
+// Which entries gates make exact, [L, L] bool.
+at::Tensor exact_entries(const at::Tensor& scores, const at::Tensor& exact,
+                         const std::vector<FarPair>& pairs, const LowRankPlan& plan, int64_t d) {
+  at::NoGradGuard no_grad;
+  const auto heavy = at::zeros(scores.sizes(), scores.options().dtype(at::kBool));
+  const auto met = near_logsumexp(scores, plan.tree);
+  for (const FarPair& pair : pairs) {
+    const Ranks& ranks = plan.ranks[static_cast<size_t>(pair.item)];
+    auto so_far = pair.query_rows(met);  // of the pair's rows
+    for (int64_t begin = 0; begin < pair.keys; begin += kGateChunk) {
+      const int64_t count = std::min(kGateChunk, pair.keys - begin);
+      const auto chunk = [&](const at::Tensor& x) {
+        return pair.entries(x).narrow(1, begin, count);
+      };
+      if (ranks.gated(d)) {
+        const auto with_chunk = at::logaddexp(so_far, chunk(scores).logsumexp(1));
+        const double log_gate = std::log(static_cast<double>(ranks.gate));
+        chunk(heavy).copy_(chunk(scores) >= with_chunk.unsqueeze(1) + log_gate);
+      }
+      const auto served = at::where(chunk(heavy), chunk(exact), chunk(scores));
+      so_far.copy_(at::logaddexp(so_far, served.logsumexp(1)));
+    }
+  }
+  return heavy;
+}
+
+// Output [L, d]: weights times values, those of far entries through their bases unless they are
+// exact.
+at::Tensor output_of_head(const at::Tensor& weights, const at::Tensor& v, const at::Tensor& heavy,
+                          const std::vector<FarPair>& pairs, const LowRankPlan& plan) {
+  auto out = at::matmul(weights, v);
+  for (const FarPair& pair : pairs) {
+    const int64_t rank = plan.ranks[static_cast<size_t>(pair.item)].v;
+    if (rank == v.size(1)) {
+      continue;
+    }
+    const auto low = pair.entries(weights).masked_fill(pair.entries(heavy), 0);
+    const auto values = pair.key_rows(v);
+    const auto left = columns(plan.values.left, pair.item, rank, v),
+               right = columns(plan.values.right, pair.item, rank, v);
+    pair.query_rows(out).add_(at::matmul(low, at::matmul(at::matmul(values, left), right.t())) -
+                              at::matmul(low, values));
+  }
+  return out;
+}
+
+// q, k, v [L, d] of one head.
+at::Tensor attention_of_head(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const LowRankPlan& plan, int64_t first_item) {
+  const double scale = 1.0 / std::sqrt(static_cast<double>(q.size(1)));
+  const auto pairs = far_pairs(plan.tree, first_item);
+  const auto exact = at::matmul(q, k.t()) * scale;
+  const auto scores = scores_of_head(exact, pairs, q, k, plan, scale);
+  const auto heavy = exact_entries(scores, exact, pairs, plan, q.size(1));
+  const auto later = at::ones_like(heavy).triu(1);
+  const auto weights = at::softmax(at::where(heavy, exact, scores).masked_fill(later, -kInfinity),
+                                   1);
+  return output_of_head(weights, v, heavy, pairs, plan);
 }
 
 }  // namespace
 
 at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const LowRankPlan& plan) {
-  const int64_t batch = q.size(0), heads = q.size(1), groups = k.size(1), length = q.size(2),
-                d = q.size(3);
-  const int64_t pairs = plan.tree.num_pairs();
-  const double scale = 1.0 / std::sqrt(static_cast<double>(d));
-  const auto causal = causal_mask(length, q);
+  const int64_t batch = q.size(0), heads = q.size(1), groups = k.size(1);
   std::vector<at::Tensor> outputs;
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t group = h / (heads / groups);
-      const auto q_h = q[b][h], k_h = k[b][group], v_h = v[b][group];  // [L, d]
-      auto scores = at::matmul(q_h, k_h.t());
-      for (const PairRun& run : plan.tree.runs()) {
-        for (int64_t i = 0; i < run.count; ++i) {
-          const int64_t item = (b * groups + group) * pairs + run.first_pair + i;
-          const int64_t r = plan.ranks[item].qk;
-          if (r == d) {
-            continue;
-          }
-          const auto rows = at::arange(run.query_begin + i * run.stride,
-                                       run.query_begin + i * run.stride + run.query_rows);
-          const auto columns = at::arange(run.key_begin + i * run.stride,
-                                          run.key_begin + i * run.stride + run.key_rows);
-          const auto p_q = plan.scores.left[item].narrow(1, 0, r).to(q.scalar_type());
-          const auto p_k = plan.scores.right[item].narrow(1, 0, r).to(q.scalar_type());
-          const auto q_rows = q_h.index_select(0, rows);
-          auto far = at::matmul(at::matmul(q_rows, p_q),
-                                at::matmul(k_h.index_select(0, columns), p_k).t());
-          if (plan.residual.defined()) {
-            const auto fixed = q_rows.detach();
-            far = far + at::matmul(fixed, plan.residual[item].to(q.scalar_type()))
-                                .pow(2)
-                                .sum(1, /*keepdim=*/true) /
-                            scale;
-          }
-          scores = scores.index_put({rows.unsqueeze(1), columns.unsqueeze(0)}, far);
-        }
-      }
-      const auto softmax = [&] {
-        return at::softmax(
-            (scores * scale)
-                .masked_fill(causal.logical_not(), -std::numeric_limits<double>::infinity()),
-            1);
-      };
-      std::map<int64_t, at::Tensor> open;  // by item, [query rows, keys]: what is exact
-      if (plan.gated(d)) {
-        const auto exact = at::matmul(q_h, k_h.t());
-        auto met = at::full({length}, -std::numeric_limits<double>::infinity(),
-                            scores.options());  // log-sum-exp of each row so far
-        const int64_t sinks = plan.tree.sinks(), block = plan.tree.geometry().near_block;
-        for (int64_t row = 0; row < length; ++row) {
-          const auto seen = scores[row].narrow(0, 0, row + 1).detach() * scale;
-          const int64_t begin = row < sinks ? 0 : sinks + (row - sinks) / block * block;
-          met[row] = at::cat({seen.narrow(0, 0, std::min(sinks, row + 1)),
-                              seen.narrow(0, begin, row + 1 - begin)
-                                  .narrow(0, 0, row < sinks ? 0 : row + 1 - begin)})
-                         .logsumexp(0);
-        }
-        for (const PairRun& run : plan.tree.runs()) {
-          for (int64_t i = 0; i < run.count; ++i) {
-            const int64_t item = (b * groups + group) * pairs + run.first_pair + i;
-            const int64_t query = run.query_begin + i * run.stride,
-                          key = run.key_begin + i * run.stride;
-            const auto is_gated = plan.ranks[item].gated(d);
-            open[item] = at::zeros({run.query_rows, run.key_rows}, at::kBool);
-            auto before = met.narrow(0, query, run.query_rows);
-            for (int64_t chunk = 0; chunk < run.key_rows; chunk += kGateChunk) {
-              const int64_t count = std::min(kGateChunk, run.key_rows - chunk);
-              const auto block_of = [&](const at::Tensor& x) {
-                return x.narrow(0, query, run.query_rows).narrow(1, key + chunk, count);
-              };
-              const auto low = block_of(scores);
-              const auto with = [&](const at::Tensor& x) {
-                return at::logaddexp(before, (x.detach() * scale).logsumexp(1));
-              };
-              auto heavy = open[item].narrow(1, chunk, count);
-              if (is_gated) {
-                heavy.copy_(low.detach() * scale >=
-                            with(low).unsqueeze(1) +
-                                std::log(static_cast<double>(plan.ranks[item].gate)));
-              }
-              const auto mixed = at::where(heavy.clone(), block_of(exact), low);
-              scores = scores.index_put({at::arange(query, query + run.query_rows).unsqueeze(1),
-                                         at::arange(key + chunk, key + chunk + count).unsqueeze(0)},
-                                        mixed);
-              before.copy_(with(mixed));
-            }
-          }
-        }
-      }
-      const auto weights = softmax();
-      auto out = at::matmul(weights, v_h);
-      for (const PairRun& run : plan.tree.runs()) {
-        for (int64_t i = 0; i < run.count; ++i) {
-          const int64_t item = (b * groups + group) * pairs + run.first_pair + i;
-          const int64_t r = plan.ranks[item].v;
-          if (r == d) {
-            continue;
-          }
-          const int64_t query = run.query_begin + i * run.stride;
-          const int64_t key = run.key_begin + i * run.stride;
-          const auto share = weights.narrow(0, query, run.query_rows).narrow(1, key, run.key_rows);
-          const auto values = v_h.narrow(0, key, run.key_rows);
-          const auto p_v = plan.values.left[item].narrow(1, 0, r).to(q.scalar_type());
-          const auto p_o = plan.values.right[item].narrow(1, 0, r).to(q.scalar_type());
-          const auto low = open.empty() ? share : share.masked_fill(open.at(item), 0);
-          const auto correction = at::matmul(at::matmul(low, at::matmul(values, p_v)), p_o.t()) -
-                                  at::matmul(low, values);
-          out = out +
-                at::constant_pad_nd(correction, {0, 0, query, length - query - run.query_rows});
-        }
-      }
-      outputs.push_back(out);
+      const int64_t first_item = (b * groups + group) * plan.tree.num_pairs();
+      outputs.push_back(attention_of_head(q[b][h], k[b][group], v[b][group], plan, first_item));
     }
   }
-  return at::stack(outputs).view({batch, heads, length, d});
+  return at::stack(outputs).view(q.sizes());
 }
 
 at::Tensor exact_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  const int64_t repeat = q.size(1) / k.size(1);
+  const int64_t repeat = q.size(1) / k.size(1), length = q.size(2);
   const auto scores = at::matmul(q, k.repeat_interleave(repeat, 1).transpose(2, 3)) /
                       std::sqrt(static_cast<double>(q.size(3)));
-  const auto masked = scores.masked_fill(causal_mask(q.size(2), q).logical_not(),
-                                         -std::numeric_limits<double>::infinity());
-  return at::matmul(at::softmax(masked, -1), v.repeat_interleave(repeat, 1));
+  const auto later = at::ones({length, length}, q.options().dtype(at::kBool)).triu(1);
+  return at::matmul(at::softmax(scores.masked_fill(later, -kInfinity), -1),
+                    v.repeat_interleave(repeat, 1));
 }
 
 }  // namespace drrl::reference

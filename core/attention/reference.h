@@ -6,11 +6,19 @@
 
 namespace drrl::reference {
 
-/// The obvious form of lowrank_attention, the oracle of every fast path. Forms the L x L scores of
-/// every head. Replaces those of a far pair by (q P_q)(k P_k)^T, plus the residual if the plan has
-/// one. Applies gates: entries that pass keep their exact scores and values. Takes one softmax, and
-/// the other values of far pairs through P_v P_o^T. Shapes: q [B, H, L, d], k and v [B, G, L, d],
-/// result [B, H, L, d]. Differentiable by plain autograd, any floating dtype. O(L^2) memory.
+/// lowrank_attention written out, the oracle of every fast path: one head after the other, all L x
+/// L scores at once.
+///
+///   s_ij = q_i k_j / sqrt(d)                                      near and sinks
+///   s_ij = (q_i P_q)(k_j P_k) / sqrt(d) + || q_i F ||^2           far
+///   w    = softmax over j <= i of s
+///   o_i  = sum over near and sinks of w_ij v_j + sum over far of w_ij v_j P_v P_o^T
+///
+/// An entry (i, j) of a far pair with a gate is exact after all, score and value, if its weight is
+/// at least `gate` of what the row has met so far (kGateChunk).
+///
+/// Shapes as in lowrank_attention. Differentiable by plain autograd, any floating dtype. O(L^2)
+/// memory.
 at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const LowRankPlan& plan);
 

@@ -447,141 +447,205 @@ int64_t columns_from(float least, const float* x, int64_t count, int32_t* column
 // Adds a part's keys to the running softmax `to` of `rows` queries of the part's width; to.width is
 // that of its values. `other` [rows][other_width] are sums of the same rows that a new maximum
 // rescales too, null if there are none.
-void add_keys(int64_t rows, float scale_factor, const float* queries, int64_t queries_stride,
-              const Part& part, const float* correction, const Running& to, float* other,
-              int64_t other_width, float* scores, const FullRows& full = {}) {
-  const float* packed = part.packed;
-  const int64_t end = std::min(part.keys, part.visible + rows - 1);
-  std::array<int32_t, kKeyBlock + 8> heavy;  // columns of the weights that a gate makes exact
-  std::array<float, kKeyBlock + 8> exact;    // their scores, then weights
-  for (int64_t begin = 0; begin < end; begin += kKeyBlock) {
-    const int64_t count = std::min(kKeyBlock, part.keys - begin);
-    const int64_t padded = (count + kWidth - 1) / kWidth * kWidth;
-    const float* keys = packed;
-    const float* values = packed + padded * part.qk;
-    packed += padded * (part.qk + part.v);
-    const int64_t seen = std::min(count, end - begin);  // by any row of this block
-    const int64_t used = (seen + kWidth - 1) / kWidth * kWidth;
-    product<false, false>(rows, used, part.qk, queries, queries_stride, keys, part.qk, scores,
-                          kScoreStride);
-    for (int64_t i = 0; i < rows; ++i) {
-      float* row = scores + i * kScoreStride;
-      const int64_t n = std::clamp<int64_t>(part.visible + i - begin, 0, count);
-      if (n < used) {
-        std::fill(row + n, row + used, -std::numeric_limits<float>::infinity());
+class KeysAdder {
+ public:
+  KeysAdder(int64_t rows, float scale, const float* queries, int64_t queries_stride,
+            const Part& part, const float* correction, const Running& to, float* other,
+            int64_t other_width, float* scores, const FullRows& full)
+      : rows_(rows),
+        scale_(scale),
+        queries_(queries),
+        queries_stride_(queries_stride),
+        part_(part),
+        correction_(correction),
+        to_(to),
+        other_(other),
+        other_width_(other_width),
+        scores_(scores),
+        full_(full) {}
+
+  void run() {
+    const int64_t end = std::min(part_.keys, part_.visible + rows_ - 1);
+    const float* packed = part_.packed;
+    for (begin_ = 0; begin_ < end; begin_ += kKeyBlock) {
+      count_ = std::min(kKeyBlock, part_.keys - begin_);
+      const int64_t padded = (count_ + kWidth - 1) / kWidth * kWidth;
+      keys_ = packed;
+      const float* values = packed + padded * part_.qk;
+      packed += padded * (part_.qk + part_.v);
+      const int64_t seen = std::min(count_, end - begin_);  // by any row
+      used_ = (seen + kWidth - 1) / kWidth * kWidth;
+      product<false, false>(rows_, used_, part_.qk, queries_, queries_stride_, keys_, part_.qk,
+                            scores_, kScoreStride);
+      for (int64_t i = 0; i < rows_; ++i) {
+        weigh(i);
       }
-      __m256 top = _mm256_loadu_ps(row);
-      for (int64_t j = 8; j < used; j += 8) {
-        top = _mm256_max_ps(top, _mm256_loadu_ps(row + j));
-      }
-      const float largest_here = largest(top) * scale_factor + correction[i];
-      const float new_maximum = std::max(to.maximum[i], largest_here);
-      if (new_maximum ==
-          -std::numeric_limits<float>::infinity()) {  // nothing visible yet: weights of zero
-        std::fill(row, row + used, 0.0f);
-        continue;
-      }
-      const Exponent exponent = exponent_of(row, used, scale_factor, new_maximum - correction[i],
-                                            0);
-      __m256 weights = _mm256_setzero_ps();
-      for (int64_t j = 0; j < used; j += 8) {
-        const __m256 e = exponential(
-            _mm256_fmsub_ps(_mm256_loadu_ps(row + j), exponent.by, exponent.less));
-        _mm256_storeu_ps(row + j, e);
-        weights = _mm256_add_ps(weights, e);
-      }
-      const auto raise = [&](float maximum) {  // what was summed is relative to it
-        const float rescale = std::exp(to.maximum[i] - maximum);
-        to.total[i] *= rescale;
-        to.maximum[i] = maximum;
-        rescale_row(to.sum + i * to.width, to.width, rescale);
-        if (other != nullptr) {
-          rescale_row(other + i * other_width, other_width, rescale);
-        }
-        return rescale;
-      };
-      const float before = to.total[i] * std::exp(to.maximum[i] - new_maximum),
-                  with_chunk = before + sum_of(weights);
-      const auto take_chunk = [&] {
-        if (new_maximum != to.maximum[i]) {
-          raise(new_maximum);
-        }
-        to.total[i] = with_chunk;
-      };
-      const float least = std::max(part.gate * with_chunk, std::numeric_limits<float>::min());
-      // In most chunks no weight is large enough; the factor is more than the two exponentials
-      // differ by.
-      const bool none = part.exact_k == nullptr ||
-                        std::exp(largest_here - new_maximum) * 1.00001F < least;
-      const int64_t found = none ? 0 : columns_from(least, row, used, heavy.data());
-      if (found == 0) {
-        take_chunk();
-        continue;
-      }
-      const int64_t rounded = (found + kAtOnce - 1) / kAtOnce * kAtOnce;  // the rest without weight
-      std::fill(heavy.begin() + found, heavy.begin() + rounded, heavy[0]);
-      gathered_dots(full.d, full.q + i * full.stride, part.exact_k + begin * full.d, heavy.data(),
-                    rounded, exact.data());
-      const float largest_score = *std::max_element(exact.begin(), exact.begin() + found) *
-                                  scale_factor;
-      float stays = with_chunk;
-      for (int64_t e = 0; e < found; ++e) {
-        stays -= row[heavy[static_cast<std::size_t>(e)]];
-      }
-      if (stays + std::exp(std::min(largest_score - new_maximum, 0.0F)) >=
-          kLeastThatStays * with_chunk) {
-        take_chunk();
-      } else {
-        // Nearly all weight is of entries whose exact scores are far smaller: relative to their low
-        // ones, what stays has no digits left. Once more without them.
-        product<false, false>(1, used, part.qk, queries + i * queries_stride, queries_stride, keys,
-                              part.qk, row, kScoreStride);
-        std::fill(row + n, row + used, -std::numeric_limits<float>::infinity());
-        for (int64_t e = 0; e < found; ++e) {
-          row[heavy[static_cast<std::size_t>(e)]] = -std::numeric_limits<float>::infinity();
-        }
-        const float others = *std::max_element(row, row + used) * scale_factor + correction[i];
-        if (const float maximum = std::max(others, largest_score); maximum > to.maximum[i]) {
-          raise(maximum);
-        }
-        const Exponent lower = exponent_of(row, used, scale_factor, to.maximum[i] - correction[i],
-                                           0);
-        __m256 other_weights = _mm256_setzero_ps();
-        for (int64_t j = 0; j < used; j += 8) {
-          const __m256 e = exponential(
-              _mm256_fmsub_ps(_mm256_loadu_ps(row + j), lower.by, lower.less));
-          _mm256_storeu_ps(row + j, e);
-          other_weights = _mm256_add_ps(other_weights, e);
-        }
-        to.total[i] += sum_of(other_weights);
-      }
-      if (largest_score > to.maximum[i] + kLargestExponent) {
-        rescale_row(row, used, raise(largest_score));
-      }
-      const Exponent of_exact = exponent_of(exact.data(), rounded, scale_factor, to.maximum[i],
-                                            kLargestExponent);
-      for (int64_t e = 0; e < found; e += 8) {
-        _mm256_storeu_ps(exact.data() + e,
-                         exponential(_mm256_fmsub_ps(_mm256_loadu_ps(exact.data() + e), of_exact.by,
-                                                     of_exact.less)));
-      }
-      std::fill(exact.begin() + found, exact.begin() + rounded, 0.0f);
-      full.exact->entries.resize(full.exact->entries.size() + static_cast<std::size_t>(found));
-      ExactList::Entry* entry = &full.exact->entries.back() + 1 - found;
-      float change = 0;
-      for (int64_t e = 0; e < found; ++e) {
-        const int32_t column = heavy[static_cast<std::size_t>(e)];
-        change += exact[static_cast<std::size_t>(e)] - row[column];
-        row[column] = 0;
-        *entry++ = {static_cast<int32_t>(i), part.first_key + static_cast<int32_t>(begin) + column};
-      }
-      to.total[i] += change;
-      add_gathered(full.d, exact.data(), part.exact_v + begin * full.d, heavy.data(), rounded,
-                   other != nullptr ? other + i * other_width : to.sum + i * to.width);
+      product<false, true>(rows_, part_.v, seen, scores_, kScoreStride, values, count_, to_.sum,
+                           part_.v);
     }
-    product<false, true>(rows, part.v, seen, scores, kScoreStride, values, count, to.sum, part.v);
   }
-}
+
+ private:
+  float* row_of(int64_t i) const { return scores_ + i * kScoreStride; }
+  int64_t visible_to(int64_t i) const {
+    return std::clamp<int64_t>(part_.visible + i - begin_, 0, count_);
+  }
+
+  // The row's scores <- -infinity where it sees no key.
+  void mask(int64_t i) const {
+    if (const int64_t n = visible_to(i); n < used_) {
+      std::fill(row_of(i) + n, row_of(i) + used_, -std::numeric_limits<float>::infinity());
+    }
+  }
+
+  // The row's scores <- exp(score - shift), where shift is `maximum` less the row's correction.
+  // Returns their sum.
+  float to_weights(int64_t i, float maximum) const {
+    float* row = row_of(i);
+    const Exponent exponent = exponent_of(row, used_, scale_, maximum - correction_[i], 0);
+    __m256 sum = _mm256_setzero_ps();
+    for (int64_t j = 0; j < used_; j += 8) {
+      const __m256 e = exponential(
+          _mm256_fmsub_ps(_mm256_loadu_ps(row + j), exponent.by, exponent.less));
+      _mm256_storeu_ps(row + j, e);
+      sum = _mm256_add_ps(sum, e);
+    }
+    return sum_of(sum);
+  }
+
+  // Raises the row's maximum, to which all that was summed is relative. Returns the factor.
+  float raise(int64_t i, float maximum) const {
+    const float rescale = std::exp(to_.maximum[i] - maximum);
+    to_.total[i] *= rescale;
+    to_.maximum[i] = maximum;
+    rescale_row(to_.sum + i * to_.width, to_.width, rescale);
+    if (other_ != nullptr) {
+      rescale_row(other_ + i * other_width_, other_width_, rescale);
+    }
+    return rescale;
+  }
+
+  // The row's scores in this chunk <- their weights; adds them up, exact entries apart.
+  void weigh(int64_t i) {
+    float* row = row_of(i);
+    mask(i);
+    __m256 top = _mm256_loadu_ps(row);
+    for (int64_t j = 8; j < used_; j += 8) {
+      top = _mm256_max_ps(top, _mm256_loadu_ps(row + j));
+    }
+    const float largest_here = largest(top) * scale_ + correction_[i];
+    const float new_maximum = std::max(to_.maximum[i], largest_here);
+    if (new_maximum == -std::numeric_limits<float>::infinity()) {  // nothing visible yet
+      std::fill(row, row + used_, 0.0f);
+      return;
+    }
+    const float weights = to_weights(i, new_maximum);
+    const float before = to_.total[i] * std::exp(to_.maximum[i] - new_maximum),
+                with_chunk = before + weights;
+    const float least = std::max(part_.gate * with_chunk, std::numeric_limits<float>::min());
+    // In most chunks no weight is large enough; the factor is more than the two exponentials
+    // differ by.
+    const bool none = part_.exact_k == nullptr ||
+                      std::exp(largest_here - new_maximum) * 1.00001F < least;
+    const int64_t found = none ? 0 : columns_from(least, row, used_, heavy_.data());
+    const float largest_exact = found > 0 ? exact_scores(i, found) : 0;
+    if (found > 0 && !enough_stays(row, found, with_chunk, largest_exact - new_maximum)) {
+      weigh_without_heavy(i, found, largest_exact);
+    } else {
+      if (new_maximum != to_.maximum[i]) {
+        raise(i, new_maximum);
+      }
+      to_.total[i] = with_chunk;
+    }
+    if (found > 0) {
+      add_exact(i, found, largest_exact);
+    }
+  }
+
+  // exact_ <- exact products of the row with its `found` heavy keys; what fills up the last few has
+  // no weight. Returns the largest score.
+  float exact_scores(int64_t i, int64_t found) {
+    std::fill(heavy_.begin() + found, heavy_.begin() + rounded(found), heavy_[0]);
+    gathered_dots(full_.d, full_.q + i * full_.stride, part_.exact_k + begin_ * full_.d,
+                  heavy_.data(), rounded(found), exact_.data());
+    return *std::max_element(exact_.begin(), exact_.begin() + found) * scale_;
+  }
+  static int64_t rounded(int64_t found) { return (found + kAtOnce - 1) / kAtOnce * kAtOnce; }
+
+  // Whether what is left of the weights without the heavy ones can be told by subtraction.
+  bool enough_stays(const float* row, int64_t found, float with_chunk, float exact_exponent) const {
+    float stays = with_chunk;
+    for (int64_t e = 0; e < found; ++e) {
+      stays -= row[heavy_[static_cast<std::size_t>(e)]];
+    }
+    return stays + std::exp(std::min(exact_exponent, 0.0F)) >= kLeastThatStays * with_chunk;
+  }
+
+  // Nearly all weight is of entries whose exact scores are far smaller: relative to their low ones,
+  // what stays has no digits left. Weighs the row once more without them.
+  void weigh_without_heavy(int64_t i, int64_t found, float largest_exact) {
+    float* row = row_of(i);
+    product<false, false>(1, used_, part_.qk, queries_ + i * queries_stride_, queries_stride_,
+                          keys_, part_.qk, row, kScoreStride);
+    mask(i);
+    for (int64_t e = 0; e < found; ++e) {
+      row[heavy_[static_cast<std::size_t>(e)]] = -std::numeric_limits<float>::infinity();
+    }
+    const float others = *std::max_element(row, row + used_) * scale_ + correction_[i];
+    if (const float maximum = std::max(others, largest_exact); maximum > to_.maximum[i]) {
+      raise(i, maximum);
+    }
+    to_.total[i] += to_weights(i, to_.maximum[i]);
+  }
+
+  // Replaces the heavy entries' weights by exact ones, adds their exact values, and lists them.
+  void add_exact(int64_t i, int64_t found, float largest_exact) {
+    float* row = row_of(i);
+    if (largest_exact > to_.maximum[i] + kLargestExponent) {
+      rescale_row(row, used_, raise(i, largest_exact));
+    }
+    const Exponent exponent = exponent_of(exact_.data(), rounded(found), scale_, to_.maximum[i],
+                                          kLargestExponent);
+    for (int64_t e = 0; e < found; e += 8) {
+      _mm256_storeu_ps(exact_.data() + e,
+                       exponential(_mm256_fmsub_ps(_mm256_loadu_ps(exact_.data() + e), exponent.by,
+                                                   exponent.less)));
+    }
+    std::fill(exact_.begin() + found, exact_.begin() + rounded(found), 0.0f);
+    std::vector<ExactList::Entry>& entries = full_.exact->entries;
+    entries.resize(entries.size() + static_cast<std::size_t>(found));
+    ExactList::Entry* entry = &entries.back() + 1 - found;
+    float change = 0;
+    for (int64_t e = 0; e < found; ++e) {
+      const int32_t column = heavy_[static_cast<std::size_t>(e)];
+      change += exact_[static_cast<std::size_t>(e)] - row[column];
+      row[column] = 0;
+      *entry++ = {static_cast<int32_t>(i), part_.first_key + static_cast<int32_t>(begin_) + column};
+    }
+    to_.total[i] += change;
+    add_gathered(full_.d, exact_.data(), part_.exact_v + begin_ * full_.d, heavy_.data(),
+                 rounded(found),
+                 other_ != nullptr ? other_ + i * other_width_ : to_.sum + i * to_.width);
+  }
+
+  int64_t rows_;
+  float scale_;
+  const float* queries_;
+  int64_t queries_stride_;
+  const Part& part_;
+  const float* correction_;
+  Running to_;
+  float* other_;
+  int64_t other_width_;
+  float* scores_;
+  const FullRows& full_;
+  std::array<int32_t, kKeyBlock + 8> heavy_;  // columns of the weights that a gate makes exact
+  std::array<float, kKeyBlock + 8> exact_;    // their scores, then weights
+  // The chunk under way: keys [begin, begin + count), of which a row sees at most `used`, rounded
+  // up.
+  int64_t begin_ = 0, count_ = 0, used_ = 0;
+  const float* keys_ = nullptr;
+};
 
 float log_sum(const Running& r, int64_t i) {
   return r.maximum[i] + std::log(r.total[i]);
@@ -629,11 +693,13 @@ void forward_rows(int64_t rows, int64_t d, float scale, const float* q, int64_t 
     const int64_t stride = projects ? part->qk : q_stride;
     if (part->expand != nullptr) {
       std::fill(part_sum, part_sum + rows * part->v, 0.0f);
-      add_keys(rows, scale, of_width, stride, *part, correction,
-               {maximum, total, part_sum, part->v}, sum, d, scores, full);
+      KeysAdder(rows, scale, of_width, stride, *part, correction,
+                {maximum, total, part_sum, part->v}, sum, d, scores, full)
+          .run();
       product<false, true>(rows, d, part->v, part_sum, part->v, part->expand, part->v, sum, d);
     } else {
-      add_keys(rows, scale, of_width, stride, *part, correction, all, nullptr, 0, scores, full);
+      KeysAdder(rows, scale, of_width, stride, *part, correction, all, nullptr, 0, scores, full)
+          .run();
     }
   }
 

@@ -91,7 +91,7 @@ using FileCheck = std::function<void(const std::filesystem::path&)>;
 /// Writes a file that is either complete or not there: into a hidden temporary in the same folder,
 /// which `commit` makes durable (fsync) and renames. Without `commit` the temporary is removed;
 /// those that killed writers of the same file left go, too. A link is followed. What is no regular
-/// file (a device, a pipe, a socket) and the process' own stdout or stderr are not replaced but
+/// file (a device, a pipe, a socket) and the process's own stdout or stderr are not replaced but
 /// written into, as they are. Errors: Error(kStorage) with path, operation and the system's reason.
 class FileWriter {
  public:

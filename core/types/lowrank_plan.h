@@ -43,8 +43,6 @@ class ExactEntries {
   int64_t rows_ = 0, length_ = 0;
 };
 
-struct RunCalls;  // lowrank_attention.cpp
-
 /// All that one layer's low-rank attention needs besides q, k and v. Constant for autograd.
 struct LowRankPlan : torch::CustomClassHolder {
   LowRankPlan(BlockTree tree_in, std::vector<Ranks> ranks_in, Basis scores_in, Basis values_in,
@@ -65,16 +63,21 @@ struct LowRankPlan : torch::CustomClassHolder {
   /// residual_factor of each pair's score basis at its rank, [B G pairs, d, m] float32, not read
   /// where the rank is d; undefined: no correction.
   at::Tensor residual;
-  /// Written by a forward pass with gates; and, outside the CPU kernel, the same for its backward
-  /// pass, each matrix of scores by flat int32 indices.
-  mutable ExactEntries exact;
-  mutable std::vector<at::Tensor> exact_slices;
-  /// Likewise: how its pairs share calls, and what those need of the bases.
-  mutable std::shared_ptr<const std::vector<RunCalls>> calls;
 
   bool gated(int64_t d) const {
     return std::any_of(ranks.begin(), ranks.end(), [&](const Ranks& r) { return r.gated(d); });
   }
+};
+
+struct RunCalls;  // lowrank_attention.cpp
+
+/// What a forward pass found out: for its backward pass, and for whoever counts.
+struct LowRankContext : torch::CustomClassHolder {
+  ExactEntries exact;  ///< what gates made exact
+  /// Of the composed operator: the same, each matrix of scores by flat int32 indices.
+  std::vector<at::Tensor> exact_slices;
+  /// Likewise: how the plan's pairs share calls, and what those need of the bases.
+  std::shared_ptr<const std::vector<RunCalls>> calls;
 };
 
 }  // namespace drrl

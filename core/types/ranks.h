@@ -3,6 +3,8 @@
 #include <compare>
 #include <cstdint>
 #include <limits>
+#include <map>
+#include <vector>
 
 namespace drrl {
 
@@ -29,5 +31,16 @@ struct Ranks {
 /// The entry's own chunk counts at low rank, earlier chunks with their exact entries. Only the row
 /// itself and older tokens count, so the test is causal.
 inline constexpr int64_t kGateChunk = 256;
+
+/// Numbers 0 .. count - 1 by their key, ascending: what shares ranks shares a call. key_of(i)
+/// returns the Ranks of number i.
+template <typename KeyOf>
+std::map<Ranks, std::vector<int64_t>> group_by_ranks(int64_t count, const KeyOf& key_of) {
+  std::map<Ranks, std::vector<int64_t>> groups;
+  for (int64_t i = 0; i < count; ++i) {
+    groups[key_of(i)].push_back(i);
+  }
+  return groups;
+}
 
 }  // namespace drrl

@@ -1,7 +1,6 @@
 #include "distributed/attention/context_attention.h"
 
 #include <cmath>
-#include <map>
 
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -26,7 +25,7 @@ at::Tensor joined(const std::vector<at::Tensor>& rows) {
   return rows.size() == 1 ? rows[0] : at::cat(rows, 1);
 }
 
-// This process' rows of one part.
+// This process's rows of one part.
 class Rows {
  public:
   Rows(const ContextPart& part, const ContextPlan& plan, const at::Tensor& k)
@@ -40,25 +39,25 @@ class Rows {
   }
 
   // x [B, H or G, L, e] -> [n, g rows, e], the heads of a group stacked as rows
-  at::Tensor take(const at::Tensor& x, const Range& rows) const {
+  at::Tensor take(const at::Tensor& x, const IndexRange& rows) const {
     const auto all = view(x, rows);
     return (index_.defined() ? all.index_select(0, index_) : all).reshape({n_, -1, x.size(3)});
   }
-  void add(const at::Tensor& x, const Range& rows, const at::Tensor& values) const {
+  void add(const at::Tensor& x, const IndexRange& rows, const at::Tensor& values) const {
     auto all = view(x, rows);
     const auto shaped = values.view({n_, all.size(1), rows.count, x.size(3)});
     index_.defined() ? all.index_add_(0, index_, shaped) : all.add_(shaped);
   }
-  void put(const at::Tensor& x, const Range& rows, const at::Tensor& values) const {
+  void put(const at::Tensor& x, const IndexRange& rows, const at::Tensor& values) const {
     auto all = view(x, rows);
     const auto shaped = values.view({n_, all.size(1), rows.count, x.size(3)});
     index_.defined() ? all.index_copy_(0, index_, shaped) : all.copy_(shaped);
   }
 
-  Range keys, queries;
+  IndexRange keys, queries;
 
  private:
-  at::Tensor view(const at::Tensor& x, const Range& rows) const {
+  at::Tensor view(const at::Tensor& x, const IndexRange& rows) const {
     return x.view({sequences_, x.size(0) * x.size(1) / sequences_, x.size(2), x.size(3)})
         .narrow(2, rows.begin, rows.count);
   }
@@ -312,10 +311,9 @@ std::vector<ContextPart> context_parts(const SequenceSplit& split, const std::ve
   }
   for (const PairRun& run : tree.runs()) {
     for (int64_t i = 0; i < run.count; ++i) {
-      std::map<Ranks, std::vector<int64_t>> by_ranks;
-      for (int64_t s = 0; s < sequences; ++s) {
-        by_ranks[ranks[static_cast<size_t>(s * pairs + run.first_pair + i)]].push_back(s);
-      }
+      const auto by_ranks = group_by_ranks(sequences, [&](int64_t s) {
+        return ranks[static_cast<size_t>(s * pairs + run.first_pair + i)];
+      });
       for (const auto& [of, which] : by_ranks) {
         parts.push_back({run.first_pair + i,
                          {run.key_begin + i * run.stride, run.key_rows},

@@ -15,7 +15,7 @@ namespace drrl {
 /// share their ranks there: one batched attention.
 struct ContextPart {
   int64_t pair;                    ///< of the tree; -1: the sinks
-  Range keys, queries;             ///< tokens
+  IndexRange keys, queries;        ///< tokens
   Ranks ranks;                     ///< of the sinks: head_dim
   std::vector<int64_t> sequences;  ///< n indices b G + g, ascending
 
@@ -57,9 +57,10 @@ struct ContextPlan : torch::CustomClassHolder {
 /// the tree, which brings them to 0.8 to 1.3 times that. The backward pass sends the gradients of
 /// the projected keys and values back and projects them up where the keys are.
 ///
-/// q [B, H, rows, d], k and v [B, G, rows, d] of this process's rows, split.positions(group.rank());
-/// returns [B, H, rows, d], differentiable in q, k, v. Collective over plan->group, and so is its
-/// backward pass. Errors: c10::Error on shapes that disagree with the plan; those of Group.
+/// q [B, H, rows, d], k and v [B, G, rows, d] of this process's rows,
+/// split.positions(group.rank()); returns [B, H, rows, d], differentiable in q, k, v. Collective
+/// over plan->group, and so is its backward pass. Errors: c10::Error on shapes that disagree with
+/// the plan; those of Group.
 at::Tensor context_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const c10::intrusive_ptr<ContextPlan>& plan);
 

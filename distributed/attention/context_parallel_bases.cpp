@@ -10,8 +10,8 @@
 namespace drrl {
 namespace {
 
-std::vector<Range> keys_of_pairs(const BlockTree& tree) {
-  std::vector<Range> keys;
+std::vector<IndexRange> keys_of_pairs(const BlockTree& tree) {
+  std::vector<IndexRange> keys;
   for (const PairRun& run : tree.runs()) {
     for (int64_t i = 0; i < run.count; ++i) {
       keys.push_back({run.key_begin + i * run.stride, run.key_rows});
@@ -99,7 +99,7 @@ PairGrams context_grams(const AttentionCall& call, const SequenceSplit& split, c
   std::vector<at::Tensor> contents;
   for (size_t pair = 0; pair < keys.size(); ++pair) {
     for (int64_t from = 0; owners[pair] >= 0 && from < split.parts(); ++from) {
-      const Range rows = split.rows_of(from, keys[pair]);
+      const IndexRange rows = split.rows_of(from, keys[pair]);
       if (rows.count > 0) {
         messages.push_back({from, owners[pair], {3, batch, groups, all.size(4)}});
         contents.push_back(

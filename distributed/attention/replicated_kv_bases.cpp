@@ -62,7 +62,7 @@ FarBases ReplicatedKvBases::make(int64_t layer, const PairGrams& grams, const at
   } else if (!start.defined() && !decomposes(d)) {
     start = calibrated_start(layer, batch);
   }
-  const Share share = partition(pairs, group_.size(), group_.rank());
+  const IndexRange share = partition(pairs, group_.size(), group_.rank());
   FarBases bases;
   if (share.count > 0) {
     const auto own = [&](const at::Tensor& x) {
@@ -87,7 +87,7 @@ at::Tensor ReplicatedKvBases::shared_first_pair_bases(const PairGrams& grams, co
                                                       int64_t& decompositions) const {
   const auto problems = first_pair_problems(grams, w_o);
   const int64_t count = problems.size(1), d = problems.size(2);
-  const Share own = partition(count, group_.size(), group_.rank());
+  const IndexRange own = partition(count, group_.size(), group_.rank());
   const auto of_own = problems.narrow(1, own.begin, own.count);
   decompositions += own.count;
   const auto solved = own.count > 0 ? solve_basis(of_own[0], of_own[1]).right

@@ -13,7 +13,7 @@
 namespace drrl {
 
 /// The way of rewards to a central trainer on rank 0, and of what it learned back to all, beside
-/// the work of the processes: one round is a gather of every process' record, training on rank 0,
+/// the work of the processes: one round is a gather of every process's record, training on rank 0,
 /// and a broadcast of the new weights. `post` starts gather and training and returns at once.
 /// `take` is where the weights are wanted; called late enough after `post`, it finds them made and
 /// only hands them out. Who takes at the same point of the same step on every process acts alike
@@ -30,7 +30,7 @@ class RewardChannel {
   /// round's own, beside whatever the process does.
   using Train = std::function<at::Tensor(const std::vector<at::Tensor>& records)>;
 
-  /// Collective over `group`. record: elements of this process' records, which may differ from
+  /// Collective over `group`. record: elements of this process's records, which may differ from
   /// process to process; weights: of what comes back. float64.
   RewardChannel(Group group, int64_t record, int64_t weights, Train train);
   RewardChannel(const RewardChannel&) = delete;

@@ -16,7 +16,7 @@ namespace drrl {
 /// Error(kInternal) for another operation.
 double bus_factor(const std::string& operation, int64_t members);
 
-/// What the collectives of this process' groups cost, by group and operation. Thread safe.
+/// What the collectives of this process's groups cost, by group and operation. Thread safe.
 class Traffic {
  public:
   struct Entry {

@@ -29,9 +29,9 @@ bool shares_kv_heads(MeshShape shape) {
   return shape.kv_heads > 0 && shape.tp > shape.kv_heads;
 }
 
-// World ranks, of those in this process' tensor-parallel group.
-Share kv_ranks(MeshShape shape, int64_t rank) {
-  const Share sharers = kv_sharers_of(shape.kv_heads, shape.tp, rank % shape.tp);
+// World ranks, of those in this process's tensor-parallel group.
+IndexRange kv_ranks(MeshShape shape, int64_t rank) {
+  const IndexRange sharers = kv_sharers_of(shape.kv_heads, shape.tp, rank % shape.tp);
   return {rank - rank % shape.tp + sharers.begin, sharers.count};
 }
 
@@ -126,7 +126,7 @@ Groups make_nccl_groups(const Environment& environment, MeshShape shape, at::Dev
     groups.data = group("data", rank % shape.tp, shape.dp * shape.cp, shape.tp, cpu.data);
   }
   if (shares_kv_heads(shape)) {
-    const Share sharers = kv_ranks(shape, rank);
+    const IndexRange sharers = kv_ranks(shape, rank);
     groups.kv = group("kv", sharers.begin, sharers.count, 1, cpu.kv);
   }
   return groups;
@@ -150,7 +150,7 @@ void check_place(const Group& group, const char* role, int64_t rank, int64_t siz
 
 }  // namespace
 
-Share partition(int64_t n, int64_t parts, int64_t index) {
+IndexRange partition(int64_t n, int64_t parts, int64_t index) {
   check(ErrorKind::kInternal, n >= 0 && parts >= 1 && index >= 0 && index < parts, "partition(", n,
         ", ", parts, ", ", index, ")");
   const int64_t each = n / parts;
@@ -158,22 +158,22 @@ Share partition(int64_t n, int64_t parts, int64_t index) {
   return {index * each + std::min(index, more), each + (index < more ? 1 : 0)};
 }
 
-Share kv_heads_of(int64_t kv_heads, int64_t tp, int64_t rank) {
+IndexRange kv_heads_of(int64_t kv_heads, int64_t tp, int64_t rank) {
   check(ErrorKind::kInternal, kv_heads >= 1 && rank >= 0 && rank < tp, "KV heads of rank ", rank,
         " of ", tp, ", of ", kv_heads);
   if (tp <= kv_heads) {
     return partition(kv_heads, tp, rank);
   }
   int64_t head = 0;
-  for (Share held = partition(tp, kv_heads, 0); held.begin + held.count <= rank;
+  for (IndexRange held = partition(tp, kv_heads, 0); held.begin + held.count <= rank;
        held = partition(tp, kv_heads, head)) {
     ++head;
   }
   return {head, 1};
 }
 
-Share kv_sharers_of(int64_t kv_heads, int64_t tp, int64_t rank) {
-  return tp <= kv_heads ? Share{rank, 1}
+IndexRange kv_sharers_of(int64_t kv_heads, int64_t tp, int64_t rank) {
+  return tp <= kv_heads ? IndexRange{rank, 1}
                         : partition(tp, kv_heads, kv_heads_of(kv_heads, tp, rank).begin);
 }
 
@@ -261,8 +261,8 @@ Mesh::Mesh(MeshShape shape, Group world, Group tp, Group dp, Group cp, Group dat
   check_place(dp_, "data-parallel", copy / shape.cp, shape.dp);
   check_place(cp_, "context-parallel", copy % shape.cp, shape.cp);
   check_place(this->data(), "data", copy, shape.dp * shape.cp);
-  const Share sharers = shares_kv_heads(shape) ? kv_ranks(shape, world_.rank())
-                                               : Share{world_.rank(), 1};
+  const IndexRange sharers = shares_kv_heads(shape) ? kv_ranks(shape, world_.rank())
+                                                    : IndexRange{world_.rank(), 1};
   check_place(kv_, "KV", world_.rank() - sharers.begin, sharers.count);
 }
 

@@ -7,6 +7,7 @@
 
 #include <ATen/ATen.h>
 
+#include "core/types/index_range.h"
 #include "distributed/collectives/agreement.h"
 #include "distributed/collectives/group.h"
 #include "distributed/topology/environment.h"
@@ -23,26 +24,21 @@ struct MeshShape {
                          ///< the same one, and share out its query heads
 };
 
-/// A run of indices.
-struct Share {
-  int64_t begin;
-  int64_t count;
-};
 /// The share of one of `parts` processes in `n` things: as even as possible, the first ones get one
 /// more.
-Share partition(int64_t n, int64_t parts, int64_t index);
+IndexRange partition(int64_t n, int64_t parts, int64_t index);
 
 /// The KV heads of tensor-parallel rank `rank` of `tp`: a share of them; or one, if there are fewer
 /// than processes.
-Share kv_heads_of(int64_t kv_heads, int64_t tp, int64_t rank);
+IndexRange kv_heads_of(int64_t kv_heads, int64_t tp, int64_t rank);
 /// The tensor-parallel ranks that hold the KV heads of `rank`, itself among them: one alone unless
 /// there are more ranks than KV heads. They are neighbours: 3 KV heads on 4 ranks are held by {0 1}
 /// {2} {3}.
-Share kv_sharers_of(int64_t kv_heads, int64_t tp, int64_t rank);
+IndexRange kv_sharers_of(int64_t kv_heads, int64_t tp, int64_t rank);
 
 /// The processes as a dp x cp x tp grid: world rank = (dp_rank * cp + cp_rank) * tp + tp_rank, so a
 /// tensor-parallel group sits on neighbouring ranks. Gradients and losses are summed over `data`,
-/// all copies of this process' share of the model: cp varies faster than dp; with cp = 1 it is dp.
+/// all copies of this process's share of the model: cp varies faster than dp; with cp = 1 it is dp.
 /// `kv` are the processes of a tp group that hold the same KV head (kv_sharers_of); one, unless tp
 /// > kv_heads.
 ///

@@ -14,7 +14,7 @@ SequenceSplit::SequenceSplit(BlockTree tree, int64_t parts)
         " processes it needs at least ", 2 * parts);
 }
 
-Range SequenceSplit::chunk(int64_t index) const {
+IndexRange SequenceSplit::chunk(int64_t index) const {
   const auto begin_of = [&](int64_t c) {
     const int64_t token = tree_.sinks() +
                           tree_.num_blocks() * c / (2 * parts_) * tree_.geometry().near_block;
@@ -24,20 +24,20 @@ Range SequenceSplit::chunk(int64_t index) const {
 }
 
 at::Tensor SequenceSplit::positions(int64_t part) const {
-  const auto of = [](const Range& range) {
+  const auto of = [](const IndexRange& range) {
     return at::arange(range.begin, range.begin + range.count, at::kLong);
   };
   return at::cat({of(chunk(part)), of(chunk(2 * parts_ - 1 - part))});
 }
 
 int64_t SequenceSplit::rows_before(int64_t part, int64_t token) const {
-  const auto before = [&](const Range& range) {
+  const auto before = [&](const IndexRange& range) {
     return std::clamp<int64_t>(token - range.begin, 0, range.count);
   };
   return before(chunk(part)) + before(chunk(2 * parts_ - 1 - part));
 }
 
-Range SequenceSplit::rows_of(int64_t part, Range tokens) const {
+IndexRange SequenceSplit::rows_of(int64_t part, IndexRange tokens) const {
   const int64_t begin = rows_before(part, tokens.begin);
   return {begin, rows_before(part, tokens.begin + tokens.count) - begin};
 }

@@ -3,14 +3,9 @@
 #include <ATen/ATen.h>
 
 #include "core/types/block_tree.h"
+#include "core/types/index_range.h"
 
 namespace drrl {
-
-/// `count` rows or tokens from `begin` on.
-struct Range {
-  int64_t begin;
-  int64_t count;
-};
 
 /// Which tokens of a sequence each of P processes computes (context parallelism), balanced for the
 /// causal mask.
@@ -32,12 +27,12 @@ class SequenceSplit {
   /// Their positions, ascending: [rows] int64.
   at::Tensor positions(int64_t part) const;
   /// The rows of a part that hold those tokens of a range that are the part's.
-  Range rows_of(int64_t part, Range tokens) const;
+  IndexRange rows_of(int64_t part, IndexRange tokens) const;
   /// Sinks and blocks of the part as if it were a whole sequence.
   BlockTree own_tree(int64_t part) const;
 
  private:
-  Range chunk(int64_t index) const;
+  IndexRange chunk(int64_t index) const;
   int64_t rows_before(int64_t part, int64_t token) const;
 
   BlockTree tree_;

@@ -35,7 +35,8 @@ std::shared_ptr<OnlinePolicy> online_policy_flags(const Environment& environment
         " needs --attention=lowrank and --rank_policy=dp or rl, got ", FLAGS_attention, " and ",
         FLAGS_rank_policy);
   check_whole_groups("--policy_update_every", mesh.tp().size(), config);
-  const Share groups = kv_heads_of(config.num_key_value_heads, mesh.tp().size(), mesh.tp().rank());
+  const IndexRange groups = kv_heads_of(config.num_key_value_heads, mesh.tp().size(),
+                                        mesh.tp().rank());
   const auto buckets = bucket_flags(device, config.head_dim);
   OnlinePolicy::Options options;
   options.update_every = FLAGS_policy_update_every;

@@ -186,9 +186,9 @@ std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const a
                         buckets, FLAGS_basis_updates, FLAGS_gates, latency);
 }
 
-// Where bases start from: this process' KV groups of the calibration, if one is named.
-BasisOptions basis_flags(const ModelConfig& config, const Share& groups, const at::Device& device,
-                         CalibrationFlag& file) {
+// Where bases start from: this process's KV groups of the calibration, if one is named.
+BasisOptions basis_flags(const ModelConfig& config, const IndexRange& groups,
+                         const at::Device& device, CalibrationFlag& file) {
   check(ErrorKind::kUsage, FLAGS_basis_updates >= BasisOptions::kSolve,
         "--basis_updates must be at least -1, got ", FLAGS_basis_updates);
   BasisOptions options{.update_steps = FLAGS_basis_updates, .start = {}};
@@ -217,7 +217,8 @@ AttentionSetup attention_flags(const ModelConfig& config, const Mesh& mesh,
   CalibrationFlag calibration;
   const std::shared_ptr<RankPolicy> policy = rank_policy_flags(config, device, calibration);
   AttentionSetup setup;
-  const Share groups = kv_heads_of(config.num_key_value_heads, mesh.tp().size(), mesh.tp().rank());
+  const IndexRange groups = kv_heads_of(config.num_key_value_heads, mesh.tp().size(),
+                                        mesh.tp().rank());
   check(ErrorKind::kUsage, FLAGS_guard_eps >= 0 && FLAGS_guard_decay > 0 && FLAGS_guard_decay <= 1,
         "--guard_eps must not be negative and --guard_decay lie in (0, 1], got ", FLAGS_guard_eps,
         " and ", FLAGS_guard_decay);

@@ -33,7 +33,7 @@ void check_geometry(const Calibration& calibration);
 /// these shapes.
 LatencyKey latency_key(const at::Device& device, int64_t head_dim, int64_t heads_per_group);
 
-/// The --latency file, checked to be of this process' device and these shapes; null if there is
+/// The --latency file, checked to be of this process's device and these shapes; null if there is
 /// none. Errors: Error(kModel) for the file, Error(kUsage) if it is of another case.
 std::shared_ptr<const LatencyTable> latency_flag(const at::Device& device, int64_t head_dim,
                                                  int64_t heads_per_group);

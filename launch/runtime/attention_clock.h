@@ -7,7 +7,7 @@
 
 namespace drrl {
 
-/// Attention by `inner`, unchanged, and how long its calls took on this process' CPU: forward,
+/// Attention by `inner`, unchanged, and how long its calls took on this process's CPU: forward,
 /// repeated forward passes of activation checkpointing, backward.
 class AttentionClock final : public AttentionController {
  public:

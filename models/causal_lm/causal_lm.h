@@ -51,7 +51,7 @@ struct ModelOptions {
 struct LossResult {
   at::Tensor loss_sum;  ///< scalar, fp32, differentiable: sum over counted targets of -log
                         ///< p(target); the same on every TP rank
-  int64_t tokens;       ///< counted targets (label != kIgnoredLabel), of this process' rows
+  int64_t tokens;       ///< counted targets (label != kIgnoredLabel), of this process's rows
 };
 
 /// The label of a position that does not count.
@@ -111,7 +111,7 @@ class CausalLM {
   const ModelConfig& config() const noexcept { return config_; }
   const ModelOptions& options() const noexcept { return options_; }
   /// The tensor-parallel ranks that hold this one's KV heads, by number in the group.
-  Share kv_sharers() const {
+  IndexRange kv_sharers() const {
     return kv_sharers_of(config_.num_key_value_heads, tp_.size(), tp_.rank());
   }
   /// The processes that each sequence is split over.
@@ -119,7 +119,7 @@ class CausalLM {
   /// Parameters of the whole model, not only of this shard.
   int64_t parameter_count() const { return config_.parameter_count(); }
 
-  /// tokens [B, L] -> [B, L, hidden] after the final norm; of this process' rows.
+  /// tokens [B, L] -> [B, L, hidden] after the final norm; of this process's rows.
   at::Tensor hidden(const at::Tensor& tokens);
 
   /// tokens, labels [B, L]; labels are already shifted (label t is the token t + 1), kIgnoredLabel
@@ -131,7 +131,7 @@ class CausalLM {
   /// -log p of every label, [B, L] fp32, 0 where ignored. Builds no graph.
   at::Tensor token_nll(const at::Tensor& tokens, const at::Tensor& labels);
 
-  /// [B, L, vocabulary] fp32 gathered over `tp`, of this process' rows. Builds no graph. For tests
+  /// [B, L, vocabulary] fp32 gathered over `tp`, of this process's rows. Builds no graph. For tests
   /// and short inputs.
   at::Tensor logits(const at::Tensor& tokens);
 

@@ -257,7 +257,7 @@ int64_t free_memory() {
     }
   }
   int64_t bytes = available < 0 ? INT64_MAX : available + swap;
-  // Limits of the process' control group and those above it, of version 2 and 1.
+  // Limits of the process's control group and those above it, of version 2 and 1.
   std::ifstream groups("/proc/self/cgroup");
   for (std::string line; std::getline(groups, line);) {
     const bool second = line.starts_with("0::");

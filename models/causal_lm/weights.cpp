@@ -45,7 +45,7 @@ class Layouts {
   // part of one, from row `first` on.
   struct Rows {
     std::string name;
-    Share share;
+    IndexRange share;
     int64_t unit, all;
     int64_t first = 0;
   };
@@ -69,8 +69,8 @@ class Layouts {
     layouts.push_back(std::move(layout));
   }
 
-  void columns(const std::string& name, int64_t out, const Share& share, int64_t unit, int64_t all,
-               bool transposed) {
+  void columns(const std::string& name, int64_t out, const IndexRange& share, int64_t unit,
+               int64_t all, bool transposed) {
     std::vector<int64_t> shape = {out, all};
     if (transposed) {
       std::swap(shape[0], shape[1]);
@@ -103,7 +103,7 @@ HeadShare head_share(const ModelConfig& config, int64_t tp, int64_t rank) {
                   kv_sharers_of(config.num_key_value_heads, tp, rank)};
   share.query_heads = {share.kv_heads.begin * per_group, share.kv_heads.count * per_group};
   if (share.sharers.count > 1) {
-    const Share own = partition(per_group, share.sharers.count, rank - share.sharers.begin);
+    const IndexRange own = partition(per_group, share.sharers.count, rank - share.sharers.begin);
     share.query_heads = {share.query_heads.begin + own.begin, own.count};
   }
   return share;

@@ -44,9 +44,9 @@ struct ParameterLayout {
 /// The attention heads of tensor-parallel rank `rank` of `tp`, among the model's. Errors:
 /// Error(kUsage) when there are more ranks than query heads.
 struct HeadShare {
-  Share kv_heads;
-  Share query_heads;
-  Share sharers;  ///< ranks that hold the same KV heads (kv_sharers_of)
+  IndexRange kv_heads;
+  IndexRange query_heads;
+  IndexRange sharers;  ///< ranks that hold the same KV heads (kv_sharers_of)
 };
 HeadShare head_share(const ModelConfig& config, int64_t tp, int64_t rank);
 

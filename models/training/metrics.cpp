@@ -210,7 +210,7 @@ const std::vector<MetricField>& metric_fields() {
       {"policy_attention_ms", "drrl/policy_attention_ms", "ms",
        "forward attention of a process in a step, mean over processes"},
       {"policy_slowest", "drrl/policy_slowest", "",
-       "the slowest process' attention time over that mean"},
+       "the slowest process's attention time over that mean"},
       {"policy_guarded", "drrl/policy_guarded", "", "share of decisions that the guard raised"},
       {"policy_sample_ms", "drrl/policy_sample_ms", "ms",
        "time spent on measuring damages since the last logged row, world rank 0"},

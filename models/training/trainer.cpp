@@ -171,7 +171,7 @@ struct Trainer::Impl {
     for (const auto& observer : observers) {
       observer->begin_step(number);
     }
-    const Share share = partition(options.global_batch, mesh.dp().size(), mesh.dp().rank());
+    const IndexRange share = partition(options.global_batch, mesh.dp().size(), mesh.dp().rank());
     const int64_t microbatches = (share.count + options.micro_batch - 1) / options.micro_batch;
     // Gradients are taken of loss_sum / (all positions of the global batch); should fewer labels
     // count, the rest of the factor is known after the step's one message and goes into the
@@ -254,7 +254,7 @@ struct Trainer::Impl {
     if (options.eval_tokens > 0) {
       windows = std::min(windows, (options.eval_tokens - 1) / validation->seq_len() + 1);
     }
-    const Share share = partition(windows, mesh.dp().size(), mesh.dp().rank());
+    const IndexRange share = partition(windows, mesh.dp().size(), mesh.dp().rank());
     double nll = 0;
     double tokens = 0;
     for (int64_t first = share.begin; first < share.begin + share.count;

@@ -62,7 +62,7 @@ class RankBalance {
     size_t to;
     double cost, saved;
   };
-  /// One process' part of a layer: its items [begin, end), and the steps from the cheapest choices
+  /// One process's part of a layer: its items [begin, end), and the steps from the cheapest choices
   /// of all of them, those that save most for their cost first.
   struct Part {
     size_t begin, end;

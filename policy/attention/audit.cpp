@@ -63,7 +63,7 @@ at::Tensor AuditController::attend(int64_t layer, const at::Tensor& q, const at:
   if (!replay && plan != nullptr && plan->lowrank != nullptr) {
     at::NoGradGuard no_grad;
     const auto wide = [](const at::Tensor& x) { return x.detach().to(at::kCPU, at::kDouble); };
-    audit(layer, wide(q), wide(k), wide(v), wide(w_o), wide(out), *plan->lowrank);
+    audit(*plan, layer, wide(q), wide(k), wide(v), wide(w_o), wide(out));
   }
   return out;
 }
@@ -77,9 +77,10 @@ at::Tensor AuditController::extend(int64_t layer, const at::Tensor& q, const at:
   return inner_->extend(layer, q, k, v, w_o, cache);
 }
 
-void AuditController::audit(int64_t layer, const at::Tensor& q, const at::Tensor& k,
-                            const at::Tensor& v, const at::Tensor& w_o, const at::Tensor& out,
-                            const LowRankPlan& plan) {
+void AuditController::audit(const LayerPlan& layer_plan, int64_t layer, const at::Tensor& q,
+                            const at::Tensor& k, const at::Tensor& v, const at::Tensor& w_o,
+                            const at::Tensor& out) {
+  const LowRankPlan& plan = *layer_plan.lowrank;
   const BlockTree& tree = plan.tree;
   const int64_t groups = k.size(1), sequences = q.size(0) * groups, d = q.size(3),
                 pairs = tree.num_pairs();
@@ -140,7 +141,8 @@ void AuditController::audit(int64_t layer, const at::Tensor& q, const at::Tensor
       const auto rows = ((s * heads + at::arange(heads)).unsqueeze(1) * tree.sequence_length() +
                          tokens)
                             .flatten();  // of all [B, H, L]
-      const RowScores row = row_scores(plan, rows_of(q_of), rows, k_of[s], block, s * pairs);
+      const RowScores row = row_scores(plan, layer_plan.exact, rows_of(q_of), rows, k_of[s], block,
+                                       s * pairs);
       const auto weights = at::softmax(row.served, 1);
       const ServedPairs served_here = served_pairs(row, weights, seen);
       const auto index = s * pairs + served_here.pairs;

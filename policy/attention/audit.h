@@ -79,8 +79,8 @@ class AuditController final : public AttentionController {
   const AuditReport& report() const { return report_; }
 
  private:
-  void audit(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-             const at::Tensor& w_o, const at::Tensor& out, const LowRankPlan& plan);
+  void audit(const LayerPlan& served, int64_t layer, const at::Tensor& q, const at::Tensor& k,
+             const at::Tensor& v, const at::Tensor& w_o, const at::Tensor& out);
 
   std::shared_ptr<AttentionController> inner_;
   int64_t tokens_;

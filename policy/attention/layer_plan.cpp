@@ -5,9 +5,10 @@
 
 namespace drrl {
 
-at::Tensor LayerPlan::run(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) const {
+at::Tensor LayerPlan::run(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                          ExactEntries* made_exact) const {
   return context != nullptr   ? context_attention(q, k, v, context)
-         : lowrank != nullptr ? lowrank_attention(q, k, v, lowrank)
+         : lowrank != nullptr ? lowrank_attention(q, k, v, lowrank, made_exact)
                               : exact_attention(q, k, v);
 }
 

@@ -57,7 +57,7 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
     const Planned planned = context_.size() > 1 ? plan_split_layer(call, *plan)
                                                 : plan_layer(call, *plan);
     const int64_t before = context_.sent_bytes();
-    out = plan->run(q, k, v);
+    out = plan->run(q, k, v, &plan->exact);
     recorder_.count(call, *plan, planned.ranks, planned.flops, context_.sent_bytes() - before);
     recorder_.add_time(layer, watch.ms());
   }

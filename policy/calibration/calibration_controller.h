@@ -36,7 +36,7 @@ class CalibrationController final : public AttentionController {
   at::Tensor attend(int64_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                     const at::Tensor& w_o, std::shared_ptr<LayerPlan>& plan) override;
 
-  /// Damage in nats, summed over all positions of all backward passes so far, of this process' KV
+  /// Damage in nats, summed over all positions of all backward passes so far, of this process's KV
   /// groups: [layers, groups, 2, levels, ranks] float64. Undefined before the first far pair.
   const at::Tensor& damage() const { return damage_; }
 

@@ -42,7 +42,7 @@ class DamageSampler {
     std::vector<int64_t> buckets;  ///< of the device: other calibrated ranks are not measured
   };
 
-  /// first_group, groups: this process' KV groups among the calibration's. device: where sums are
+  /// first_group, groups: this process's KV groups among the calibration's. device: where sums are
   /// kept.
   DamageSampler(const Calibration& calibration, int64_t first_group, int64_t groups,
                 at::Device device, Options options);

@@ -43,7 +43,7 @@ class OnlinePolicy final : public StepObserver {
   };
 
   /// Collective over `channel`, a group of its own of all processes. The controller's policy must
-  /// decide by `calibration` (RankPolicy::set_calibration). first_group, groups: this process' KV
+  /// decide by `calibration` (RankPolicy::set_calibration). first_group, groups: this process's KV
   /// groups. Errors: Error(kUsage) for sequences split over processes, processes that share a KV
   /// head, or update_every < 1.
   OnlinePolicy(std::shared_ptr<LowRankController> controller, Calibration calibration,

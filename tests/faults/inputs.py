@@ -292,7 +292,7 @@ FILES = {
             "run.json",
             "shard-tp0.safetensors",
             "rank-tp0-dp0.safetensors",
-            "rank-tp0-dp0.policy",
+            "rank-tp0-dp0.rank-policy",
         )
     },
 }

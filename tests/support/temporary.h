@@ -7,7 +7,7 @@
 
 namespace drrl {
 
-/// A file of this process' own, in a folder for temporary files.
+/// A file of this process's own, in a folder for temporary files.
 inline std::filesystem::path temporary(const std::string& name) {
   const auto folder = std::filesystem::temp_directory_path() /
                       ("drrl_test_" + std::to_string(getpid()));

@@ -65,7 +65,7 @@ c10::intrusive_ptr<LowRankPlan> make_plan(const Case& c, const Inputs& in) {
     }
   }
   at::Tensor residual;
-  if (tree.num_pairs() > 0) {  // any factor: that it is the right one is the basis' test
+  if (tree.num_pairs() > 0) {  // any factor: that it is the right one is the basis's test
     residual = at::randn(
                    {static_cast<int64_t>(ranks.size()), c.d, std::min(kResidualColumns, c.d)}) *
                (0.3 / static_cast<double>(c.d));

@@ -63,7 +63,7 @@ class ReplicatedKvBasesTest : public TensorParallelTest {
   }
 
   at::Tensor q_, k_, v_, w_o_, start_;
-  Share own_{};
+  IndexRange own_{};
 };
 
 TEST_F(ReplicatedKvBasesTest, OutputsEqualOneProcessAndBasesAreBitEqual) {

@@ -103,8 +103,8 @@ TEST(KvHeads, AreSharedByNeighboursIfThereAreFewerThanRanks) {
   const auto heads = [](int64_t kv_heads, int64_t tp) {
     std::vector<std::vector<int64_t>> result;
     for (int64_t rank = 0; rank < tp; ++rank) {
-      const Share held = kv_heads_of(kv_heads, tp, rank),
-                  sharers = kv_sharers_of(kv_heads, tp, rank);
+      const IndexRange held = kv_heads_of(kv_heads, tp, rank),
+                       sharers = kv_sharers_of(kv_heads, tp, rank);
       result.push_back({held.begin, held.count, sharers.begin, sharers.count});
     }
     return result;

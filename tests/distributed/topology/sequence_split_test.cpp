@@ -58,7 +58,7 @@ TEST(SequenceSplit, RangesOfTokensAreRangesOfRows) {
       for (int64_t count = 0; begin + count <= 83; ++count) {
         const auto first = std::lower_bound(own.begin(), own.end(), begin),
                    last = std::lower_bound(own.begin(), own.end(), begin + count);
-        const Range rows = split.rows_of(part, {begin, count});
+        const IndexRange rows = split.rows_of(part, {begin, count});
         EXPECT_EQ(rows.count, last - first);
         EXPECT_TRUE(rows.count == 0 || rows.begin == first - own.begin());
       }

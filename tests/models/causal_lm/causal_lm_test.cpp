@@ -701,7 +701,7 @@ TEST(LlamaTest, SharesAreEvenAndComplete) {
     for (int64_t parts : {1, 2, 3, 4}) {
       int64_t next = 0;
       for (int64_t i = 0; i < parts; ++i) {
-        const Share share = partition(n, parts, i);
+        const IndexRange share = partition(n, parts, i);
         EXPECT_EQ(share.begin, next);
         EXPECT_GE(share.count, n / parts);
         EXPECT_LE(share.count, n / parts + 1);

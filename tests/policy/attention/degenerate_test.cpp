@@ -130,138 +130,178 @@ Passed pass(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const
   return {out.detach(), a.grad(), b.grad(), c.grad()};
 }
 
-// A trial; false with the reason in `what` if it failed. Its largest errors go to `worst` if its
-// far field is of lower rank than the operator's.
-bool trial(uint64_t seed, std::string& what, Outcome& outcome) {
-  Draw draw(seed);
-  const int64_t d = draw.of<int64_t>({16, 32, 64}), groups = 1 + draw.below(2),
-                heads = groups * (1 + draw.below(3)), length = 40 + draw.below(300);
-  const Geometry geometry{draw.of<int64_t>({16, 24, 64}), draw.of<int64_t>({0, 1, 4})};
-  const bool wide = draw.below(4) == 0;  // the composed path in double, else the CPU's kernels
-  Rows q = rows_of_kind(draw, heads, length, d), k = rows_of_kind(draw, groups, length, d),
-       v = rows_of_kind(draw, groups, length, d);
-  if (draw.below(6) == 0) {
-    q = {k.x.repeat_interleave(heads / groups, 0), k.rank, "the keys"};
+// Inputs of one trial, and how they are attended.
+struct Trial {
+  explicit Trial(uint64_t seed_in) : seed(seed_in), draw(seed_in) {
+    d = draw.of<int64_t>({16, 32, 64});
+    groups = 1 + draw.below(2);
+    heads = groups * (1 + draw.below(3));
+    length = 40 + draw.below(300);
+    const auto near_block = draw.of<int64_t>({16, 24, 64});
+    geometry = {near_block, draw.of<int64_t>({0, 1, 4})};
+    wide = draw.below(4) == 0;
+    q = rows_of_kind(draw, heads, length, d);
+    k = rows_of_kind(draw, groups, length, d);
+    v = rows_of_kind(draw, groups, length, d);
+    if (draw.below(6) == 0) {
+      q = {k.x.repeat_interleave(heads / groups, 0), k.rank, "the keys"};
+    }
+    scale_q = scale();
+    scale_k = scale();
+    scale_v = scale();
+    w_o = at::randn({heads * d, heads * d}, at::kDouble) * scale();
+    dead = draw.below(8);
+    if (dead == 0) {
+      w_o.zero_();
+    } else if (dead == 1) {
+      w_o.narrow(1, 0, d).zero_();
+    }
+    const int64_t rank = draw.of<int64_t>({8, d / 2});
+    steps = draw.of<int64_t>({-1, 0, 1, 2, 2, 2});
+    ranks = {std::min(rank, d - 8), std::min(rank, d - 8),
+             draw.below(3) == 0 ? 0.05F : Ranks{}.gate};
+    start_kind = draw.below(3);
+    if (start_kind > 0) {
+      start = at::randn({1, groups, 2, d, d}, at::kFloat);
+      if (start_kind == 2) {
+        start.narrow(4, 1, d - 1).zero_();
+      }
+    }
+    in_q = input(q, scale_q);
+    in_k = input(k, scale_k);
+    in_v = input(v, scale_v);
+    weights = w_o.to(in_q.scalar_type());
+    grad = at::randn(in_q.sizes(), in_q.scalar_type());
   }
-  const auto scale = [&] {  // of products of two, within what float32 holds
+
+  std::string describe() const {
+    return c10::str("seed ", seed, ": d ", d, ", heads ", heads, " in ", groups, ", ", length,
+                    " tokens in blocks of ", geometry.near_block, ", sinks ", geometry.sink_tokens,
+                    ", q ", q.name, " x ", scale_q, ", k ", k.name, " x ", scale_k, ", v ", v.name,
+                    " x ", scale_v, ", w_o ",
+                    dead == 0   ? "0"
+                    : dead == 1 ? "of a dead head"
+                                : "sound",
+                    wide ? ", double" : ", float", ", rank ", ranks.qk, ", gate ", ranks.gate, ", ",
+                    steps, " updates, start ", start_kind, ": ");
+  }
+
+  // After W_O, in double.
+  at::Tensor projected(const at::Tensor& out) const {
+    return at::matmul(out.to(at::kDouble).transpose(1, 2).flatten(2), w_o.t());
+  }
+  // Bases see all keys, not all queries, and without an update not the values.
+  bool few() const { return steps != 0 && k.rank <= ranks.qk && v.rank <= ranks.v; }
+  double largest_score() const {
+    return longest(in_q) * longest(in_k) / std::sqrt(static_cast<double>(d));
+  }
+  static double longest(const at::Tensor& x) {
+    return at::linalg_vector_norm(x, 2, {3}, false, at::kDouble).max().item<double>();
+  }
+
+  uint64_t seed;
+  Draw draw;
+  int64_t d, groups, heads, length;
+  Geometry geometry;
+  bool wide;  // the composed path in double, else the CPU's kernels
+  Rows q, k, v;
+  double scale_q, scale_k, scale_v;
+  at::Tensor w_o;
+  int64_t dead;  // 0: W_O is zero; 1: that of a head
+  Ranks ranks;
+  int64_t steps;
+  int64_t start_kind;  // none, of a calibration, of a degenerate one
+  at::Tensor start;
+  at::Tensor in_q, in_k, in_v, weights, grad;
+
+ private:
+  double scale() {  // of products of two, within what float32 holds
     return draw.below(3) > 0 ? 1.0
            : wide            ? draw.of({1e-150, 1e-20, 1e8})
                              : draw.of({1e-30, 1e-20, 1e-10, 1e4, 1e8});
-  };
-  const double scale_q = scale(), scale_k = scale(), scale_v = scale();
-  auto w_o = at::randn({heads * d, heads * d}, at::kDouble) * scale();
-  const int64_t dead = draw.below(8);  // a head, or all of them, without output
-  if (dead == 0) {
-    w_o.zero_();
-  } else if (dead == 1) {
-    w_o.narrow(1, 0, d).zero_();
   }
-  const int64_t rank = draw.of<int64_t>({8, d / 2}), steps = draw.of<int64_t>({-1, 0, 1, 2, 2, 2});
-  const Ranks ranks{std::min(rank, d - 8), std::min(rank, d - 8),
-                    draw.below(3) == 0 ? 0.05F : Ranks{}.gate};
-  const int64_t start_kind = draw.below(3);  // none, of a calibration, of a degenerate one
-  at::Tensor start;
-  if (start_kind > 0) {
-    start = at::randn({1, groups, 2, d, d}, at::kFloat);
-    if (start_kind == 2) {
-      start.narrow(4, 1, d - 1).zero_();
-    }
+  at::Tensor input(const Rows& rows, double by) const {
+    return (rows.x * by).to(wide ? at::kDouble : at::kFloat).unsqueeze(0);
   }
-  const auto type = wide ? at::kDouble : at::kFloat;
-  const auto of = [&](const Rows& rows, double by) { return (rows.x * by).to(type).unsqueeze(0); };
-  const auto in_q = of(q, scale_q), in_k = of(k, scale_k), in_v = of(v, scale_v),
-             out_weights = w_o.to(type), grad = at::randn(in_q.sizes(), type);
-  what = c10::str("seed ", seed, ": d ", d, ", heads ", heads, " in ", groups, ", ", length,
-                  " tokens in blocks of ", geometry.near_block, ", sinks ", geometry.sink_tokens,
-                  ", q ", q.name, " x ", scale_q, ", k ", k.name, " x ", scale_k, ", v ", v.name,
-                  " x ", scale_v, ", w_o ",
-                  dead == 0   ? "0"
-                  : dead == 1 ? "of a dead head"
-                              : "sound",
-                  wide ? ", double" : ", float", ", rank ", ranks.qk, ", gate ", ranks.gate, ", ",
-                  steps, " updates, start ", start_kind, ": ");
+};
 
-  LowRankController controller(std::make_shared<GatedPolicy>(ranks), geometry, {steps, start});
+bool finite(const at::Tensor& x) {
+  return at::isfinite(x).all().item<bool>();
+}
+
+// Token by token far keys are held at their ranks, and nothing is gated.
+at::Tensor token_by_token(Trial& trial, LowRankController& controller) {
+  at::NoGradGuard no_grad;
+  const auto cache = controller.make_cache(1, trial.length);
+  std::vector<at::Tensor> pieces;
+  for (int64_t begin = 0, end = 0; begin < trial.length; begin = end) {
+    end = std::min(trial.length, begin + 1 + trial.draw.below(trial.length));
+    const auto rows = [&](const at::Tensor& x) { return x.slice(2, begin, end); };
+    pieces.push_back(controller.extend(0, rows(trial.in_q), rows(trial.in_k), rows(trial.in_v),
+                                       trial.weights, *cache));
+  }
+  return at::cat(pieces, 2);
+}
+
+// What is wrong with a trial; "" if nothing is.
+std::string judge(Trial& trial, Outcome& outcome) {
+  LowRankController controller(std::make_shared<GatedPolicy>(trial.ranks), trial.geometry,
+                               {trial.steps, trial.start});
   std::shared_ptr<LayerPlan> plan;
   Passed low, exact, doubled;
   try {
-    low = pass(in_q, in_k, in_v, grad,
+    low = pass(trial.in_q, trial.in_k, trial.in_v, trial.grad,
                [&](const at::Tensor& a, const at::Tensor& b, const at::Tensor& c) {
-                 return controller.attend(0, a, b, c, out_weights, plan);
+                 return controller.attend(0, a, b, c, trial.weights, plan);
                });
-    exact = pass(in_q, in_k, in_v, grad, &exact_attention);
+    exact = pass(trial.in_q, trial.in_k, trial.in_v, trial.grad, &exact_attention);
     const auto to_double = [](const at::Tensor& x) { return x.to(at::kDouble); };
-    doubled = pass(to_double(in_q), to_double(in_k), to_double(in_v), to_double(grad),
-                   &reference::exact_attention);
+    doubled = pass(to_double(trial.in_q), to_double(trial.in_k), to_double(trial.in_v),
+                   to_double(trial.grad), &reference::exact_attention);
   } catch (const std::exception& error) {
-    what += error.what();
-    return false;
+    return error.what();
   }
   outcome.exact_pairs = controller.take_statistics().exact_pairs;
-  const auto finite = [](const at::Tensor& x) { return at::isfinite(x).all().item<bool>(); };
-  const auto of_output = [&](const at::Tensor& out) {
-    return at::matmul(out.to(at::kDouble).transpose(1, 2).flatten(2), w_o.t());
-  };
   if (!finite(exact.out)) {
-    return true;  // nothing is promised
+    return "";  // nothing is promised
   }
   if (!finite(low.out)) {
-    what += "the output is not finite";
-    return false;
+    return "the output is not finite";
   }
+  const auto wanted = trial.projected(exact.out);
   // Scores of 1e16 have no digits behind the point: no two ways of adding them up agree.
-  const double rounding = difference(of_output(exact.out), of_output(doubled.out));
-  const double error = difference(of_output(low.out), of_output(exact.out));
+  const double rounding = difference(wanted, trial.projected(doubled.out));
+  const double error = difference(trial.projected(low.out), wanted);
+  // What attention may give at all, relative to what it gives.
+  const double range = (at::linalg_matrix_norm(trial.w_o, 2) * Trial::longest(trial.in_v))
+                           .item<double>() /
+                       std::max(wanted.abs().max().item<double>(), 1e-300);
   // Grams and bases are of float32: scores may be off by some 1e-6 of the product of their rows'
   // lengths.
-  const auto longest = [](const at::Tensor& x) {
-    return at::linalg_vector_norm(x, 2, {3}, false, at::kDouble).max().item<double>();
-  };
-  const double largest_score = longest(in_q) * longest(in_k) / std::sqrt(static_cast<double>(d));
-  // What attention may give at all, relative to what it gives.
-  const double range = (at::linalg_matrix_norm(w_o, 2) * longest(in_v)).item<double>() /
-                       std::max(of_output(exact.out).abs().max().item<double>(), 1e-300);
-  const bool few = steps != 0 && k.rank <= ranks.qk &&
-                   v.rank <= ranks.v;  // bases see all keys, not all queries, and without an update
-                                       // not the values
-  const double allowed = std::min(few ? 5e-3 + 1e-5 * largest_score
-                                      : std::numeric_limits<double>::infinity(),
-                                  10 * range) +
-                         10 * rounding;
+  const double largest_score = trial.largest_score();
+  const double of_bases = trial.few() ? 5e-3 + 1e-5 * largest_score
+                                      : std::numeric_limits<double>::infinity();
+  const double allowed = std::min(of_bases, 10 * range) + 10 * rounding;
   if (!(error <= allowed)) {
-    what += c10::str("the output is ", error, " off, allowed ", allowed, " (rounding ", rounding,
-                     ")");
-    return false;
+    return c10::str("the output is ", error, " off, allowed ", allowed, " (rounding ", rounding,
+                    ")");
   }
-  if (draw.below(4) ==
-      0) {  // token by token far keys are held at their ranks, and nothing is gated
-    at::NoGradGuard no_grad;
-    const auto cache = controller.make_cache(1, length);
-    std::vector<at::Tensor> pieces;
-    for (int64_t begin = 0, end = 0; begin < length; begin = end) {
-      end = std::min(length, begin + 1 + draw.below(length));
-      const auto rows = [&](const at::Tensor& x) { return x.slice(2, begin, end); };
-      pieces.push_back(
-          controller.extend(0, rows(in_q), rows(in_k), rows(in_v), out_weights, *cache));
-    }
-    const double cached = difference(of_output(at::cat(pieces, 2)), of_output(exact.out));
+  if (trial.draw.below(4) == 0) {
+    const double cached = difference(trial.projected(token_by_token(trial, controller)), wanted);
     if (!(cached <= allowed)) {
-      what += c10::str("with a cache the output is ", cached, " off, allowed ", allowed,
-                       " (rounding ", rounding, ")");
-      return false;
+      return c10::str("with a cache the output is ", cached, " off, allowed ", allowed,
+                      " (rounding ", rounding, ")");
     }
   }
-  outcome.error = few && rounding < 1e-5 && largest_score < 100 ? error : 0;
-  for (const auto& [name, mine, its, precise] : {std::tuple("q", low.q, exact.q, doubled.q),
-                                                 {"k", low.k, exact.k, doubled.k},
-                                                 {"v", low.v, exact.v, doubled.v}}) {
-    if (largest_score < 1e6 && finite(its) &&
-        !finite(mine)) {  // beyond, a log-sum-exp of float32 has no digits for weights
-      what += c10::str("the gradient of ", name, " is not finite");
-      return false;
+  outcome.error = trial.few() && rounding < 1e-5 && largest_score < 100 ? error : 0;
+  for (const auto& [name, mine, its] :
+       {std::tuple("q", low.q, exact.q), {"k", low.k, exact.k}, {"v", low.v, exact.v}}) {
+    // Beyond 1e6 a log-sum-exp of float32 has no digits for weights.
+    if (largest_score < 1e6 && finite(its) && !finite(mine)) {
+      return c10::str("the gradient of ", name, " is not finite");
     }
   }
-  return true;
+  return "";
 }
 
 TEST(Degenerate, LowRankIsFiniteAndNearExact) {
@@ -270,13 +310,10 @@ TEST(Degenerate, LowRankIsFiniteAndNearExact) {
   int64_t failures = 0, exact_pairs = 0;
   Outcome worst;
   for (int64_t i = first; i < first + trials; ++i) {
-    std::string what;
+    Trial trial(static_cast<uint64_t>(i));
     Outcome outcome;
-    if (!trial(static_cast<uint64_t>(i), what, outcome)) {
-      ++failures;
-      if (failures <= 20) {
-        ADD_FAILURE() << what;
-      }
+    if (const std::string wrong = judge(trial, outcome); !wrong.empty() && ++failures <= 20) {
+      ADD_FAILURE() << trial.describe() << wrong;
     }
     worst.error = std::max(worst.error, outcome.error);
     exact_pairs += outcome.exact_pairs;

@@ -35,7 +35,7 @@ class OnlineBalancing : public CalibratedTraining {
   }
 
   static std::shared_ptr<LowRankController> controller(const Mesh& mesh) {
-    const Share groups = partition(kGroups, mesh.tp().size(), mesh.tp().rank());
+    const IndexRange groups = partition(kGroups, mesh.tp().size(), mesh.tp().rank());
     const Calibration c = calibration();
     return std::make_shared<LowRankController>(
         make_dp_policy(c, kBudget, rank_buckets(at::kCPU, kHeadDim), 1), kGeometry,
@@ -47,7 +47,7 @@ class OnlineBalancing : public CalibratedTraining {
     std::map<std::string, double> figures;
     BalancedRanks ranks;
     std::vector<double> speeds;
-    double flops = 0;  // of this process' attention in the last step
+    double flops = 0;  // of this process's attention in the last step
   };
 
   /// Tells the balance of times as they would be; writes down its figures.

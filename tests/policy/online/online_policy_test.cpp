@@ -25,7 +25,7 @@ class OnlineTraining : public CalibratedTraining {
   };
   Learner learner(const Mesh& mesh, int64_t update_every,
                   std::chrono::milliseconds timeout = std::chrono::seconds(60)) const {
-    const Share groups = partition(kGroups, mesh.tp().size(), mesh.tp().rank());
+    const IndexRange groups = partition(kGroups, mesh.tp().size(), mesh.tp().rank());
     const Calibration c = calibration();
     const std::vector<int64_t> buckets = rank_buckets(at::kCPU, kHeadDim);
     Learner result;
