@@ -99,7 +99,7 @@ def markdown(study_of, seq_lens):
             lines.append(
                 f"| {title} | {row['perplexity']:.3f} | {mean:+.2f} % ({low:+.2f} .. {high:+.2f}) "
                 f"| {row['operations']:.3f} | {time} | {row['mean_rank_qk']:.1f} / "
-                f"{row['mean_rank_v']:.1f} | {row['refreshes']} |"
+                f"{row['mean_rank_v']:.1f} | {row['decompositions']} |"
             )
     return "\n".join(lines[1:]) + "\n"
 

@@ -54,8 +54,8 @@ def main():
     for row in runs.rows:
         if row["met"]:
             print(
-                f"{row['policy'] + ', ' + str(row['value']):40} {row['refreshes']:14} "
-                f"{1e3 * row['refreshes'] / row['tokens']:15.2f} {row['basis_ms']:18.0f} "
+                f"{row['policy'] + ', ' + str(row['value']):40} {row['decompositions']:14} "
+                f"{1e3 * row['decompositions'] / row['tokens']:15.2f} {row['basis_ms']:18.0f} "
                 f"{row['basis_ms'] / row['attention_ms']:16.3f} "
                 f"{row['increase_percent'][0]:+9.2f} %"
             )
