@@ -10,7 +10,7 @@ One run of drrl-train with exact attention and one with `dp` for each budget. Ea
 trained at low rank is evaluated as it was trained, and with exact attention beside it, and compared
 with the exactly trained one: difference of perplexity with a 95 % bootstrap interval over
 sequences, operations, and time of the forward attention over that of exact attention on
---eval_device (drrl-eval --compare_exact). On a CPU also the time that attention took while training,
+--eval_device (drrl-eval --compare_exact). On a CPU also the time that attention took in training,
 forward and backward, over that of the exact run. Exit status: 0 measured, 1 a run failed.
 """
 

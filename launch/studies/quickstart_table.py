@@ -67,7 +67,8 @@ def main():
     exact, low = (perplexity[kind][1] for kind in KINDS)
     print()
     print(
-        f"low rank against exact attention: perplexity {100 * (low / exact - 1):+.2f} %, attention FLOPs "
+        f"low rank against exact attention: perplexity {100 * (low / exact - 1):+.2f} %, "
+        f"attention FLOPs "
         f"{100 * (fraction['lowrank'] - 1):+.1f} %, attention time "
         f"{100 * (attention_ms['lowrank'] / attention_ms['exact'] - 1):+.1f} %"
     )

@@ -7,9 +7,9 @@
 
 #include "core/error.h"
 #include "policy/agent/agent_training.h"
+#include "policy/allocation/candidates.h"
 #include "policy/attention/layer_plan.h"
 #include "policy/attention/lowrank_controller.h"
-#include "policy/allocation/candidates.h"
 #include "policy/calibration/calibration_controller.h"
 #include "policy/calibration/pair_features.h"
 #include "policy/rank_policy.h"
