@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Checks the form of every tracked file: format, lines of at most 100 columns, lint, spelling.
+# Checks the form of every tracked file: format, lines of at most 100 columns, lint, spelling,
+# links, and tables that come from raw files.
 #
 #   .ci/lanes.sh          says what it finds; exit status 1 if that is anything
 #   .ci/lanes.sh --fix    mends what the tools can mend, then checks
@@ -33,6 +34,7 @@ PATH=$tools/bin:$PATH
 mapfile -t sources < <(git ls-files '*.h' '*.cpp' '*.cu')
 mapfile -t scripts < <(git ls-files '*.sh' .ci/run .ci/nightly configs/slurm/train.sbatch)
 mapfile -t python < <(git ls-files '*.py')
+mapfile -t pages < <(git ls-files '*.md')
 mapfile -t cmake < <(git ls-files '*CMakeLists.txt' '*.cmake' '*.cmake.in')
 
 if [ "$fix" ]; then
@@ -56,6 +58,8 @@ lane clang-format clang-format --dry-run --Werror "${sources[@]}"
 lane ruff-format ruff format --quiet --check "${python[@]}"
 lane ruff ruff check --quiet --output-format concise "${python[@]}"
 lane shellcheck shellcheck --external-sources --severity warning "${scripts[@]}"
+lane links python3 .ci/links.py "${pages[@]}"
+lane result-tables python3 launch/studies/result_tables.py --check
 lane codespell codespell --toml pyproject.toml
 lane columns columns "${sources[@]}" "${python[@]}" "${scripts[@]}" "${cmake[@]}"
 
