@@ -41,7 +41,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "prepare"))
 import packages  # noqa: E402
-from prepare import write_atomically  # noqa: E402
+from drrl_prepare.files import write_atomically  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = [

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "prepare"))
-from prepare import write_atomically  # noqa: E402
+from drrl_prepare.files import write_atomically  # noqa: E402
 
 FREE = {
     "tp",

@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "prepare"))
-from prepare import write_atomically  # noqa: E402
+from drrl_prepare.files import write_atomically  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # relative, at every step

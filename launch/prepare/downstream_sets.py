@@ -48,15 +48,9 @@ import re
 import sys
 from pathlib import Path
 
-from prepare import (
-    EXIT_BAD_INPUT,
-    BadInput,
-    load_tokenizer,
-    read_documents,
-    read_fields,
-    vocabulary_note,
-    write_atomically,
-)
+from drrl_prepare.documents import read_documents
+from drrl_prepare.files import EXIT_BAD_INPUT, BadInput, write_atomically
+from drrl_prepare.token_files import load_tokenizer, read_fields, vocabulary_note
 
 ENDED_WORD = re.compile(r"(?<= )([A-Za-z]{4,})(?=[.,;:!?])")
 SENTENCE_END = re.compile(r"[.!?]\s")

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 
-def add(name, packages):
+def add(name: str, packages: list[str]) -> None:
     """Makes pinned packages importable, without dependencies, after everything that is there; pip
     installs them the first time."""
     cache = Path(

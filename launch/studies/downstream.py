@@ -28,7 +28,7 @@ import tempfile
 
 import numpy
 import study
-from prepare import write_atomically
+from drrl_prepare.files import write_atomically
 
 PART = 25  # examples that one run of drrl-eval answers at most, if they are logged
 

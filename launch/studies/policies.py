@@ -25,7 +25,7 @@ import pathlib
 
 import numpy
 import study
-from prepare import write_atomically
+from drrl_prepare.files import write_atomically
 
 # As the paper calls them.
 TITLES = {

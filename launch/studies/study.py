@@ -19,7 +19,7 @@ import numpy
 import safetensors
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "prepare"))
-from prepare import write_atomically  # noqa: E402
+from drrl_prepare.files import write_atomically  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / os.environ.get("DRRL_PRESET", "cpu-release")

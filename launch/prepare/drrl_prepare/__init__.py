@@ -1,0 +1,1 @@
+"""What launch/prepare/prepare.py is made of."""
