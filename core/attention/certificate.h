@@ -88,7 +88,7 @@ struct RowBounds {
 /// sum of their squares bounds the Frobenius norm.
 ///
 /// A row has scores s_j, weights w = softmax(s) and output o = sum_j w_j v_j; served are s' = s +
-/// e, w' = softmax(s') and o' = sum_j w'_j v_j - sum_P D_P^T sum_{j in P} w'_j v_j. On the sinks
+/// e, w' = softmax(s') and o' = sum_j w'_j v_j - sum_P D_P^T sum(j in P) w'_j v_j. On the sinks
 /// and the own block e = 0, and so it is on keys that gates made exact: P are the others of a pair
 /// (what is bounded for all keys of the pair holds for them). On a pair, with x = M^T q / sqrt(d)
 /// and c = || q F ||^2,
@@ -103,8 +103,8 @@ struct RowBounds {
 ///    The first is Eq. 9 of arXiv 2512.15973 with the right norm; summed over rows,
 ///    || dO ||_F <= || dS ||_F || V ||_2 / (2 sqrt(d)).
 /// 2. After serving. Let f_j = exp(-e_j), Z = sum_j w'_j f_j. Since w_j = w'_j f_j / Z, exactly
-///      o - o' = ( sum_P sum_{j in P} w'_j (f_j - 1) (v_j - o')
-///                 + sum_P D_P^T sum_{j in P} w'_j v_j ) / Z.
+///      o - o' = ( sum_P sum(j in P) w'_j (f_j - 1) (v_j - o')
+///                 + sum_P D_P^T sum(j in P) w'_j v_j ) / Z.
 ///    With y = max(0, a - c), psi(y) = (e^y - 1 - y) / y^2:
 ///      | f_j - 1 | <= min(|e_j| (e^y - 1) / y,  |e_j| + psi(y) e_j^2,  max(1, e^y - 1)),
 ///    Cauchy-Schwarz over the pair's keys with || w'_P ||_2 or max w'_P,
@@ -145,11 +145,11 @@ ServedPairs served_pairs(const RowScores& scores, const at::Tensor& weights,
 /// is d. A = Q left right^T K^T holds the scores through the stale right factor of rank r and its
 /// best left partner, A + E = Q K^T; sigma_i are singular values.
 struct SubspaceChange {
-  at::Tensor weyl;         ///< || E ||_2 / sigma_1(A + E), which bounds (Weyl) ..
-  at::Tensor shift;        ///< .. max_i | sigma_i(A + E) - sigma_i(A) | / sigma_1(A + E)
+  at::Tensor weyl;         ///< || E ||_2 / sigma_1(A + E), which bounds (Weyl)
+  at::Tensor shift;        ///< the shift max_i | sigma_i(A + E) - sigma_i(A) | / sigma_1(A + E)
   at::Tensor davis_kahan;  ///< || E ||_2 / sigma_r(A + E), A having no singular value after r: it
-                           ///< bounds (Davis-Kahan, Wedin) ..
-  at::Tensor sine;  ///< .. the sine of the largest angle between the two right singular subspaces
+                           ///< bounds (Davis-Kahan, Wedin)
+  at::Tensor sine;  ///< the sine of the largest angle between the two right singular subspaces
                     ///< of dimension r
 };
 

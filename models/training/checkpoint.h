@@ -20,7 +20,7 @@ namespace drrl {
 ///     manifest.json            step, number of the save among all of the root, world size, and
 ///                              size + XXH3 checksum of every file; written last, protected by a
 ///                              checksum of its own
-///     <whatever the ranks wrote>
+///     the files that the ranks wrote
 ///   latest                     one line, "step-00000120", replaced atomically
 ///   .tmp-*                     never looked at by a reader; removed by the next save
 ///
