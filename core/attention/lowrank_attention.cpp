@@ -8,9 +8,9 @@
 #include "core/attention/exact_attention.h"
 #include "core/attention/rows.h"
 #include "core/cpu/lowrank_kernel.h"
+#include "core/linalg/basis.h"
 #ifdef DRRL_WITH_CUDA
 #include "core/cuda/gate.h"
-#include "core/linalg/basis.h"
 #endif
 
 namespace drrl {

@@ -5,6 +5,7 @@
 #include <map>
 
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 
 #include "core/cpu/basis_kernel.h"
 #include "core/cpu/tasks.h"

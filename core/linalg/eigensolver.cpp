@@ -1,6 +1,7 @@
 #include "core/linalg/eigensolver.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 
 #include "core/error.h"
 

@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include <ATen/core/grad_mode.h>
+
 #include "core/attention/rows.h"
 #include "core/cpu/tasks.h"
 

@@ -1,5 +1,6 @@
 #include "distributed/collectives/exchange.h"
 
+#include <ATen/core/grad_mode.h>
 #include <c10/util/accumulate.h>
 
 namespace drrl {

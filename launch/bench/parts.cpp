@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include <ATen/core/grad_mode.h>
+
 #include "core/attention/exact_attention.h"
 #include "core/attention/rows.h"
 #include "core/linalg/gram.h"

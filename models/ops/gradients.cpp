@@ -1,5 +1,7 @@
 #include "models/ops/gradients.h"
 
+#include <ATen/core/grad_mode.h>
+
 #include "core/error.h"
 
 namespace drrl {
