@@ -105,6 +105,10 @@ void check_options(const Environment& environment) {
         "--audit_rows needs --attention=lowrank and --dtype=fp32, and does not go with --generate");
   check(ErrorKind::kUsage, !FLAGS_gates || FLAGS_generate == 0,
         "--gates does not go with --generate, whose cache holds no exact far keys");
+  check(ErrorKind::kUsage, FLAGS_drop == 0 || FLAGS_generate == 0,
+        "--drop does not go with --generate, whose tokens come one by one");
+  check(ErrorKind::kUsage, FLAGS_drop == 0 || FLAGS_audit_rows == 0,
+        "--drop does not go with --audit_rows, whose bounds know no dropped tiles yet");
   check(ErrorKind::kUsage, FLAGS_audit_rows == 0 || !FLAGS_compare_exact,
         "--audit_rows does not go with --compare_exact, whose times it would disturb");
   check(ErrorKind::kUsage, FLAGS_audit_rows == 0 || environment.world_size == 1,

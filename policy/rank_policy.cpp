@@ -99,6 +99,36 @@ class TablePolicy final : public RankPolicy {
   std::string description_;
 };
 
+class DroppingPolicy final : public RankPolicy {
+ public:
+  DroppingPolicy(std::unique_ptr<RankPolicy> policy, double drop)
+      : policy_(std::move(policy)), drop_(drop) {
+    check(ErrorKind::kUsage, drop > 0 && drop < 1, "tiles are dropped below ", drop,
+          " of a row's softmax, expected more than 0 and less than 1");
+  }
+  std::vector<Ranks> decide(const LayerObservation& o) override {
+    std::vector<Ranks> ranks = policy_->decide(o);
+    for (Ranks& r : ranks) {
+      r.drop = static_cast<float>(drop_);
+    }
+    return ranks;
+  }
+  bool needs_spectra() const override { return policy_->needs_spectra(); }
+  std::vector<int64_t> state_ranks() const override { return policy_->state_ranks(); }
+  double flops_per_pair() const override { return policy_->flops_per_pair(); }
+  void set_calibration(const Calibration& calibration) override {
+    policy_->set_calibration(calibration);
+  }
+  std::optional<double> latency_fraction() const override { return policy_->latency_fraction(); }
+  std::string describe() const override {
+    return c10::str(policy_->describe(), ", tiles dropped below ", drop_);
+  }
+
+ private:
+  std::unique_ptr<RankPolicy> policy_;
+  double drop_;
+};
+
 void check_fits(const Calibration& c, const LayerObservation& o) {
   check(
       ErrorKind::kUsage,
@@ -355,6 +385,10 @@ std::unique_ptr<RankPolicy> make_energy_policy(double energy, std::vector<int64_
   check(ErrorKind::kUsage, energy > 0 && energy <= 1, "energy to keep is ", energy,
         ", expected more than 0 and at most 1");
   return std::make_unique<EnergyPolicy>(energy, std::move(buckets));
+}
+
+std::unique_ptr<RankPolicy> make_dropping_policy(std::unique_ptr<RankPolicy> policy, double drop) {
+  return std::make_unique<DroppingPolicy>(std::move(policy), drop);
 }
 
 std::unique_ptr<RankPolicy> make_table_policy(RankTable table, std::string description) {

@@ -82,6 +82,10 @@ std::unique_ptr<RankPolicy> make_fixed_policy(int64_t rank, int64_t head_dim);
 /// <= 1.
 std::unique_ptr<RankPolicy> make_energy_policy(double energy, std::vector<int64_t> buckets);
 
+/// The ranks of `policy`, and a threshold below which tiles are dropped (Ranks::drop), in every far
+/// pair. Errors: Error(kUsage) unless 0 < drop < 1.
+std::unique_ptr<RankPolicy> make_dropping_policy(std::unique_ptr<RankPolicy> policy, double drop);
+
 /// The ranks of a table, whatever the text. Errors: when it decides, c10::Error if the table is of
 /// fewer layers, groups or levels.
 std::unique_ptr<RankPolicy> make_table_policy(RankTable table, std::string description);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/attention/tiles.h"
 #include "core/linalg/basis.h"
 
 namespace drrl {
@@ -54,12 +55,15 @@ double residual_factor_flops(int64_t d, int64_t rank) {
 }
 
 AttentionFlops far_pair_flops(const PairRun& run, FarKind kind, int64_t rank,
-                              int64_t heads_per_group, int64_t head_dim, bool with_backward) {
+                              int64_t heads_per_group, int64_t head_dim, bool with_backward,
+                              double kept) {
   const double r = static_cast<double>(rank);
   const double queries = static_cast<double>(heads_per_group * run.query_rows);
   const double keys = static_cast<double>(run.key_rows);
   AttentionFlops flops;
-  flops.far = 2 * r * queries * keys * (with_backward ? kForwardAndBackward : 1.0);
+  const double backward_products = with_backward ? kForwardAndBackward - 1 : 0;
+  flops.far = 2 * r * queries * keys *
+              ((kind == FarKind::kScores ? 1 : kept) + kept * backward_products);
   if (rank < head_dim) {
     // Forward: queries and keys down, or values down and the output up. Backward: the inputs down
     // again and their gradients up.
@@ -101,11 +105,11 @@ AttentionFlops exact_part_flops(const BlockTree& tree, int64_t batch, int64_t he
 
 AttentionFlops lowrank_attention_flops(const LowRankPlan& plan, int64_t batch, int64_t heads,
                                        int64_t groups, int64_t head_dim, double basis_flops,
-                                       bool with_backward, int64_t exact_entries) {
+                                       bool with_backward, const FarServed& served) {
   const BlockTree& tree = plan.tree;
   AttentionFlops flops;
   const bool exact = std::all_of(plan.ranks.begin(), plan.ranks.end(), [&](const Ranks& r) {
-    return r.qk == head_dim && r.v == head_dim;
+    return r.qk == head_dim && r.v == head_dim && !r.drops();
   });
   if (exact) {  // executed as exact attention
     flops.near = exact_attention_flops(batch, heads, tree.sequence_length(), head_dim,
@@ -113,20 +117,22 @@ AttentionFlops lowrank_attention_flops(const LowRankPlan& plan, int64_t batch, i
     return flops;
   }
   flops = exact_part_flops(tree, batch, heads, groups, head_dim, with_backward);
+  const std::vector<double> shares = kept_shares(served.kept_from, tree, groups);
   for (int64_t sequence = 0; sequence < batch * groups; ++sequence) {
     for (const PairRun& run : tree.runs()) {
       for (int64_t i = 0; i < run.count; ++i) {
-        const Ranks& ranks = plan.ranks[static_cast<size_t>(sequence * tree.num_pairs() +
-                                                            run.first_pair + i)];
-        flops += far_pair_flops(run, FarKind::kScores, ranks.qk, heads / groups, head_dim,
-                                with_backward);
-        flops += far_pair_flops(run, FarKind::kValues, ranks.v, heads / groups, head_dim,
-                                with_backward);
+        const int64_t item = sequence * tree.num_pairs() + run.first_pair + i;
+        const Ranks& ranks = plan.ranks[static_cast<size_t>(item)];
+        const double kept = shares.empty() ? 1 : shares[static_cast<size_t>(item)];
+        for (const FarKind kind : {FarKind::kScores, FarKind::kValues}) {
+          flops += far_pair_flops(run, kind, kind == FarKind::kScores ? ranks.qk : ranks.v,
+                                  heads / groups, head_dim, with_backward, kept);
+        }
       }
     }
   }
   flops.far += exact_entry_flops(head_dim, with_backward) *
-               static_cast<double>(exact_entries);  // beside what they took at low rank
+               static_cast<double>(served.exact.size());  // beside what they took at low rank
   flops.bases = basis_flops;
   return flops;
 }

@@ -32,9 +32,10 @@ enum class FarKind { kScores = 0, kValues = 1 };
 
 /// Operations of one kind of one pair of a run at `rank`: its product, and if rank < head_dim the
 /// projections into and out of its basis and the residual correction. batch 1, one KV group of
-/// `heads_per_group` query heads.
+/// `heads_per_group` query heads. kept: share of its tiles that are not dropped.
 AttentionFlops far_pair_flops(const PairRun& run, FarKind kind, int64_t rank,
-                              int64_t heads_per_group, int64_t head_dim, bool with_backward);
+                              int64_t heads_per_group, int64_t head_dim, bool with_backward,
+                              double kept = 1);
 
 /// Operations of one entry of one query head that a gate makes exact, beside the low rank it had
 /// first.
@@ -45,10 +46,10 @@ AttentionFlops exact_part_flops(const BlockTree& tree, int64_t batch, int64_t he
                                 int64_t head_dim, bool with_backward);
 
 /// Operations of lowrank_attention as this library executes it, Grams included. basis_flops: those
-/// of making the bases. exact_entries: how many entries gates made exact.
+/// of making the bases. served: by the forward pass.
 AttentionFlops lowrank_attention_flops(const LowRankPlan& plan, int64_t batch, int64_t heads,
                                        int64_t groups, int64_t head_dim, double basis_flops,
-                                       bool with_backward, int64_t exact_entries = 0);
+                                       bool with_backward, const FarServed& served = {});
 
 /// Operations of one basis solution at dimension d: Cholesky d^3/3, five products 2 d^3, symmetric
 /// eigenproblem with vectors 9 d^3 (Golub and Van Loan, Matrix Computations, 4th ed., section 8.3).

@@ -7,6 +7,7 @@
 
 #include "core/attention/exact_attention.h"
 #include "core/attention/rows.h"
+#include "core/attention/tiles.h"
 #include "core/cpu/lowrank_kernel.h"
 #include "core/linalg/basis.h"
 #ifdef DRRL_WITH_CUDA
@@ -23,6 +24,9 @@ struct RunCalls {
   struct Call {
     Ranks ranks{1, 1};             // the gate is a yes or no
     int64_t first = 0, count = 0;  // places of the items
+
+    // Whether entries are looked at one by one: for a gate, or for tiles to drop.
+    bool decides() const { return ranks.gate == 0; }
   };
   std::vector<Call> calls;
   at::Tensor order, inverse;  // [B G count]: the run's item at each place, and back; undefined
@@ -30,7 +34,8 @@ struct RunCalls {
   at::Tensor p_q, p_k;        // [B G count, d, largest r]; undefined where all ranks are d
   at::Tensor p_v, p_o;        // [B G count, d, largest r_v], likewise
   at::Tensor residual;        // [B G count, d, m], likewise, of the run
-  at::Tensor log_gates;       // [B G count, 1]; undefined where no item has a gate
+  at::Tensor log_gates;       // [B G count, 1]; undefined where no entry is decided on
+  at::Tensor log_drops;       // likewise
 
   at::Tensor ordered(const at::Tensor& run_rows) const {
     return order.defined() ? run_rows.index_select(0, order) : run_rows;
@@ -86,7 +91,7 @@ struct Projections {
 // steps. On CUDA all ranks up to 64 share one: smaller ranks are not faster there, and many small
 // calls are slower.
 Ranks call_key(const Ranks& own, int64_t d, bool cuda) {
-  const bool gated = own.gated(d);
+  const bool gated = own.gated(d) || own.drops();
   const auto width = [&](int64_t rank) {
     return rank < d && (gated || (cuda && rank <= 64)) ? 0 : rank;
   };
@@ -102,7 +107,7 @@ std::vector<RunCalls> far_calls(const LowRankPlan& plan, int64_t d,
   std::vector<int64_t> numbers(5 *
                                items);  // of each item in its place: number in the plan, place's
                                         // item in the run, item's place in the run, ranks
-  std::vector<double> log_gates(items);
+  std::vector<double> log_gates(items), log_drops(items);
   const std::span<int64_t> all(numbers);
   const auto index = all.subspan(0, items), order = all.subspan(items, items),
              inverse = all.subspan(2 * items, items), qk = all.subspan(3 * items, items),
@@ -128,9 +133,10 @@ std::vector<RunCalls> far_calls(const LowRankPlan& plan, int64_t d,
         const Ranks& own = plan.ranks[index[at]];
         std::tie(qk[at], v[at]) = std::tie(own.qk, own.v);
         log_gates[at] = std::log(static_cast<double>(own.gate));
+        log_drops[at] = std::log(static_cast<double>(own.drop));
         call.ranks = {std::max(call.ranks.qk, own.qk), std::max(call.ranks.v, own.v), key.gate};
       }
-      gated = gated || call.ranks.gated(d);
+      gated = gated || call.decides();
       columns_qk = std::max(columns_qk, call.ranks.qk < d ? call.ranks.qk : 0);
       columns_v = std::max(columns_v, call.ranks.v < d ? call.ranks.v : 0);
       const auto less = [&](std::span<int64_t> own, int64_t rank) {
@@ -162,7 +168,7 @@ std::vector<RunCalls> far_calls(const LowRankPlan& plan, int64_t d,
   };
   const auto [p_q, p_k] = bases(plan.scores, columns_qk, uploaded[3]);
   const auto [p_v, p_o] = bases(plan.values, columns_v, uploaded[4]);
-  at::Tensor residual, gates;
+  at::Tensor residual, gates, drops;
   if (columns_qk > 0 && plan.residual.defined()) {
     residual = of_items(plan.residual)
                    .masked_fill_((uploaded[3] == d).view({-1, 1, 1}), 0)
@@ -170,6 +176,7 @@ std::vector<RunCalls> far_calls(const LowRankPlan& plan, int64_t d,
   }
   if (gated) {
     gates = on_device(log_gates, device).unsqueeze(1);
+    drops = on_device(log_drops, device).unsqueeze(1);
   }
   first = 0;
   for (RunCalls& calls : result) {
@@ -177,6 +184,7 @@ std::vector<RunCalls> far_calls(const LowRankPlan& plan, int64_t d,
     const auto of_run = [&](const at::Tensor& x) {
       return x.defined() ? x.narrow(0, first, count) : x;
     };
+    calls.log_drops = of_run(drops);
     std::tie(calls.p_q, calls.p_k, calls.p_v, calls.p_o, calls.log_gates) = std::tuple(
         of_run(p_q), of_run(p_k), of_run(p_v), of_run(p_o), of_run(gates));
     if (std::any_of(calls.calls.begin(), calls.calls.end(),
@@ -258,12 +266,22 @@ at::Tensor run_view(const at::Tensor& x, const PairRun& run, const Shape& s) {
 // Calls with a gate make their scores a matrix, which the CPU kernel does without: right, but not
 // faster than exact attention. Some rows at a time: work(first row, rows) for matrices [n, rows,
 // keys] of a limited number of entries, or of one row.
+// block > 0: each slice is whole blocks of so many rows of one head.
 template <typename Work>
-void for_row_slices(const at::Tensor& rows, int64_t keys, const Work& work) {
+void for_row_slices(const at::Tensor& rows, const PairRun& run, int64_t block, const Work& work) {
   const int64_t entries = rows.is_cuda() ? 1 << 25 : 1 << 20, count = rows.size(1);
-  const int64_t most = std::max<int64_t>(1, entries / (rows.size(0) * keys));
-  for (int64_t first = 0; first < count; first += most) {
-    work(first, std::min(most, count - first));
+  int64_t most = std::max<int64_t>(1, entries / (rows.size(0) * run.key_rows));
+  if (block == 0) {
+    for (int64_t first = 0; first < count; first += most) {
+      work(first, std::min(most, count - first));
+    }
+    return;
+  }
+  most = std::max<int64_t>(1, most / block) * block;
+  for (int64_t head = 0; head < count; head += run.query_rows) {
+    for (int64_t first = 0; first < run.query_rows; first += most) {
+      work(head + first, std::min(most, run.query_rows - first));
+    }
   }
 }
 
@@ -282,6 +300,7 @@ struct GatedWeights {
   at::Tensor low, heavy;  // [n, g rows, keys], of q's dtype: weights exp(score - sum), those that
                           // stay at low rank and those that do not, zero where it is the other
   at::Tensor exact;       // of the same shape, bool: which they are
+  at::Tensor kept;        // [n, g rows, tiles of keys] bool; undefined: all are
 };
 
 // before [n, g rows]: the log-sum-exp of what each row met before this pair; log_gate [n, 1]. rows,
@@ -289,7 +308,8 @@ struct GatedWeights {
 GatedWeights gated_weights(const at::Tensor& rows, const at::Tensor& keys,
                            const at::Tensor& low_rows, const at::Tensor& low_keys,
                            const at::Tensor& correction, const at::Tensor& before,
-                           const at::Tensor& log_gate, double scale) {
+                           const at::Tensor& log_gate, const at::Tensor& log_drop,
+                           int64_t block_rows, double scale) {
   const auto of = [&](const at::Tensor& a, const at::Tensor& b) {
     return wide_product(a, b.transpose(1, 2)).mul_(scale);
   };
@@ -300,23 +320,36 @@ GatedWeights gated_weights(const at::Tensor& rows, const at::Tensor& keys,
   const auto full = of(rows, keys);
   GatedWeights result;
 #ifdef DRRL_WITH_CUDA
-  if (gate_cuda(scores, full, before, log_gate, kGateChunk, rows.scalar_type(), result.sums,
+  if (!log_drop.defined() &&
+      gate_cuda(scores, full, before, log_gate, kGateChunk, rows.scalar_type(), result.sums,
                 result.low, result.heavy, result.exact)) {
     return result;
   }
 #endif
   result.exact = at::zeros(full.sizes(), full.options().dtype(at::kBool));
   auto met = before;
+  std::vector<at::Tensor> kept;
   for (int64_t begin = 0; begin < full.size(2); begin += kGateChunk) {
     const int64_t count = std::min(kGateChunk, full.size(2) - begin);
     auto chunk = scores.narrow(2, begin, count);
+    if (log_drop.defined()) {
+      const auto largest = chunk.unflatten(2, {count / kTileKeys, kTileKeys}).amax(3);
+      kept.push_back(kept_tiles(largest >= (met + log_drop).unsqueeze(2), block_rows));
+      chunk.masked_fill_(kept.back().logical_not().repeat_interleave(kTileKeys, 2),
+                         -std::numeric_limits<double>::infinity());
+    }
     const auto heavy = chunk >= (at::logaddexp(met, chunk.logsumexp(2)) + log_gate).unsqueeze(2);
     chunk.copy_(at::where(heavy, full.narrow(2, begin, count), chunk));
     result.exact.narrow(2, begin, count).copy_(heavy);
     met = at::logaddexp(met, chunk.logsumexp(2));
   }
   result.sums = scores.logsumexp(2);
-  const auto weights = scores.softmax(2).to(rows.scalar_type());
+  auto soft = scores.softmax(2);
+  if (log_drop.defined()) {
+    result.kept = at::cat(kept, 2);
+    soft.masked_fill_((result.sums == -std::numeric_limits<double>::infinity()).unsqueeze(2), 0);
+  }
+  const auto weights = soft.to(rows.scalar_type());
   result.low = weights.masked_fill(result.exact, 0);
   result.heavy = weights * result.exact;
   return result;
@@ -353,6 +386,13 @@ class ForwardPass {
             q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat))) {
     context_.calls = std::make_shared<const std::vector<RunCalls>>(
         far_calls(plan, s_.d, q.options()));
+    if (plan.drops()) {
+      const int64_t tokens = s_.length - tree_.sinks();
+      context_.served.kept_from = at::full(
+          {s_.batch, s_.heads, (tokens + kTileRows - 1) / kTileRows,
+           (tokens + kTileKeys - 1) / kTileKeys},
+          FarServed::kNoTile, q.options().dtype(at::kByte));
+    }
   }
 
   std::tuple<at::Tensor, at::Tensor> run() {
@@ -365,9 +405,10 @@ class ForwardPass {
     for (size_t i = 0; i < tree_.runs().size(); ++i) {
       attend_far(tree_.runs()[i], (*context_.calls)[i]);
     }
-    context_.exact = exact_.empty() ? ExactEntries()
-                                    : ExactEntries(at::cat(exact_), s_.batch * s_.heads * s_.length,
-                                                   s_.length);
+    context_.served.exact = exact_.empty()
+                                ? ExactEntries()
+                                : ExactEntries(at::cat(exact_), s_.batch * s_.heads * s_.length,
+                                               s_.length);
     merge();
     return {out_, logsumexp_.squeeze(3).to(near_logsumexp_.scalar_type())};
   }
@@ -415,7 +456,7 @@ class ForwardPass {
                          into_basis(of(call, rows_k), p.p_k),
                          into_basis(of(call, rows_v), p.p_v),
                          of(call, correction)};
-      if (call.ranks.gated(s_.d)) {
+      if (call.decides()) {
         far.out.push_back(
             attend_gated(run, calls, call, rows, of(call, before), p.p_o, of(call, sums)));
       } else {
@@ -440,21 +481,49 @@ class ForwardPass {
                           const FarRows& x, const at::Tensor& before, const at::Tensor& p_o,
                           const at::Tensor& sums) {
     const auto log_gate = of(call, calls.log_gates).to(near_logsumexp_.scalar_type());
+    const bool drops = context_.served.kept_from.defined();
+    const auto log_drop = drops ? of(call, calls.log_drops).to(near_logsumexp_.scalar_type())
+                                : at::Tensor();
     std::vector<at::Tensor> outs;
-    for_row_slices(x.low_q, run.key_rows, [&](int64_t first, int64_t rows) {
+    const auto by_slice = [&](int64_t first, int64_t rows) {
       const auto slice = [&](const at::Tensor& t) {
         return t.defined() ? t.narrow(1, first, rows) : t;
       };
       const auto gated = gated_weights(slice(x.q), x.k, slice(x.low_q), x.low_k,
-                                       slice(x.correction), slice(before), log_gate, s_.scale);
+                                       slice(x.correction), slice(before), log_gate, log_drop,
+                                       tree_.geometry().near_block, s_.scale);
       slice(sums).copy_(gated.sums);
       outs.push_back(
           out_of_basis(at::bmm(gated.low, x.low_v), p_o).add_(at::bmm(gated.heavy, x.v)));
       const auto found = gated.exact.flatten().nonzero().squeeze(1);
       exact_.push_back(places_of(found, first, rows, of(call, calls.order), run, s_));
       context_.exact_slices.push_back(found.to(at::kInt));
-    });
+      if (drops) {
+        context_.kept_slices.push_back(gated.kept);
+        note_kept(run, of(call, calls.order), gated.kept, first);
+      }
+    };
+    for_row_slices(x.low_q, run, drops ? tree_.geometry().near_block : 0, by_slice);
     return at::cat(outs, 1);
+  }
+
+  // Writes down which rows of one head, from row `first` of the g rows on, keep which tiles: kept
+  // [n, rows, tiles], items in this order.
+  void note_kept(const PairRun& run, const at::Tensor& order, const at::Tensor& kept,
+                 int64_t first) {
+    const auto from = first_kept(kept);
+    const auto items = order.defined() ? order.to(at::kCPU) : at::arange(kept.size(0));
+    const int64_t head = first / run.query_rows, row = first % run.query_rows,
+                  heads_per_group = s_.heads_per_group();
+    auto all = context_.served.kept_from.flatten(0, 1);
+    for (int64_t i = 0; i < kept.size(0); ++i) {
+      const int64_t item = items[i].item<int64_t>(), sequence = item / run.count,
+                    shift = item % run.count * run.stride - tree_.sinks();
+      all[sequence * heads_per_group + head]
+          .narrow(0, (run.query_begin + shift + row) / kTileRows, from.size(1))
+          .narrow(1, (run.key_begin + shift) / kTileKeys, from.size(2))
+          .copy_(from[i]);
+    }
   }
 
   // Each part weighted by its share exp(lse_part - lse).
@@ -507,17 +576,22 @@ struct Gradients {
   at::Tensor q, k, v;
 };
 
-// Gradients of a call with a gate: of its entries at low rank, and of those that are exact.
-// `slice`: those of its first slice, moved on to behind its last.
+// What slices of a forward pass left, in their order.
+struct Slices {
+  std::vector<at::Tensor>::const_iterator exact, kept;
+};
+
+// Gradients of a call that decides on entries: of those at low rank, and of those that are exact.
+// block: as for_row_slices. slices: those of its first slice, moved on to behind its last.
 std::pair<Gradients, Gradients> gated_backward(const Operands& low, const Operands& full,
-                                               const at::Tensor& delta, const Shape& s,
-                                               std::vector<at::Tensor>::const_iterator& slice) {
+                                               const at::Tensor& delta, const PairRun& run,
+                                               int64_t block, const Shape& s, Slices& slices) {
   struct Sums {
     std::vector<at::Tensor> q;
     at::Tensor k, v;
   };
   Sums of_low, of_exact;
-  for_row_slices(low.q, low.k.size(1), [&](int64_t first, int64_t rows) {
+  for_row_slices(low.q, run, block, [&](int64_t first, int64_t rows) {
     const auto of = [&](const at::Tensor& x) { return x.narrow(1, first, rows); };
     const auto add = [&](const Operands& x, const at::Tensor& left_out, Sums& to) {
       const auto scores = wide_product(of(x.q), x.k.transpose(1, 2)) * s.scale;
@@ -534,10 +608,13 @@ std::pair<Gradients, Gradients> gated_backward(const Operands& low, const Operan
       sum(to.v, wide_product(w.transpose(1, 2), of(x.grad)));
     };
     auto mask = at::zeros({low.q.size(0) * rows * low.k.size(1)}, low.q.options().dtype(at::kBool));
-    mask = mask.index_fill_(0, (slice++)->to(at::kLong), 1)
+    mask = mask.index_fill_(0, (slices.exact++)->to(at::kLong), 1)
                .view({low.q.size(0), rows, low.k.size(1)});
-    add(low, mask, of_low);
     add(full, mask.logical_not(), of_exact);
+    if (block > 0) {
+      mask.logical_or_((slices.kept++)->logical_not().repeat_interleave(kTileKeys, 2));
+    }
+    add(low, mask, of_low);
   });
   const auto done = [&](const Sums& x) {
     return Gradients{at::cat(x.q, 1), x.k.to(low.q.scalar_type()), x.v.to(low.q.scalar_type())};
@@ -578,7 +655,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
     sink_keys(grad_v, tree, s).add_(dv);
   }
 
-  auto slice = context.exact_slices.cbegin();
+  Slices slices{context.exact_slices.cbegin(), context.kept_slices.cbegin()};
+  const int64_t block = plan.drops() ? tree.geometry().near_block : 0;
   for (size_t i = 0; i < tree.runs().size(); ++i) {
     const PairRun& run = tree.runs()[i];
     const RunCalls& calls = (*context.calls)[i];
@@ -605,11 +683,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
         expand(low.k, p.p_k, of_call(run_grad_k));
         expand(low.v, p.p_v, of_call(run_grad_v));
       };
-      if (call.ranks.gated(s.d)) {
+      if (call.decides()) {
         const Operands low{low_q, low_k, low_v, low_grad, of_call(low_logsumexp)};
         const Operands full{of_call(rows_q), of_call(rows_k), of_call(rows_v), of_call(rows_grad),
                             of_call(rows_logsumexp)};
-        const auto [of_low, of_exact] = gated_backward(low, full, of_call(rows_delta), s, slice);
+        const auto [of_low, of_exact] = gated_backward(low, full, of_call(rows_delta), run, block,
+                                                       s, slices);
         expanded(of_low);
         of_call(run_grad_q).add_(of_exact.q);
         of_call(run_grad_k).add_(of_exact.k);
@@ -726,13 +805,16 @@ bool check_plan(const LowRankPlan& plan, const at::Tensor& q, const at::Tensor& 
   if (value_columns > 0) {
     check_basis(plan.values, "value", value_columns);
   }
-  return items > 0 && (score_columns > 0 || value_columns > 0);
+  TORCH_CHECK(!plan.drops() || tree.geometry().near_block % kTileKeys == 0,
+              "lowrank_attention: blocks of ", tree.geometry().near_block,
+              " tokens, of which tiles are dropped: expected a multiple of ", kTileKeys);
+  return items > 0 && (score_columns > 0 || value_columns > 0 || plan.drops());
 }
 
 }  // namespace
 
 at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                             const c10::intrusive_ptr<LowRankPlan>& plan, ExactEntries* exact) {
+                             const c10::intrusive_ptr<LowRankPlan>& plan, FarServed* served) {
   TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes() && q.size(0) == k.size(0) &&
                   q.size(2) == k.size(2) && q.size(3) == k.size(3) && k.size(1) > 0 &&
                   q.size(1) % k.size(1) == 0,
@@ -740,15 +822,15 @@ at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at:
               ", expected q [B, H, L, d], k and v [B, G, L, d] with H a multiple of G");
   TORCH_CHECK(plan != nullptr, "lowrank_attention: no plan");
   if (!check_plan(*plan, q, k)) {
-    if (exact != nullptr) {
-      *exact = {};
+    if (served != nullptr) {
+      *served = {};
     }
     return exact_attention(q, k, v);
   }
   const auto context = c10::make_intrusive<LowRankContext>();
   auto out = LowRankAttention::apply(q.contiguous(), k.contiguous(), v.contiguous(), plan, context);
-  if (exact != nullptr) {
-    *exact = context->exact;
+  if (served != nullptr) {
+    *served = context->served;
   }
   return out;
 }

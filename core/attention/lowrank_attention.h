@@ -22,11 +22,12 @@ namespace drrl {
 ///
 /// q [B, H, L, d], k and v [B, G, L, d], L = plan.tree.sequence_length(); float32, float64 (CPU),
 /// bfloat16. returns [B, H, L, d] of q's dtype, differentiable in q, k, v. With all ranks d it is
-/// exact_attention, at its cost. exact, if given, <- the entries that gates made exact. Errors:
+/// exact_attention, at its cost. served, if given, <- what was exact or
+/// dropped. Errors:
 /// c10::Error on shapes that disagree with each other or with the plan, and on ranks outside 1..d.
 at::Tensor lowrank_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const c10::intrusive_ptr<LowRankPlan>& plan,
-                             ExactEntries* exact = nullptr);
+                             FarServed* served = nullptr);
 
 /// The near part alone, one softmax over it: out [B, H, L, d] and its log-sum-exp [B, H, L]
 /// (float32; float64 for float64) <- each token over its own block, the sinks over themselves. For

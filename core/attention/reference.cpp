@@ -4,6 +4,8 @@
 #include <limits>
 #include <vector>
 
+#include "core/attention/tiles.h"
+
 namespace drrl::reference {
 namespace {
 
@@ -71,11 +73,16 @@ at::Tensor near_logsumexp(const at::Tensor& scores, const BlockTree& tree) {
   return scores.masked_fill(near.logical_not(), -kInfinity).logsumexp(1);
 }
 
-// Which entries gates make exact, [L, L] bool.
-at::Tensor exact_entries(const at::Tensor& scores, const at::Tensor& exact,
-                         const std::vector<FarPair>& pairs, const LowRankPlan& plan, int64_t d) {
+// Which far entries are served otherwise than at low rank, [L, L] bool each.
+struct Decided {
+  at::Tensor exact, dropped;
+};
+
+Decided decide(const at::Tensor& scores, const at::Tensor& exact, const std::vector<FarPair>& pairs,
+               const LowRankPlan& plan, int64_t d) {
   at::NoGradGuard no_grad;
-  const auto heavy = at::zeros(scores.sizes(), scores.options().dtype(at::kBool));
+  const auto nothing = at::zeros(scores.sizes(), scores.options().dtype(at::kBool));
+  const Decided decided{nothing, nothing.clone()};
   const auto met = near_logsumexp(scores, plan.tree);
   for (const FarPair& pair : pairs) {
     const Ranks& ranks = plan.ranks[static_cast<size_t>(pair.item)];
@@ -85,16 +92,25 @@ at::Tensor exact_entries(const at::Tensor& scores, const at::Tensor& exact,
       const auto chunk = [&](const at::Tensor& x) {
         return pair.entries(x).narrow(1, begin, count);
       };
-      if (ranks.gated(d)) {
-        const auto with_chunk = at::logaddexp(so_far, chunk(scores).logsumexp(1));
-        const double log_gate = std::log(static_cast<double>(ranks.gate));
-        chunk(heavy).copy_(chunk(scores) >= with_chunk.unsqueeze(1) + log_gate);
+      auto low = chunk(scores);
+      if (ranks.drops()) {
+        const double log_drop = std::log(static_cast<double>(ranks.drop));
+        const auto largest = low.unflatten(1, {count / kTileKeys, kTileKeys}).amax(2);
+        const auto kept = kept_tiles(largest >= so_far.unsqueeze(1) + log_drop,
+                                     plan.tree.geometry().near_block);
+        chunk(decided.dropped).copy_(kept.logical_not().repeat_interleave(kTileKeys, 1));
+        low = low.masked_fill(chunk(decided.dropped), -kInfinity);
       }
-      const auto served = at::where(chunk(heavy), chunk(exact), chunk(scores));
+      if (ranks.gated(d)) {
+        const double log_gate = std::log(static_cast<double>(ranks.gate));
+        const auto with_chunk = at::logaddexp(so_far, low.logsumexp(1));
+        chunk(decided.exact).copy_(low >= with_chunk.unsqueeze(1) + log_gate);
+      }
+      const auto served = at::where(chunk(decided.exact), chunk(exact), low);
       so_far.copy_(at::logaddexp(so_far, served.logsumexp(1)));
     }
   }
-  return heavy;
+  return decided;
 }
 
 // Output [L, d]: weights times values, those of far entries through their bases unless they are
@@ -124,11 +140,12 @@ at::Tensor attention_of_head(const at::Tensor& q, const at::Tensor& k, const at:
   const auto pairs = far_pairs(plan.tree, first_item);
   const auto exact = at::matmul(q, k.t()) * scale;
   const auto scores = scores_of_head(exact, pairs, q, k, plan, scale);
-  const auto heavy = exact_entries(scores, exact, pairs, plan, q.size(1));
-  const auto later = at::ones_like(heavy).triu(1);
-  const auto weights = at::softmax(at::where(heavy, exact, scores).masked_fill(later, -kInfinity),
+  const Decided decided = decide(scores, exact, pairs, plan, q.size(1));
+  const auto later = at::ones_like(decided.exact).triu(1);
+  const auto weights = at::softmax(at::where(decided.exact, exact, scores)
+                                       .masked_fill(decided.dropped.logical_or(later), -kInfinity),
                                    1);
-  return output_of_head(weights, v, heavy, pairs, plan);
+  return output_of_head(weights, v, decided.exact, pairs, plan);
 }
 
 }  // namespace

@@ -15,7 +15,8 @@ namespace drrl::reference {
 ///   o_i  = sum over near and sinks of w_ij v_j + sum over far of w_ij v_j P_v P_o^T
 ///
 /// An entry (i, j) of a far pair with a gate is exact after all, score and value, if its weight is
-/// at least `gate` of what the row has met so far (kGateChunk).
+/// at least `gate` of what the row has met so far (kGateChunk). A tile that a row does not keep
+/// (kTileRows) has no weight.
 ///
 /// Shapes as in lowrank_attention. Differentiable by plain autograd, any floating dtype. O(L^2)
 /// memory.

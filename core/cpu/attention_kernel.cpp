@@ -181,6 +181,14 @@ inline float largest(__m256 x) {
   return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
 }
 
+inline float largest_of(const float* x, int64_t count) {  // a multiple of 8
+  __m256 top = _mm256_loadu_ps(x);
+  for (int64_t j = 8; j < count; j += 8) {
+    top = _mm256_max_ps(top, _mm256_loadu_ps(x + j));
+  }
+  return largest(top);
+}
+
 inline float sum_of(__m256 x) {
   __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   y = _mm_add_ps(y, _mm_movehl_ps(y, y));
@@ -477,11 +485,18 @@ class KeysAdder {
       used_ = (seen + kWidth - 1) / kWidth * kWidth;
       product<false, false>(rows_, used_, part_.qk, queries_, queries_stride_, keys_, part_.qk,
                             scores_, kScoreStride);
+      if (part_.drop > 0) {
+        decide_tiles();
+      }
       for (int64_t i = 0; i < rows_; ++i) {
         weigh(i);
       }
-      product<false, true>(rows_, part_.v, seen, scores_, kScoreStride, values, count_, to_.sum,
-                           part_.v);
+      if (part_.drop > 0) {
+        add_kept_values(values);
+      } else {
+        product<false, true>(rows_, part_.v, seen, scores_, kScoreStride, values, count_, to_.sum,
+                             part_.v);
+      }
     }
   }
 
@@ -491,10 +506,70 @@ class KeysAdder {
     return std::clamp<int64_t>(part_.visible + i - begin_, 0, count_);
   }
 
-  // The row's scores <- -infinity where it sees no key.
+  // The row's scores <- -infinity where it sees no key, and in tiles that it does not keep.
   void mask(int64_t i) const {
     if (const int64_t n = visible_to(i); n < used_) {
       std::fill(row_of(i) + n, row_of(i) + used_, -std::numeric_limits<float>::infinity());
+    }
+    for (int64_t tile = 0; part_.drop > 0 && tile < tiles(); ++tile) {
+      if (!keeps(i, tile)) {
+        std::fill_n(row_of(i) + tile * kKeysOfTile, kKeysOfTile,
+                    -std::numeric_limits<float>::infinity());
+      }
+    }
+  }
+
+  int64_t tiles() const { return count_ / kKeysOfTile; }
+  bool keeps(int64_t i, int64_t tile) const {
+    return (kept_[static_cast<std::size_t>(i)] >> tile & 1U) != 0;
+  }
+
+  // Which of the chunk's tiles each row needs, by its scores and what it has met, and keeps.
+  void decide_tiles() {
+    uint8_t& needed_before = part_.needed[begin_ / kKeyBlock];
+    const float log_drop = std::log(part_.drop);
+    for (int64_t first = 0; first < rows_; first += kRowsOfTile) {
+      uint8_t needed = 0;  // by a row of the tile so far
+      uint8_t* kept_from = part_.kept_from + first / kRowsOfTile * part_.kept_stride +
+                           begin_ / kKeysOfTile;
+      std::fill_n(kept_from, tiles(), static_cast<uint8_t>(kRowsOfTile));
+      for (int64_t i = first; i < std::min(rows_, first + kRowsOfTile); ++i) {
+        const float least = to_.maximum[i] + std::log(to_.total[i]) + log_drop - correction_[i];
+        for (int64_t tile = 0; tile < tiles(); ++tile) {
+          const bool needs = largest_of(row_of(i) + tile * kKeysOfTile, kKeysOfTile) * scale_ >=
+                             least;
+          needed = static_cast<uint8_t>(needed | (needs ? 1U << tile : 0U));
+        }
+        const auto kept = static_cast<uint8_t>(needed | needed_before);
+        kept_[static_cast<std::size_t>(i)] = kept;
+        for (int64_t tile = 0; tile < tiles(); ++tile) {
+          if ((kept >> tile & 1U) != 0 && kept_from[tile] == kRowsOfTile) {
+            kept_from[tile] = static_cast<uint8_t>(i - first);
+          }
+        }
+      }
+      needed_before = needed;
+    }
+  }
+
+  // Values of tiles that some row of a tile of rows keeps, neighbouring tiles of rows at once.
+  void add_kept_values(const float* values) const {
+    for (int64_t tile = 0; tile < tiles(); ++tile) {
+      const auto kept_by_last = [&](int64_t first) {
+        return keeps(std::min(rows_, first + kRowsOfTile) - 1, tile);  // who keeps it, to the last
+      };
+      for (int64_t first = 0; first < rows_;) {
+        int64_t end = first;
+        while (end < rows_ && kept_by_last(end)) {
+          end = std::min(rows_, end + kRowsOfTile);
+        }
+        if (end > first) {
+          product<false, true>(
+              end - first, part_.v, kKeysOfTile, row_of(first) + tile * kKeysOfTile, kScoreStride,
+              values + tile * kKeysOfTile * kWidth, count_, to_.sum + first * part_.v, part_.v);
+        }
+        first = std::max(end, first + kRowsOfTile);
+      }
     }
   }
 
@@ -504,11 +579,25 @@ class KeysAdder {
     float* row = row_of(i);
     const Exponent exponent = exponent_of(row, used_, scale_, maximum - correction_[i], 0);
     __m256 sum = _mm256_setzero_ps();
-    for (int64_t j = 0; j < used_; j += 8) {
-      const __m256 e = exponential(
-          _mm256_fmsub_ps(_mm256_loadu_ps(row + j), exponent.by, exponent.less));
-      _mm256_storeu_ps(row + j, e);
-      sum = _mm256_add_ps(sum, e);
+    const auto weigh_keys = [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; j += 8) {
+        const __m256 e = exponential(
+            _mm256_fmsub_ps(_mm256_loadu_ps(row + j), exponent.by, exponent.less));
+        _mm256_storeu_ps(row + j, e);
+        sum = _mm256_add_ps(sum, e);
+      }
+    };
+    if (part_.drop <= 0) {
+      weigh_keys(0, used_);
+      return sum_of(sum);
+    }
+    for (int64_t tile = 0; tile < tiles(); ++tile) {
+      const int64_t begin = tile * kKeysOfTile;
+      if (keeps(i, tile)) {
+        weigh_keys(begin, begin + kKeysOfTile);
+      } else {
+        std::fill_n(row + begin, kKeysOfTile, 0.0F);
+      }
     }
     return sum_of(sum);
   }
@@ -528,12 +617,12 @@ class KeysAdder {
   // The row's scores in this chunk <- their weights; adds them up, exact entries apart.
   void weigh(int64_t i) {
     float* row = row_of(i);
-    mask(i);
-    __m256 top = _mm256_loadu_ps(row);
-    for (int64_t j = 8; j < used_; j += 8) {
-      top = _mm256_max_ps(top, _mm256_loadu_ps(row + j));
+    if (part_.drop > 0 && kept_[static_cast<std::size_t>(i)] == 0) {
+      std::fill(row, row + used_, 0.0F);
+      return;
     }
-    const float largest_here = largest(top) * scale_ + correction_[i];
+    mask(i);
+    const float largest_here = largest_of(row, used_) * scale_ + correction_[i];
     const float new_maximum = std::max(to_.maximum[i], largest_here);
     if (new_maximum == -std::numeric_limits<float>::infinity()) {  // nothing visible yet
       std::fill(row, row + used_, 0.0f);
@@ -641,6 +730,7 @@ class KeysAdder {
   const FullRows& full_;
   std::array<int32_t, kKeyBlock + 8> heavy_;  // columns of the weights that a gate makes exact
   std::array<float, kKeyBlock + 8> exact_;    // their scores, then weights
+  std::array<uint8_t, kQueryBlock> kept_;     // of each row a bit for each tile of the chunk
   // The chunk under way: keys [begin, begin + count), of which a row sees at most `used`, rounded
   // up.
   int64_t begin_ = 0, count_ = 0, used_ = 0;
@@ -744,81 +834,178 @@ int64_t backward_scratch_size(const Shape& shape) {
   return kKeyBlock * (3 * shape.qk + 2 * shape.v) + 2 * kQueryBlock * kScoreStride;
 }
 
-void backward_block(const Shape& shape, const BackwardOperands& x, const float* packed_queries,
-                    int64_t block, const Order& order, float* scratch) {
-  const int64_t begin = block * kKeyBlock;
-  const int64_t count = std::min(kKeyBlock, shape.keys - begin);
-  float* keys_by_row = scratch;                                 // K^T in panels of keys
-  float* values_by_row = keys_by_row + kKeyBlock * shape.qk;    // V^T likewise
-  float* keys_by_column = values_by_row + kKeyBlock * shape.v;  // K in panels of columns
-  float* grad_k = keys_by_column + kKeyBlock * shape.qk;        // [count][qk]
-  float* grad_v = grad_k + kKeyBlock * shape.qk;                // [count][v]
-  float* weights = grad_v + kKeyBlock * shape.v;                // scores, then softmax weights
-  float* grads = weights + kQueryBlock * kScoreStride;  // of the weights, then of the scores
-  pack_rows(x.k.at(0, begin), x.k.row, count, shape.qk, keys_by_row);
-  pack_rows(x.v.at(0, begin), x.v.row, count, shape.v, values_by_row);
-  pack_columns(x.k.at(0, begin), x.k.row, count, shape.qk, keys_by_column);
-  std::fill(grad_k, grad_k + count * shape.qk, 0.0f);
-  std::fill(grad_v, grad_v + count * shape.v, 0.0f);
-  const __m256 scale = _mm256_set1_ps(shape.scale);
+namespace {
 
-  for (int64_t head = 0; head < shape.heads; ++head) {
-    for (int64_t qb = first_query_block(shape, block); qb < shape.query_blocks(); ++qb) {
-      const int64_t first = qb * kQueryBlock;
-      const int64_t rows = std::min(kQueryBlock, shape.queries - first);
-      const int64_t seen = shape.causal ? std::min(count, shape.offset + first + rows - begin)
-                                        : count;
-      const int64_t used = (seen + kWidth - 1) / kWidth * kWidth;
-      const float* q_packed = packed_queries +
-                              (head * shape.queries + first) * (shape.qk + shape.v);
-      const float* grad_packed = q_packed + rows * shape.qk;
-      product<false, false>(rows, used, shape.qk, x.q.at(head, first), x.q.row, keys_by_row,
-                            shape.qk, weights, kScoreStride);
-      product<false, false>(rows, used, shape.v, x.grad_out.at(head, first), x.grad_out.row,
-                            values_by_row, shape.v, grads, kScoreStride);
-      for (int64_t i = 0; i < rows; ++i) {
-        float* w = weights + i * kScoreStride;
-        float* g = grads + i * kScoreStride;
-        const int64_t n = visible(shape, first + i, begin, count);
-        std::fill(w + n, w + used, -std::numeric_limits<float>::infinity());
-        const Exponent exponent = exponent_of(w, used, shape.scale,
-                                              *x.logsumexp.at(head, first + i), 0);
-        const __m256 delta = _mm256_set1_ps(*x.delta.at(head, first + i));
-        for (int64_t j = 0; j < used; j += 8) {
-          const __m256 p = exponential(
-              _mm256_fmsub_ps(_mm256_loadu_ps(w + j), exponent.by, exponent.less));
-          _mm256_storeu_ps(w + j, p);
-          const __m256 d = _mm256_mul_ps(_mm256_mul_ps(p, scale),
-                                         _mm256_sub_ps(_mm256_loadu_ps(g + j), delta));
-          _mm256_storeu_ps(g + j, d);
+// One key block of a problem in a backward pass.
+class KeyBlockBackward {
+ public:
+  KeyBlockBackward(const Shape& shape, const BackwardOperands& x, const float* packed_queries,
+                   int64_t block, float* scratch)
+      : shape_(shape),
+        x_(x),
+        packed_queries_(packed_queries),
+        begin_(block * kKeyBlock),
+        count_(std::min(kKeyBlock, shape.keys - begin_)),
+        keys_by_row_(scratch),
+        values_by_row_(keys_by_row_ + kKeyBlock * shape.qk),
+        keys_by_column_(values_by_row_ + kKeyBlock * shape.v),
+        grad_k_(keys_by_column_ + kKeyBlock * shape.qk),
+        grad_v_(grad_k_ + kKeyBlock * shape.qk),
+        weights_(grad_v_ + kKeyBlock * shape.v),
+        grads_(weights_ + kQueryBlock * kScoreStride) {
+    pack_rows(x.k.at(0, begin_), x.k.row, count_, shape.qk, keys_by_row_);
+    pack_rows(x.v.at(0, begin_), x.v.row, count_, shape.v, values_by_row_);
+    pack_columns(x.k.at(0, begin_), x.k.row, count_, shape.qk, keys_by_column_);
+    std::fill(grad_k_, grad_k_ + count_ * shape.qk, 0.0f);
+    std::fill(grad_v_, grad_v_ + count_ * shape.v, 0.0f);
+  }
+
+  void run(const Order& order, int64_t block) {
+    for (int64_t head = 0; head < shape_.heads; ++head) {
+      for (int64_t qb = first_query_block(shape_, block); qb < shape_.query_blocks(); ++qb) {
+        choose(head, qb * kQueryBlock);
+        for (const Piece& piece : pieces_) {
+          weigh(head, qb * kQueryBlock, piece);
+          add_keys_gradients(head, qb * kQueryBlock, piece);
         }
-        if (x.skip.begin != nullptr) {
-          const int64_t* list = x.skip.begin + head * x.skip.head + first + i;
-          const auto from = static_cast<int32_t>(x.skip.first_key + begin);
-          const int32_t* last = x.skip.keys + list[1];
-          for (const int32_t* key = std::lower_bound(x.skip.keys + list[0], last, from);
-               key != last && *key < from + used; ++key) {
-            w[*key - from] = 0;
-            g[*key - from] = 0;
-          }
+        order.turn(order.context, order.key_block, head, qb);
+        for (const Piece& p : pieces_) {
+          product<false, true>(p.rows, shape_.qk, p.keys, grads_ + p.row * kScoreStride + p.key,
+                               kScoreStride, keys_by_column_ + p.key * kWidth, count_,
+                               x_.grad_q.at(head, qb * kQueryBlock + p.row), x_.grad_q.row);
         }
+        order.done(order.context, order.key_block, head, qb);
       }
-      product<true, true>(seen, shape.v, rows, weights, kScoreStride, grad_packed, rows, grad_v,
-                          shape.v);
-      product<true, true>(seen, shape.qk, rows, grads, kScoreStride, q_packed, rows, grad_k,
-                          shape.qk);
-      order.turn(order.context, order.key_block, head, qb);
-      product<false, true>(rows, shape.qk, seen, grads, kScoreStride, keys_by_column, count,
-                           x.grad_q.at(head, first), x.grad_q.row);
-      order.done(order.context, order.key_block, head, qb);
+    }
+    for (int64_t j = 0; j < count_; ++j) {
+      std::memcpy(x_.grad_k.at(0, begin_ + j), grad_k_ + j * shape_.qk,
+                  static_cast<size_t>(shape_.qk) * sizeof(float));
+      std::memcpy(x_.grad_v.at(0, begin_ + j), grad_v_ + j * shape_.v,
+                  static_cast<size_t>(shape_.v) * sizeof(float));
     }
   }
-  for (int64_t j = 0; j < count; ++j) {
-    std::memcpy(x.grad_k.at(0, begin + j), grad_k + j * shape.qk,
-                static_cast<size_t>(shape.qk) * sizeof(float));
-    std::memcpy(x.grad_v.at(0, begin + j), grad_v + j * shape.v,
-                static_cast<size_t>(shape.v) * sizeof(float));
+
+ private:
+  // Rows of the query block and keys of the key block that are worked on together.
+  struct Piece {
+    int64_t row, rows, key, keys;
+  };
+
+  int64_t rows_from(int64_t first) const { return std::min(kQueryBlock, shape_.queries - first); }
+
+  // pieces_ <- what of the query block from row `first` on has weight: all that is visible, or the
+  // tiles that are kept.
+  void choose(int64_t head, int64_t first) {
+    const int64_t rows = rows_from(first);
+    pieces_.clear();
+    if (x_.kept.kept_from == nullptr) {
+      pieces_.push_back(
+          {0, rows, 0,
+           shape_.causal ? std::min(count_, shape_.offset + first + rows - begin_) : count_});
+      return;
+    }
+    for (int64_t tile = 0; tile < count_ / kKeysOfTile; ++tile) {
+      int64_t begin = 0;  // of neighbouring tiles of rows that keep it
+      for (int64_t row = 0; row < rows; row += kRowsOfTile) {
+        if (kept_from(head, first + row, tile) == kRowsOfTile) {
+          add_piece(begin, row, tile);
+          begin = row + kRowsOfTile;
+        }
+      }
+      add_piece(begin, rows, tile);
+    }
   }
+  void add_piece(int64_t begin, int64_t end, int64_t tile) {
+    if (end > begin) {
+      pieces_.push_back({begin, end - begin, tile * kKeysOfTile, kKeysOfTile});
+    }
+  }
+  int64_t kept_from(int64_t head, int64_t row, int64_t tile) const {
+    return x_.kept.kept_from[head * x_.kept.head + row / kRowsOfTile * x_.kept.stride +
+                             begin_ / kKeysOfTile + tile];
+  }
+
+  // weights_, grads_ of the piece <- softmax weights, gradients of the scores.
+  void weigh(int64_t head, int64_t first, const Piece& p) const {
+    const int64_t used = (p.keys + kWidth - 1) / kWidth * kWidth;
+    product<false, false>(p.rows, used, shape_.qk, x_.q.at(head, first + p.row), x_.q.row,
+                          keys_by_row_ + p.key * shape_.qk, shape_.qk, at(weights_, p),
+                          kScoreStride);
+    product<false, false>(p.rows, used, shape_.v, x_.grad_out.at(head, first + p.row),
+                          x_.grad_out.row, values_by_row_ + p.key * shape_.v, shape_.v,
+                          at(grads_, p), kScoreStride);
+    const __m256 scale = _mm256_set1_ps(shape_.scale);
+    for (int64_t i = 0; i < p.rows; ++i) {
+      const int64_t row = first + p.row + i;
+      float* w = at(weights_, p) + i * kScoreStride;
+      float* g = at(grads_, p) + i * kScoreStride;
+      if (x_.kept.kept_from != nullptr &&
+          row % kRowsOfTile < kept_from(head, row, p.key / kKeysOfTile)) {
+        std::fill_n(w, used, 0.0F);
+        std::fill_n(g, used, 0.0F);
+        continue;
+      }
+      const int64_t n = std::clamp<int64_t>(visible(shape_, row, begin_, count_) - p.key, 0,
+                                            p.keys);
+      std::fill(w + n, w + used, -std::numeric_limits<float>::infinity());
+      const Exponent exponent = exponent_of(w, used, shape_.scale, *x_.logsumexp.at(head, row), 0);
+      const __m256 delta = _mm256_set1_ps(*x_.delta.at(head, row));
+      for (int64_t j = 0; j < used; j += 8) {
+        const __m256 weight = exponential(
+            _mm256_fmsub_ps(_mm256_loadu_ps(w + j), exponent.by, exponent.less));
+        _mm256_storeu_ps(w + j, weight);
+        const __m256 grad = _mm256_mul_ps(_mm256_mul_ps(weight, scale),
+                                          _mm256_sub_ps(_mm256_loadu_ps(g + j), delta));
+        _mm256_storeu_ps(g + j, grad);
+      }
+      if (x_.skip.begin != nullptr) {
+        skip(head, row, static_cast<int32_t>(x_.skip.first_key + begin_ + p.key), used, w, g);
+      }
+    }
+  }
+
+  // Entries that are exact, among `used` keys from `from` on, have no weight here.
+  void skip(int64_t head, int64_t row, int32_t from, int64_t used, float* w, float* g) const {
+    const int64_t* list = x_.skip.begin + head * x_.skip.head + row;
+    const int32_t* last = x_.skip.keys + list[1];
+    for (const int32_t* key = std::lower_bound(x_.skip.keys + list[0], last, from);
+         key != last && *key < from + used; ++key) {
+      w[*key - from] = 0;
+      g[*key - from] = 0;
+    }
+  }
+
+  void add_keys_gradients(int64_t head, int64_t first, const Piece& p) const {
+    const int64_t rows = rows_from(first);
+    const float* q = packed_queries_ + (head * shape_.queries + first) * (shape_.qk + shape_.v);
+    const float* grad_out = q + rows * shape_.qk;
+    product<true, true>(p.keys, shape_.v, p.rows, at(weights_, p), kScoreStride,
+                        grad_out + p.row * kWidth, rows, grad_v_ + p.key * shape_.v, shape_.v);
+    product<true, true>(p.keys, shape_.qk, p.rows, at(grads_, p), kScoreStride, q + p.row * kWidth,
+                        rows, grad_k_ + p.key * shape_.qk, shape_.qk);
+  }
+
+  static float* at(float* matrix, const Piece& p) { return matrix + p.row * kScoreStride + p.key; }
+
+  const Shape& shape_;
+  const BackwardOperands& x_;
+  const float* packed_queries_;
+  int64_t begin_, count_;
+  float* keys_by_row_;     // K^T in panels of keys
+  float* values_by_row_;   // V^T likewise
+  float* keys_by_column_;  // K in panels of columns
+  float* grad_k_;          // [count][qk]
+  float* grad_v_;          // [count][v]
+  float* weights_;         // scores, then softmax weights
+  float* grads_;           // of the weights, then of the scores
+  std::vector<Piece> pieces_;
+};
+
+}  // namespace
+
+void backward_block(const Shape& shape, const BackwardOperands& x, const float* packed_queries,
+                    int64_t block, const Order& order, float* scratch) {
+  KeyBlockBackward(shape, x, packed_queries, block, scratch).run(order, block);
 }
 
 void exact_row_backward(int64_t d, float scale, const float* q, const float* grad_out,

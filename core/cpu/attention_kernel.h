@@ -11,6 +11,7 @@
 namespace drrl::cpu {
 
 inline constexpr int64_t kWidth = 16;  ///< head dims of the kernel are multiples of this
+inline constexpr int64_t kRowsOfTile = 16, kKeysOfTile = 64;  ///< as kTileRows, kTileKeys
 
 /// Whether this machine can run what follows.
 bool kernel_available();
@@ -77,6 +78,15 @@ struct Part {
   const float* exact_v = nullptr;
   float gate = 0;
   int32_t first_key = 0;  ///< number of the part's first key among all
+
+  // A part that drops tiles (kTileRows x kTileKeys, ranks.h): keys is a multiple of kTileKeys,
+  // every row sees all, and row 0 begins a tile of rows.
+  float drop = 0;                ///< 0: nothing is dropped
+  uint8_t* kept_from = nullptr;  ///< written, [tiles of rows][kept_stride]: a number for each tile
+  int64_t kept_stride = 0;
+  /// Which tiles of a chunk of keys the last tile of rows needs, a bit each: [chunks]. Read as that
+  /// of the rows before (0 at the begin of a block), then written.
+  uint8_t* needed = nullptr;
 };
 
 /// Most rows of one forward_rows.
@@ -138,12 +148,20 @@ struct EntryList {
   int32_t first_key = 0;  ///< number of a problem's key 0
 };
 
+/// Which rows keep which tiles, as a Part wrote it down: head h's tile is kept_from[h head + tile
+/// of rows x stride + tile of keys].
+struct KeptTiles {
+  const uint8_t* kept_from = nullptr;  ///< null: all are kept
+  int64_t head = 0, stride = 0;
+};
+
 struct BackwardOperands {
   Matrix<const float> q, grad_out, logsumexp, delta;  ///< logsumexp and delta: one float a row
   Matrix<const float> k, v;                           ///< head is not used
   Matrix<float> grad_q;                               ///< zero on entry
   Matrix<float> grad_k, grad_v;                       ///< written; head is not used
   EntryList skip = {};  ///< entries without weight here: those that are exact
+  KeptTiles kept = {};
 };
 
 /// Floats of the packed queries and output gradients of all heads of one problem.

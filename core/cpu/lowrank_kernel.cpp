@@ -160,6 +160,22 @@ struct NearBlocks {
   int64_t sinks, block, blocks, last_rows;
 };
 
+// Where a tile is in LowRankContext::kept_from.
+struct Tiles {
+  Tiles(int64_t length, int64_t sinks_in)
+      : sinks(sinks_in),
+        rows(ceil_div(length - sinks_in, kTileRows)),
+        keys(ceil_div(length - sinks_in, kTileKeys)) {}
+
+  int64_t key_tile(int64_t key) const { return (key - sinks) / kTileKeys; }
+  // head: of all B H.
+  int64_t index(int64_t head, int64_t query, int64_t key) const {
+    return (head * rows + (query - sinks) / kTileRows) * keys + key_tile(key);
+  }
+
+  int64_t sinks, rows, keys;
+};
+
 class ForwardPass {
  public:
   ForwardPass(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -173,14 +189,20 @@ class ForwardPass {
         items_(list_items()),
         panels_(items_, plan, layout_.d, /*backward=*/false),
         gated_(plan.gated(layout_.d)) {
-    TORCH_INTERNAL_ASSERT(!gated_ || key_chunk_rows() == kGateChunk);
+    static_assert(kRowsOfTile == kTileRows && kKeysOfTile == kTileKeys);
+    TORCH_INTERNAL_ASSERT(!(gated_ || plan.drops()) || key_chunk_rows() == kGateChunk);
   }
 
-  // Output and log-sum-exp. exact <- what gates made exact.
-  std::tuple<at::Tensor, at::Tensor> run(ExactEntries& exact) {
+  // Output and log-sum-exp. context <- what gates made exact, and which tiles are kept.
+  std::tuple<at::Tensor, at::Tensor> run(LowRankContext& context) {
     pack();
+    if (plan_.drops()) {
+      kept_from_ = at::full({layout_.batch, layout_.heads, tiles_.rows, tiles_.keys},
+                            FarServed::kNoTile, at::kByte);
+    }
     auto result = attend();
-    exact = gated_ ? exact_entries() : ExactEntries();
+    context.served.exact = gated_ ? exact_entries() : ExactEntries();
+    context.served.kept_from = kept_from_;
     return result;
   }
 
@@ -290,18 +312,30 @@ class ForwardPass {
       }
     }
     exact_.resize(gated_ ? pieces_.size() : 0);
+    // Tiles that are dropped depend on the piece before of the same block: these are one task.
+    std::vector<size_t> first_pieces;
+    for (size_t i = 0; i < pieces_.size(); ++i) {
+      if (!kept_from_.defined() || pieces_[i].first == 0) {
+        first_pieces.push_back(i);
+      }
+    }
+    const size_t tasks = first_pieces.size();
+    first_pieces.push_back(pieces_.size());
     const int64_t d = layout_.d;
-    for_each_task(static_cast<int64_t>(pieces_.size()), forward_rows_scratch_size(d),
-                  [&](int64_t task, float* scratch) {
-                    const Piece& piece = pieces_[static_cast<size_t>(task)];
-                    const int64_t row = row_of(piece);
-                    const std::vector<Part> parts = parts_of(piece);
-                    forward_rows(piece.rows, d, layout_.scale, q_.const_data_ptr<float>() + row * d,
-                                 d, parts.data(), static_cast<int64_t>(parts.size()),
-                                 out.data_ptr<float>() + row * d, d,
-                                 logsumexp.data_ptr<float>() + row, 1,
-                                 gated_ ? &exact_[static_cast<size_t>(task)] : nullptr, scratch);
-                  });
+    for_each_task(
+        static_cast<int64_t>(tasks), forward_rows_scratch_size(d),
+        [&](int64_t task, float* scratch) {
+          std::vector<uint8_t> needed(kept_from_.defined() ? static_cast<size_t>(tiles_.keys) : 0);
+          for (size_t i = first_pieces[static_cast<size_t>(task)];
+               i < first_pieces[static_cast<size_t>(task) + 1]; ++i) {
+            const int64_t row = row_of(pieces_[i]);
+            const std::vector<Part> parts = parts_of(pieces_[i], needed);
+            forward_rows(pieces_[i].rows, d, layout_.scale, q_.const_data_ptr<float>() + row * d, d,
+                         parts.data(), static_cast<int64_t>(parts.size()),
+                         out.data_ptr<float>() + row * d, d, logsumexp.data_ptr<float>() + row, 1,
+                         gated_ ? &exact_[i] : nullptr, scratch);
+          }
+        });
     return {out, logsumexp};
   }
 
@@ -311,7 +345,8 @@ class ForwardPass {
   }
 
   // What the rows of a piece attend to: their own block, the sinks, far pairs from near to far.
-  std::vector<Part> parts_of(const Piece& piece) const {
+  // needed: by tile of keys, for Part::needed.
+  std::vector<Part> parts_of(const Piece& piece, std::vector<uint8_t>& needed) const {
     const auto& [n, head, first, rows] = piece;
     const int64_t sequence = head / layout_.heads_per_group, d = layout_.d;
     std::vector<Part> parts;
@@ -337,6 +372,14 @@ class ForwardPass {
         part.exact_v = layout_.key_rows(values_, item.sequence, item.key_begin).data;
         part.gate = item.ranks.gate;
         part.first_key = static_cast<int32_t>(item.key_begin);
+      }
+      if (item.ranks.drops()) {
+        Part& part = parts.back();
+        part.drop = item.ranks.drop;
+        part.kept_from = kept_from_.data_ptr<uint8_t>() +
+                         tiles_.index(head, near_.first_of(n) + first, item.key_begin);
+        part.kept_stride = tiles_.keys;
+        part.needed = needed.data() + tiles_.key_tile(item.key_begin);
       }
     }
     return parts;
@@ -382,6 +425,8 @@ class ForwardPass {
   std::vector<int64_t> packed_begin_;
   std::vector<Piece> pieces_;     // of query rows; owner: the block
   std::vector<ExactList> exact_;  // of each piece
+  Tiles tiles_{layout_.length, near_.sinks};
+  at::Tensor kept_from_;  // undefined: nothing is dropped
 };
 
 // What all parts of a backward pass read and write.
@@ -389,8 +434,9 @@ struct BackwardRows {
   BackwardRows(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,
                const at::Tensor& v, const at::Tensor& logsumexp, const at::Tensor& delta,
                const at::Tensor& grad_q, const at::Tensor& grad_k, const at::Tensor& grad_v,
-               const ExactEntries& exact)
+               const LowRankContext& context, int64_t sinks)
       : layout(q, k),
+        tiles(q.size(2), sinks),
         options(q.options()),
         queries(q.const_data_ptr<float>()),
         grads(grad_out.const_data_ptr<float>()),
@@ -401,15 +447,24 @@ struct BackwardRows {
         into_q(grad_q.data_ptr<float>()),
         into_k(grad_k.data_ptr<float>()),
         into_v(grad_v.data_ptr<float>()),
-        exact_begin(exact.defined() ? exact.begin().const_data_ptr<int64_t>() : nullptr),
-        exact_keys(exact.defined() ? exact.keys().const_data_ptr<int32_t>() : nullptr) {}
+        exact_begin(context.served.exact.defined()
+                        ? context.served.exact.begin().const_data_ptr<int64_t>()
+                        : nullptr),
+        exact_keys(context.served.exact.defined()
+                       ? context.served.exact.keys().const_data_ptr<int32_t>()
+                       : nullptr),
+        kept_from(context.served.kept_from.defined()
+                      ? context.served.kept_from.const_data_ptr<uint8_t>()
+                      : nullptr) {}
 
   Layout layout;
+  Tiles tiles;
   at::TensorOptions options;
   const float *queries, *grads, *sums, *delta_of, *keys, *values;
   float *into_q, *into_k, *into_v;
   const int64_t* exact_begin;  // null: no entry is exact
   const int32_t* exact_keys;
+  const uint8_t* kept_from;  // null: nothing is dropped
 };
 
 // The exact part of one sequence: every block with the sinks in front of its own keys, and the
@@ -664,6 +719,12 @@ class FarLevelBackward {
           rows_.exact_begin + item.sequence * l.heads_per_group * l.length + item.query_begin,
           l.length, rows_.exact_keys, static_cast<int32_t>(item.key_begin)};
     }
+    if (item.ranks.drops()) {
+      const Tiles& tiles = rows_.tiles;
+      problem.operands.kept = {rows_.kept_from + tiles.index(item.sequence * l.heads_per_group,
+                                                             item.query_begin, item.key_begin),
+                               tiles.rows * tiles.keys, tiles.keys};
+    }
     return problem;
   }
 
@@ -816,6 +877,7 @@ bool lowrank_available(const at::Tensor& q, const LowRankPlan& plan) {
   const auto fits = [](int64_t width) { return width % kWidth == 0; };
   return available && (!plan.residual.defined() || fits(plan.residual.size(2))) && q.is_cpu() &&
          q.scalar_type() == at::kFloat && fits(q.size(3)) &&
+         (!plan.drops() || plan.tree.geometry().near_block % kTileKeys == 0) &&
          std::all_of(plan.ranks.begin(), plan.ranks.end(),
                      [&](const Ranks& r) { return fits(r.qk) && fits(r.v); });
 }
@@ -823,7 +885,7 @@ bool lowrank_available(const at::Tensor& q, const LowRankPlan& plan) {
 std::tuple<at::Tensor, at::Tensor> lowrank_forward(const at::Tensor& q, const at::Tensor& k,
                                                    const at::Tensor& v, const LowRankPlan& plan,
                                                    LowRankContext& context) {
-  return ForwardPass(q, k, v, plan).run(context.exact);
+  return ForwardPass(q, k, v, plan).run(context);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(
@@ -832,8 +894,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lowrank_backward(
     const LowRankContext& context) {
   const auto delta = (grad_out * out).sum(3);
   auto grad_q = at::zeros_like(q), grad_k = at::zeros_like(k), grad_v = at::zeros_like(v);
-  const BackwardRows rows(grad_out, q, k, v, logsumexp, delta, grad_q, grad_k, grad_v,
-                          context.exact);
+  const BackwardRows rows(grad_out, q, k, v, logsumexp, delta, grad_q, grad_k, grad_v, context,
+                          plan.tree.sinks());
   // One sequence at a time: copies of one (batch, group)'s rows are held, not of all.
   for (int64_t sequence = 0; sequence < rows.layout.sequences; ++sequence) {
     NearBackward(rows, plan.tree, sequence).run();

@@ -64,6 +64,9 @@ struct LowRankPlan : torch::CustomClassHolder {
   /// where the rank is d; undefined: no correction.
   at::Tensor residual;
 
+  bool drops() const {
+    return std::any_of(ranks.begin(), ranks.end(), [](const Ranks& r) { return r.drops(); });
+  }
   bool gated(int64_t d) const {
     return std::any_of(ranks.begin(), ranks.end(), [&](const Ranks& r) { return r.gated(d); });
   }
@@ -71,11 +74,22 @@ struct LowRankPlan : torch::CustomClassHolder {
 
 struct RunCalls;  // lowrank_attention.cpp
 
-/// What a forward pass found out: for its backward pass, and for whoever counts.
-struct LowRankContext : torch::CustomClassHolder {
+/// What of the far field a pass served otherwise than at low rank.
+struct FarServed {
   ExactEntries exact;  ///< what gates made exact
+  /// First row of each tile that keeps it, kTileRows if none does: [B, H, tiles of rows, tiles of
+  /// keys] uint8, kNoTile where no pair drops. Undefined unless a pair drops.
+  at::Tensor kept_from;
+
+  static constexpr uint8_t kNoTile = 255;
+};
+
+/// What a forward pass found out, for its backward pass.
+struct LowRankContext : torch::CustomClassHolder {
+  FarServed served;
   /// Of the composed operator: the same, each matrix of scores by flat int32 indices.
   std::vector<at::Tensor> exact_slices;
+  std::vector<at::Tensor> kept_slices;  ///< likewise of tiles, [n, rows, tiles of keys] bool
   /// Likewise: how the plan's pairs share calls, and what those need of the bases.
   std::shared_ptr<const std::vector<RunCalls>> calls;
 };

@@ -126,7 +126,7 @@ class Rig {
     const auto exact_under = [&](const std::shared_ptr<RankPolicy>& policy) {
       std::shared_ptr<LayerPlan> plan;
       attend(in, policy, 0, plan);
-      return plan->exact.size();
+      return plan->served.exact.size();
     };
     float low = 1e-6F, high = 1;
     for (int step = 0; any && step < 12; ++step) {

@@ -23,7 +23,7 @@ at::Tensor DecisionRecorder::attend(int64_t layer, const at::Tensor& q, const at
   const BlockTree tree(q.size(2), geometry_);
   const int64_t groups = k.size(1), heads = q.size(1) / groups, d = q.size(3),
                 pairs = tree.num_pairs();
-  const ExactEntries& entries = plan->exact;
+  const ExactEntries& entries = plan->served.exact;
 
   std::vector<int64_t> level, query_begin, query_rows, key_begin, key_rows;
   for (const PairRun& run : tree.runs()) {

@@ -68,6 +68,9 @@ DEFINE_double(guard_eps, 0,
               "raise a far pair's ranks until its starting bases lose at most this share of the "
               "scores' and values' norm, certified without a decomposition; "
               "needs --policy; 0: no guard");
+DEFINE_double(drop, 0,
+              "drop tiles of far tokens, 16 rows of a head and 64 keys, in which nothing weighs "
+              "this share of a row's softmax; 0: none");
 DEFINE_bool(gates, false,
             "under dp and rl (drrl-policy train: for rl), choose gates along with the ranks: "
             "single entries, a query and a key, of large weight are exact after all");

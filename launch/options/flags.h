@@ -30,6 +30,7 @@ DECLARE_double(rank_budget);
 DECLARE_double(energy);
 DECLARE_int64(basis_updates);
 DECLARE_double(guard_eps);
+DECLARE_double(drop);
 DECLARE_bool(gates);
 DECLARE_double(guard_decay);
 DECLARE_string(policy);

@@ -18,7 +18,8 @@ constexpr std::pair<const char*, const char*> kSubjects[] = {
     {"Processes and devices", "tp dp cp device dtype threads timeout_s watchdog_timeout_s"},
     {"Attention", "attention near_block sink_tokens basis_updates"},
     {"Ranks of far tokens",
-     "rank_policy policy rank rank_budget rank_buckets energy gates latency guard_eps guard_decay "
+     "rank_policy policy rank rank_budget rank_buckets energy gates drop latency guard_eps "
+     "guard_decay "
      "balance_every balance_damage balance_speeds policy_update_every policy_sample_rows"},
     {"Training",
      "steps train_tokens micro_batch global_batch lr min_lr warmup_tokens weight_decay beta1 beta2 "

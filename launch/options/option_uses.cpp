@@ -81,6 +81,7 @@ constexpr OptionUse kUses[] = {
     {"latency", "drrl-policy train, drrl-bench latency", ""},
     {"guard_eps", kLowRank, kApproximates},
     {"guard_decay", "drrl-train, drrl-bench scaling", "guard_eps"},
+    {"drop", kModels, kApproximates},
     {"gates", kModels, "attention=lowrank rank_policy=dp|rl"},
     {"gates", "drrl-policy train, drrl-bench latency", ""},
     {"basis_updates", kLowRank, kApproximates},

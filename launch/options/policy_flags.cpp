@@ -141,7 +141,7 @@ const std::set<std::string> kSpending = {"random", "greedy", "dp",
 
 /// The rank policy that --attention, --rank_policy, --rank, --energy, --rank_budget, --policy and
 /// --latency describe; --attention=exact is the policy "exact".
-std::shared_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const at::Device& device,
+std::unique_ptr<RankPolicy> rank_policy_flags(const ModelConfig& config, const at::Device& device,
                                               CalibrationFlag& calibration) {
   const auto check_name = [](const char* option, const std::string& value) {
     check(ErrorKind::kUsage, value != "full", option, "=full is called ", option, "=exact now");
@@ -215,7 +215,14 @@ std::vector<std::string> attention_inputs(std::vector<std::string> inputs) {
 AttentionSetup attention_flags(const ModelConfig& config, const Mesh& mesh,
                                const at::Device& device) {
   CalibrationFlag calibration;
-  const std::shared_ptr<RankPolicy> policy = rank_policy_flags(config, device, calibration);
+  std::unique_ptr<RankPolicy> chosen = rank_policy_flags(config, device, calibration);
+  if (FLAGS_drop != 0) {
+    check(ErrorKind::kUsage, FLAGS_near_block % kTileKeys == 0, "--drop=", FLAGS_drop,
+          " needs a --near_block of whole tiles, a multiple of ", kTileKeys, ", got ",
+          FLAGS_near_block);
+    chosen = make_dropping_policy(std::move(chosen), FLAGS_drop);
+  }
+  const std::shared_ptr<RankPolicy> policy = std::move(chosen);
   AttentionSetup setup;
   const IndexRange groups = kv_heads_of(config.num_key_value_heads, mesh.tp().size(),
                                         mesh.tp().rank());

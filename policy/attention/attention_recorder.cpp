@@ -75,7 +75,7 @@ void AttentionRecorder::count(const AttentionCall& call, const LayerPlan& plan,
   statistics_.flops += plan.lowrank == nullptr
                            ? exact + basis_flops
                            : lowrank_attention_flops(*plan.lowrank, batch, heads, groups, d,
-                                                     basis_flops, with_backward, plan.exact.size())
+                                                     basis_flops, with_backward, plan.served)
                                  .total();
 }
 

@@ -141,8 +141,8 @@ void AuditController::audit(const LayerPlan& layer_plan, int64_t layer, const at
       const auto rows = ((s * heads + at::arange(heads)).unsqueeze(1) * tree.sequence_length() +
                          tokens)
                             .flatten();  // of all [B, H, L]
-      const RowScores row = row_scores(plan, layer_plan.exact, rows_of(q_of), rows, k_of[s], block,
-                                       s * pairs);
+      const RowScores row = row_scores(plan, layer_plan.served.exact, rows_of(q_of), rows, k_of[s],
+                                       block, s * pairs);
       const auto weights = at::softmax(row.served, 1);
       const ServedPairs served_here = served_pairs(row, weights, seen);
       const auto index = s * pairs + served_here.pairs;

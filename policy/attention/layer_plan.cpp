@@ -6,9 +6,9 @@
 namespace drrl {
 
 at::Tensor LayerPlan::run(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                          ExactEntries* made_exact) const {
+                          FarServed* far) const {
   return context != nullptr   ? context_attention(q, k, v, context)
-         : lowrank != nullptr ? lowrank_attention(q, k, v, lowrank, made_exact)
+         : lowrank != nullptr ? lowrank_attention(q, k, v, lowrank, far)
                               : exact_attention(q, k, v);
 }
 

@@ -17,13 +17,13 @@ struct DamageSample;
 struct LayerPlan {
   /// The attention that was decided, by whichever operator it needs: q [B, H, L, d], k and v
   /// [B, G, L, d] -> [B, H, L, d], differentiable.
-  /// made_exact, if given, <- the entries that gates made exact.
+  /// far, if given, <- what was exact or dropped.
   at::Tensor run(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                 ExactEntries* made_exact = nullptr) const;
+                 FarServed* far = nullptr) const;
 
   c10::intrusive_ptr<LowRankPlan> lowrank;  ///< null: exact attention
   c10::intrusive_ptr<ContextPlan> context;  ///< under context parallelism, instead
-  ExactEntries exact;  ///< entries that gates made exact in the pass that decided
+  FarServed served;                         ///< what was exact or dropped in the pass that decided
   std::shared_ptr<const DamageSample> sample;  ///< rows to measure in the backward pass; null: none
 };
 

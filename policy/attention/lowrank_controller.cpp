@@ -57,7 +57,7 @@ at::Tensor LowRankController::attend(int64_t layer, const at::Tensor& q, const a
     const Planned planned = context_.size() > 1 ? plan_split_layer(call, *plan)
                                                 : plan_layer(call, *plan);
     const int64_t before = context_.sent_bytes();
-    out = plan->run(q, k, v, &plan->exact);
+    out = plan->run(q, k, v, &plan->served);
     recorder_.count(call, *plan, planned.ranks, planned.flops, context_.sent_bytes() - before);
     recorder_.add_time(layer, watch.ms());
   }
@@ -119,7 +119,7 @@ LowRankController::Planned LowRankController::plan_layer(const AttentionCall& ca
   recorder_.record_bases(device, [&] { decision = decide(observation, grams, call.w_o); });
   std::vector<Ranks>& ranks = decision.ranks;
   const bool low = std::any_of(ranks.begin(), ranks.end(),
-                               [&](const Ranks& r) { return r.qk < d || r.v < d; });
+                               [&](const Ranks& r) { return r.qk < d || r.v < d || r.drops(); });
   const bool sampled = sampler_ != nullptr && sampler_->draws(call.layer);
   if (!grams_first && (low || sampled)) {
     recorder_.record_bases(device, make_grams);
@@ -163,9 +163,9 @@ LowRankController::Planned LowRankController::plan_split_layer(const AttentionCa
   RankDecision decision = decide(observation, {}, call.w_o);
   check(ErrorKind::kUsage,
         std::none_of(decision.ranks.begin(), decision.ranks.end(),
-                     [&](const Ranks& r) { return r.gated(d); }),
-        "a sequence split over ", context_.size(), " processes takes no gates, as ",
-        policy()->describe(), " chose: they need exact keys, which do not travel");
+                     [&](const Ranks& r) { return r.gated(d) || r.drops(); }),
+        "a sequence split over ", context_.size(),
+        " processes takes neither gates nor dropped tiles, as ", policy()->describe(), " chose");
   PlannedContext planned;
   recorder_.record_bases(device, [&] {
     planned = make_context_plan(call, *split_, context_, *provider_, std::move(decision.ranks));
@@ -231,6 +231,7 @@ NodeFactors LowRankController::decide_node(int64_t layer, LayerCache& cache, int
     RankDecision decision = decide(observation, grams, w_o);
     for (Ranks& r : decision.ranks) {
       r.gate = Ranks{}.gate;  // a gate needs the exact keys, which a cache at rank r no longer has
+      r.drop = 0;             // tiles of rows are not known token by token
     }
     FarBases bases = policy()->needs_spectra()
                          ? std::move(decision.bases)

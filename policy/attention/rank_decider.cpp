@@ -92,6 +92,9 @@ void RankDecider::remember(int64_t layer, const std::vector<Ranks>& ranks) {
   std::vector<double> decided = {static_cast<double>(layer)};
   for (const Ranks& r : ranks) {
     decided.insert(decided.end(), {static_cast<double>(r.qk), static_cast<double>(r.v), r.gate});
+    if (r.drops()) {
+      decided.push_back(r.drop);
+    }
   }
   digest_ = fold(digest_, hash_bytes(decided.data(), decided.size() * sizeof(double)));
 }

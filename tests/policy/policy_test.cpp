@@ -660,8 +660,8 @@ TEST(CalibrationController, MeasuresGates) {
             make_table_policy(table, "one level")
                 ->decide({0, 1, rig.heads, rig.groups, 0, rig.d, tree, {}, {}}),
             grams, bases);
-        ExactEntries made_exact;
-        const auto error = lowrank_attention(rig.q, rig.k, rig.v, low, &made_exact) -
+        FarServed made;
+        const auto error = lowrank_attention(rig.q, rig.k, rig.v, low, &made) -
                            exact_attention(rig.q, rig.k, rig.v);
         const auto expected = 0.5 * (error * g)
                                         .unflatten(1, {rig.groups, -1})
@@ -677,7 +677,7 @@ TEST(CalibrationController, MeasuresGates) {
             << got << expected << ungated;
         const int64_t heads = rig.heads / rig.groups;
         for (int64_t group = 0; group < rig.groups; ++group) {
-          const int64_t exact = made_exact.count(group * heads * rig.length, heads * rig.length, 0,
+          const int64_t exact = made.exact.count(group * heads * rig.length, heads * rig.length, 0,
                                                  rig.length);
           const double share = shares[0][group][level][kind == 0 ? 0 : 2][gate].item<double>();
           EXPECT_NEAR(share,

@@ -80,9 +80,9 @@ struct Worst {
 };
 
 ExactEntries made_exact_by(const Inputs& in, const c10::intrusive_ptr<LowRankPlan>& plan) {
-  ExactEntries exact;
-  lowrank_attention(in.q, in.k, in.v, plan, &exact);
-  return exact;
+  FarServed served;
+  lowrank_attention(in.q, in.k, in.v, plan, &served);
+  return served.exact;
 }
 
 // `certified` and `made_exact` say what the certificate takes to have been served; what really is

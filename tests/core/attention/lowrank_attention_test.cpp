@@ -16,6 +16,10 @@ struct Case {
   int64_t batch, heads, groups, length, d;
   Geometry geometry;
   std::vector<Ranks> ranks;  // dealt out in turn over the items
+
+  bool drops() const {
+    return std::any_of(ranks.begin(), ranks.end(), [](const Ranks& r) { return r.drops(); });
+  }
 };
 
 std::ostream& operator<<(std::ostream& out, const Case& c) {
@@ -23,7 +27,7 @@ std::ostream& operator<<(std::ostream& out, const Case& c) {
       << ", d = " << c.d << ", block = " << c.geometry.near_block
       << ", sinks = " << c.geometry.sink_tokens << ", ranks";
   for (const Ranks& r : c.ranks) {
-    out << " (" << r.qk << ", " << r.v << ")";
+    out << " (" << r.qk << ", " << r.v << ", drop " << r.drop << ")";
   }
   return out;
 }
@@ -78,6 +82,8 @@ double relative(const at::Tensor& a, const at::Tensor& b) {
       .item<double>();
 }
 
+constexpr float kNoGate = Ranks{0, 0}.gate;
+
 class Operator : public ::testing::TestWithParam<Case> {};
 
 const Case kCases[] = {
@@ -126,6 +132,20 @@ const Case kCases[] = {
       {16, 16}}},  // the same in the fused kernel
     {1, 6, 2, 640, 32, {64, 0}, {{16, 16, 0.01F}}},
     {1, 2, 1, 2048, 16, {1024, 0}, {{8, 8, 0.01F}}},  // a matrix of scores in several slices
+    {1,
+     6,
+     3,
+     700,
+     48,
+     {128, 4},
+     {{16, 32, kNoGate, 0.01F},
+      {48, 48, kNoGate, 0.02F},
+      {16, 16, 0.02F, 0.01F},
+      {32, 48}}},                                                // some tiles dropped
+    {1, 4, 2, 461, 32, {64, 0}, {{8, 8, kNoGate, 0.012F}}},      // not in the fused kernel
+    {2, 2, 1, 1300, 32, {256, 3}, {{16, 16, kNoGate, 0.006F}}},  // several pieces of a block
+    {1, 2, 1, 1100, 16, {64, 1}, {{16, 16, kNoGate, 0.5F}, {16, 16, 0, 1e-9F}}},  // nearly all,
+                                                                                  // none
 };
 
 TEST_P(Operator, ForwardAndGradientsEqualTheReference) {
@@ -154,8 +174,39 @@ TEST_P(Operator, ForwardAndGradientsEqualTheReference) {
   }
 }
 
+// The kernel in float and the composed operator in double decide alike.
+TEST_P(Operator, DropsTheSameTilesEverywhere) {
+  const Case& c = GetParam();
+  if (!c.drops()) {
+    GTEST_SKIP() << "nothing is dropped";
+  }
+  const Inputs in = make_inputs(c, at::kDouble);
+  const auto plan = make_plan(c, in);
+  FarServed wide, single;
+  lowrank_attention(in.q, in.k, in.v, plan, &wide);
+  lowrank_attention(in.q.to(at::kFloat), in.k.to(at::kFloat), in.v.to(at::kFloat), plan, &single);
+  ASSERT_TRUE(wide.kept_from.defined() && single.kept_from.defined());
+  const auto clear = [](const at::Tensor& x) {  // pairs that drop nothing
+    return x.masked_fill(x == FarServed::kNoTile, 0);
+  };
+  EXPECT_TRUE(clear(wide.kept_from).equal(clear(single.kept_from)));
+  const auto dropped = (wide.kept_from == kTileRows).sum().item<int64_t>(),
+             kept = (wide.kept_from < kTileRows).sum().item<int64_t>();
+  EXPECT_GT(dropped, 0);
+  EXPECT_GT(kept, 0);
+  const double exact = exact_attention_flops(c.batch, c.heads, c.length, c.d, true);
+  const auto flops = [&](const FarServed& served) {
+    return lowrank_attention_flops(*plan, c.batch, c.heads, c.groups, c.d, 0, true, served).total();
+  };
+  EXPECT_LT(flops(wide), flops({wide.exact, {}}));
+  EXPECT_NEAR(flops(wide), flops(single), 1e-6 * exact);
+}
+
 TEST_P(Operator, Bfloat16StaysNearTheReference) {
   const Case& c = GetParam();
+  if (c.drops()) {
+    GTEST_SKIP() << "in bfloat16 other tiles are dropped";
+  }
   Inputs in = make_inputs(c, at::kBFloat16);
   const Inputs wide{in.q.to(at::kDouble), in.k.to(at::kDouble), in.v.to(at::kDouble),
                     in.grad.to(at::kDouble)};
@@ -183,8 +234,8 @@ TEST_P(Operator, Bfloat16StaysNearTheReference) {
 TEST_P(Operator, GradientsEqualFiniteDifferences) {
   const Case& c = GetParam();
   const Inputs in = make_inputs(c, at::kDouble);
-  if (std::any_of(c.ranks.begin(), c.ranks.end(),
-                  [&](const Ranks& r) { return r.gated(c.d) && r.gate > 0; })) {
+  if (c.drops() || std::any_of(c.ranks.begin(), c.ranks.end(),
+                               [&](const Ranks& r) { return r.gated(c.d) && r.gate > 0; })) {
     GTEST_SKIP()
         << "which entries are exact is constant for gradients, but differs between differences";
   }
