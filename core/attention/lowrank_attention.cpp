@@ -132,7 +132,7 @@ std::vector<RunCalls> far_calls(const LowRankPlan& plan, int64_t d,
         inverse[first + i] = place++;
         const Ranks& own = plan.ranks[index[at]];
         std::tie(qk[at], v[at]) = std::tie(own.qk, own.v);
-        log_gates[at] = std::log(static_cast<double>(own.gate));
+        log_gates[at] = std::log(static_cast<double>(own.gated(d) ? own.gate : Ranks{}.gate));
         log_drops[at] = std::log(static_cast<double>(own.drop));
         call.ranks = {std::max(call.ranks.qk, own.qk), std::max(call.ranks.v, own.v), key.gate};
       }

@@ -165,7 +165,7 @@ LowRankController::Planned LowRankController::plan_split_layer(const AttentionCa
         std::none_of(decision.ranks.begin(), decision.ranks.end(),
                      [&](const Ranks& r) { return r.gated(d) || r.drops(); }),
         "a sequence split over ", context_.size(),
-        " processes takes neither gates nor dropped tiles, as ", policy()->describe(), " chose");
+        " processes takes no gates and drops no tiles, as ", policy()->describe(), " chose");
   PlannedContext planned;
   recorder_.record_bases(device, [&] {
     planned = make_context_plan(call, *split_, context_, *provider_, std::move(decision.ranks));

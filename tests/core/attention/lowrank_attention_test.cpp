@@ -138,12 +138,12 @@ const Case kCases[] = {
      700,
      48,
      {128, 4},
-     {{16, 32, kNoGate, 0.01F},
-      {48, 48, kNoGate, 0.02F},
-      {16, 16, 0.02F, 0.01F},
-      {32, 48}}},                                                // some tiles dropped
-    {1, 4, 2, 461, 32, {64, 0}, {{8, 8, kNoGate, 0.012F}}},      // not in the fused kernel
-    {2, 2, 1, 1300, 32, {256, 3}, {{16, 16, kNoGate, 0.006F}}},  // several pieces of a block
+     {{16, 32, kNoGate, 0.3F},
+      {48, 48, kNoGate, 0.2F},
+      {16, 16, 0.02F, 0.3F},
+      {32, 48}}},                                               // some tiles dropped
+    {1, 4, 2, 461, 32, {64, 0}, {{8, 8, kNoGate, 0.3F}}},       // not in the fused kernel
+    {2, 2, 1, 1300, 32, {256, 3}, {{16, 16, kNoGate, 0.03F}}},  // several pieces of a block
     {1, 2, 1, 1100, 16, {64, 1}, {{16, 16, kNoGate, 0.5F}, {16, 16, 0, 1e-9F}}},  // nearly all,
                                                                                   // none
 };
